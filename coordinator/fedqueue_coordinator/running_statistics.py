@@ -1,7 +1,7 @@
 """What becomes of BatchNorm's running statistics, which the papers on asynchronous training leave open.
 
-Whatever the algorithm, a client's values b_i enter the version as x_B ← x_B + Σ w_i (b_i − x_B) / divisor. The choice is
-what b_i is, for an update that is stale:
+Whatever the algorithm, a client's values b_i enter the version as x_B ← x_B + Σ w_i (b_i − x_B) / divisor. The choice
+is what b_i is, for an update that is stale:
 
     mean     b_i = local_i                     a convex combination: a variance stays positive
     drift    b_i = local_i + (x_B − base_B)    what the client changed, added to the present: x_B + Σ w_i Δ_i / divisor,

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import redis
@@ -64,6 +65,7 @@ from fedqueue_coordinator.takeover import as_buffer, orders_to_queue, registered
 
 log = structlog.get_logger("fedqueue.coordinator")
 
+MOST_MADE = 32  # versions that are made before they are published
 LONGEST_WAIT = 1.0  # seconds; a blocked read ends at once when there is work, this bounds how long a signal waits
 
 
@@ -89,6 +91,7 @@ class Coordinator:
         self._next_watch = 0.0
         self._ending: Stop | None = None
         self._paused = False
+        self._made: list[Commit] = []  # versions that were made and are not published yet
         self._bases: dict[int, Frame] = {}  # versions that open jobs may have trained from, where merging needs them
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILE, config.checkpoint.seconds)
         self._hearing = Hearing(store.authority)
@@ -147,6 +150,7 @@ class Coordinator:
     def _go_on(self) -> Result | None:
         self._begin()
         while not (self.federation.stopped or self._paused):
+            self._publish()
             for entry in self.store.receive(self._wait_seconds()):
                 self._take(entry)
             self._watch()
@@ -187,7 +191,7 @@ class Coordinator:
         )
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
-        self._bases = {}
+        self._made, self._bases = [], {}
         self._keep_base(set(store.stored_versions()))
         for order in orders_to_queue(store):  # a job that is in its queue already is left alone
             self._enqueue(order)
@@ -219,6 +223,7 @@ class Coordinator:
         self.store.renew_lead(dispatch.leader_seconds)
         self._patience.succeeded()
         if self._checkpointer.due(self._now()):
+            self._publish()
             self._checkpointer.start(Checkpoint.of(self.federation, self.store.ledger()), self._now())
         for client in [client for client in self.federation.clients if not self._hearing.believes(client)]:
             log.warning("client was revoked", client=client)
@@ -244,7 +249,7 @@ class Coordinator:
             log.warning("an entry of the updates stream does not count", entry=entry.id, error=str(error))
             arrived = UpdateArrived(entry.id, entry.job, entry.attempt, entry.client, entry.base, entry.body)
             record = rejected_record(arrived, reason_of(error), str(error), self.federation.version, self._now())
-            self.store.note(entry.id, record)
+            self._note(entry.id, record)
             return
         match event:
             case JobEnded(client=client, reason=reason, error=detail) if detail:
@@ -255,7 +260,7 @@ class Coordinator:
                 log.info("client left", client=client)
                 event = ClientLeft(client, keeps_job=self.store.is_served(client))
             case Evaluated(version, metrics):
-                self.store.note(entry.id, evaluation_record(version, metrics, self._now()))
+                self._note(entry.id, evaluation_record(version, metrics, self._now()))
         self._handle(event)
         if isinstance(event, ClientJoined | ClientLeft):
             self.store.note(entry.id, None)
@@ -269,6 +274,8 @@ class Coordinator:
         for action in actions:
             match action:
                 case Dispatch():
+                    if self.config.barrier:
+                        self._publish()  # the round that begins trains from it
                     order = make_order(self.config, action)
                     self._at("before dispatch")
                     self.store.dispatch(order, action.number, self.config.dispatch.lease_seconds)
@@ -277,8 +284,11 @@ class Coordinator:
                 case Load():
                     self._load(action)
                 case Commit():
-                    self._commit(action)
+                    self._made.append(action)
+                    if len(self._made) >= MOST_MADE:
+                        self._publish()
                 case Close(job, entry, record):
+                    self._publish()
                     self._at("before close")
                     taken_back = not entry and record["reason"] in ("returned", "late")
                     closed = self.store.close(job, record, self._model_chunks, entry, unless_posted=taken_back)
@@ -290,11 +300,13 @@ class Coordinator:
                     if record["kind"] == "rejected":
                         log.warning("update rejected", client=record["client"], reason=record["reason"])
                 case Note(entry, record):
-                    self.store.note(entry, record)
+                    self._note(entry, record)
                 case Evaluate(version):
                     assert self._evaluator is not None
+                    self._publish()
                     self._evaluator.start(version, self.federation.model)
                 case Stop(because):
+                    self._publish()
                     log.info("stopping", because=because)
 
     def _enqueue(self, order: Order) -> None:
@@ -328,16 +340,31 @@ class Coordinator:
             self._bases[version] = frame
         return self._bases[version]
 
-    def _commit(self, commit: Commit) -> None:
-        federation = self.federation
-        merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for u in commit.merged]
+    def _publish(self) -> None:
+        """Commit the versions that were made: one step for all that came out of the entries read at once.
+
+        Only the last of them is stored. What a worker could see in between is the version before them; and whoever
+        goes on after a crash finds none of their updates acknowledged, and makes the same versions again.
+        """
+        if not self._made:
+            return
+        federation, made = self.federation, self._made
+        merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for m in made for u in m.merged]
         self._at("before commit")
         stored = self.store.publish(
-            commit.version, federation.model.buffer, as_buffer(federation.optimizer_state), commit.record,
-            vars(federation.totals), merged, self.config.ledger.keep_payloads, federation.job_number,
+            made[-1].version, federation.model.buffer, as_buffer(federation.optimizer_state),
+            [m.record for m in made], vars(federation.totals), merged, self.config.ledger.keep_payloads,
+            federation.job_number,
         )  # fmt: skip
+        self._made = []
         self._at("after commit")
         self._keep_base(stored)
+
+    def _note(self, entry: str, record: Mapping[str, Any] | None) -> None:
+        """Acknowledge an entry; what the ledger says of it comes after the versions that were made before."""
+        if record:
+            self._publish()
+        self.store.note(entry, record)
 
     def _keep_base(self, stored: set[int]) -> None:
         """Keep a copy of the newest version where merging will need it, and of older ones while they are stored."""

@@ -55,7 +55,7 @@ def take_over(
     store.create(config.model_dump_json(), manifest, epoch=0, clients=config.clients.ids)
     if config.ledger.keep_payloads:
         store.hold_version(0)
-    store.publish(0, model.buffer, as_buffer(b""), None, vars(Totals()), [])
+    store.publish(0, model.buffer, as_buffer(b""), [], vars(Totals()), [])
     return federation
 
 
@@ -129,7 +129,7 @@ def _new_epoch(
         checkpoint.version,
         federation.model.buffer,
         as_buffer(federation.optimizer_state),
-        None,
+        [],
         checkpoint.totals,
         [],
         job_number=checkpoint.job_number,

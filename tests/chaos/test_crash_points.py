@@ -88,10 +88,10 @@ def write_results_without_picture(folder: Path, config: Config, result: Result) 
         write_results(folder, config, result)
 
 
-def check_every_death(client: redis.Redis, folder: Path, config: Config, names: Any = None) -> int:
+def check_every_death(client: redis.Redis, folder: Path, config: Config, names: Any = None, together: int = 1) -> int:
     """Die at each passage of each point (or of those in `names`); returns how many deaths there were."""
     counted = Script()
-    uninterrupted, _ = run_to_the_end(client, config, folder / "whole", [counted])
+    uninterrupted, _ = run_to_the_end(client, config, folder / "whole", [counted], together)
     expected = essence(uninterrupted)
     audited(uninterrupted, config, folder / "whole")
     deaths = 0
@@ -99,7 +99,7 @@ def check_every_death(client: redis.Redis, folder: Path, config: Config, names: 
         for passage in range(1, times + 1) if names is None or point in names else ():
             client.flushall()
             place = folder / f"{point} {passage}".replace(" ", "-")
-            result, died = run_to_the_end(client, config, place, [Script(point, passage)])
+            result, died = run_to_the_end(client, config, place, [Script(point, passage)], together)
             assert died == 1
             assert essence(result) == expected, f"killed {point}, passage {passage}"
             audited(result, config, place)
@@ -112,6 +112,17 @@ def test_coordinator_killed_at_any_point_of_a_commit_changes_no_bit(fake_client,
     config = make_config(**MODES[mode])
     names = {"between blobs", "before commit.lua", "after commit.lua", "after load"}
     assert check_every_death(fake_client, tmp_path, config, names) >= 10
+
+
+def test_coordinator_killed_while_several_versions_wait_for_one_commit_changes_no_bit(fake_client, tmp_path):
+    config = make_config(**{**MODES["fedasync"], "stop": {"versions": 6}})
+    counted = Script()
+    result, _ = run_to_the_end(fake_client, config, tmp_path / "counted", [counted], together=3)
+    assert result.version == 6
+    assert counted.passed["before commit.lua"] < 1 + result.version, "version 0 has a commit of its own"
+    fake_client.flushall()
+    names = {"between blobs", "before commit.lua", "after commit.lua", "after load", "before close.lua"}
+    assert check_every_death(fake_client, tmp_path, config, names, together=3) >= 10
 
 
 @pytest.mark.parametrize("mode", FURTHER)
