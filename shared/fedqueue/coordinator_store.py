@@ -167,7 +167,8 @@ class CoordinatorStore(Store):
         """Stage the version's blobs under this leader's own keys, then commit them with all that belongs to them.
 
         `records` are those of the ledger, one for each version since the head: only the last of these is stored, for
-        nobody could have seen the others. `merged` are the updates in all of them. Returns the versions that are still stored. Raises Fenced, or StoreError where the head is another one.
+        nobody could have seen the others. `merged` are the updates in all of them. Returns the versions that are still
+        stored. Raises Fenced, or StoreError where the head is another one.
         """
         keys = self.keys
         staged = keys.staged_model(self.token), keys.staged_state(self.token)

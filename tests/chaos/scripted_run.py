@@ -113,7 +113,7 @@ class Workers:
 
 
 def _next_millisecond() -> None:
-    """Entries of one millisecond are read in the order of their clients, and whose job it is may differ between runs."""
+    """Entries of one millisecond are read in the order of their clients, and runs may differ in whose job it is."""
     now = time.time_ns() // 1_000_000
     while time.time_ns() // 1_000_000 == now:
         pass
