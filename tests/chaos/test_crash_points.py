@@ -118,11 +118,20 @@ def test_coordinator_killed_while_versions_wait_for_one_commit_changes_no_bit_of
     """Two of the three updates that are posted at once make the two versions; the third is handed back."""
     config = make_config(**{**MODES["fedasync"], "stop": {"versions": 2}})
     counted = Script()
-    run_to_the_end(fake_client, config, tmp_path / "counted", [counted], together=3)
+    whole, _ = run_to_the_end(fake_client, config, tmp_path / "whole", [counted], together=3)
     assert counted.passed["before commit.lua"] == 2, "version 0, then both"
-    fake_client.flushall()
-    names = {"between blobs", "before commit.lua", "after commit.lua", "after load", "before close.lua"}
-    assert check_every_death(fake_client, tmp_path, config, names, together=3) >= 8
+    for point, passage in (("after load", 2), ("between blobs", 2), ("before commit.lua", 2), ("after commit.lua", 2)):
+        fake_client.flushall()
+        result, died = run_to_the_end(fake_client, config, tmp_path / point, [Script(point, passage)], together=3)
+        assert died == 1
+        audited(result, config, tmp_path / point)
+        model, records = essence(result)
+        assert model == essence(whole)[0]
+        assert versions_in(records) == versions_in(essence(whole)[1])
+
+
+def versions_in(records: list[Any]) -> list[Any]:
+    return [record for record in records if record["kind"] == "version"]
 
 
 def test_run_of_several_updates_at_once_is_whole_wherever_its_coordinator_is_killed(fake_client, tmp_path):
