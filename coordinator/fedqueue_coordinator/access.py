@@ -32,7 +32,7 @@ RQ_WORKER = (
 
 @dataclass(frozen=True)
 class Right:
-    """One selector: these commands on these keys (`~` read and write, `%R~` read, `%W~` write), and no others."""
+    """One selector: these commands on these keys (`~` read and write, `%R~` read, `%W~` write) or channels (`&`)."""
 
     commands: tuple[str, ...]
     keys: tuple[str, ...] = ()
@@ -61,6 +61,7 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
         Right(HASH, (f"~{keys.attempt(job)}",)),
         Right(HASH, (f"~{keys.site(name)}",)),
         Right(("xadd",), (f"%W~{keys.updates(name)}",)),
+        Right(("publish",), (f"&{keys.bell}",)),
         Right(("set", "exists", "persist", "unlink"), (f"~{keys.payload_prefix}{job}:*",)),
         Right(RQ_WORKER, tuple(f"~rq:{key}" for key in own_rq)),
         Right(("sadd", "srem"), ("~rq:workers",)),
@@ -77,7 +78,13 @@ def coordinator_rights(run: str) -> list[Right]:
         *(f"{kind}:{keys.queue('*')}" for kind in ("queue", "wip", "failed", "finished", "workers")),
     ]  # fmt: skip
     commands = ("@read", "@write", "@transaction", "eval", "evalsha", "script|load", "script|exists")
-    return [Right((*commands, *CONNECTION), (f"~{keys.pattern}", f"~{RUNS}", *(f"~rq:{key}" for key in of_run)))]
+    bell = ("publish", "subscribe", "unsubscribe")
+    return [
+        Right(
+            (*commands, *bell, *CONNECTION),
+            (f"&{keys.bell}", f"~{keys.pattern}", f"~{RUNS}", *(f"~rq:{key}" for key in of_run)),
+        )
+    ]
 
 
 def viewer_rights(run: str) -> list[Right]:

@@ -225,6 +225,8 @@ class Coordinator:
         if self._checkpointer.due(self._now()):
             self._publish()
             self._checkpointer.start(Checkpoint.of(self.federation, self.store.ledger()), self._now())
+        for entry in self.store.sweep():
+            self._take(entry)
         for client in [client for client in self.federation.clients if not self._hearing.believes(client)]:
             log.warning("client was revoked", client=client)
             self._handle(ClientLeft(client, keeps_job=True))
@@ -387,7 +389,7 @@ class Coordinator:
         assert federation.stopped is not None
         if self._evaluator:
             self._evaluator.join()
-        for entry in store.receive(0.001, count=10_000):
+        for entry in store.sweep(count=10_000):
             self._take(entry)
         version, model = self._final_version()
         for client in store.registrations():
@@ -415,6 +417,6 @@ class Coordinator:
         if evaluator and not federation.stopped.failed:
             evaluator.start(federation.version, federation.model)
             evaluator.join()
-            for entry in self.store.receive(0.001):
+            for entry in self.store.sweep():
                 self._take(entry)
         return federation.version, federation.model

@@ -14,6 +14,7 @@ from fedqueue.authority import Authority
 from fedqueue.entries import Entry
 from fedqueue.errors import Fenced, SignatureError, StoreError
 from fedqueue.frame import Manifest
+from fedqueue.inbox import Inbox
 from fedqueue.keys import RUNS
 from fedqueue.messages import Order, read
 from fedqueue.signing import digest_of
@@ -21,7 +22,6 @@ from fedqueue.store import BlobBuffer, Store, chunks_of, number
 
 STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
 MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # of a job's payload that are deleted with it: how many there are, workers say
-FIRST = "0-0"  # before the first entry of a stream
 
 
 @dataclass(frozen=True)
@@ -31,19 +31,6 @@ class OpenJob:
     state: str  # "open" or "posted"
     attempt: int
     order: bytes
-
-
-def _by_stream(answer: Any) -> dict[str, Any]:
-    """Stream → its raw entries, of an answer to XREAD: RESP3 gives a map of lists of them, RESP2 pairs."""
-    if isinstance(answer, dict):
-        answer = [(stream, entries[0] if entries else []) for stream, entries in answer.items()]
-    return {stream.decode(): entries for stream, entries in answer or ()}
-
-
-def _moment(place: bytes) -> tuple[int, int]:
-    """When an entry was written, from its place in the stream: server ms, and which one in that millisecond."""
-    milliseconds, _, sequence = place.decode().partition("-")
-    return int(milliseconds), int(sequence)
 
 
 def new_owner() -> str:
@@ -60,7 +47,7 @@ class CoordinatorStore(Store):
         self.owner = owner
         self.authority = authority
         self.token = 0
-        self._last: dict[str, str] = {}  # stream → place of the last entry of it that was read
+        self._inbox = Inbox(client, self.keys)
 
     # Leadership
 
@@ -76,6 +63,7 @@ class CoordinatorStore(Store):
             raise Fenced(f"another coordinator leads run {self.run!r} by now")
 
     def release_lead(self) -> None:
+        self._inbox.close()
         self._leader("release", 0)
 
     def _leader(self, action: str, lease_seconds: float) -> int:
@@ -333,52 +321,25 @@ class CoordinatorStore(Store):
     # What workers report
 
     def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
-        """The next entries, at most `count` of each client, after waiting for the first for at most `block_seconds`.
+        """The next entries, as `Inbox.receive`."""
+        return self._inbox.receive(block_seconds, count)
 
-        Each client has a stream of its own, which its worker alone can write to.
-        """
-        block = max(1, round(block_seconds * 1000))
-        places = self._last or {self.keys.updates(""): FIRST}
-        pipe = self.redis.pipeline(transaction=False)
-        pipe.scard(self.keys.clients)
-        pipe.xread(cast(Any, places), count=count, block=block)
-        clients, streams = pipe.execute()
-        entries = self._received(_by_stream(streams))
-        if clients >= len(places):  # some have joined meanwhile, or since this store was made; none ever goes
-            new = {self.keys.updates(client): FIRST for client in ("", *self.clients())}
-            new = {stream: place for stream, place in new.items() if stream not in self._last}
-            self._last |= new
-            entries += self._received(_by_stream(self.redis.xread(cast(Any, new), count=count)))
-        return entries
+    def sweep(self, count: int = 32) -> list[Entry]:
+        """The next entries, as `Inbox.sweep`."""
+        return self._inbox.sweep(count)
 
     def unacknowledged(self) -> list[Entry]:
-        """Every entry that no script has acknowledged, oldest first: after a restart, the buffer and what is new.
-
-        An entry is acknowledged by its deletion, in the same step as what it led to. So these are the whole streams,
-        and `receive` goes on after them.
-        """
-        streams = [self.keys.updates(client) for client in ("", *self.clients())]
-        self._last = dict.fromkeys(streams, FIRST)
-        pipe = self.redis.pipeline(transaction=True)
-        for stream in streams:
-            pipe.xrange(stream)
-        return self._received(dict(zip(streams, pipe.execute(), strict=True)))
-
-    def _received(self, raw: Mapping[str, Any]) -> list[Entry]:
-        """The entries of several streams in the order in which they were written."""
-        entries = []
-        for stream, of_stream in raw.items():
-            client = stream.removeprefix(self.keys.updates_prefix)
-            entries += [(_moment(entry[0]), client, Entry.of(client, entry)) for entry in of_stream]
-            if of_stream:
-                self._last[stream] = of_stream[-1][0].decode()
-        return [entry for _, _, entry in sorted(entries, key=lambda e: e[:2])]
+        """Every entry that no script has acknowledged, as `Inbox.unacknowledged`."""
+        return self._inbox.unacknowledged()
 
     def report(self, kind: str, body: bytes) -> None:
         """Append an entry of the coordinator's own, such as a finished evaluation."""
         if self.authority:
             body = self.authority.seal_evaluation(body)
-        self.redis.xadd(self.keys.updates(""), {"kind": kind, "body": body})
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.xadd(self.keys.updates(""), {"kind": kind, "body": body})
+        pipe.publish(self.keys.bell, self.keys.updates(""))
+        pipe.execute()
 
     def _require_lead(self, answer: int) -> None:
         if answer == -1:

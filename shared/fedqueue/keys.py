@@ -111,6 +111,11 @@ class Keys:
         return f"{self.updates_prefix}{client}"
 
     @property
+    def bell(self) -> str:
+        """channel: names the stream of `updates` that has just got an entry; a hint, see `inbox.py`"""
+        return self._key("bell")
+
+    @property
     def ledger(self) -> str:
         """stream: one entry per version, rejection, abandonment and evaluation"""
         return self._key("ledger")

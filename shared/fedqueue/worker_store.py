@@ -61,12 +61,14 @@ class WorkerStore(Store):
             self.trust.enter(self.info())  # it may be another epoch by now
         client = registration.client
         said = self._sealed(JOINED, client, [], registration.pack())
-        return bool(self.script("register", [self.keys.site(client), self.keys.updates(client)], [self.token, said]))
+        keys = [self.keys.site(client), self.keys.updates(client)]
+        return bool(self.script("register", keys, [self.token, said, self.keys.bell]))
 
     def leave(self, clients: Sequence[str]) -> None:
         for client in clients:
             said = self._sealed(LEFT, client, [], b"")
-            self.script("leave", [self.keys.site(client), self.keys.updates(client)], [self.token, said])
+            keys = [self.keys.site(client), self.keys.updates(client)]
+            self.script("leave", keys, [self.token, said, self.keys.bell])
 
     def claim(self, job: str, lease_seconds: float, client: str = "") -> Claim:
         """Begin an attempt; raises JobClosed where the job has ended, which is counted for `client`."""
@@ -151,7 +153,7 @@ class WorkerStore(Store):
         reason: bytes = self.script(
             "post",
             [keys.job(job), keys.attempt(job), keys.site(client), keys.updates(client), keys.config, *chunks],
-            [job, claim.attempt, kind, body, claim.epoch],
+            [job, claim.attempt, kind, body, claim.epoch, keys.bell],
         )
         return reason.decode()
 

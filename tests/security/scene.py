@@ -47,7 +47,7 @@ class ScriptedStore(CoordinatorStore):
             self.steps.pop(0)()
         else:
             self.leave()
-        return super().receive(0.001, count)
+        return super().sweep(count)  # whoever forges an entry need not ring the bell
 
 
 class Scene:

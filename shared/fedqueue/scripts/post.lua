@@ -7,6 +7,7 @@
 -- KEYS[6…] the chunks of the payload (none for an ending)
 -- ARGV[1]  job, ARGV[2] number of the attempt, ARGV[3] kind ("update" | "ended"), ARGV[4] body (msgpack)
 -- ARGV[5]  epoch     in which the job was claimed
+-- ARGV[6]  bell      the channel on which the stream's name is published
 -- Returns "" where it was appended, or the reason why it was refused: closed, replayed, attempt, payload, old_epoch.
 -- A refused update's payload is deleted, but for a replayed one's: that is the payload of the update which was
 -- appended. What the entry says of the base is the record's, and its client is the stream's.
@@ -37,4 +38,5 @@ redis.call('HSET', KEYS[2], 'posted', 1, 'chunks', #KEYS - 5)
 if redis.call('HGET', KEYS[3], 'job') == ARGV[1] then redis.call('HDEL', KEYS[3], 'job') end
 redis.call('XADD', KEYS[4], '*', 'kind', ARGV[3], 'job', ARGV[1], 'attempt', ARGV[2], 'base', record[3],
            'body', ARGV[4])
+redis.call('PUBLISH', ARGV[6], KEYS[4])
 return ''
