@@ -116,12 +116,14 @@ CHOICES = {
         "--variant", "drift: aggregation.running_statistics=drift",
         "--variant", "frozen: aggregation.running_statistics=frozen",
     ),
-    "A smaller rate for CA²FL, where it diverged": (
-        *DIGITS[:-2], "--set", "task.options.scheme=iid", "--set", "aggregation.mode=ca2fl",
-        "--variant", "0.6: training.learning_rate=0.6",
-        "--variant", "0.3: training.learning_rate=0.3",
-        "--variant", "0.1: training.learning_rate=0.1",
-        "--variant", "0.6, server 0.5: training.learning_rate=0.6 server_optimizer.learning_rate=0.5",
+    "Why CA²FL diverged on IID digits with equal speeds": (
+        *DIGITS[:-2], "--set", "task.options.scheme=iid",
+        "--variant", "fedbuff, undamped: aggregation.staleness.function=constant training.learning_rate=0.6",
+        "--variant", "ca2fl: aggregation.mode=ca2fl training.learning_rate=0.6",
+        "--variant", "ca2fl, 0.1: aggregation.mode=ca2fl training.learning_rate=0.1",
+        "--variant", "ca2fl, 4 at once: aggregation.mode=ca2fl dispatch.concurrency=4 training.learning_rate=0.6",
+        "--variant", "ca2fl, server 0.5: aggregation.mode=ca2fl server_optimizer.learning_rate=0.5 "
+        "training.learning_rate=0.6",
     ),
 }  # fmt: skip
 """What a paper leaves open, or we looked at twice → the arguments of `fedqueue compare`."""

@@ -1,6 +1,7 @@
 """The server's step: a `torch.optim` optimizer over the flat parameters, with −Δ̄ as gradient.
 
-Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295. SGD at rate 1 without momentum is x ← x + Δ̄.
+Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295. SGD at rate 1 without momentum is x ← x + Δ̄, which
+is added directly.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ class ServerOptimizer:
         try_out(config)
         self._rates = learning_rates(config, version)
         self._model = model
+        self._optimizer: torch.optim.Optimizer | None = None
+        if is_plain(config):
+            return
         self._parameter = torch.nn.Parameter(model.parameters)  # shares the frame's memory
         self._optimizer = make_optimizer(
             config.name, [self._parameter], config.learning_rate, config.options, key="server_optimizer"
@@ -32,26 +36,35 @@ class ServerOptimizer:
 
     def step(self, step: Step) -> None:
         """Apply one version's step; `step.delta` is consumed."""
-        self._optimizer.param_groups[0]["lr"] = next(self._rates)
-        self._parameter.grad = step.delta.neg_()
-        self._optimizer.step()
-        self._parameter.grad = None
+        rate = next(self._rates)
+        if self._optimizer:
+            self._optimizer.param_groups[0]["lr"] = rate
+            self._parameter.grad = step.delta.neg_()
+            self._optimizer.step()
+            self._parameter.grad = None
+        else:
+            self._model.parameters.add_(step.delta, alpha=rate)
         self._model.buffers.copy_(step.buffers)
         self._model.counters.copy_(step.counters)
 
     @property
     def state(self) -> dict[str, torch.Tensor]:
         """The optimizer's tensors (momentum, second moments, step count), not copied."""
-        state = self._optimizer.state.get(self._parameter, {})
+        state = self._optimizer.state.get(self._parameter, {}) if self._optimizer else {}
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
         """The inverse of `state`; raises StoreError where it is one of another model."""
         for value in state.values():
-            if value.numel() not in (1, self._parameter.numel()):
+            if not self._optimizer or value.numel() not in (1, self._parameter.numel()):
                 raise StoreError("the server optimizer's state does not fit the model")
-        if state:
+        if self._optimizer and state:
             self._optimizer.state[self._parameter] = dict(state)
+
+
+def is_plain(config: ServerOptimizerConfig) -> bool:
+    """Whether the step is x ← x + ηΔ̄: SGD's own bits, in one pass, and without importing any optimizer."""
+    return config.name.lower() == "sgd" and not config.options
 
 
 def try_out(config: ServerOptimizerConfig) -> None:
@@ -60,6 +73,8 @@ def try_out(config: ServerOptimizerConfig) -> None:
     Raises ConfigurationError, for the schedule of the learning rate too.
     """
     next(learning_rates(config))
+    if is_plain(config):
+        return
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     optimizer = make_optimizer(config.name, [parameter], config.learning_rate, config.options, key="server_optimizer")

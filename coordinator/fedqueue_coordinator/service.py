@@ -27,7 +27,7 @@ from fedqueue.messages import Evaluation, Order
 from fedqueue.outage import Patience
 from fedqueue.store import chunks_of
 from fedqueue.task import Task
-from fedqueue.training import choose_device
+from fedqueue.training import choose_device, set_seed
 from fedqueue_coordinator.admission import TAMPERED
 from fedqueue_coordinator.catalogue import check_algorithms
 from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
@@ -98,7 +98,7 @@ class Coordinator:
         self._patience = Patience(lambda: self._paused or self._ending is not None, sleep)
         self.federation: Federation
         torch.set_num_threads(config.aggregation.threads)
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)
         self._module = task.model()
         check_algorithms(config)
         data = task.test_data()

@@ -18,15 +18,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from fedqueue.attempt import attempt
 from fedqueue.config import Config
 from fedqueue.errors import RunFailed
 from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Order
 from fedqueue.task import Task
-from fedqueue.training import choose_device
+from fedqueue.training import choose_device, set_seed
 from fedqueue_coordinator.dispatch import make_order
 from fedqueue_coordinator.evaluation import evaluate
 from fedqueue_coordinator.events import (
@@ -125,7 +123,7 @@ class Simulation:
         """(seconds, "begins", "arrives" or "waits", job) in the order in which it happened: a real run's script."""
         self._on_progress = on_progress
         self._device = choose_device(config.training.device)
-        torch.manual_seed(config.seed)
+        set_seed(config.seed)
         self._module = sites.task.model()
         first = Frame(Manifest.of(self._module))
         first.read(self._module)

@@ -12,6 +12,7 @@ from fedqueue.frame import Frame, make_update
 from fedqueue.messages import MAX_METRICS, Order, Update
 from fedqueue.store import chunks_of
 from fedqueue.task import Fit, Progress, Task
+from fedqueue.training import set_seed
 
 
 def attempt(
@@ -24,7 +25,7 @@ def attempt(
     """
     started = time.perf_counter()
     base.write(model)
-    torch.manual_seed(order.seed)
+    set_seed(order.seed)
     fit = task.fit(model, data, order.training, progress)
     seconds = time.perf_counter() - started
 

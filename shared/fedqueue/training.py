@@ -39,6 +39,18 @@ def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig,
     return Fit(task.examples(data), {"loss": total / batches} if batches else {})
 
 
+def set_seed(seed: int) -> None:
+    """Seed torch, as `torch.manual_seed`.
+
+    Where there is no accelerator, without asking for each kind of one: that imports a compiler at its first call and
+    notes a stack trace at every further one.
+    """
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def choose_device(name: str) -> torch.device:
     """The torch device of that name; `auto` is CUDA where there is one, else the CPU."""
     if name == "auto":

@@ -7,9 +7,12 @@ import oracle
 import pytest
 import torch
 from builders import make_frame, same_bits
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedqueue.aggregation_config import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError, StoreError
+from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
 from fedqueue_coordinator.aggregation import Step
 from fedqueue_coordinator.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.server_state import save_state
@@ -55,6 +58,25 @@ def test_each_optimizer_follows_its_update_rule_over_several_versions(name):
         server.step(step_of(delta))
         x = rule.step(x, np.array(delta))
         np.testing.assert_allclose(model.parameters.numpy(), x, rtol=1e-5, atol=1e-6)
+
+
+@given(
+    st.lists(st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 3), min_size=1, max_size=20),
+    st.floats(1e-3, 2.0),
+)
+def test_plain_step_has_the_bits_of_torch_s_sgd(rows, rate):
+    start, deltas = torch.tensor([row[0] for row in rows]), [torch.tensor([row[i] for row in rows]) for i in (1, 2)]
+    parameter = torch.nn.Parameter(start.clone())
+    sgd = torch.optim.SGD([parameter], lr=rate)
+    length = len(rows)
+    model = Frame(Manifest((Entry("w", "float32", (length,), 0, length, PARAMETER),)))
+    model.parameters.copy_(start)
+    server = ServerOptimizer(ServerOptimizerConfig(learning_rate=rate), model)
+    for delta in deltas:
+        parameter.grad = -delta
+        sgd.step()
+        server.step(Step(delta, model.buffers, model.counters))
+    assert model.parameters.numpy().tobytes() == parameter.detach().numpy().tobytes()
 
 
 def test_sgd_at_rate_one_is_plain_addition():

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import FrameType
 from typing import Any
 
@@ -55,6 +55,7 @@ class TrainingWorker(SimpleWorker):
     def __init__(self, *args: Any, round: Round, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.round = round
+        self._asked_for_suspension: datetime | None = None
 
     @property
     def should_run_maintenance_tasks(self) -> bool:
@@ -105,11 +106,34 @@ class TrainingWorker(SimpleWorker):
         assert job.started_at
         assert job.ended_at
         with self.connection.pipeline() as pipeline:
+            self.set_state(WorkerStatus.IDLE, pipeline)
             self.increment_successful_job_count(pipeline=pipeline)
             self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
             pipeline.delete(job.key)
             self.cleanup_execution(job, pipeline, execution)
             pipeline.execute()
+
+    def prepare_execution(self, job: Job) -> Execution:
+        """As RQ's, with what it does in `prepare_job_execution` right after, in one step."""
+        seconds = self.get_heartbeat_ttl(job)
+        with self.connection.pipeline() as pipeline:
+            execution = Execution.create(job, seconds, pipeline=pipeline, worker_name=self.name)
+            self.executions[execution.id] = execution
+            self.set_state(WorkerStatus.BUSY, pipeline)
+            job.prepare_for_execution(self.name, pipeline=pipeline)
+            pipeline.persist(job.key)
+            pipeline.lrem(Queue(job.origin, connection=self.connection).intermediate_queue_key, 1, job.id)
+            pipeline.execute()
+        return execution
+
+    def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
+        """Done."""
+
+    def check_for_suspension(self, burst: bool) -> None:
+        """As RQ's, which asks before each job: here `rq suspend` is heard within some seconds."""
+        if self._asked_for_suspension is None or now() - self._asked_for_suspension > RQ_HEARTBEAT:
+            self._asked_for_suspension = now()
+            super().check_for_suspension(burst)
 
     def set_state(self, state: str, pipeline: Pipeline | None = None) -> None:
         """As RQ's, which says it again and again."""
