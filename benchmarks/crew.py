@@ -92,8 +92,13 @@ class Crew:
 
 
 @contextlib.contextmanager
-def crew(nbytes: int, workers: int, settings: Sequence[str], clients: int = 0) -> Iterator[Crew]:
-    """`workers` processes serve `clients` (by default as many) and have begun to post updates."""
+def crew(
+    nbytes: int, workers: int, settings: Sequence[str], clients: int = 0, profile: Path | None = None
+) -> Iterator[Crew]:
+    """`workers` processes serve `clients` (by default as many) and have begun to post updates.
+
+    With `profile`, where the coordinator's CPU time goes is written there once the crew has ended.
+    """
     clients = clients or workers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
@@ -110,13 +115,15 @@ def crew(nbytes: int, workers: int, settings: Sequence[str], clients: int = 0) -
             "FEDQUEUE_SECURITY__OUTBOX": str(folder / "outbox"),
         }
 
-        def start(module: str, *arguments: str) -> int:
-            command = [sys.executable, "-m", module, *arguments, *sets]
+        def start(module: str, *arguments: str, program: Sequence[str] = ()) -> int:
+            command = [sys.executable, *(program or ("-m", module)), *arguments, *sets]
             process = processes.start(command, folder / f"{module}.log", environment)
             stack.callback(processes.stop, [process])
             return process.pid
 
-        coordinator = start("fedqueue_coordinator", "coordinator", str(config), "--output", str(folder / "out"))
+        profiled = [str(Path(__file__).parent / "profiled.py"), str(profile)] if profile else []
+        arguments = ["coordinator", str(config), "--output", str(folder / "out")]
+        coordinator = start("fedqueue_coordinator", *arguments, program=profiled)
         served = [[f"client-{c}" for c in range(w, clients, workers)] for w in range(workers)]
         pids = [
             start("fedqueue_worker", str(config), *(word for c in ids for word in ("--client", c))) for ids in served

@@ -15,6 +15,7 @@ import redis
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.connection import (
     Connection,
+    HiredisRespSerializer,
     PythonRespSerializer,
     SSLConnection,
     UnixDomainSocketConnection,
@@ -31,11 +32,22 @@ CONNECT_SECONDS = 5.0
 RETRIES = 6  # with backoff and jitter: about 10 s of absence
 
 
+class _Packer:
+    """hiredis's serializer, which is quick; for a command with a blob redis-py's Python one, which does not copy it."""
+
+    def __init__(self, for_blobs: PythonRespSerializer) -> None:
+        self._quick, self._for_blobs = HiredisRespSerializer(), for_blobs
+
+    def pack(self, *args: Any) -> list[bytes]:
+        serializer = self._for_blobs if any(type(arg) is memoryview for arg in args) else self._quick
+        return serializer.pack(*args)  # type: ignore[no-any-return]
+
+
 class _CopyFreePacker:
-    """Packs commands with redis-py's Python serializer: hiredis's own copies large arguments twice."""
+    """Packs commands so that a blob (a memoryview) goes out as it is."""
 
     def _construct_command_packer(self, packer: Any) -> Any:
-        return packer or PythonRespSerializer(self._buffer_cutoff, self.encoder.encode)  # type: ignore[attr-defined]
+        return packer or _Packer(PythonRespSerializer(self._buffer_cutoff, self.encoder.encode))  # type: ignore[attr-defined]
 
 
 class TcpConnection(_CopyFreePacker, Connection):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import redis
 import redis.connection
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fedqueue import connection
 from fedqueue.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, hurry, without_password
@@ -115,11 +117,20 @@ def test_server_that_answers_passes(fake_client):
 
 
 def test_large_arguments_are_not_copied_into_the_command():
-    """hiredis's packer copies them; the Python one hands large ones on as they are."""
+    """hiredis's packer would; so a blob makes the command one for the Python packer, which hands it on as it is."""
     made = connect("redis://host").connection_pool.make_connection()
     large = memoryview(bytes(100_000))
     packed = made.pack_command("SET", "key", large)
     assert any(part is large for part in packed)
+
+
+@given(st.lists(st.text(max_size=5) | st.binary(max_size=9) | st.integers() | st.floats(allow_nan=False), max_size=6))
+def test_both_packers_make_the_same_bytes(arguments):
+    made = connect("redis://host").connection_pool.make_connection()
+    quick = b"".join(made.pack_command("HSET", "key", *arguments))
+    with_blob = b"".join(map(bytes, made.pack_command("HSET", "key", *arguments, memoryview(b""))))
+    count, end = 2 + len(arguments), b"$0\r\n\r\n"
+    assert with_blob == quick.replace(b"*%d\r\n" % count, b"*%d\r\n" % (count + 1), 1) + end
 
 
 @pytest.mark.server

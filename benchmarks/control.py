@@ -1,0 +1,96 @@
+"""What an update costs without its bytes: a model of 1 KB, four workers whose training is instant.
+
+    python benchmarks/control.py [--quick] [--repeats 3] [--json FILE]
+
+Updates per second, the CPU time of coordinator, workers and server for each update, and where the coordinator's goes:
+the shares are those of a second federation whose coordinator runs under a profiler, the times are the first one's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pstats
+import statistics
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from crew import crew, spread
+
+WORKERS, BYTES = 4, 1_000
+MODES = {
+    "fedasync": ["aggregation.mode=fedasync"],
+    "fedbuff K=10": ["aggregation.mode=fedbuff", "aggregation.buffer_size=10"],
+}
+STEPS = {
+    "wait for entries and read them": ("coordinator_store.py", "receive"),
+    "open them: msgpack, signature, bounds": ("hearing.py", "hear"),
+    "free the slot, dispatch: one script": ("coordinator_store.py", "dispatch"),
+    "seal the order, hand it to RQ": ("service.py", "_enqueue"),
+    "read the payload, check its digest": ("coordinator_store.py", "read_payload"),
+    "admit, weigh, merge, step": ("federation.py", "handle"),
+    "publish: seal, blobs, one script": ("coordinator_store.py", "publish"),
+}
+
+
+def measure(mode: str, seconds: float, at_least: int) -> dict[str, float]:
+    with crew(BYTES, WORKERS, MODES[mode]) as running:
+        figures = running.measure(seconds, at_least)
+    return {
+        "per_second": figures.per_second,
+        "coordinator_ms": 1e3 * figures.coordinator_cpu / figures.updates,
+        "worker_ms": 1e3 * figures.worker_cpu / figures.updates,
+        "server_ms": 1e3 * figures.server_cpu / figures.updates,
+    }
+
+
+def shares(mode: str, seconds: float, at_least: int) -> dict[str, float]:
+    """Step → its part of the CPU time that the coordinator's main thread took in its loop."""
+    with tempfile.TemporaryDirectory() as folder:
+        profile = Path(folder) / "profile"
+        with crew(BYTES, WORKERS, MODES[mode], profile=profile) as running:
+            running.measure(seconds, at_least)
+        times = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
+    cumulative = {(Path(file).name, name): entry[3] for (file, _, name), entry in times.items()}
+    loop = cumulative["service.py", "_go_on"] - cumulative["service.py", "_begin"]
+    parts = {step: cumulative[place] / loop for step, place in STEPS.items()}
+    return {**parts, "the rest": 1 - sum(parts.values())}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| mode | updates/s | coordinator, ms of CPU | workers | server |", "|---|---|---|---|---|"]
+    for row in rows:
+        figures = [spread([f[key] for f in row["figures"]]) for key in row["figures"][0]]
+        lines.append(f"| {row['mode']} | {' | '.join(figures)} |")
+    lines += ["", f"| step | {' | '.join(row['mode'] for row in rows)} |", f"|---|{'---|' * len(rows)}"]
+    for step in rows[0]["shares"]:
+        whole = [statistics.median(f["coordinator_ms"] for f in row["figures"]) for row in rows]
+        parts = [f"{1e3 * ms * row['shares'][step]:.0f} µs" for ms, row in zip(whole, rows, strict=True)]
+        lines.append(f"| {step} | {' | '.join(parts)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one second each: shows that it works")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    repeats, seconds = (1, 1.0) if options.quick else (options.repeats, options.seconds)
+    rows: list[dict[str, Any]] = [
+        {
+            "mode": mode,
+            "figures": [measure(mode, seconds, at_least=20) for _ in range(repeats)],
+            "shares": shares(mode, seconds, at_least=20),
+        }
+        for mode in MODES
+    ]
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

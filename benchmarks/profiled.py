@@ -1,0 +1,22 @@
+"""Runs the `fedqueue` command line under a profiler of CPU time, and writes where it went when it ends.
+
+python benchmarks/profiled.py FILE coordinator CONFIG.toml …
+"""
+
+from __future__ import annotations
+
+import cProfile
+import sys
+import time
+
+from fedqueue_coordinator.cli import main
+
+if __name__ == "__main__":
+    out = sys.argv.pop(1)
+    profile = cProfile.Profile(time.thread_time)
+    profile.enable()
+    try:
+        main()
+    finally:
+        profile.disable()
+        profile.dump_stats(out)
