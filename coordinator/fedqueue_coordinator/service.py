@@ -24,10 +24,10 @@ from fedqueue.errors import Fenced, RunExists, SignatureError, StoreError, WireE
 from fedqueue.frame import Frame
 from fedqueue.messages import Evaluation, Order
 from fedqueue.outage import Patience
-from fedqueue.store import chunks_of
+from fedqueue.store import BlobBuffer, chunks_of
 from fedqueue.task import Task
 from fedqueue.training import choose_device
-from fedqueue_coordinator.admission import TAMPERED
+from fedqueue_coordinator.admission import MALFORMED, TAMPERED
 from fedqueue_coordinator.catalogue import check_algorithms
 from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
 from fedqueue_coordinator.checkpoint import Checkpoint, Checkpointer, load_checkpoint
@@ -60,7 +60,7 @@ from fedqueue_coordinator.lead import KeepLead
 from fedqueue_coordinator.ledger import abandoned_record, evaluation_record, rejected_record
 from fedqueue_coordinator.replay import REPLAY_FOLDER, keep_replay
 from fedqueue_coordinator.summary import Result
-from fedqueue_coordinator.takeover import as_buffer, orders_to_queue, registered, take_over
+from fedqueue_coordinator.takeover import as_buffer, most_bytes, orders_to_queue, registered, take_over
 
 log = structlog.get_logger("fedqueue.coordinator")
 
@@ -231,7 +231,7 @@ class Coordinator:
         for job in jobs:
             client = self.federation.open_jobs.get(job, "")
             record = abandoned_record(job, client, "lapsed", "", self.federation.version, self._now())
-            if client and self.store.close(job, record, self._model_chunks, if_lapsed=True):
+            if client and self.store.close(job, record, self._payload_chunks, if_lapsed=True):
                 log.warning("lease is over: job abandoned", job=job, client=client)
                 queueing.forget(self.store.redis, self.store.keys.queue(client), job)
                 self._handle(JobLapsed(job, client))
@@ -281,7 +281,7 @@ class Coordinator:
                 case Close(job, entry, record):
                     self._at("before close")
                     taken_back = not entry and record["reason"] in ("returned", "late")
-                    closed = self.store.close(job, record, self._model_chunks, entry, unless_posted=taken_back)
+                    closed = self.store.close(job, record, self._payload_chunks, entry, unless_posted=taken_back)
                     if taken_back and not closed and self.store.is_posted(job):
                         self._handle(JobStays(job, record["client"], record["reason"]))
                         continue
@@ -302,48 +302,52 @@ class Coordinator:
         queueing.enqueue(self.store.redis, self.store.keys.queue(order.client), order, sealed)
 
     @property
-    def _model_chunks(self) -> int:
-        return chunks_of(self.federation.model.manifest.nbytes)
+    def _payload_chunks(self) -> int:
+        return chunks_of(self.federation.up.largest)
 
     def _load(self, load: Load) -> None:
-        arrived, manifest = load.arrived, self.federation.model.manifest
-        frame = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
+        arrived = load.arrived
+        wire = np.empty(load.header.nbytes, np.uint8)
         try:
-            self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, frame.buffer)
+            self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, wire)
+            delta = self.federation.up.decode(wire)
             base = self._base(arrived.base) if load.with_base else None
         except StoreError as error:
             self._handle(UpdateUnreadable(load, str(error)))
             return
-        except SignatureError as error:
-            self._handle(UpdateUnreadable(load, str(error), TAMPERED))
+        except WireError as error:
+            reason = TAMPERED if isinstance(error, SignatureError) else MALFORMED
+            self._handle(UpdateUnreadable(load, str(error), reason))
             return
         self._at("after load")
-        self._handle(UpdateLoaded(load, frame, base))
+        self._handle(UpdateLoaded(load, delta, base))
 
     def _base(self, version: int) -> Frame:
         if version not in self._bases:
-            manifest = self.federation.model.manifest
-            frame = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
-            self.store.read_version(version, frame.buffer)
-            self._bases[version] = frame
+            self._bases[version] = self.store.read_model(version, self.federation.down)
         return self._bases[version]
 
     def _commit(self, commit: Commit) -> None:
         federation = self.federation
         merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for u in commit.merged]
         self._at("before commit")
+        wire = federation.down.encode(federation.model, commit.version)
         stored = self.store.publish(
-            commit.version, federation.model.buffer, as_buffer(federation.optimizer_state), commit.record,
+            commit.version, wire, as_buffer(federation.optimizer_state), commit.record,
             vars(federation.totals), merged, self.config.ledger.keep_payloads, federation.job_number,
+            most_bytes(federation),
         )  # fmt: skip
         self._at("after commit")
-        self._keep_base(stored)
+        self._keep_base(stored, wire)
 
-    def _keep_base(self, stored: set[int]) -> None:
-        """Keep a copy of the newest version where merging will need it, and of older ones while they are stored."""
-        if self.federation.needs_base:
+    def _keep_base(self, stored: set[int], wire: BlobBuffer | None = None) -> None:
+        """Where merging will need it, keep the newest version (`wire`) as workers get it, older ones while stored."""
+        federation = self.federation
+        if federation.needs_base:
             self._bases = {v: frame for v, frame in self._bases.items() if v in stored}
-            self._bases[self.federation.version] = self.federation.model.copy()
+            if wire is None:
+                wire = federation.down.encode(federation.model, federation.version)
+            self._bases[federation.version] = federation.down.decode(wire).whole().copy()
 
     def _report(self, evaluation: Evaluation) -> None:
         """Called on the evaluation's thread. One that an outage swallows is measured again by whoever goes on."""
@@ -373,7 +377,8 @@ class Coordinator:
         else:
             self._checkpointer.delete()
         kept = [0] if self.config.ledger.keep_payloads else []
-        store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, self._model_chunks, kept)
+        most = chunks_of(federation.down.largest)
+        store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, most, kept)
         return Result(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
 
     def _final_version(self) -> tuple[int, Frame]:

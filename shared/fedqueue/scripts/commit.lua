@@ -9,7 +9,8 @@
 -- ARGV[9]  chunks of a model, ARGV[10] chunks of the optimizer's state
 -- ARGV[11] keep      1: merged payloads are moved to "kept:" of their prefix, where no late post of a worker reaches them
 -- ARGV[12] prefix of attempt keys, ARGV[13] of streams
--- ARGV[14…] for each merged update: its stream's client, entry id, job, attempt, chunks
+-- ARGV[14] most chunks that a version may have, ARGV[15] or the payload of an update: compressed ones differ in size
+-- ARGV[16…] for each merged update: its stream's client, entry id, job, attempt
 -- Returns {1, versions still stored…}, {0} where the head is not what was expected, {-1} where another one leads,
 -- {-2} where a staged chunk is gone.
 -- A version stays stored while it is the head, some open job holds it as its base, or the coordinator itself does.
@@ -38,12 +39,12 @@ if head == version - 1 then
   redis.call('HSET', KEYS[2], 'version', version, 'totals', ARGV[4], 'state_chunks', ARGV[10], 'token', ARGV[1])
   redis.call('ZADD', KEYS[3], version, version)
   if ARGV[3] ~= '' then redis.call('XADD', KEYS[4], '*', 'record', ARGV[3]) end
-  for i = 14, #ARGV, 5 do
-    local client, entry, job, attempt, chunks = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], tonumber(ARGV[i + 4])
+  for i = 16, #ARGV, 4 do
+    local client, entry, job, attempt = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
     redis.call('XDEL', ARGV[13] .. client, entry)
     redis.call('UNLINK', ARGV[5] .. job, ARGV[12] .. job)
     redis.call('SREM', KEYS[5], job)
-    for chunk = 0, chunks - 1 do
+    for chunk = 0, tonumber(ARGV[15]) - 1 do
       local name = job .. ':' .. attempt .. ':' .. chunk
       if ARGV[11] == '1' and redis.call('EXISTS', ARGV[6] .. name) == 1 then
         redis.call('RENAME', ARGV[6] .. name, ARGV[6] .. 'kept:' .. name)
@@ -70,7 +71,7 @@ for _, old in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
     stored[#stored + 1] = tonumber(old)
   else
     redis.call('ZREM', KEYS[3], old)
-    for chunk = 0, tonumber(ARGV[9]) - 1 do redis.call('UNLINK', ARGV[7] .. old .. ':' .. chunk) end
+    for chunk = 0, tonumber(ARGV[14]) - 1 do redis.call('UNLINK', ARGV[7] .. old .. ':' .. chunk) end
   end
 end
 return stored
