@@ -19,6 +19,7 @@ from fedqueue.entries import Entry
 from fedqueue.errors import BlobMissing, Fenced, JobClosed, RunNotFound, StoreError
 from fedqueue.keys import RUNS
 from fedqueue.messages import Ending, Order, Registration, read
+from fedqueue.payload import Codec
 from fedqueue.store import Store, list_runs
 
 
@@ -128,7 +129,7 @@ def test_dethroned_leader_cannot_overwrite_the_version_of_its_successor(chunks, 
         run.publish(1, state=b"evil")
     version, model = successor.newest_model(Codec(run.manifest))
     assert version == 1
-    np.testing.assert_array_equal(model, good)
+    np.testing.assert_array_equal(model.buffer, good)
     assert successor.read_optimizer_state(1) == b"good"
 
 
@@ -362,7 +363,7 @@ def test_job_travels_from_dispatch_to_merge(chunks, run):
     assert run.coordinator.read_optimizer_state(1) == b"momentum"
     version, model = run.coordinator.newest_model(Codec(run.manifest))
     assert version == 1
-    np.testing.assert_array_equal(model, run.payload(1.0))
+    np.testing.assert_array_equal(model.buffer, run.payload(1.0))
 
 
 def test_posted_payload_stays_and_a_payload_that_was_never_posted_expires(chunks, run):
