@@ -9,7 +9,7 @@ from scene import RUN, Scene
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import SignatureError, StoreError
 from fedqueue.frame import Frame
-from fedqueue.payload import downward, upward
+from fedqueue.payload import Encoded, downward, upward
 from fedqueue_coordinator.audit import _books_of_store, audit, ok
 from fedqueue_coordinator.export import _newest
 
@@ -121,6 +121,22 @@ def test_only_one_version_and_no_payload_stays_whatever_their_sizes_are(redis_cl
         "model:4:1",
         "state:4:0",
     }
+
+
+@pytest.mark.parametrize(
+    "aggregation", [{"mode": "fedasync", "mixing": "delta"}, {"mode": "fedbuff", "buffer_size": 1}]
+)
+@pytest.mark.parametrize("up", ["float16", "int8", "topk", "randomk"])
+def test_update_is_never_decoded_as_a_whole_to_be_merged(fake_client, tmp_path, monkeypatch, aggregation, up):
+    scene = Compressed(fake_client, tmp_path, aggregation=aggregation, compression={"up": up, "up_lossless": "zstd"})
+    site = scene.site("c0")
+
+    def whole(self):
+        raise AssertionError("a float32 temporary as large as the model")
+
+    monkeypatch.setattr(Encoded, "whole", whole)
+    scene.play(site.join, lambda: scene.post(site), lambda: scene.post(site))
+    assert scene.version == 2
 
 
 @pytest.mark.parametrize(
