@@ -187,7 +187,8 @@ def main() -> None:
             row = []
             for attack, hostile in cases:
                 got = [accuracy(defence, attack, hostile, scheme, seed, chosen.updates) for seed in range(chosen.seeds)]
-                row.append(f"{100 * statistics.mean(got):.1f}")
+                spread = f" ± {100 * statistics.stdev(got):.1f}" if len(got) > 1 else ""
+                row.append(f"{100 * statistics.mean(got):.1f}{spread}")
             print(f"| {defence} | {' | '.join(row)} |")
             sys.stdout.flush()
 

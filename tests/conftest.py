@@ -143,10 +143,10 @@ class SampleRun:
         return claim
 
     def publish(self, version: int, merged: list[Entry] | None = None, state: bytes = b"") -> set[int]:
-        record = {"kind": "version", "version": version, "merged": []} if version else None
+        records = [{"kind": "version", "version": version, "merged": []}] if version else []
         model = self.payload(float(version))
         return self.coordinator.publish(
-            version, model, np.frombuffer(state, np.uint8), record, {"updates": version}, merged or []
+            version, model, np.frombuffer(state, np.uint8), records, {"updates": version}, merged or []
         )
 
     def updates(self) -> list[Entry]:

@@ -17,6 +17,7 @@ from fedqueue_coordinator.ca2fl import ca2fl
 from fedqueue_coordinator.fadas import fadas
 from fedqueue_coordinator.own_code import load_own
 from fedqueue_coordinator.robust import make_rule, robust_fedbuff
+from fedqueue_coordinator.running_statistics import with_running_statistics
 from fedqueue_coordinator.server_optimizer import try_out
 from fedqueue_coordinator.staleness import Staleness, constant, make_staleness
 
@@ -83,7 +84,7 @@ def make_aggregator(config: Config) -> Aggregator:
         raise ConfigurationError("aggregation.options", options, f"{mode}: {error}") from error
     if own:
         _require_agreement(config, aggregator)
-    return aggregator
+    return with_running_statistics(aggregator, config.aggregation.running_statistics)
 
 
 def check_algorithms(config: Config) -> None:
@@ -105,5 +106,6 @@ def _require_agreement(config: Config, made: object) -> None:
         raise ConfigurationError("aggregation.mode", mode, f"must make an Aggregator, it made a {type(made).__name__}")
     if made.buffer_size != config.buffer_size:
         raise ConfigurationError("aggregation.buffer_size", config.buffer_size, f"{mode} merges {made.buffer_size}")
-    if made.needs_base != config.keeps_bases:
-        raise ConfigurationError("aggregation.needs_base", config.keeps_bases, f"{mode} says {made.needs_base}")
+    if made.needs_base != config.aggregation.needs_base:
+        expected = config.aggregation.needs_base
+        raise ConfigurationError("aggregation.needs_base", expected, f"{mode} says {made.needs_base}")

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import redis
@@ -20,14 +21,15 @@ from fedqueue import queueing
 from fedqueue.config import Config
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.entries import Entry
-from fedqueue.errors import Fenced, RunExists, SignatureError, StoreError, WireError
+from fedqueue.errors import Fenced, SignatureError, StoreError, WireError
 from fedqueue.frame import Frame
 from fedqueue.messages import Evaluation, Order
 from fedqueue.outage import Patience
-from fedqueue.store import BlobBuffer, chunks_of
+from fedqueue.store import chunks_of
 from fedqueue.task import Task
 from fedqueue.training import choose_device
 from fedqueue_coordinator.admission import MALFORMED, TAMPERED
+from fedqueue_coordinator.bases import Bases
 from fedqueue_coordinator.catalogue import check_algorithms
 from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
 from fedqueue_coordinator.checkpoint import Checkpoint, Checkpointer, load_checkpoint
@@ -56,7 +58,7 @@ from fedqueue_coordinator.events import (
 )
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.hearing import Hearing, reason_of
-from fedqueue_coordinator.lead import KeepLead
+from fedqueue_coordinator.lead import KeepLead, take_the_lead
 from fedqueue_coordinator.ledger import abandoned_record, evaluation_record, rejected_record
 from fedqueue_coordinator.replay import REPLAY_FOLDER, keep_replay
 from fedqueue_coordinator.summary import Result
@@ -64,6 +66,7 @@ from fedqueue_coordinator.takeover import as_buffer, most_bytes, orders_to_queue
 
 log = structlog.get_logger("fedqueue.coordinator")
 
+MOST_MADE = 32  # versions that are made before they are published
 LONGEST_WAIT = 1.0  # seconds; a blocked read ends at once when there is work, this bounds how long a signal waits
 
 
@@ -89,11 +92,12 @@ class Coordinator:
         self._next_watch = 0.0
         self._ending: Stop | None = None
         self._paused = False
-        self._bases: dict[int, Frame] = {}  # versions that open jobs may have trained from, where merging needs them
+        self._made: list[Commit] = []  # versions that were made and are not published yet
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILE, config.checkpoint.seconds)
         self._hearing = Hearing(store.authority)
         self._patience = Patience(lambda: self._paused or self._ending is not None, sleep)
         self.federation: Federation
+        self._bases: Bases
         torch.set_num_threads(config.aggregation.threads)
         torch.manual_seed(config.seed)
         self._module = task.model()
@@ -133,7 +137,8 @@ class Coordinator:
 
     def _lead(self, standby: bool) -> Result | None:
         try:
-            if not self._take_the_lead(standby):
+            path, stopped = self._checkpointer.path, lambda: self._paused or self._ending is not None
+            if not take_the_lead(self.store, self.config, path.exists, standby, stopped, self._sleep):
                 return None
             with KeepLead(self.store.renew_lead, self.config.dispatch.leader_seconds):
                 return self._go_on()
@@ -147,6 +152,7 @@ class Coordinator:
     def _go_on(self) -> Result | None:
         self._begin()
         while not (self.federation.stopped or self._paused):
+            self._publish()
             for entry in self.store.receive(self._wait_seconds()):
                 self._take(entry)
             self._watch()
@@ -158,27 +164,6 @@ class Coordinator:
 
     # Beginning
 
-    def _take_the_lead(self, standby: bool) -> bool:
-        """Wait for the lead; False where told to stop. Without `standby`, only as long as a dead leader holds it."""
-        lease = self.config.dispatch.leader_seconds
-        waited = 0.0
-        seen = False
-        while True:
-            exists = self.store.exists()
-            seen = seen or exists
-            # A run that was here and is gone is for whoever has its checkpoint, not to be started from nothing.
-            if (exists or not seen or self._checkpointer.path.exists()) and self.store.lead(lease):
-                break
-            if self._paused or self._ending:
-                return False
-            if not waited:
-                log.info("another coordinator leads this run: waiting", run=self.config.name, standby=standby)
-            if not standby and waited > 2 * lease:
-                raise RunExists(self.config.name, "is led by another coordinator (--standby waits for it to end)")
-            self._sleep(lease / 20)
-            waited += lease / 20
-        return True
-
     def _begin(self) -> None:
         store = self.store
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
@@ -187,8 +172,8 @@ class Coordinator:
         )
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
-        self._bases = {}
-        self._keep_base(set(store.stored_versions()))
+        self._made = []
+        self._bases = Bases(store, self.federation)
         for order in orders_to_queue(store):  # a job that is in its queue already is left alone
             self._enqueue(order)
         for entry in store.unacknowledged():
@@ -219,6 +204,7 @@ class Coordinator:
         self.store.renew_lead(dispatch.leader_seconds)
         self._patience.succeeded()
         if self._checkpointer.due(self._now()):
+            self._publish()
             self._checkpointer.start(Checkpoint.of(self.federation, self.store.ledger()), self._now())
         for client in [client for client in self.federation.clients if not self._hearing.believes(client)]:
             log.warning("client was revoked", client=client)
@@ -244,7 +230,7 @@ class Coordinator:
             log.warning("an entry of the updates stream does not count", entry=entry.id, error=str(error))
             arrived = UpdateArrived(entry.id, entry.job, entry.attempt, entry.client, entry.base, entry.body)
             record = rejected_record(arrived, reason_of(error), str(error), self.federation.version, self._now())
-            self.store.note(entry.id, record)
+            self._note(entry.id, record)
             return
         match event:
             case JobEnded(client=client, reason=reason, error=detail) if detail:
@@ -255,7 +241,7 @@ class Coordinator:
                 log.info("client left", client=client)
                 event = ClientLeft(client, keeps_job=self.store.is_served(client))
             case Evaluated(version, metrics):
-                self.store.note(entry.id, evaluation_record(version, metrics, self._now()))
+                self._note(entry.id, evaluation_record(version, metrics, self._now()))
         self._handle(event)
         if isinstance(event, ClientJoined | ClientLeft):
             self.store.note(entry.id, None)
@@ -269,6 +255,8 @@ class Coordinator:
         for action in actions:
             match action:
                 case Dispatch():
+                    if self.config.barrier:
+                        self._publish()  # the round that begins trains from it
                     order = make_order(self.config, action)
                     self._at("before dispatch")
                     self.store.dispatch(order, action.number, self.config.dispatch.lease_seconds)
@@ -277,8 +265,11 @@ class Coordinator:
                 case Load():
                     self._load(action)
                 case Commit():
-                    self._commit(action)
+                    self._made.append(action)
+                    if len(self._made) >= MOST_MADE:
+                        self._publish()
                 case Close(job, entry, record):
+                    self._publish()
                     self._at("before close")
                     taken_back = not entry and record["reason"] in ("returned", "late")
                     closed = self.store.close(job, record, self._payload_chunks, entry, unless_posted=taken_back)
@@ -290,11 +281,13 @@ class Coordinator:
                     if record["kind"] == "rejected":
                         log.warning("update rejected", client=record["client"], reason=record["reason"])
                 case Note(entry, record):
-                    self.store.note(entry, record)
+                    self._note(entry, record)
                 case Evaluate(version):
                     assert self._evaluator is not None
+                    self._publish()
                     self._evaluator.start(version, self.federation.model)
                 case Stop(because):
+                    self._publish()
                     log.info("stopping", because=because)
 
     def _enqueue(self, order: Order) -> None:
@@ -311,7 +304,7 @@ class Coordinator:
         try:
             self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, wire)
             delta = self.federation.up.decode(wire)
-            base = self._base(arrived.base) if load.with_base else None
+            base = self._bases.of(arrived.base) if load.with_base else None
         except StoreError as error:
             self._handle(UpdateUnreadable(load, str(error)))
             return
@@ -322,32 +315,32 @@ class Coordinator:
         self._at("after load")
         self._handle(UpdateLoaded(load, delta, base))
 
-    def _base(self, version: int) -> Frame:
-        if version not in self._bases:
-            self._bases[version] = self.store.read_model(version, self.federation.down)
-        return self._bases[version]
+    def _publish(self) -> None:
+        """Commit the versions that were made: one step for all that came out of the entries read at once.
 
-    def _commit(self, commit: Commit) -> None:
-        federation = self.federation
-        merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for u in commit.merged]
+        Only the last of them is stored. What a worker could see in between is the version before them; and whoever
+        goes on after a crash finds none of their updates acknowledged, and makes the same versions again.
+        """
+        if not self._made:
+            return
+        federation, made = self.federation, self._made
+        merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for m in made for u in m.merged]
         self._at("before commit")
-        wire = federation.down.encode(federation.model, commit.version)
+        wire = federation.down.encode(federation.model, made[-1].version)
         stored = self.store.publish(
-            commit.version, wire, as_buffer(federation.optimizer_state), commit.record,
-            vars(federation.totals), merged, self.config.ledger.keep_payloads, federation.job_number,
-            most_bytes(federation),
+            made[-1].version, wire, as_buffer(federation.optimizer_state),
+            [m.record for m in made], vars(federation.totals), merged, self.config.ledger.keep_payloads,
+            federation.job_number, most_bytes(federation),
         )  # fmt: skip
+        self._made = []
         self._at("after commit")
-        self._keep_base(stored, wire)
+        self._bases.published(stored, wire)
 
-    def _keep_base(self, stored: set[int], wire: BlobBuffer | None = None) -> None:
-        """Where merging will need it, keep the newest version (`wire`) as workers get it, older ones while stored."""
-        federation = self.federation
-        if federation.needs_base:
-            self._bases = {v: frame for v, frame in self._bases.items() if v in stored}
-            if wire is None:
-                wire = federation.down.encode(federation.model, federation.version)
-            self._bases[federation.version] = federation.down.decode(wire).whole().copy()
+    def _note(self, entry: str, record: Mapping[str, Any] | None) -> None:
+        """Acknowledge an entry; what the ledger says of it comes after the versions that were made before."""
+        if record:
+            self._publish()
+        self.store.note(entry, record)
 
     def _report(self, evaluation: Evaluation) -> None:
         """Called on the evaluation's thread. One that an outage swallows is measured again by whoever goes on."""

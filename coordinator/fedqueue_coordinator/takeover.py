@@ -56,7 +56,7 @@ def take_over(
         store.hold_version(0)
     wire = federation.down.encode(federation.model, 0)
     state = as_buffer(federation.optimizer_state)
-    store.publish(0, wire, state, None, vars(Totals()), [], most_bytes=most_bytes(federation))
+    store.publish(0, wire, state, [], vars(Totals()), [], most_bytes=most_bytes(federation))
     return federation
 
 
@@ -143,7 +143,7 @@ def _new_epoch(
         checkpoint.version,
         federation.down.encode(federation.model, checkpoint.version),
         as_buffer(federation.optimizer_state),
-        None,
+        [],
         checkpoint.totals,
         [],
         job_number=checkpoint.job_number,

@@ -11,6 +11,7 @@ from fedqueue.entrypoint import is_entrypoint
 from fedqueue.sections import Count, NonNegative, Positive, Section
 
 MODES = ("fedasync", "fedbuff", "fedavg", "fadas", "ca2fl")
+RunningStatistics = Literal["mean", "drift", "frozen"]
 STALENESS_FUNCTIONS = ("constant", "polynomial", "hinge", "exponential")
 
 
@@ -94,6 +95,9 @@ class AggregationConfig(Section):
     """FedBuff: divide by K, as the paper does, or by the sum of the weights."""
     weight_by_examples: bool = False
     """FedBuff, FADAS: weigh each update by its number of examples too; FedAvg always does."""
+    running_statistics: RunningStatistics = "mean"
+    """BatchNorm's and other floating buffers: the clients' values (`mean`), their changes (`drift`), or version 0's
+    (`frozen`)."""
     needs_base: bool = False
     """An algorithm of your own: it reads the base versions of updates, so they stay stored."""
     max_staleness: int = Field(default=100, ge=0)

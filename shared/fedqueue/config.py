@@ -259,9 +259,11 @@ class Config(Section):
     @property
     def keeps_bases(self) -> bool:
         """Whether the merge reads the base versions of open jobs, so that they must stay stored."""
-        mode = self.aggregation.mode
-        return (mode == "fedasync" and self.aggregation.mixing == "model") or (
-            mode not in MODES and self.aggregation.needs_base
+        settings = self.aggregation
+        return (
+            settings.running_statistics == "drift"
+            or (settings.mode == "fedasync" and settings.mixing == "model")
+            or (settings.mode not in MODES and settings.needs_base)
         )
 
     @property

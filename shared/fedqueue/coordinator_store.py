@@ -159,7 +159,7 @@ class CoordinatorStore(Store):
         version: int,
         model: BlobBuffer,
         optimizer_state: BlobBuffer,
-        record: Mapping[str, Any] | None,
+        records: Sequence[Mapping[str, Any]],
         totals: Mapping[str, Any],
         merged: Sequence[Entry],
         keep_payloads: bool = False,
@@ -169,7 +169,9 @@ class CoordinatorStore(Store):
         """Stage the version's blobs under this leader's own keys, then commit them with all that belongs to them.
 
         `most_bytes`: of any version, and of an update's payload, where they differ in size; else they are as `model`.
-        Returns the versions that are still stored. Raises Fenced, or StoreError where the head is another one.
+        `records` are those of the ledger, one for each version since the head: only the last of these is stored, for
+        nobody could have seen the others. `merged` are the updates in all of them. Returns the versions that are still
+        stored. Raises Fenced, or StoreError where the head is another one.
         """
         keys = self.keys
         staged = keys.staged_model(self.token), keys.staged_state(self.token)
@@ -188,10 +190,11 @@ class CoordinatorStore(Store):
             "commit",
             [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.held],
             [
-                self.token, version, self._with_token(record), msgpack.packb(totals),
+                self.token, version, len(records), msgpack.packb(totals),
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
-                most_model + 1, most_payload, *merged_args,
+                most_model + 1, most_payload,
+                *(msgpack.packb({**record, "token": self.token}) for record in records), *merged_args,
             ],
         )  # fmt: skip
         if answer[0] != 1:
@@ -204,9 +207,6 @@ class CoordinatorStore(Store):
         if answer[0] == 0:
             raise StoreError(f"version {version} does not follow the head of run {self.run!r}")
         return set(map(int, answer[1:]))
-
-    def _with_token(self, record: Mapping[str, Any] | None) -> bytes:
-        return b"" if record is None else msgpack.packb({**record, "token": self.token})
 
     def hold_version(self, version: int) -> None:
         """Keep a version stored whatever is committed after it."""

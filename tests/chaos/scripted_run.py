@@ -6,6 +6,7 @@ reaches Redis any more.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ def make_config(**sections: Any) -> Config:
 class Workers:
     """Post the updates of all jobs in the order of their numbers: what a job posts depends on its number alone."""
 
-    def __init__(self, client: redis.Redis, config: Config) -> None:
-        self._store = WorkerStore(client, config.name, "workers")
+    def __init__(self, client: redis.Redis, config: Config, together: int = 1) -> None:
+        """`together` updates are posted before the coordinator looks."""
+        self._store, self._together = WorkerStore(client, config.name, "workers"), together
         self._claims: dict[str, Claim] = {}
         self._versions = config.stop.versions
         self._manifest = Manifest.of(SmallTask().model())
@@ -69,7 +71,7 @@ class Workers:
             self._store.register(Registration(client=name, examples=EXAMPLES))
 
     def act(self) -> None:
-        """Claim the jobs whose turn comes soon, and post the one whose turn it is. When the run ends, nobody acts."""
+        """Claim the jobs whose turn comes soon, and post those whose turn it is. When the run ends, nobody acts."""
         if self._over:
             return
         queued = sorted(
@@ -80,8 +82,9 @@ class Workers:
         for job in queued:
             if job not in self._claims and len(self._claims) <= AHEAD:
                 self._claims[job] = self._store.claim(job, 3600)
-        for job in sorted(self._claims)[:1]:
+        for job in sorted(self._claims)[: self._together]:
             claim = self._claims.pop(job)
+            _next_millisecond()
             refused = self._post(claim, int(job.split("-")[-2]))
             assert refused == "", refused
             for name in CLIENTS:
@@ -107,6 +110,13 @@ class Workers:
             frame.floats[0] = float("nan")  # is rejected
         buffer = frame.buffer
         return self._store.post(claim, Update(examples=EXAMPLES, nbytes=buffer.nbytes, chunks=1, seconds=0.1), buffer)
+
+
+def _next_millisecond() -> None:
+    """Entries of one millisecond are read in the order of their clients, and runs may differ in whose job it is."""
+    now = time.time_ns() // 1_000_000
+    while time.time_ns() // 1_000_000 == now:
+        pass
 
 
 class Mortal(StoreWithPoints):
@@ -149,10 +159,10 @@ def lead(client: redis.Redis, workers: Workers | None, config: Config, folder: P
 
 
 def run_to_the_end(
-    client: redis.Redis, config: Config, folder: Path, deaths: list[Callable[[str], None]]
+    client: redis.Redis, config: Config, folder: Path, deaths: list[Callable[[str], None]], together: int = 1
 ) -> tuple[Result, int]:
     """Coordinators one after another, the first ones with a death of their own; returns how many of them died."""
-    workers = Workers(client, config)
+    workers = Workers(client, config, together)
     died = 0
     for at in [*deaths, lambda point: None]:
         try:

@@ -88,10 +88,10 @@ def write_results_without_picture(folder: Path, config: Config, result: Result) 
         write_results(folder, config, result)
 
 
-def check_every_death(client: redis.Redis, folder: Path, config: Config, names: Any = None) -> int:
+def check_every_death(client: redis.Redis, folder: Path, config: Config, names: Any = None, together: int = 1) -> int:
     """Die at each passage of each point (or of those in `names`); returns how many deaths there were."""
     counted = Script()
-    uninterrupted, _ = run_to_the_end(client, config, folder / "whole", [counted])
+    uninterrupted, _ = run_to_the_end(client, config, folder / "whole", [counted], together)
     expected = essence(uninterrupted)
     audited(uninterrupted, config, folder / "whole")
     deaths = 0
@@ -99,7 +99,7 @@ def check_every_death(client: redis.Redis, folder: Path, config: Config, names: 
         for passage in range(1, times + 1) if names is None or point in names else ():
             client.flushall()
             place = folder / f"{point} {passage}".replace(" ", "-")
-            result, died = run_to_the_end(client, config, place, [Script(point, passage)])
+            result, died = run_to_the_end(client, config, place, [Script(point, passage)], together)
             assert died == 1
             assert essence(result) == expected, f"killed {point}, passage {passage}"
             audited(result, config, place)
@@ -112,6 +112,39 @@ def test_coordinator_killed_at_any_point_of_a_commit_changes_no_bit(fake_client,
     config = make_config(**MODES[mode])
     names = {"between blobs", "before commit.lua", "after commit.lua", "after load"}
     assert check_every_death(fake_client, tmp_path, config, names) >= 10
+
+
+def test_coordinator_killed_while_versions_wait_for_one_commit_changes_no_bit_of_them(fake_client, tmp_path):
+    """Two of the three updates that are posted at once make the two versions; the third is handed back."""
+    config = make_config(**{**MODES["fedasync"], "stop": {"versions": 2}})
+    counted = Script()
+    whole, _ = run_to_the_end(fake_client, config, tmp_path / "whole", [counted], together=3)
+    assert counted.passed["before commit.lua"] == 2, "version 0, then both"
+    for point, passage in (("after load", 2), ("between blobs", 2), ("before commit.lua", 2), ("after commit.lua", 2)):
+        fake_client.flushall()
+        result, died = run_to_the_end(fake_client, config, tmp_path / point, [Script(point, passage)], together=3)
+        assert died == 1
+        audited(result, config, tmp_path / point)
+        model, records = essence(result)
+        assert model == essence(whole)[0]
+        assert versions_in(records) == versions_in(essence(whole)[1])
+
+
+def versions_in(records: list[Any]) -> list[Any]:
+    return [record for record in records if record["kind"] == "version"]
+
+
+def test_run_of_several_updates_at_once_is_whole_wherever_its_coordinator_is_killed(fake_client, tmp_path):
+    """Which base a later job has depends on when its worker claims it; the audit replays whatever came of it."""
+    config = make_config(**{**MODES["fedasync"], "stop": {"versions": 6}})
+    counted = Script()
+    run_to_the_end(fake_client, config, tmp_path / "counted", [counted], together=3)
+    for passage in range(2, counted.passed["before commit.lua"] + 1):
+        fake_client.flushall()
+        place = tmp_path / str(passage)
+        result, died = run_to_the_end(fake_client, config, place, [Script("before commit.lua", passage)], together=3)
+        assert (died, result.version) == (1, 6)
+        audited(result, config, place)
 
 
 @pytest.mark.parametrize("mode", FURTHER)

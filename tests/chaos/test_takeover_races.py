@@ -61,7 +61,7 @@ def test_kept_payload_survives_a_late_duplicate_of_its_post(run):
         1,
         run.payload(),
         run.payload()[:0],
-        {"kind": "version", "version": 1, "merged": []},
+        [{"kind": "version", "version": 1, "merged": []}],
         {},
         [entry],
         keep_payloads=True,

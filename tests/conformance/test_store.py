@@ -124,7 +124,7 @@ def test_dethroned_leader_cannot_overwrite_the_version_of_its_successor(chunks, 
     """It writes its blobs before the commit that is refused: they must not be the successor's."""
     successor = dethroned(run)
     good = run.payload(7.0)
-    successor.publish(1, good, np.frombuffer(b"good", np.uint8), {"kind": "version"}, {}, [])
+    successor.publish(1, good, np.frombuffer(b"good", np.uint8), [{"kind": "version"}], {}, [])
     with pytest.raises(Fenced):
         run.publish(1, state=b"evil")
     version, model = successor.newest_model(Codec(run.manifest))
@@ -138,7 +138,7 @@ def test_what_a_leader_staged_before_it_died_expires_and_goes_with_the_next_comm
     run.coordinator.write_blob(run.keys.staged_state(1), run.payload(), 60)
     successor = dethroned(run)
     state = np.zeros(run.manifest.nbytes, np.uint8)
-    successor.publish(1, run.payload(), state, {"kind": "version"}, {}, [])
+    successor.publish(1, run.payload(), state, [{"kind": "version"}], {}, [])
     assert not [name for name in run.names() if "staged" in name]
 
 
@@ -622,12 +622,39 @@ def test_commit_repeated_by_the_same_leader_changes_nothing(run):
     assert run.coordinator.info().version == 1
 
 
+def several(run, last, records, merged):
+    lines = [{"kind": "version", "version": last - i, "merged": []} for i in reversed(range(records))]
+    none = np.zeros(0, np.uint8)
+    return run.coordinator.publish(last, run.payload(float(last)), none, lines, {"updates": last}, merged)
+
+
+def test_versions_that_nobody_could_see_are_recorded_and_only_the_last_of_them_is_stored(run):
+    run.join()
+    for number, client in ((1, "c0"), (2, "c0"), (3, "c0")):
+        run.posted(number, client)
+    updates = run.updates()
+    assert several(run, 3, 3, updates) == {3}
+    assert [r["version"] for r in run.coordinator.ledger()] == [1, 2, 3]
+    assert run.updates() == []
+    assert run.coordinator.info().version == 3
+    assert run.coordinator.stored_versions() == [3]
+    assert several(run, 3, 3, updates) == {3}, "its answer was lost: it is said again, and nothing changes"
+    assert [r["version"] for r in run.coordinator.ledger()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(("last", "records"), [(2, 1), (3, 2), (2, 3), (5, 1)])
+def test_versions_that_do_not_begin_after_the_head_are_refused(run, last, records):
+    with pytest.raises(StoreError, match="does not follow"):
+        several(run, last, records, [])
+    assert run.coordinator.ledger() == []
+
+
 def test_commit_of_its_predecessors_version_by_a_successor_is_refused(run):
     """The successor starts from the head, so it never commits that version again."""
     run.publish(1)
     successor = dethroned(run)
     with pytest.raises(StoreError):
-        successor.publish(1, run.payload(), np.zeros(0, np.uint8), {"kind": "version"}, {}, [])
+        successor.publish(1, run.payload(), np.zeros(0, np.uint8), [{"kind": "version"}], {}, [])
 
 
 def test_commit_whose_staged_chunks_expired_is_refused_before_anything_changes(chunks, run, monkeypatch):
@@ -715,7 +742,7 @@ def test_newest_model_that_stays_missing_is_an_error(run):
 def test_kept_payload_of_a_merged_update_is_moved_where_no_late_post_reaches_it(chunks, run):
     claim = run.posted()
     empty = np.zeros(0, np.uint8)
-    run.coordinator.publish(1, run.payload(), empty, {"kind": "version"}, {}, run.updates(), keep_payloads=True)
+    run.coordinator.publish(1, run.payload(), empty, [{"kind": "version"}], {}, run.updates(), keep_payloads=True)
     assert run.post(run.worker(), claim, value=9.0) == "closed"
     kept = np.zeros(run.manifest.nbytes, np.uint8)
     run.coordinator.read_blob(run.keys.kept_payload(claim.job, claim.attempt), kept)
@@ -734,7 +761,7 @@ def new_epoch(run, version=5):
     run.coordinator.restore(version, 40, [{"kind": "version", "version": version}, {"kind": "epoch", "epoch": 1}])
     assert not run.coordinator.exists()
     empty = np.zeros(0, np.uint8)
-    run.coordinator.publish(version, run.payload(float(version)), empty, None, {"updates": 9}, [])
+    run.coordinator.publish(version, run.payload(float(version)), empty, [], {"updates": 9}, [])
 
 
 def test_restored_run_goes_on_from_its_version_with_its_ledger_and_job_number(run):

@@ -170,7 +170,7 @@ def test_code_that_a_configuration_in_redis_names_is_not_run(fake_client, monkey
     store = CoordinatorStore(fake_client, config.name, "me")
     assert store.lead(60)
     store.create(config.model_dump_json(), MANIFEST, 0, config.clients.ids)
-    store.publish(0, make_frame().buffer, np.empty(0, np.uint8), None, {}, [])
+    store.publish(0, make_frame().buffer, np.empty(0, np.uint8), [], {}, [])
     monkeypatch.setattr("fedqueue_coordinator.audit.servers", lambda url: [SimpleNamespace(client=fake_client)])
     (replayed_,) = [check for check in audit(read_books(config.name, "")) if "same bits" in check.says]
     assert "audit the folder of the run's results" in replayed_.skipped

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from fedqueue.aggregation_config import ServerOptimizerConfig
+from fedqueue.aggregation_config import FilterConfig
 from fedqueue.config import parse_config
 from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
 from fedqueue_coordinator.aggregation import Contribution
 from fedqueue_coordinator.catalogue import make_aggregator
+from fedqueue_coordinator.outliers import OutlierFilter
 from fedqueue_coordinator.server_optimizer import ServerOptimizer
 
 LENGTH = 9_000_000  # 36 MB: what is larger than 32 MB, malloc gives back at once
@@ -28,39 +29,65 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / (4 * LENGTH)
 
 
-def settings(mode, **aggregation):
+def configured(mode, server, **aggregation):
     tree = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}, "clients": {"count": 20}}
-    return parse_config({**tree, "aggregation": {"mode": mode, "buffer_size": K, **aggregation}})
+    aggregation = {"mode": mode, "buffer_size": K, **aggregation}
+    return parse_config({**tree, "aggregation": aggregation, "server_optimizer": server})
 
 
 def robust(rule):
-    return {"robust": {"rule": rule, "byzantine": 1}}
+    return {"robust": {"rule": rule, "byzantine": 0}}
+
+
+ROBUST = ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_clipping")
+MOMENTUM = {"name": "sgd", "options": {"momentum": 0.9}}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(
-    ("mode", "aggregation", "while_buffered", "afterwards"),
+    ("mode", "aggregation", "server", "while_buffered", "afterwards"),
     [
-        ("fadas", {}, 4, 4),  # and m, v, v̂
-        ("ca2fl", {"options": {"cache_clients": 3}}, 1 + 1 + 3 + K, 1 + 1 + 3),  # and h, the cache, the buffer
-        ("fedbuff", robust("median"), 1 + K, 1),  # the accumulator and the buffer
+        ("fedasync", {}, {}, 1, 1),  # the accumulator
+        ("fedasync", {"mixing": "delta"}, {}, 1, 1),
+        ("fedbuff", {}, {}, 1, 1),
+        ("fedavg", {"cohort_size": K}, {}, 1, 1),
+        ("fedbuff", {}, MOMENTUM, 2, 2),  # and the momentum
+        ("fedbuff", {}, {"name": "adam", "learning_rate": 0.01}, 3, 3),  # and both moments
+        ("fadas", {}, {}, 4, 4),  # and m, v, v̂
+        ("ca2fl", {"options": {"cache_clients": 3}}, {}, 1 + 1 + 3 + K, 1 + 1 + 3),  # and h, the cache, the buffer
+        *(("fedbuff", robust(rule), {}, 1 + K, 1) for rule in ROBUST),  # the accumulator and the buffer
     ],
     ids=str,
 )
-def test_what_an_aggregation_holds_is_what_it_says(mode, aggregation, while_buffered, afterwards):
-    aggregator, model = make_aggregator(settings(mode, **aggregation)), Frame(MANIFEST)
+def test_what_an_aggregation_holds_is_what_it_says(mode, aggregation, server, while_buffered, afterwards):
+    settings = configured(mode, server, **aggregation)
+    aggregator, model = make_aggregator(settings), Frame(MANIFEST)
     model.parameters.fill_(1.0)
-    server, held = ServerOptimizer(ServerOptimizerConfig(), model), []
+    optimizer, held = ServerOptimizer(settings.server_optimizer, model), []
     before = resident()
     accumulator = aggregator.init(MANIFEST)
     for version in range(2):
-        for i in range(K):
+        for i in range(settings.buffer_size):
             frame = Frame(MANIFEST)
             frame.parameters.fill_(float(version + i))
             aggregator.add(accumulator, Contribution(frame, 1, 0, client=f"client-{K * version + i}"), model)
             del frame
         held.append(resident() - before)
-        server.step(aggregator.finish(accumulator, model))
+        optimizer.step(aggregator.finish(accumulator, model))
         accumulator.clear()
     assert held[-1] == pytest.approx(while_buffered, abs=0.6)
     assert resident() - before == pytest.approx(afterwards, abs=0.6)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(("bounds", "vectors"), [({"norm_factor": 3.0}, 0), ({"min_cosine": 0.0}, 2)], ids=str)
+def test_what_the_filter_holds_is_what_it_says(bounds, vectors):
+    frame = Frame(MANIFEST)
+    frame.parameters.fill_(1.0)
+    before = resident()
+    judging = OutlierFilter(FilterConfig(warmup=1, **bounds), LENGTH)
+    for _ in range(2):
+        judging.judge(frame.parameters, norm=3000.0)
+        judging.admitted(frame.parameters, norm=3000.0)
+        judging.committed(["client-0"])
+    assert resident() - before == pytest.approx(vectors, abs=0.3)

@@ -1,16 +1,17 @@
--- Make a version the newest one. Its chunks (and the server optimizer's) have been staged before, under keys of this
+-- Make a version the newest one, and record those before it that nobody could see and that were never stored. Its
+-- chunks (and the server optimizer's) have been staged before, under keys of this
 -- leader's own: so a leader that has lost the lead without knowing it cannot overwrite a version of its successor.
 -- KEYS[1]  leader, KEYS[2] head, KEYS[3] versions, KEYS[4] ledger, KEYS[5] jobs, KEYS[6] held
 -- ARGV[1]  fencing token
--- ARGV[2]  version   must be the head's plus one (or 0 where there is no head)
--- ARGV[3]  ledger record (msgpack), or '' for version 0
+-- ARGV[2]  version   the last of those that were made since the head (or 0 where there is no head)
+-- ARGV[3]  records   how many ledger records follow: one for each of these versions; none for version 0
 -- ARGV[4]  totals    msgpack, what a successor needs to go on counting
 -- ARGV[5]  prefix of job keys, ARGV[6] of payload keys, ARGV[7] of model keys, ARGV[8] of state keys
 -- ARGV[9]  chunks of a model, ARGV[10] chunks of the optimizer's state
 -- ARGV[11] keep      1: merged payloads are moved to "kept:" of their prefix, where no late post of a worker reaches them
 -- ARGV[12] prefix of attempt keys, ARGV[13] of streams
 -- ARGV[14] most chunks that a version may have, ARGV[15] or the payload of an update: compressed ones differ in size
--- ARGV[16…] for each merged update: its stream's client, entry id, job, attempt
+-- ARGV[16…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt
 -- Returns {1, versions still stored…}, {0} where the head is not what was expected, {-1} where another one leads,
 -- {-2} where a staged chunk is gone.
 -- A version stays stored while it is the head, some open job holds it as its base, or the coordinator itself does.
@@ -21,10 +22,10 @@ local function each_staged(token, act)
   end
 end
 if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return {-1} end
-local version = tonumber(ARGV[2])
+local version, records = tonumber(ARGV[2]), tonumber(ARGV[3])
 local last = redis.call('HMGET', KEYS[2], 'version', 'token')
 local head = tonumber(last[1] or '-1')
-if head == version - 1 then
+if head == version - math.max(1, records) then
   local whole = true
   each_staged(ARGV[1], function(key) whole = whole and redis.call('EXISTS', key) == 1 end)
   if not whole then return {-2} end
@@ -38,8 +39,8 @@ if head == version - 1 then
   end)
   redis.call('HSET', KEYS[2], 'version', version, 'totals', ARGV[4], 'state_chunks', ARGV[10], 'token', ARGV[1])
   redis.call('ZADD', KEYS[3], version, version)
-  if ARGV[3] ~= '' then redis.call('XADD', KEYS[4], '*', 'record', ARGV[3]) end
-  for i = 16, #ARGV, 4 do
+  for i = 16, 15 + records do redis.call('XADD', KEYS[4], '*', 'record', ARGV[i]) end
+  for i = 16 + records, #ARGV, 4 do
     local client, entry, job, attempt = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
     redis.call('XDEL', ARGV[13] .. client, entry)
     redis.call('UNLINK', ARGV[5] .. job, ARGV[12] .. job)

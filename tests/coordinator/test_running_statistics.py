@@ -1,0 +1,93 @@
+"""What becomes of BatchNorm's running statistics: mean, drift or frozen."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from builders import make_config, make_frame, same_bits, start
+
+from fedqueue.aggregation_config import ServerOptimizerConfig
+from fedqueue_coordinator.aggregation import Contribution
+from fedqueue_coordinator.catalogue import make_aggregator
+from fedqueue_coordinator.server_optimizer import ServerOptimizer
+
+
+def merge(choice, model, *contributions, **aggregation):
+    settings = {"mode": "fedbuff", "buffer_size": len(contributions), "running_statistics": choice, **aggregation}
+    aggregator = make_aggregator(make_config(aggregation=settings))
+    accumulator = aggregator.init(model.manifest)
+    for contribution in contributions:
+        aggregator.add(accumulator, contribution, model)
+    ServerOptimizer(ServerOptimizerConfig(), model).step(aggregator.finish(accumulator, model))
+    return model
+
+
+def stale(mean, variance, base_mean, base_variance, staleness, examples=10):
+    return Contribution(
+        make_frame(mean=mean, variance=variance),
+        examples,
+        staleness,
+        base=make_frame(mean=base_mean, variance=base_variance),
+    )
+
+
+@pytest.mark.parametrize("normalize", ["count", "weights"])
+def test_drift_adds_the_weighted_mean_of_what_the_clients_changed(normalize):
+    """In float64: x_B + Σ w_i (local_i − base_i) / divisor, with w = (1 + τ)^−½."""
+    updates = [stale(5.0, 2.0, 4.0, 1.5, 3), stale(7.0, 9.0, 9.0, 8.0, 8)]
+    model = merge("drift", make_frame(mean=10.0, variance=20.0), *updates, normalize=normalize)
+    weights = np.array([0.5, 1 / 3])
+    changes = np.array([[1.0, 0.5], [-2.0, 1.0]])
+    divisor = weights.sum() if normalize == "weights" else 2
+    assert model.buffers.tolist() == pytest.approx(np.array([10.0, 20.0]) + weights @ changes / divisor, rel=1e-6)
+
+
+def test_mean_draws_stale_values_in_where_drift_draws_changes_in():
+    update = {"mean": 5.0, "variance": 2.0, "base_mean": 5.0, "base_variance": 2.0, "staleness": 3}
+    drift = merge("drift", make_frame(mean=10.0, variance=20.0), stale(**update))
+    mean = merge("mean", make_frame(mean=10.0, variance=20.0), stale(**update))
+    assert drift.buffers.tolist() == [10.0, 20.0]  # the client changed nothing
+    assert mean.buffers.tolist() == [7.5, 11.0]
+
+
+def test_fresh_updates_give_the_same_bits_by_mean_and_by_drift():
+    fresh = [Contribution(make_frame(mean=m, variance=v), 10, 0) for m, v in ((0.1, 0.3), (0.7, 1.9))]
+    models = [merge(choice, make_frame(mean=1e8, variance=0.2), *fresh) for choice in ("mean", "drift")]
+    assert same_bits(*models)
+
+
+def test_drift_can_bring_a_variance_below_zero_as_its_description_says():
+    update = stale(0.0, 1.0, 0.0, 9.0, staleness=1)
+    model = merge("drift", make_frame(variance=2.0), update, staleness={"function": "constant"})
+    assert model.buffers[1].item() == -6.0
+
+
+@pytest.mark.parametrize("robust", [{}, {"robust": {"rule": "median"}}])
+def test_frozen_statistics_stay_and_parameters_and_counters_move(robust):
+    update = Contribution(make_frame([1.0, 2.0], mean=5.0, variance=3.0, steps=4), 10, 0)
+    model = merge("frozen", make_frame(mean=0.5, variance=0.25), update, **robust)
+    assert model.buffers.tolist() == [0.5, 0.25]
+    assert model.parameters.tolist() == [1.0, 2.0]
+    assert model.counters.tolist() == [4]
+
+
+def test_drift_under_a_robust_rule_is_the_rule_over_the_shifted_values():
+    updates = [stale(float(m), 1.0, 0.0, 1.0, staleness=1) for m in (1, 2, 300)]
+    settings = {"robust": {"rule": "median"}, "staleness": {"function": "constant"}}
+    model = merge("drift", make_frame(mean=10.0), *updates, **settings)
+    assert model.buffers[0].item() == 12.0
+
+
+@pytest.mark.parametrize(("choice", "kept"), [("mean", False), ("drift", True), ("frozen", False)])
+def test_bases_stay_stored_where_drift_needs_them(choice, kept):
+    config = make_config(aggregation={"mode": "fedbuff", "buffer_size": 2, "running_statistics": choice})
+    assert config.keeps_bases is kept
+    assert make_aggregator(config).needs_base is kept
+
+
+def test_federation_hands_the_base_of_a_stale_update_to_the_drift():
+    settings = {"mode": "fedasync", "alpha": 1.0, "mixing": "delta", "running_statistics": "drift"}
+    run = start("a", "b", model=make_frame(mean=10.0), aggregation={**settings, "staleness": {"function": "constant"}})
+    run.post("a", make_frame(mean=14.0), base=0)
+    run.post("b", make_frame(mean=11.0), base=0)
+    assert run.federation.model.buffers[0].item() == 15.0  # both changes of version 0's 10
