@@ -1,4 +1,4 @@
-"""The versions that open jobs may have trained from, where merging needs them: kept as workers get them, rounded or not."""
+"""The versions that open jobs may have trained from, where merging needs them: kept as workers get them."""
 
 from __future__ import annotations
 
