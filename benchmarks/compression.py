@@ -196,9 +196,10 @@ def main() -> None:
     torch.set_num_threads(1)
     rows, timed = [], []
     if options.only != "speed":
-        chosen = ROWS[:1] + ROWS[5:6] if options.quick else ROWS
-        rows = [digits(row, options.seeds, options.updates) for row in chosen]
-        print(digits_table(rows), flush=True)
+        for row in ROWS[:1] + ROWS[5:6] if options.quick else ROWS:
+            rows.append(digits(row, options.seeds, options.updates))
+            print(digits_table(rows).splitlines()[-1], flush=True)
+        print(digits_table(rows))
     if options.only != "digits":
         with tempfile.TemporaryDirectory() as folder:
             server = EmbeddedServer(Path(folder) / "redis")

@@ -156,6 +156,8 @@ def test_block_of_zeros_and_of_the_smallest_numbers_is_sent_within_its_bound():
     tiny = np.float32(1e-45)
     decoded = sent([0.0] * 16 + [tiny, -tiny] * 8, "int8", block=16)
     assert not decoded[:16].any()
+    frame = frame_of([0.0] * 16)
+    assert codec_of(frame, "int8", block=16).encode(frame, 0)[:4].view(np.float32)[0] > 0, "nothing is divided by 0"
     assert np.abs(decoded[16:]).max() <= 2 * compression.TINY
 
 
@@ -184,7 +186,8 @@ def test_topk_leaves_out_nothing_larger_than_what_it_sends(values, k):
 
 
 @pytest.mark.parametrize(
-    ("place", "step", "says"), [(1, 0, "comes twice"), (0, 21, "position"), (2, 2**32 - 1, "position")]
+    ("place", "step", "says"),
+    [(1, 0, "comes twice"), (0, 21, "position"), (2, 2**32 - 1, "position"), (3, 2, "position 20 of 20")],
 )
 def test_positions_that_repeat_or_lie_outside_are_malformed(place, step, says):
     frame = frame_of(np.arange(20) + 1.0)
