@@ -7,14 +7,16 @@ import math
 import torch
 
 from fedqueue.errors import WireError
-from fedqueue.frame import Frame, Manifest
+from fedqueue.frame import Delta
 from fedqueue.messages import Update, read
+from fedqueue.payload import Codec
 from fedqueue.store import chunks_of
 from fedqueue_coordinator.events import UpdateArrived
 
 MALFORMED = "malformed"  # the header is not one of this protocol
 UNKNOWN_JOB = "unknown_job"  # no open job of that name and client
 WRONG_BASE = "wrong_base"  # a base version that the job cannot have trained from
+WRONG_ENCODING = "wrong_encoding"  # not the one of the run's [compression]
 WRONG_SIZE = "wrong_size"  # the payload is not one frame of the run's manifest
 NO_EXAMPLES = "no_examples"  # it says that it was trained on nothing
 TOO_MANY_EXAMPLES = "too_many_examples"  # more than its client registered
@@ -44,7 +46,7 @@ class Inadmissible(Exception):  # a verdict, caught where it is raised
 
 def admit_header(
     event: UpdateArrived,
-    manifest: Manifest,
+    codec: Codec,
     version: int,
     max_staleness: int,
     registered: int,
@@ -60,8 +62,11 @@ def admit_header(
         raise Inadmissible(MALFORMED, str(error)) from error
     if not 0 <= event.base <= version:
         raise Inadmissible(WRONG_BASE, f"base version {event.base}, the newest is {version}")
-    if update.nbytes != manifest.nbytes or update.chunks != chunks_of(manifest.nbytes):
-        raise Inadmissible(WRONG_SIZE, f"{update.nbytes} bytes in {update.chunks} chunks, expected {manifest.nbytes}")
+    if update.encoding != codec.name:
+        raise Inadmissible(WRONG_ENCODING, f"encoded as {update.encoding}, expected {codec.name}")
+    if not codec.accepts(update.nbytes) or update.chunks != chunks_of(update.nbytes):
+        most = f"{'at most ' if codec.zstd else ''}{codec.largest}"
+        raise Inadmissible(WRONG_SIZE, f"{update.nbytes} bytes in {update.chunks} chunks, expected {most}")
     if update.examples == 0:
         raise Inadmissible(NO_EXAMPLES, "an update must be trained on at least one example")
     if update.examples > registered:
@@ -79,13 +84,16 @@ def admit_to_round(base: int, version: int) -> None:
         raise Inadmissible(LATE, f"trained from version {base}, but the round of version {version + 1} is on")
 
 
-def admit_frame(frame: Frame) -> float:
+def admit_frame(frame: Delta) -> float:
     """The L2 norm of the parameters' delta; raises Inadmissible unless every float is finite.
 
-    One pass without a temporary: the norm of a vector is finite exactly where no element is NaN or infinite and
+    One pass, piece by piece: the norm of a vector is finite exactly where no element is NaN or infinite and
     its squares do not overflow, and a delta whose norm exceeds 1e19 is no training result either.
     """
-    norm = float(torch.linalg.vector_norm(frame.parameters))
+    try:
+        norm = math.hypot(*(float(torch.linalg.vector_norm(values)) for _, values in frame.pieces()))
+    except WireError as error:
+        raise Inadmissible(MALFORMED, str(error)) from error
     buffers = float(torch.linalg.vector_norm(frame.buffers)) if len(frame.buffers) else 0.0
     if not (math.isfinite(norm) and math.isfinite(buffers)):
         raise Inadmissible(NON_FINITE, "the payload holds NaN, infinity, or values whose norm overflows float32")

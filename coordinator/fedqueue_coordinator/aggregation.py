@@ -19,19 +19,26 @@ from typing import Literal
 
 import torch
 
-from fedqueue.frame import Frame, Manifest
+from fedqueue.frame import Delta, Frame, Manifest
 from fedqueue_coordinator.staleness import Staleness
 
 
 @dataclass(frozen=True)
 class Contribution:
-    """One admitted update, as an aggregator sees it. `base` is the frame of its base version where it is needed."""
+    """One admitted update, as an aggregator sees it. `base` is the frame of its base version where it is needed.
 
-    frame: Frame
+    `delta` may be encoded where the aggregator takes pieces; `frame` is the update as a whole one.
+    """
+
+    delta: Delta
     examples: int
     staleness: int
     base: Frame | None = None
     client: str = ""
+
+    @property
+    def frame(self) -> Frame:
+        return self.delta.whole()
 
 
 @dataclass
@@ -79,6 +86,8 @@ class Aggregator:
     finish: Callable[[Accumulator, Frame], Step] = field(repr=False)
     needs_base: bool = False
     """Whether `add` reads the base version of a stale update: then it stays stored until its jobs end."""
+    takes_pieces: bool = False
+    """Whether `add` asks for no more than `accumulate` does; else an encoded update is decoded to a frame before."""
 
     def init(self, manifest: Manifest) -> Accumulator:
         """An empty accumulator: as much memory as one model."""
@@ -104,7 +113,7 @@ def fedasync(alpha: float, staleness: Staleness, mixing: Literal["model", "delta
     def finish(acc: Accumulator, model: Frame) -> Step:
         return mean_step(acc, model, divisor=1.0)
 
-    return Aggregator("fedasync", 1, add, finish, needs_base=mixing == "model")
+    return Aggregator("fedasync", 1, add, finish, needs_base=mixing == "model", takes_pieces=True)
 
 
 def fedbuff(
@@ -130,7 +139,7 @@ def fedbuff(
             return mean_step(acc, model, acc.weights)
         return mean_step(acc, model, float(acc.examples if weight_by_examples else acc.updates))
 
-    return Aggregator(name, buffer_size, add, finish)
+    return Aggregator(name, buffer_size, add, finish, takes_pieces=True)
 
 
 def fedavg(cohort_size: int) -> Aggregator:
@@ -142,13 +151,24 @@ def fedavg(cohort_size: int) -> Aggregator:
 
 
 def accumulate(acc: Accumulator, update: Contribution, weight: float) -> None:
-    """Add one update with its weight: one pass over the floats, without a temporary."""
-    if acc.updates == 0:
-        torch.mul(update.frame.floats, weight, out=acc.floats)
-        acc.counters.copy_(update.frame.counters)
+    """Add one update with its weight: one pass over its pieces, decoded on the way, without a whole temporary."""
+    delta, first = update.delta, acc.updates == 0
+    edge = len(acc.floats) - len(delta.buffers)
+    for number, (where, values) in enumerate(delta.pieces()):
+        if isinstance(where, slice) and first:
+            torch.mul(values, weight, out=acc.floats[where])
+        elif isinstance(where, slice):
+            acc.floats[where].add_(values, alpha=weight)
+        else:
+            if first and number == 0:
+                acc.floats[:edge].zero_()
+            acc.floats.index_add_(0, where, values, alpha=weight)
+    if first:
+        torch.mul(delta.buffers, weight, out=acc.floats[edge:])
+        acc.counters.copy_(delta.counters)
     else:
-        acc.floats.add_(update.frame.floats, alpha=weight)
-        torch.maximum(acc.counters, update.frame.counters, out=acc.counters)
+        acc.floats[edge:].add_(delta.buffers, alpha=weight)
+        torch.maximum(acc.counters, delta.counters, out=acc.counters)
     acc.updates += 1
     acc.weights += weight
     acc.examples += update.examples

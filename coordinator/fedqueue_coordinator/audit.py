@@ -18,9 +18,10 @@ from fedqueue.config import parse_config
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.entries import Entry
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
-from fedqueue.frame import Frame, Manifest
+from fedqueue.frame import Manifest
 from fedqueue.keys import job_without_tag
 from fedqueue.messages import unpack_record
+from fedqueue.payload import downward
 from fedqueue.store import list_runs
 from fedqueue_coordinator.places import finished_runs, servers
 from fedqueue_coordinator.replay import REPLAY_FOLDER, Replay, replay_folder, replay_store
@@ -117,9 +118,8 @@ def _read_store(store: CoordinatorStore) -> Callable[[], Books] | None:
     config = parse_config(info.config)
     own_code = config.ledger.keep_payloads and config.aggregation.own
     replayable = config.ledger.keep_payloads and not own_code and not info.epoch  # an epoch begins without payloads
-    frame = Frame(Manifest.unpack(info.manifest))
-    if replayable:
-        store.read_blob(store.keys.model(info.version), frame.buffer)
+    manifest = Manifest.unpack(info.manifest)
+    frame = store.read_model(info.version, downward(config.compression, manifest)) if replayable else None
     keys = store.keys
     names = [name.decode() for name in cast(set[bytes], store.redis.smembers(keys.jobs))]
     streams = ["", *store.clients()]
@@ -145,7 +145,7 @@ def _read_store(store: CoordinatorStore) -> Callable[[], Books] | None:
         {job: state for job, state in states.items() if job.encode() in jobs},
         [e.job for e in entries if e.kind in ("update", "ended")] if info.state == "running" else None,
         info.version,
-        replay_store(config, store, frame.manifest, records, frame) if replayable else None,
+        replay_store(config, store, manifest, records, frame) if frame else None,
         own_code,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fedqueue.frame import Frame
+from fedqueue.frame import Delta, Frame
 from fedqueue.messages import Update
 
 # Events
@@ -51,7 +51,7 @@ class UpdateLoaded:
     """The payload that `Load` asked for; `base` is the base version's frame where it was asked for."""
 
     load: Load
-    frame: Frame
+    frame: Delta
     base: Frame | None
 
 

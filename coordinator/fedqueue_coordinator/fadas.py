@@ -64,4 +64,4 @@ def fadas(
         torch.div(m, denominator, out=step.delta).mul_(rate)
         return step
 
-    return Aggregator("fadas", mean.buffer_size, mean.add, finish)
+    return Aggregator("fadas", mean.buffer_size, mean.add, finish, takes_pieces=mean.takes_pieces)

@@ -20,7 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedqueue.config import Config
-from fedqueue.frame import Frame
+from fedqueue.frame import Delta, Frame
+from fedqueue.payload import downward, upward
 from fedqueue_coordinator import admission
 from fedqueue_coordinator.admission import Inadmissible, admit_frame, admit_header, admit_to_round
 from fedqueue_coordinator.aggregation import Contribution
@@ -51,7 +52,7 @@ from fedqueue_coordinator.ledger import abandoned_record, merged_line, rejected_
 from fedqueue_coordinator.norms import NormLimit
 from fedqueue_coordinator.outliers import OutlierFilter
 from fedqueue_coordinator.server_optimizer import ServerOptimizer
-from fedqueue_coordinator.server_state import AGGREGATION, FILTER, OPTIMIZER, load_state, save_state
+from fedqueue_coordinator.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
 from fedqueue_coordinator.slots import Slots
 from fedqueue_coordinator.stopping import stop_reason, target_reached
 from fedqueue_coordinator.totals import Totals
@@ -86,6 +87,8 @@ class Federation:
         self.evaluated: Evaluated | None = None
         """The newest central evaluation."""
         self.stopped: Stop | None = None
+        self.up = upward(config.compression, model.manifest)
+        self.down = downward(config.compression, model.manifest)
         self._aggregator = make_aggregator(config)
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)
         self._filter = OutlierFilter(config.aggregation.filter, model.manifest.parameters)
@@ -94,6 +97,8 @@ class Federation:
         self._optimizer.restore(state[OPTIMIZER])
         self._filter.restore(state[FILTER])
         self._accumulator.state.update(state[AGGREGATION])
+        if state[MODEL]:
+            model.parameters.copy_(state[MODEL]["parameters"])
         self._buffer: list[tuple[UpdateArrived, dict[str, Any]]] = []
         self._arriving: set[str] = set()  # jobs whose update is here, neither merged nor rejected yet
         self._norms = NormLimit(config.admission, norms)
@@ -180,7 +185,7 @@ class Federation:
         try:
             header = admit_header(
                 event,
-                self.model.manifest,
+                self.up,
                 self.version,
                 self.config.aggregation.max_staleness,
                 self._slots.registered.get(event.client, 0),
@@ -190,14 +195,16 @@ class Federation:
             return [self._reject(event, verdict.reason, verdict.detail, now)]
         return [Load(event, header, self._aggregator.needs_base)]
 
-    def _merge(self, load: Load, frame: Frame, base: Frame | None, now: float) -> list[Action]:
+    def _merge(self, load: Load, frame: Delta, base: Frame | None, now: float) -> list[Action]:
         arrived, header = load.arrived, load.header
         try:
             if self.config.barrier:
                 admit_to_round(arrived.base, self.version)
             norm = admit_frame(frame)
             self._norms.check(norm)
-            self._filter.judge(frame.parameters, norm)
+            if self.config.aggregation.filter.on or not self._aggregator.takes_pieces:
+                frame = frame.whole()
+                self._filter.judge(frame.parameters, norm)
             self._norms.accept(norm)
         except Inadmissible as verdict:
             return [self._reject(arrived, verdict.reason, verdict.detail, now)]
@@ -207,7 +214,8 @@ class Federation:
         staleness = self.version - arrived.base
         update = Contribution(frame, header.examples, staleness, base, arrived.client)
         weight = self._aggregator.add(self._accumulator, update, self.model)
-        self._filter.admitted(frame.parameters, norm)
+        if self.config.aggregation.filter.on:
+            self._filter.admitted(frame.whole().parameters, norm)
         line = merged_line(arrived, header, staleness=staleness, weight=weight, norm=norm, seconds=now)
         self._buffer.append((arrived, line))
         return self._commit(now) if self._buffer_is_full(arrived.job) else []
@@ -265,9 +273,13 @@ class Federation:
 
     @property
     def optimizer_state(self) -> bytes:
-        """What the server remembers after `version`: of the optimizer, of the aggregation and of the filter."""
+        """What the server remembers after `version`: of optimizer, aggregation, filter, and the model if it is rounded.
+
+        A version is rounded when it is published; a successor goes on from the exact one, which is in no version.
+        """
         optimizer, aggregation = self._optimizer.state, self._accumulator.state
-        return save_state({OPTIMIZER: optimizer, AGGREGATION: aggregation, FILTER: self._filter.state})
+        parts = {OPTIMIZER: optimizer, AGGREGATION: aggregation, FILTER: self._filter.state}
+        return save_state({**parts, MODEL: {"parameters": self.model.parameters}} if self.down.encoding else parts)
 
     # Slots
 

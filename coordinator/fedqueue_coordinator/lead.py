@@ -1,4 +1,4 @@
-"""Keeps the lead while this process lives, however long the main thread is at one thing."""
+"""Takes the lead, and keeps it while this process lives, however long the main thread is at one thing."""
 
 from __future__ import annotations
 
@@ -8,8 +8,44 @@ from types import TracebackType
 from typing import Self
 
 import redis
+import structlog
 
-from fedqueue.errors import Fenced
+from fedqueue.config import Config
+from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.errors import Fenced, RunExists
+
+log = structlog.get_logger("fedqueue.coordinator")
+
+
+def take_the_lead(
+    store: CoordinatorStore,
+    config: Config,
+    has_checkpoint: Callable[[], bool],
+    standby: bool,
+    stopped: Callable[[], bool],
+    sleep: Callable[[float], None],
+) -> bool:
+    """Wait for the lead; False where told to stop. Without `standby`, only as long as a dead leader holds it.
+
+    Raises RunExists where another one leads for longer.
+    """
+    lease = config.dispatch.leader_seconds
+    waited = 0.0
+    seen = False
+    while True:
+        exists = store.exists()
+        seen = seen or exists
+        # A run that was here and is gone is for whoever has its checkpoint, not to be started from nothing.
+        if (exists or not seen or has_checkpoint()) and store.lead(lease):
+            return True
+        if stopped():
+            return False
+        if not waited:
+            log.info("another coordinator leads this run: waiting", run=config.name, standby=standby)
+        if not standby and waited > 2 * lease:
+            raise RunExists(config.name, "is led by another coordinator (--standby waits for it to end)")
+        sleep(lease / 20)
+        waited += lease / 20
 
 
 class KeepLead:

@@ -12,8 +12,9 @@ import numpy as np
 
 from fedqueue.config import Config, parse_config
 from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.errors import BlobMissing
+from fedqueue.errors import BlobMissing, WireError
 from fedqueue.frame import Frame, Manifest
+from fedqueue.payload import downward, upward
 from fedqueue.store import BlobBuffer
 from fedqueue_coordinator.aggregation import Contribution
 from fedqueue_coordinator.catalogue import make_aggregator
@@ -33,31 +34,39 @@ def replay(
     config: Config,
     ledger: Sequence[Mapping[str, Any]],
     model: Frame,
-    read_payload: Callable[[str, int, BlobBuffer], None],
+    read_payload: Callable[[str, int], BlobBuffer],
     expected: Frame,
+    rounded: bool = False,
 ) -> Replay:
     """Run every merge of the ledger again on `model`, version 0, and compare the end with `expected`.
 
-    `read_payload(job, attempt, into)` fills a frame's buffer, or raises BlobMissing.
+    `read_payload(job, attempt)` gives a payload as it was posted, or raises BlobMissing. `rounded`: what is expected
+    is the last version as workers get it.
     """
+    up, down = upward(config.compression, model.manifest), downward(config.compression, model.manifest)
+
+    def published(version: int) -> Frame:
+        return down.decode(down.encode(model, version)).whole().copy()
+
     aggregator = make_aggregator(config)
     optimizer = ServerOptimizer(config.server_optimizer, model)
     accumulator = aggregator.init(model.manifest)
     versions = [record for record in ledger if record["kind"] == "version"]
     last_use = {line["base"]: record["version"] for record in versions for line in record["merged"]}
-    bases = {0: model.copy()} if aggregator.needs_base else {}
+    bases = {0: published(0)} if aggregator.needs_base else {}
     updates, problems = 0, []
     for record in versions:
         for line in record["merged"]:
-            frame = Frame(model.manifest, np.empty(model.manifest.nbytes, np.uint8))
             try:
-                read_payload(line["job"], line["attempt"], frame.buffer)
-            except BlobMissing as error:
-                return Replay(updates, [f"the payload of job {line['job']} was not kept: {error}"])
+                delta = up.decode(read_payload(line["job"], line["attempt"]))
+            except (BlobMissing, WireError) as error:
+                return Replay(updates, [f"the payload of job {line['job']} cannot be read: {error}"])
             base = bases.get(line["base"])
             if aggregator.needs_base and line["staleness"] and base is None:
                 return Replay(updates, [f"job {line['job']}: version {line['base']} is not its base in this ledger"])
-            contribution = Contribution(frame, line["examples"], line["staleness"], base, line["client"])
+            if not aggregator.takes_pieces:
+                delta = delta.whole()
+            contribution = Contribution(delta, line["examples"], line["staleness"], base, line["client"])
             weight = aggregator.add(accumulator, contribution, model)
             if weight != line["weight"]:
                 problems.append(f"job {line['job']}: weight {weight}, the ledger says {line['weight']}")
@@ -65,10 +74,11 @@ def replay(
         optimizer.step(aggregator.finish(accumulator, model))
         accumulator.clear()
         if aggregator.needs_base:
-            bases[record["version"]] = model.copy()
+            bases[record["version"]] = published(record["version"])
             bases = {v: frame for v, frame in bases.items() if last_use.get(v, -1) > record["version"]}
-    if not np.array_equal(model.buffer, expected.buffer):
-        differing = int(np.count_nonzero(model.buffer != expected.buffer))
+    end = published(versions[-1]["version"] if versions else 0) if rounded else model
+    if not np.array_equal(end.buffer, expected.buffer):
+        differing = int(np.count_nonzero(end.buffer != expected.buffer))
         problems.append(f"the model differs from the replay in {differing} of {model.buffer.nbytes} bytes")
     return Replay(updates, problems)
 
@@ -76,33 +86,39 @@ def replay(
 def replay_store(
     config: Config, store: CoordinatorStore, manifest: Manifest, ledger: Sequence[Mapping[str, Any]], head: Frame
 ) -> Replay:
-    """Replay from what Redis keeps."""
-    first = Frame(manifest)
-    store.read_blob(store.keys.model(0), first.buffer)
+    """Replay from what Redis keeps, up to `head` as it lies there."""
+    first = store.read_model(0, downward(config.compression, manifest))
+    return replay(config, ledger, first, _payloads(config, store, manifest), head, rounded=True)
 
-    def read_payload(job: str, attempt: int, into: BlobBuffer) -> None:
-        store.read_blob(store.keys.kept_payload(job, attempt), into)
 
-    return replay(config, ledger, first, read_payload, head)
+def _payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -> Callable[[str, int], BlobBuffer]:
+    codec = upward(config.compression, manifest)
+
+    def read(job: str, attempt: int) -> BlobBuffer:
+        prefix = store.keys.kept_payload(job, attempt)
+        wire = np.empty(store.blob_size(prefix, codec), np.uint8)
+        store.read_blob(prefix, wire)
+        return wire
+
+    return read
 
 
 def keep_replay(
     folder: Path, config: Config, store: CoordinatorStore, ledger: Sequence[Mapping[str, Any]], head: Frame
 ) -> None:
-    """Copy the first version, the last one and every merged payload out of Redis into `folder`."""
+    """Copy the first version, the last one (exact) and every merged payload out of Redis into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     if config.aggregation.own:
         (folder / OWN_CODE).write_text(str(config.folder.resolve()), encoding="utf-8")
     (folder / "manifest.msgpack").write_bytes(head.manifest.pack())
     head.buffer.tofile(folder / "head.bin")
-    buffer = np.empty(head.manifest.nbytes, np.uint8)
-    store.read_blob(store.keys.model(0), buffer)
-    buffer.tofile(folder / "version-0.bin")
+    first = store.read_model(0, downward(config.compression, head.manifest))
+    first.buffer.tofile(folder / "version-0.bin")
+    read_payload = _payloads(config, store, head.manifest)
     for record in ledger:
         for line in record["merged"] if record["kind"] == "version" else ():
-            store.read_blob(store.keys.kept_payload(line["job"], line["attempt"]), buffer)
-            buffer.tofile(folder / f"{line['job']}.{line['attempt']}.bin")
+            read_payload(line["job"], line["attempt"]).tofile(folder / f"{line['job']}.{line['attempt']}.bin")
 
 
 def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
@@ -112,13 +128,11 @@ def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
         config = config.located(Path((folder / OWN_CODE).read_text(encoding="utf-8")))
     manifest = Manifest.unpack((folder / "manifest.msgpack").read_bytes())
 
-    def read(name: str, into: BlobBuffer) -> None:
+    def read(name: str) -> BlobBuffer:
         path = folder / name
         if not path.exists():
             raise BlobMissing(str(path))
-        into[:] = np.fromfile(path, np.uint8)
+        return np.fromfile(path, np.uint8)
 
-    first, head = Frame(manifest), Frame(manifest)
-    read("version-0.bin", first.buffer)
-    read("head.bin", head.buffer)
-    return replay(config, ledger, first, lambda job, attempt, into: read(f"{job}.{attempt}.bin", into), head)
+    first, head = Frame(manifest, read("version-0.bin")), Frame(manifest, read("head.bin"))
+    return replay(config, ledger, first, lambda job, attempt: read(f"{job}.{attempt}.bin"), head)

@@ -34,7 +34,7 @@ def _with_drift(aggregator: Aggregator) -> Aggregator:
         if update.staleness > 0:
             assert update.base is not None
             # In place: from here on the update belongs to its version, and nobody asks for the client's own values.
-            update.frame.buffers.add_(model.buffers).sub_(update.base.buffers)
+            update.delta.buffers.add_(model.buffers).sub_(update.base.buffers)
         return aggregator.add(acc, update, model)
 
     return replace(aggregator, add=add, needs_base=True)

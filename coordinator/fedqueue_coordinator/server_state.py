@@ -16,6 +16,7 @@ from fedqueue.errors import StoreError
 State = Mapping[str, torch.Tensor]
 
 OPTIMIZER, AGGREGATION, FILTER = "optimizer", "aggregation", "filter"
+MODEL = "model"  # its exact parameters, where what is published is rounded: `compression.down`
 
 
 def save_state(parts: Mapping[str, State]) -> bytes:
@@ -26,7 +27,7 @@ def save_state(parts: Mapping[str, State]) -> bytes:
 
 def load_state(data: bytes) -> dict[str, dict[str, torch.Tensor]]:
     """The inverse of `save_state`, bit for bit; raises StoreError where `data` is no such state."""
-    parts: dict[str, dict[str, torch.Tensor]] = {OPTIMIZER: {}, AGGREGATION: {}, FILTER: {}}
+    parts: dict[str, dict[str, torch.Tensor]] = {OPTIMIZER: {}, AGGREGATION: {}, FILTER: {}, MODEL: {}}
     try:
         tensors = safetensors.torch.load(data) if data else {}
     except safetensors.SafetensorError as error:

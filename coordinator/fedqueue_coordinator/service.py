@@ -21,14 +21,15 @@ from fedqueue import queueing
 from fedqueue.config import Config
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.entries import Entry
-from fedqueue.errors import Fenced, RunExists, SignatureError, StoreError, WireError
+from fedqueue.errors import Fenced, SignatureError, StoreError, WireError
 from fedqueue.frame import Frame
 from fedqueue.messages import Evaluation, Order
 from fedqueue.outage import Patience
 from fedqueue.store import chunks_of
 from fedqueue.task import Task
 from fedqueue.training import choose_device, set_seed
-from fedqueue_coordinator.admission import TAMPERED
+from fedqueue_coordinator.admission import MALFORMED, TAMPERED
+from fedqueue_coordinator.bases import Bases
 from fedqueue_coordinator.catalogue import check_algorithms
 from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
 from fedqueue_coordinator.checkpoint import Checkpoint, Checkpointer, load_checkpoint
@@ -57,11 +58,11 @@ from fedqueue_coordinator.events import (
 )
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.hearing import Hearing, reason_of
-from fedqueue_coordinator.lead import KeepLead
+from fedqueue_coordinator.lead import KeepLead, take_the_lead
 from fedqueue_coordinator.ledger import abandoned_record, evaluation_record, rejected_record
 from fedqueue_coordinator.replay import REPLAY_FOLDER, keep_replay
 from fedqueue_coordinator.summary import Result
-from fedqueue_coordinator.takeover import as_buffer, orders_to_queue, registered, take_over
+from fedqueue_coordinator.takeover import as_buffer, most_bytes, orders_to_queue, registered, take_over
 
 log = structlog.get_logger("fedqueue.coordinator")
 
@@ -92,11 +93,11 @@ class Coordinator:
         self._ending: Stop | None = None
         self._paused = False
         self._made: list[Commit] = []  # versions that were made and are not published yet
-        self._bases: dict[int, Frame] = {}  # versions that open jobs may have trained from, where merging needs them
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILE, config.checkpoint.seconds)
         self._hearing = Hearing(store.authority)
         self._patience = Patience(lambda: self._paused or self._ending is not None, sleep)
         self.federation: Federation
+        self._bases: Bases
         torch.set_num_threads(config.aggregation.threads)
         set_seed(config.seed)
         self._module = task.model()
@@ -136,7 +137,8 @@ class Coordinator:
 
     def _lead(self, standby: bool) -> Result | None:
         try:
-            if not self._take_the_lead(standby):
+            path, stopped = self._checkpointer.path, lambda: self._paused or self._ending is not None
+            if not take_the_lead(self.store, self.config, path.exists, standby, stopped, self._sleep):
                 return None
             with KeepLead(self.store.renew_lead, self.config.dispatch.leader_seconds):
                 return self._go_on()
@@ -162,27 +164,6 @@ class Coordinator:
 
     # Beginning
 
-    def _take_the_lead(self, standby: bool) -> bool:
-        """Wait for the lead; False where told to stop. Without `standby`, only as long as a dead leader holds it."""
-        lease = self.config.dispatch.leader_seconds
-        waited = 0.0
-        seen = False
-        while True:
-            exists = self.store.exists()
-            seen = seen or exists
-            # A run that was here and is gone is for whoever has its checkpoint, not to be started from nothing.
-            if (exists or not seen or self._checkpointer.path.exists()) and self.store.lead(lease):
-                break
-            if self._paused or self._ending:
-                return False
-            if not waited:
-                log.info("another coordinator leads this run: waiting", run=self.config.name, standby=standby)
-            if not standby and waited > 2 * lease:
-                raise RunExists(self.config.name, "is led by another coordinator (--standby waits for it to end)")
-            self._sleep(lease / 20)
-            waited += lease / 20
-        return True
-
     def _begin(self) -> None:
         store = self.store
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
@@ -191,8 +172,8 @@ class Coordinator:
         )
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
-        self._made, self._bases = [], {}
-        self._keep_base(set(store.stored_versions()))
+        self._made = []
+        self._bases = Bases(store, self.federation)
         for order in orders_to_queue(store):  # a job that is in its queue already is left alone
             self._enqueue(order)
         for entry in store.unacknowledged():
@@ -238,7 +219,7 @@ class Coordinator:
         for job in jobs:
             client = self.federation.open_jobs.get(job, "")
             record = abandoned_record(job, client, "lapsed", "", self.federation.version, self._now())
-            if client and self.store.close(job, record, self._model_chunks, if_lapsed=True):
+            if client and self.store.close(job, record, self._payload_chunks, if_lapsed=True):
                 log.warning("lease is over: job abandoned", job=job, client=client)
                 queueing.forget(self.store.redis, self.store.keys.queue(client), job)
                 self._handle(JobLapsed(job, client))
@@ -293,7 +274,7 @@ class Coordinator:
                     self._publish()
                     self._at("before close")
                     taken_back = not entry and record["reason"] in ("returned", "late")
-                    closed = self.store.close(job, record, self._model_chunks, entry, unless_posted=taken_back)
+                    closed = self.store.close(job, record, self._payload_chunks, entry, unless_posted=taken_back)
                     if taken_back and not closed and self.store.is_posted(job):
                         self._handle(JobStays(job, record["client"], record["reason"]))
                         continue
@@ -316,31 +297,25 @@ class Coordinator:
         queueing.enqueue(self.store.redis, self.store.keys.queue(order.client), order, sealed)
 
     @property
-    def _model_chunks(self) -> int:
-        return chunks_of(self.federation.model.manifest.nbytes)
+    def _payload_chunks(self) -> int:
+        return chunks_of(self.federation.up.largest)
 
     def _load(self, load: Load) -> None:
-        arrived, manifest = load.arrived, self.federation.model.manifest
-        frame = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
+        arrived = load.arrived
+        wire = np.empty(load.header.nbytes, np.uint8)
         try:
-            self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, frame.buffer)
-            base = self._base(arrived.base) if load.with_base else None
+            self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, wire)
+            delta = self.federation.up.decode(wire)
+            base = self._bases.of(arrived.base) if load.with_base else None
         except StoreError as error:
             self._handle(UpdateUnreadable(load, str(error)))
             return
-        except SignatureError as error:
-            self._handle(UpdateUnreadable(load, str(error), TAMPERED))
+        except WireError as error:
+            reason = TAMPERED if isinstance(error, SignatureError) else MALFORMED
+            self._handle(UpdateUnreadable(load, str(error), reason))
             return
         self._at("after load")
-        self._handle(UpdateLoaded(load, frame, base))
-
-    def _base(self, version: int) -> Frame:
-        if version not in self._bases:
-            manifest = self.federation.model.manifest
-            frame = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
-            self.store.read_version(version, frame.buffer)
-            self._bases[version] = frame
-        return self._bases[version]
+        self._handle(UpdateLoaded(load, delta, base))
 
     def _publish(self) -> None:
         """Commit the versions that were made: one step for all that came out of the entries read at once.
@@ -353,26 +328,21 @@ class Coordinator:
         federation, made = self.federation, self._made
         merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for m in made for u in m.merged]
         self._at("before commit")
+        wire = federation.down.encode(federation.model, made[-1].version)
         stored = self.store.publish(
-            made[-1].version, federation.model.buffer, as_buffer(federation.optimizer_state),
+            made[-1].version, wire, as_buffer(federation.optimizer_state),
             [m.record for m in made], vars(federation.totals), merged, self.config.ledger.keep_payloads,
-            federation.job_number,
+            federation.job_number, most_bytes(federation),
         )  # fmt: skip
         self._made = []
         self._at("after commit")
-        self._keep_base(stored)
+        self._bases.published(stored, wire)
 
     def _note(self, entry: str, record: Mapping[str, Any] | None) -> None:
         """Acknowledge an entry; what the ledger says of it comes after the versions that were made before."""
         if record:
             self._publish()
         self.store.note(entry, record)
-
-    def _keep_base(self, stored: set[int]) -> None:
-        """Keep a copy of the newest version where merging will need it, and of older ones while they are stored."""
-        if self.federation.needs_base:
-            self._bases = {v: frame for v, frame in self._bases.items() if v in stored}
-            self._bases[self.federation.version] = self.federation.model.copy()
 
     def _report(self, evaluation: Evaluation) -> None:
         """Called on the evaluation's thread. One that an outage swallows is measured again by whoever goes on."""
@@ -402,7 +372,8 @@ class Coordinator:
         else:
             self._checkpointer.delete()
         kept = [0] if self.config.ledger.keep_payloads else []
-        store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, self._model_chunks, kept)
+        most = chunks_of(federation.down.largest)
+        store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, most, kept)
         return Result(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
 
     def _final_version(self) -> tuple[int, Frame]:

@@ -19,9 +19,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fedqueue.attempt import attempt
+from fedqueue.compression import Bytes
 from fedqueue.config import Config
 from fedqueue.errors import RunFailed
-from fedqueue.frame import Frame, Manifest
+from fedqueue.feedback import Sender
+from fedqueue.frame import Frame
 from fedqueue.messages import Order
 from fedqueue.task import Task
 from fedqueue.training import choose_device, set_seed
@@ -47,6 +49,7 @@ from fedqueue_coordinator.events import (
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.ledger import Record, evaluation_record
 from fedqueue_coordinator.summary import Result
+from fedqueue_coordinator.takeover import first_version
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,13 @@ class Sites:
 
 @dataclass
 class Job:
-    """A dispatched job; `base` is the version it trains from, `frame` what it posts, once its worker has begun."""
+    """A dispatched job; `base` is the version it trains from, `wire` what it posts, once its worker has begun."""
 
     order: Order
     base: int = -1
-    frame: Frame | None = None
+    wire: Bytes | None = None
+    left: Frame | None = None
+    """What the encoding left out."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +130,9 @@ class Simulation:
         self._device = choose_device(config.training.device)
         set_seed(config.seed)
         self._module = sites.task.model()
-        first = Frame(Manifest.of(self._module))
-        first.read(self._module)
+        first = first_version(config, self._module)
         self.federation = Federation(config, first, evaluates=sites.test_data is not None)
+        self._sender = Sender(self.federation.up)
         self._jobs: dict[str, Job] = {}
         self._versions: dict[int, Frame] = {}  # those that open jobs train from, or that their merge will need
         self._evaluated: tuple[int, Frame] | None = None
@@ -173,6 +178,9 @@ class Simulation:
             case UpdateArrived(job=job):
                 if job in self._jobs:  # else it was closed, and its worker has dropped the work
                     self.trace.append((self.now, "arrives", job))
+                    posted = self._jobs[job]
+                    assert posted.left is not None
+                    self._sender.accepted(posted.order.client, posted.left)
                     self._handle(what)
             case JobEnded(job=job):
                 if job in self._jobs:
@@ -191,7 +199,8 @@ class Simulation:
         order, federation = job.order, self.federation
         job.base = federation.version
         if job.base not in self._versions:
-            self._versions[job.base] = federation.model.copy()
+            wire = federation.down.encode(federation.model, job.base)
+            self._versions[job.base] = federation.down.decode(wire).whole().copy()
         base = self._versions[job.base]
         local = Frame(base.manifest)
         batches = 0
@@ -210,7 +219,8 @@ class Simulation:
             failed = JobEnded(entry, order.job, order.client, "failed", f"{type(error).__name__}: {error}")
             self._plan(self.now + seconds, failed)
             return
-        job.frame = local
+        header, job.wire = self._sender.encode(order.client, local, header, order.seed)
+        job.left = local
         seconds = self.speeds.training_seconds(batches, slowdown, order.seed)
         body = header.model_copy(update={"seconds": seconds}).pack()
         self._plan(self.now + seconds, UpdateArrived(entry, order.job, 1, order.client, job.base, body))
@@ -223,10 +233,11 @@ class Simulation:
                 self._jobs[job] = Job(make_order(self.config, action))
                 self._plan(self.now + self.speeds.job_seconds, Begins(job))
             case Load(arrived=arrived):
-                frame = self._jobs[arrived.job].frame
-                assert frame is not None
+                wire = self._jobs[arrived.job].wire
+                assert wire is not None
+                delta = self.federation.up.decode(wire)
                 base = self._versions[arrived.base] if action.with_base else None
-                self._handle(UpdateLoaded(action, frame, base))
+                self._handle(UpdateLoaded(action, delta, base))
             case Commit():
                 self.ledger.append(dict(action.record))
                 for arrived in action.merged:

@@ -19,6 +19,7 @@ from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import ConfigurationError, RunExists, StoreError, WireError
 from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Order
+from fedqueue.payload import downward
 from fedqueue_coordinator.checkpoint import Checkpoint
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.hearing import Hearing
@@ -49,14 +50,27 @@ def take_over(
         return _resume(config, store, manifest, evaluates, hearing)
     if checkpoint:
         return _new_epoch(config, store, manifest, checkpoint, evaluates)
-    model = Frame(manifest)
-    model.read(module)
-    federation = Federation(config, model, evaluates=evaluates)
+    federation = Federation(config, first_version(config, module), evaluates=evaluates)
     store.create(config.model_dump_json(), manifest, epoch=0, clients=config.clients.ids)
     if config.ledger.keep_payloads:
         store.hold_version(0)
-    store.publish(0, model.buffer, as_buffer(b""), [], vars(Totals()), [])
+    wire = federation.down.encode(federation.model, 0)
+    state = as_buffer(federation.optimizer_state)
+    store.publish(0, wire, state, [], vars(Totals()), [], most_bytes=most_bytes(federation))
     return federation
+
+
+def most_bytes(federation: Federation) -> tuple[int, int]:
+    """Of a stored version, and of a posted update."""
+    return federation.down.largest, federation.up.largest
+
+
+def first_version(config: Config, module: torch.nn.Module) -> Frame:
+    """The module's values, rounded as they are published: a replay begins from what is stored of version 0."""
+    model = Frame(Manifest.of(module))
+    model.read(module)
+    codec = downward(config.compression, model.manifest)
+    return codec.decode(codec.encode(model, 0)).whole() if codec.encoding else model
 
 
 def _resume(
@@ -69,17 +83,17 @@ def _resume(
     Manifest.unpack(info.manifest).require(manifest)
     _require_same(config, info.config)
     require_signed(store.authority, info)
-    model = Frame(manifest)
-    store.read_blob(store.keys.model(info.version), model.buffer)
+    codec = downward(config.compression, manifest)
+    wire = store.read_wire(info.version, codec)
     state, job_number = store.read_optimizer_state(info.version), store.job_number()
     if store.authority:
         store.renew_charter(store.authority.resume(info))
-        sealed = store.read_seal(info.version, manifest.nbytes)
-        signed = store.authority.check_version(info.version, sealed, model.buffer, state)
+        sealed = store.read_seal(info.version, wire.nbytes)
+        signed = store.authority.check_version(info.version, sealed, wire, state)
         job_number = max(job_number, signed)  # a name that was given out is not given out again
     federation = Federation(
         config,
-        model,
+        codec.decode(wire).whole(),
         info.version,
         job_number,
         state,
@@ -127,12 +141,13 @@ def _new_epoch(
     store.restore(checkpoint.version, checkpoint.job_number, [*checkpoint.ledger, *lost, record])
     store.publish(
         checkpoint.version,
-        federation.model.buffer,
+        federation.down.encode(federation.model, checkpoint.version),
         as_buffer(federation.optimizer_state),
         [],
         checkpoint.totals,
         [],
         job_number=checkpoint.job_number,
+        most_bytes=most_bytes(federation),
     )
     log.warning("Redis had lost the run: a new epoch starts", epoch=epoch, version=checkpoint.version)
     return federation

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from fedqueue.aggregation_config import MODES, AggregationConfig, ServerOptimizerConfig
+from fedqueue.compression_config import CompressionConfig
 from fedqueue.dispatch_config import DispatchConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue.keys import CLIENT_ID, RUN_NAME
@@ -199,6 +200,7 @@ class Config(Section):
     training: TrainingConfig = TrainingConfig()
     aggregation: AggregationConfig = AggregationConfig()
     server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
+    compression: CompressionConfig = CompressionConfig()
     dispatch: DispatchConfig = DispatchConfig()
     admission: AdmissionConfig = AdmissionConfig()
     security: SecurityConfig = SecurityConfig()

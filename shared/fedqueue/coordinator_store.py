@@ -13,10 +13,11 @@ import redis
 from fedqueue.authority import Authority
 from fedqueue.entries import Entry
 from fedqueue.errors import Fenced, SignatureError, StoreError
-from fedqueue.frame import Manifest
+from fedqueue.frame import Frame, Manifest
 from fedqueue.inbox import Inbox
 from fedqueue.keys import RUNS
 from fedqueue.messages import Order, read
+from fedqueue.payload import Codec
 from fedqueue.signing import digest_of
 from fedqueue.store import BlobBuffer, Store, chunks_of, number
 
@@ -151,9 +152,11 @@ class CoordinatorStore(Store):
         merged: Sequence[Entry],
         keep_payloads: bool = False,
         job_number: int = 0,
+        most_bytes: tuple[int, int] = (0, 0),
     ) -> set[int]:
         """Stage the version's blobs under this leader's own keys, then commit them with all that belongs to them.
 
+        `most_bytes`: of any version, and of an update's payload, where they differ in size; else they are as `model`.
         `records` are those of the ledger, one for each version since the head: only the last of these is stored, for
         nobody could have seen the others. `merged` are the updates in all of them. Returns the versions that are still
         stored. Raises Fenced, or StoreError where the head is another one.
@@ -166,11 +169,11 @@ class CoordinatorStore(Store):
             sealed = self.authority.seal_version(version, model, optimizer_state, job_number)
             self.redis.set(f"{staged[0]}:{model_chunks}", sealed, ex=STAGED_SECONDS)
             model_chunks += 1
-        payload_chunks = chunks_of(model.nbytes)
+        most_model, most_payload = (chunks_of(max(most, model.nbytes)) for most in most_bytes)
         merged_args: list[Any] = []
         for entry in merged:
             place, _, client = entry.id.partition("@")
-            merged_args += [client, place, entry.job, entry.attempt, payload_chunks]
+            merged_args += [client, place, entry.job, entry.attempt]
         answer = self.script(
             "commit",
             [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.held],
@@ -178,6 +181,7 @@ class CoordinatorStore(Store):
                 self.token, version, len(records), msgpack.packb(totals),
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
+                most_model + 1, most_payload,
                 *(msgpack.packb({**record, "token": self.token}) for record in records), *merged_args,
             ],
         )  # fmt: skip
@@ -196,11 +200,12 @@ class CoordinatorStore(Store):
         """Keep a version stored whatever is committed after it."""
         self.redis.sadd(self.keys.held, version)
 
-    def read_version(self, version: int, into: BlobBuffer) -> None:
-        """Fill `into` with that version; raises as `read_blob`, and SignatureError where it is not what was signed."""
-        self.read_blob(self.keys.model(version), into)
+    def read_model(self, version: int, codec: Codec) -> Frame:
+        """As any store's; raises SignatureError, too, where it is not what was signed."""
+        wire = self.read_wire(version, codec)
         if self.authority:
-            self.authority.check_version(version, self.read_seal(version, into.nbytes), into)
+            self.authority.check_version(version, self.read_seal(version, wire.nbytes), wire)
+        return codec.decode(wire).whole()
 
     def read_payload(self, job: str, attempt: int, digest: str, into: BlobBuffer) -> None:
         """Fill `into` with an update's payload; raises as `read_blob`, and SignatureError for another digest."""

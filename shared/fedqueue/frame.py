@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import msgpack
 import numpy as np
@@ -41,6 +41,9 @@ MAX_TENSORS = 100_000
 MAX_NAME = 512
 MAX_DIMENSIONS = 64
 MAX_MANIFEST = 16 * 1024 * 1024  # bytes
+
+Piece = tuple[slice | torch.Tensor, torch.Tensor]
+"""Where, a slice or int64 positions, and the float32 values there."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ class Manifest:
     @cached_property
     def nbytes(self) -> int:
         """Size of a frame's buffer, in bytes."""
-        return _align(4 * self.floats) + 8 * self.counters
+        return align(4 * self.floats) + 8 * self.counters
 
     @cached_property
     def digest(self) -> str:
@@ -164,6 +167,26 @@ class Manifest:
             raise ManifestMismatch("model: the order of its tensors differs from the run's")
 
 
+class Delta(Protocol):
+    """An update as whoever merges it sees it: a frame, or one that is still encoded (`payload.Encoded`).
+
+    `buffers`: float32; `counters`: int64, as in a frame.
+    """
+
+    manifest: Manifest
+    buffers: torch.Tensor
+    counters: torch.Tensor
+
+    def pieces(self) -> Iterator[Piece]:
+        """The parameters, piece by piece: those in no piece are 0, and a piece is valid until the next one.
+
+        Raises WireError where the encoded bytes are none.
+        """
+
+    def whole(self) -> Frame:
+        """All of it as a frame; the same object where it is one."""
+
+
 class Frame:
     """One buffer of `manifest.nbytes` bytes, and views into it that copy nothing.
 
@@ -176,11 +199,17 @@ class Frame:
         self.buffer = np.zeros(manifest.nbytes, np.uint8) if buffer is None else buffer
         if self.buffer.nbytes != manifest.nbytes:
             raise ManifestMismatch(f"frame: {self.buffer.nbytes} bytes, expected {manifest.nbytes}")
-        edge = _align(4 * manifest.floats)
+        edge = align(4 * manifest.floats)
         self.floats = torch.from_numpy(self.buffer[: 4 * manifest.floats].view(np.float32))
         self.parameters = self.floats[: manifest.parameters]
         self.buffers = self.floats[manifest.parameters :]
         self.counters = torch.from_numpy(self.buffer[edge:].view(np.int64))
+
+    def pieces(self) -> Iterator[Piece]:
+        yield slice(0, len(self.parameters)), self.parameters
+
+    def whole(self) -> Frame:
+        return self
 
     def copy(self) -> Frame:
         return Frame(self.manifest, self.buffer.copy())
@@ -225,7 +254,8 @@ def frame_from_state_dict(manifest: Manifest, state: Mapping[str, Any]) -> Frame
     return frame
 
 
-def _align(nbytes: int) -> int:
+def align(nbytes: int) -> int:
+    """The next multiple of 8."""
     return (nbytes + 7) // 8 * 8
 
 

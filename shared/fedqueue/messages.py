@@ -24,6 +24,7 @@ Metrics = Annotated[
 ]
 Natural = Annotated[int, Field(ge=0, lt=2**53)]  # what Lua and JSON hold exactly
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+EncodingName = Annotated[str, Field(pattern=r"^(float32|float16|bfloat16|int8|topk|randomk)(\+zstd)?$")]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
 
 
@@ -52,10 +53,10 @@ class Registration(Message):
 
 
 class Update(Message):
-    """The header of an update; its payload is the frame of `nbytes` bytes in `chunks` chunks."""
+    """The header of an update; its payload is a frame, encoded so, of `nbytes` bytes in `chunks` chunks."""
 
     examples: Natural
-    encoding: Literal["float32"] = "float32"
+    encoding: EncodingName = "float32"
     nbytes: Natural
     chunks: Annotated[int, Field(ge=0, le=2**20)]
     metrics: Metrics = {}

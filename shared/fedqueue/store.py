@@ -11,7 +11,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,13 @@ import redis
 
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
 from fedqueue.keys import RUNS, Keys
+from fedqueue.lossless import PREFIX, length
 from fedqueue.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
 from fedqueue.signing import peek
+
+if TYPE_CHECKING:  # torch, which a command that shows a run can do without
+    from fedqueue.frame import Frame
+    from fedqueue.payload import Codec
 
 CHUNK = 32 * 1024 * 1024  # bytes
 _SCRIPTS = resources.files("fedqueue").joinpath("scripts")
@@ -130,6 +135,20 @@ class Store:
                 raise StoreError(f"{prefix}:{i} has {len(chunk)}{more} bytes, expected {place.nbytes}")
             place[:] = np.frombuffer(chunk, np.uint8)
 
+    def blob_size(self, prefix: str, codec: Codec) -> int:
+        """How many bytes a frame has that was stored at `prefix`; where they vary, it says so itself.
+
+        Raises BlobMissing where there is none, and StoreError where it claims a size that none has.
+        """
+        if not codec.zstd:
+            return codec.nbytes
+        claimed = length(cast(bytes, self.redis.getrange(f"{prefix}:0", 0, PREFIX - 1)))
+        if not claimed:
+            raise BlobMissing(f"{prefix}:0")
+        if not codec.accepts(claimed):
+            raise StoreError(f"{prefix} claims {claimed} bytes, at most {codec.largest} are possible")
+        return claimed
+
     # What anybody may read
 
     def info(self) -> RunInfo:
@@ -223,16 +242,24 @@ class Store:
     def stored_versions(self) -> list[int]:
         return [int(v) for v in cast(list[bytes], self.redis.zrange(self.keys.versions, 0, -1))]
 
-    def newest_model(self, nbytes: int) -> tuple[int, BlobBuffer]:
-        """The head and its buffer; reads again where the version was replaced and deleted meanwhile."""
-        buffer = np.empty(nbytes, np.uint8)
+    def read_wire(self, version: int, codec: Codec) -> BlobBuffer:
+        """A version as it is stored; raises as `read_blob` and `blob_size`."""
+        wire = np.empty(self.blob_size(self.keys.model(version), codec), np.uint8)
+        self.read_blob(self.keys.model(version), wire)
+        return wire
+
+    def read_model(self, version: int, codec: Codec) -> Frame:
+        """A version as workers get it; raises WireError, too, where it is none."""
+        return codec.decode(self.read_wire(version, codec)).whole()
+
+    def newest_model(self, codec: Codec) -> tuple[int, Frame]:
+        """The head and its version; reads again where it was replaced and deleted meanwhile."""
         for _ in range(10):
             version = self.info().version
             try:
-                self.read_blob(self.keys.model(version), buffer)
+                return version, self.read_model(version, codec)
             except BlobMissing:
                 continue
-            return version, buffer
         raise BlobMissing(self.keys.model(version))
 
 

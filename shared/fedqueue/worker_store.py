@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import redis
 
 from fedqueue.errors import JobClosed, SignatureError
+from fedqueue.frame import Frame
 from fedqueue.messages import Ending, Order, Registration, Update, pack, read
+from fedqueue.payload import Codec
 from fedqueue.signing import JOINED, LEFT, digest_of, peek
 from fedqueue.store import BlobBuffer, Store
 from fedqueue.trust import SiteTrust
@@ -108,6 +111,15 @@ class WorkerStore(Store):
             if self.trust.goes_back(version):
                 self.trust.enter(self.info())
             self.trust.check_version(version, into, self.read_seal(version, into.nbytes))
+
+    def fetch_model(self, version: int, codec: Codec, into: Frame) -> None:
+        """The same, decoded; raises WireError, too, where it is no such frame."""
+        if codec.identity:
+            self.fetch(version, into.buffer)
+            return
+        wire = np.empty(self.blob_size(self.keys.model(version), codec), np.uint8)
+        self.fetch(version, wire)
+        into.buffer[:] = codec.decode(wire).whole().buffer
 
     def release_base(self, claim: Claim) -> None:
         self.script("release", [self.keys.job(claim.job), self.keys.attempt(claim.job)], [claim.attempt])

@@ -19,6 +19,7 @@ from fedqueue.entries import Entry
 from fedqueue.errors import BlobMissing, Fenced, JobClosed, RunNotFound, StoreError
 from fedqueue.keys import RUNS
 from fedqueue.messages import Ending, Order, Registration, read
+from fedqueue.payload import Codec
 from fedqueue.store import Store, list_runs
 
 
@@ -126,9 +127,9 @@ def test_dethroned_leader_cannot_overwrite_the_version_of_its_successor(chunks, 
     successor.publish(1, good, np.frombuffer(b"good", np.uint8), [{"kind": "version"}], {}, [])
     with pytest.raises(Fenced):
         run.publish(1, state=b"evil")
-    version, model = successor.newest_model(run.manifest.nbytes)
+    version, model = successor.newest_model(Codec(run.manifest))
     assert version == 1
-    np.testing.assert_array_equal(model, good)
+    np.testing.assert_array_equal(model.buffer, good)
     assert successor.read_optimizer_state(1) == b"good"
 
 
@@ -360,9 +361,9 @@ def test_job_travels_from_dispatch_to_merge(chunks, run):
     assert [e.kind for e in run.coordinator.unacknowledged()] == ["joined"]
     assert [r["version"] for r in run.coordinator.ledger()] == [1]
     assert run.coordinator.read_optimizer_state(1) == b"momentum"
-    version, model = run.coordinator.newest_model(run.manifest.nbytes)
+    version, model = run.coordinator.newest_model(Codec(run.manifest))
     assert version == 1
-    np.testing.assert_array_equal(model, run.payload(1.0))
+    np.testing.assert_array_equal(model.buffer, run.payload(1.0))
 
 
 def test_posted_payload_stays_and_a_payload_that_was_never_posted_expires(chunks, run):
@@ -729,13 +730,13 @@ def test_newest_model_is_read_again_where_it_was_replaced_meanwhile(run, monkeyp
         return type(info)(**{**vars(info), "version": next(versions)})
 
     monkeypatch.setattr(Store, "info", stale_at_first)
-    assert run.coordinator.newest_model(run.manifest.nbytes)[0] == 1
+    assert run.coordinator.newest_model(Codec(run.manifest))[0] == 1
 
 
 def test_newest_model_that_stays_missing_is_an_error(run):
     run.client.delete(f"{run.keys.model(0)}:0")
     with pytest.raises(BlobMissing):
-        run.coordinator.newest_model(run.manifest.nbytes)
+        run.coordinator.newest_model(Codec(run.manifest))
 
 
 def test_kept_payload_of_a_merged_update_is_moved_where_no_late_post_reaches_it(chunks, run):

@@ -8,6 +8,7 @@ import pytest
 from builders import EXAMPLES, MANIFEST, make_frame, make_header, of_kind, same_bits, start
 
 from fedqueue.messages import pack
+from fedqueue.payload import Codec
 from fedqueue_coordinator import admission
 from fedqueue_coordinator.admission import Inadmissible, admit_frame, admit_header
 from fedqueue_coordinator.events import Close, Dispatch, Load, Note, Stop, UpdateArrived
@@ -19,7 +20,7 @@ def verdict(base=VERSION, body=None, **header):
     """The header's verdict at version 5, for a client of 10 examples: "" where it is admitted."""
     event = UpdateArrived("1-0", "run-00000001", 1, "c0", base, make_header(**header) if body is None else body)
     try:
-        admit_header(event, MANIFEST, VERSION, MAX_STALENESS, EXAMPLES)
+        admit_header(event, Codec(MANIFEST), VERSION, MAX_STALENESS, EXAMPLES)
     except Inadmissible as inadmissible:
         return inadmissible.reason
     return ""

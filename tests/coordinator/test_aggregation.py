@@ -8,6 +8,9 @@ import pytest
 from builders import make_config, make_frame
 
 from fedqueue.aggregation_config import MODES, ServerOptimizerConfig
+from fedqueue.compression_config import DENSE, SPARSE, CompressionConfig
+from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.payload import upward
 from fedqueue_coordinator.aggregation import Contribution
 from fedqueue_coordinator.catalogue import AGGREGATORS, make_aggregator
 from fedqueue_coordinator.server_optimizer import ServerOptimizer
@@ -273,3 +276,36 @@ def test_every_mode_of_the_configuration_has_an_aggregator():
     for mode in MODES:
         assert make_aggregator(make_config(aggregation={"mode": mode})).name == mode
     assert set(AGGREGATORS) == set(MODES)
+
+
+# Encoded updates
+
+LONG = Manifest(
+    (
+        Entry("w", "float32", (300_000,), 0, 300_000, PARAMETER),
+        Entry("v", "float32", (2,), 300_000, 2, BUFFER),
+        Entry("n", "int64", (), 0, 1, COUNTER),
+    )
+)
+
+
+@pytest.mark.parametrize("name", [*DENSE, *SPARSE])
+@pytest.mark.parametrize("aggregator", [fedasync(alpha=0.6, mixing="delta"), fedbuff(buffer_size=3), fedavg(3)])
+def test_encoded_updates_are_merged_piece_by_piece_to_what_the_mean_of_the_decoded_ones_is(aggregator, name):
+    """300,000 parameters are three pieces; the oracle sums whole vectors in float64."""
+    assert aggregator.takes_pieces
+    codec = upward(CompressionConfig(up=name, k=0.1), LONG)
+    model, deltas = Frame(LONG), []
+    model.buffers.fill_(1.0)
+    for i in range(aggregator.buffer_size):
+        frame = Frame(LONG)
+        frame.floats.copy_(frame.floats.new_tensor(numbers(i, 300_002)).abs_())
+        frame.counters.fill_(i)
+        deltas.append(codec.decode(codec.encode(frame, i)))
+    merge(aggregator, model, *[Contribution(delta, 10, 0) for delta in deltas])
+    scale = 0.6 if aggregator.name == "fedasync" else 1 / 3
+    expected = scale * sum(delta.whole().parameters.double().numpy() for delta in deltas)
+    buffers = scale * sum(delta.buffers.double().numpy() for delta in deltas) + (1 - scale * len(deltas))
+    np.testing.assert_allclose(model.parameters.double().numpy(), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(model.buffers.double().numpy(), buffers, rtol=1e-6)
+    assert model.counters.tolist() == [aggregator.buffer_size - 1]

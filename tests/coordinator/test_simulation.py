@@ -13,9 +13,12 @@ from fedqueue.attempt import attempt
 from fedqueue.config import parse_config
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import RunFailed
+from fedqueue.feedback import Sender
 from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Order, Registration, read
+from fedqueue.payload import downward, upward
 from fedqueue.worker_store import WorkerStore
+from fedqueue_coordinator.replay import REPLAY_FOLDER, replay_folder
 from fedqueue_coordinator.service import Coordinator
 from fedqueue_coordinator.simulation import Simulation, Sites, Speeds
 
@@ -185,7 +188,8 @@ class Workers(CoordinatorStore):
     def begin(self, config, task, trace):
         self.config, self.task, self.trace = config, task, list(trace)
         self.worker = WorkerStore(self.redis, self.run, "worker")
-        self.training = {}
+        self.training, self.left = {}, {}
+        self.sender = None
         self.joined = False
         self.now = 0.0
 
@@ -200,6 +204,7 @@ class Workers(CoordinatorStore):
                 continue
             if what == "arrives":
                 assert self.worker.post(*self.training.pop(job)) == ""
+                self.sender.accepted(*self.left.pop(job))
             break
         return super().receive(0.001, count)
 
@@ -216,35 +221,55 @@ class Workers(CoordinatorStore):
         order = read(Order, next(j.order for j in self.jobs() if j.job == job))
         claim = self.worker.claim(job, 3600)
         base, local = Frame(manifest), Frame(manifest)
-        self.worker.fetch(claim.version, base.buffer)
+        down, up = (of(self.config.compression, manifest) for of in (downward, upward))
+        self.worker.fetch_model(claim.version, down, base)
         data = self.task.train_data(self.config.clients.client(order.client))
         update = attempt(self.task, model, data, order, base, local, lambda: None)
-        self.training[job] = claim, update, local.buffer
+        self.sender = self.sender or Sender(up)
+        self.training[job] = claim, *self.sender.encode(order.client, local, update, order.seed)
+        self.left[job] = order.client, local
 
 
 DEADLINE = {"over_selection": 1.4, "deadline_seconds": 4.5}
+ZSTD = {"up_lossless": "zstd", "down_lossless": "zstd"}
 COMPASS = {"schedule": "compass", "compass": {"min_steps": 3, "max_steps": 12, "latest_factor": 1.1}}
 
 
 @pytest.mark.parametrize(
-    ("aggregation", "dispatch"),
+    ("aggregation", "dispatch", "compression"),
     [
-        ({"mode": "fedasync"}, {}),
-        ({"mode": "fedbuff", "buffer_size": 3}, {"selection": "stalest", "concurrency": 2}),
-        ({"mode": "fedavg", "cohort_size": 2}, {"selection": "round_robin"}),
-        ({"mode": "fedavg", "cohort_size": 2}, DEADLINE),
-        ({"mode": "fedbuff"}, {"max_share": 0.4, "share_window": 3}),
-        ({"mode": "fedbuff"}, COMPASS),
+        ({"mode": "fedasync"}, {}, {}),
+        ({"mode": "fedbuff", "buffer_size": 3}, {"selection": "stalest", "concurrency": 2}, {}),
+        ({"mode": "fedavg", "cohort_size": 2}, {"selection": "round_robin"}, {}),
+        ({"mode": "fedavg", "cohort_size": 2}, DEADLINE, {}),
+        ({"mode": "fedbuff"}, {"max_share": 0.4, "share_window": 3}, {}),
+        ({"mode": "fedbuff"}, COMPASS, {}),
+        ({"mode": "fedasync"}, {}, {"up": "int8", "down": "bfloat16", "block": 16}),
+        ({"mode": "fedbuff", "buffer_size": 3}, {}, {"up": "topk", "down": "int8", "k": 0.2, **ZSTD}),
+        ({"mode": "fedavg", "cohort_size": 2}, DEADLINE, {"up": "randomk", "down": "float16", "k": 0.2}),
+        ({"mode": "ca2fl", "buffer_size": 2}, {}, {"up": "bfloat16", "down": "float32", **ZSTD}),
     ],
-    ids=["fedasync", "fedbuff", "fedavg", "deadline", "share", "compass"],
+    ids=[
+        "fedasync",
+        "fedbuff",
+        "fedavg",
+        "deadline",
+        "share",
+        "compass",
+        "int8-bfloat16",
+        "topk-int8-zstd",
+        "randomk-float16",
+        "bfloat16-float32-zstd",
+    ],
 )
 def test_simulation_gives_the_bits_of_the_real_coordinator_with_the_same_arrivals(
-    redis_client, tmp_path, aggregation, dispatch
+    redis_client, tmp_path, aggregation, dispatch, compression
 ):
     config = make_config(
         ("a", "b", "c"), aggregation=aggregation, clients={"slowdown": {"b": 2.5, "c": 1.3}}, stop={"versions": 8},
         server_optimizer={"name": "adam", "learning_rate": 0.05},
-        dispatch={"leader_seconds": 3600, "lease_seconds": 3600, **dispatch},
+        dispatch={"leader_seconds": 3600, "lease_seconds": 3600, **dispatch}, compression=compression,
+        ledger={"keep_payloads": True},
     )  # fmt: skip
     task = PointsTask()
     simulation, simulated = simulate(config, Speeds(batch_seconds=1.0, jitter=0.2), task)
@@ -258,6 +283,8 @@ def test_simulation_gives_the_bits_of_the_real_coordinator_with_the_same_arrival
     endings = [[r for r in result.ledger if r["kind"] not in ("version", "evaluation")] for result in (real, simulated)]
     assert endings[0] == endings[1]
     assert same_bits(real.model, simulated.model)
+    again = replay_folder(tmp_path / REPLAY_FOLDER, real.ledger)
+    assert (again.updates, again.problems) == (len(merged(real)), [])
     if aggregation["mode"] == "fedavg":
         assert {line["staleness"] for line in merged(real)} == {0}
         assert any(r["reason"] == "late" for r in endings[0]) == (dispatch == DEADLINE)

@@ -19,12 +19,15 @@ from typing import Any
 import msgpack
 import numpy as np
 import redis
+import torch
 
+from fedqueue.compression_config import CompressionConfig
 from fedqueue.config import TrainingConfig, parse_config
 from fedqueue.entries import Entry
 from fedqueue.errors import ConfigurationError, FedqueueError, StoreError, WireError
-from fedqueue.frame import Manifest
+from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Ending, Evaluation, Order, Registration, Update, read, unpack_record
+from fedqueue.payload import upward
 from fedqueue.queueing import Serializer, TrainingJob
 from fedqueue.store import plain_json
 from fedqueue_coordinator.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -103,9 +106,30 @@ def _checkpoint_seed() -> bytes:
     return _FILE.read_bytes()
 
 
+def _codec(**compression: Any) -> Decoder:
+    """Decoding to a frame, of 40 parameters, a buffer and a counter."""
+    codec = upward(CompressionConfig(k=0.2, block=16, **compression), _MANIFEST)
+    frame = Frame(_MANIFEST)
+    frame.floats.copy_(torch.linspace(-1, 1, 41))
+
+    def decode(data: bytes) -> Frame:
+        return codec.decode(np.frombuffer(bytearray(data), np.uint8)).whole()
+
+    return Decoder(decode, (WireError,), (codec.encode(frame, 1).tobytes(),))
+
+
 _NOWHERE = redis.Redis(port=1)
 _FILE = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)) / "checkpoint.safetensors"
 _ROW = ["w", "float32", [2, 3], 0, 6, "parameter"]
+_MANIFEST = Manifest.unpack(
+    msgpack.packb(
+        [
+            ["w", "float32", [40], 0, 40, "parameter"],
+            ["b", "float32", [], 40, 1, "buffer"],
+            ["n", "int64", [], 0, 1, "counter"],
+        ]
+    )
+)
 _CONFIG = {"name": "r", "task": {"entrypoint": "t.py:T"}, "stop": {"versions": 9}, "clients": {"names": ["a", "b.c"]}}
 
 DECODERS: dict[str, Decoder] = {
@@ -120,5 +144,7 @@ DECODERS: dict[str, Decoder] = {
     # RQ reads the rest of a job's record in its own ways; a worker drops a job whatever is raised.
     "job": Decoder(_job, (Exception,), (msgpack.packb(["f", None, [], {"order": {}}]) + b"\0\xff\0x\0\xff\00060",)),
     "configuration": Decoder(_configuration, (StoreError, ConfigurationError), (json.dumps(_CONFIG).encode(),)),
+    **{name: _codec(up=name) for name in ("int8", "bfloat16", "topk", "randomk")},
+    **{f"{name}+zstd": _codec(up=name, up_lossless="zstd") for name in ("float32", "float16", "int8", "topk")},
     "checkpoint": Decoder(_checkpoint, (FedqueueError,), (_checkpoint_seed(),)),
 }

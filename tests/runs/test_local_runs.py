@@ -58,10 +58,13 @@ def test_run_leaves_results_that_agree_and_no_process(config, start, tmp_path):
     assert "report:" in program.text
 
 
-def test_digits_reach_95_percent_with_a_worker_killed_in_the_middle(start, tmp_path):
+def test_compressed_digits_reach_95_percent_with_a_worker_killed_in_the_middle(start, tmp_path):
+    """int8 up and bfloat16 down; afterwards the audit replays every merge of the encoded payloads to the same bits."""
     program = start(
         "fedqueue_coordinator", "run", EXAMPLES / "digits" / "federation.toml", "--output", "out",
         "--set", "clients.slowdown={client-0=20, client-4=20}", "--set", "dispatch.lease_seconds=3",
+        "--set", "compression.up=int8", "--set", "compression.up_lossless=zstd", "--set", "compression.down=bfloat16",
+        "--set", "compression.down_lossless=zstd", "--set", "ledger.keep_payloads=true",
     )  # fmt: skip
     log = tmp_path / "out" / "coordinator.log"
     wait_until(lambda: log.read_text().count("client joined") >= 8, "all clients joined")
@@ -78,6 +81,9 @@ def test_digits_reach_95_percent_with_a_worker_killed_in_the_middle(start, tmp_p
     check_agreement(summary, ledger)
     assert summary["metrics"]["accuracy"] >= 0.95
     assert "ended with -9" in program.text
+    audit = start("fedqueue_coordinator", "audit", "out")
+    assert audit.wait() == 0, audit.text
+    assert f"({summary['updates_merged']} updates)" in audit.text
 
 
 def test_ctrl_c_keeps_the_model_so_far_and_leaves_no_process(config, start, tmp_path):

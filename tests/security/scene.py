@@ -18,6 +18,7 @@ from fedqueue.entries import Entry
 from fedqueue.frame import Frame, Manifest
 from fedqueue.keys import Keys
 from fedqueue.messages import Registration, Update
+from fedqueue.payload import Codec
 from fedqueue.store import Store
 from fedqueue.trust import load_site_trust
 from fedqueue.worker_store import Claim, WorkerStore
@@ -111,7 +112,7 @@ class Scene:
         return self.store.info().version
 
     def model(self) -> bytes:
-        return self.store.newest_model(self.manifest.nbytes)[1].tobytes()
+        return self.store.newest_model(Codec(self.manifest))[1].buffer.tobytes()
 
     def entries(self, client: str = "c0") -> list[tuple[bytes, dict[bytes, bytes]]]:
         return self.redis.xrange(self.keys.updates(client))  # type: ignore[return-value]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import numpy as np
 import pytest
 import redis
@@ -10,12 +13,15 @@ import torch
 
 from fedqueue import Fit, Task
 from fedqueue.attempt import presentable
+from fedqueue.compression_config import CompressionConfig
 from fedqueue.errors import WireError
 from fedqueue.frame import Frame
 from fedqueue.messages import MAX_METRICS, Ending, Update, read
+from fedqueue.payload import upward
 from fedqueue_worker import round as round_module
 from fedqueue_worker.heartbeat import Heartbeat
-from fedqueue_worker.round import HandBack, Round, describe, slowed
+from fedqueue_worker.outbox import Outbox
+from fedqueue_worker.round import NONE, HandBack, Round, describe, slowed
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +54,14 @@ class Doubling(Task):
 class Site:
     """A worker's round on a sample run."""
 
-    def __init__(self, run, keep_base=True, slowdown=None):
+    def __init__(self, run, keep_base=True, slowdown=None, compression=NONE):
         self.run, self.task = run, Doubling()
         self.store = run.join("c0")
         self.ended = []
         self.heartbeat = Heartbeat(self.store, ["c0"], 60, 60, self.ended.append)
-        self.round = Round(self.store, self.task, run.module, self.heartbeat, 60, keep_base, slowdown or {})
+        self.round = Round(
+            self.store, self.task, run.module, self.heartbeat, 60, keep_base, slowdown or {}, compression=compression
+        )
         self.round.load("c0", "the rows of c0")
         run.coordinator.receive(0.001)
 
@@ -139,6 +147,88 @@ def test_default_training_ends_in_the_delta_that_the_same_training_elsewhere_giv
     assert torch.equal(received.buffers, local.buffers)
     assert torch.equal(received.counters, local.counters)
     assert received.parameters.abs().max() > 0
+
+
+# Compression
+
+
+class Ramp(Doubling):
+    """Adds 0, 1, 2, … to the parameters, so that the last are the largest of every delta."""
+
+    def fit(self, model, data, config, progress):
+        with torch.no_grad():
+            vector = torch.nn.utils.parameters_to_vector(model.parameters())
+            torch.nn.utils.vector_to_parameters(vector + torch.arange(len(vector)), model.parameters())
+        self.during(progress)
+        return Fit(10)
+
+
+def compressed_site(run, **compression):
+    config = CompressionConfig(**compression)
+    site = Site(run, compression=config)
+    site.round._task = site.task = Ramp()
+    codec = upward(config, run.manifest)
+
+    def decoded(entry):
+        wire = np.empty(read(Update, entry.body).nbytes, np.uint8)
+        run.coordinator.read_blob(run.keys.payload(entry.job, entry.attempt), wire)
+        return codec.decode(wire).whole().parameters.tolist()
+
+    return site, decoded
+
+
+TOP = {"up": "topk", "k": 0.15}  # 2 of 12 parameters
+
+
+def test_what_was_not_sent_comes_with_the_clients_next_update(fake_run):
+    site, decoded = compressed_site(fake_run, **TOP)
+    first, second = decoded(site.train(1)[0]), decoded(site.train(2)[0])
+    assert first == [0] * 10 + [10, 11]
+    assert second == [0] * 8 + [2 * 8, 2 * 9, 0, 0], "8 and 9 were held back once"
+
+
+def test_worker_that_starts_again_has_nothing_held_back_and_says_so(fake_run, logs):
+    site, decoded = compressed_site(fake_run, **TOP)
+    site.train(1)
+    site.round.load("c0", "the rows of c0")  # as a client that comes to this worker
+    again, decoded = compressed_site(fake_run, **TOP)
+    assert decoded(again.train(2)[0]) == [0] * 10 + [10, 11]
+    assert [line["client"] for line in logs if line["event"] == "error feedback begins at zero"] == ["c0"] * 3
+
+
+def test_update_of_a_job_that_was_closed_meanwhile_changes_nothing_of_what_is_held_back(fake_run):
+    site, decoded = compressed_site(fake_run, **TOP)
+    site.train(1)
+    site.task.during = lambda progress: fake_run.coordinator.close("sample-00000002", {"kind": "abandoned"}, 1)
+    assert site.train(2) == []
+    site.task.during = lambda progress: None
+    assert decoded(site.train(3)[0]) == [0] * 8 + [2 * 8, 2 * 9, 0, 0]
+
+
+def test_update_whose_answer_was_lost_was_taken(fake_run, monkeypatch):
+    site, decoded = compressed_site(fake_run, **TOP)
+    post = site.store.post
+
+    def post_twice(*args):
+        assert post(*args) == ""
+        return post(*args)  # as the retry of a command whose answer did not come: "replayed"
+
+    monkeypatch.setattr(site.store, "post", post_twice)
+    first = decoded(site.train(1)[0])
+    assert first == [0] * 10 + [10, 11]
+    monkeypatch.setattr(site.store, "post", post)
+    assert decoded(site.train(2)[0]) == [0] * 8 + [2 * 8, 2 * 9, 0, 0]
+
+
+def test_header_and_outbox_say_what_really_travels(fake_run, tmp_path):
+    site, _ = compressed_site(fake_run, up="int8", up_lossless="zstd")
+    site.round._outbox = Outbox(tmp_path / "outbox.jsonl")
+    [entry] = site.train()
+    update = read(Update, entry.body)
+    stored = fake_run.client.get(fake_run.keys.payload(entry.job, 1) + ":0")
+    assert (update.encoding, update.nbytes, update.chunks) == ("int8+zstd", len(stored), 1)
+    [line] = map(json.loads, (tmp_path / "outbox.jsonl").read_text().splitlines())
+    assert (line["bytes"], line["sha256"]) == (len(stored), hashlib.sha256(stored).hexdigest())
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -14,10 +14,13 @@ import structlog
 import torch
 
 from fedqueue.attempt import attempt
+from fedqueue.compression_config import CompressionConfig
 from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
+from fedqueue.feedback import Sender
 from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Ending, Order
 from fedqueue.outage import Patience
+from fedqueue.payload import downward, upward
 from fedqueue.task import Progress, Task
 from fedqueue.worker_store import Claim, WorkerStore
 from fedqueue_worker.heartbeat import Heartbeat
@@ -26,6 +29,7 @@ from fedqueue_worker.policy import ANYTHING, Policy
 
 log = structlog.get_logger("fedqueue.worker")
 
+NONE = CompressionConfig()
 ERROR_FRAMES = 3
 ERROR_MESSAGE = 500  # characters
 
@@ -48,12 +52,14 @@ class Round:
         slowdown: Mapping[str, float],
         policy: Policy = ANYTHING,
         outbox: Outbox = SILENT,
+        compression: CompressionConfig = NONE,
     ) -> None:
         self._store, self._task, self._model, self._heartbeat = store, task, model, heartbeat
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
         manifest = Manifest.of(model)
         self._base = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._local = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
+        self._down, self._sender = downward(compression, manifest), Sender(upward(compression, manifest))
         self._data: dict[str, Any] = {}
         self._policy, self._outbox = policy, outbox
         self._patience = Patience(lambda: self.told_to_stop)
@@ -64,6 +70,8 @@ class Round:
 
     def load(self, client: str, data: Any) -> None:
         self._data[client] = data
+        if self._sender.holds_back:
+            log.info("error feedback begins at zero", client=client)
 
     def train(self, order: bytes | dict[str, Any]) -> None:
         """Run the order (sealed, or as a map) to its end; whatever happens to its job is reported, nothing is raised.
@@ -102,7 +110,7 @@ class Round:
 
     def _attempt(self, order: Order, claim: Claim) -> None:
         self._policy.agree_to(order.training, self._task.examples(self._data[order.client]))
-        self._patience.ride_out(lambda: self._store.fetch(claim.version, self._base.buffer))
+        self._patience.ride_out(lambda: self._store.fetch_model(claim.version, self._down, self._base))
         if not self._keep_base:
             self._patience.ride_out(lambda: self._store.release_base(claim))
         self._heartbeat.progress()
@@ -110,9 +118,12 @@ class Round:
         progress = slowed(self._heartbeat.progress, self._slowdown.get(order.client, 1.0))
         update = attempt(self._task, self._model, self._data[order.client], order, self._base, self._local, progress)
         update = self._policy.let_out(update)
-        self._outbox.posts(claim, update, self._local.buffer)
+        update, wire = self._sender.encode(order.client, self._local, update, order.seed)
+        self._outbox.posts(claim, update, wire)
         self._heartbeat.progress()
-        refused = self._patience.ride_out(lambda: self._store.post(claim, update, self._local.buffer))
+        refused = self._patience.ride_out(lambda: self._store.post(claim, update, wire))
+        if refused in ("", "replayed"):  # replayed: it was taken, and the answer was lost
+            self._sender.accepted(order.client, self._local)
         if refused:
             self._outbox.was_refused(claim, refused)
             log.warning("update refused", job=order.job, reason=refused)

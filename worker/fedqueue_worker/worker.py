@@ -209,7 +209,7 @@ class Worker:
         try:
             round_ = Round(
                 self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
-                self.config.clients.slowdown, self.policy, self.outbox,
+                self.config.clients.slowdown, self.policy, self.outbox, run_config.compression,
             )  # fmt: skip
             for client in self.clients:
                 data = self.task.train_data(self.config.clients.client(client))

@@ -1,4 +1,5 @@
--- Make a version the newest one, and record those before it that nobody could see and that were never stored. Its chunks (and the server optimizer's) have been staged before, under keys of this
+-- Make a version the newest one, and record those before it that nobody could see and that were never stored. Its
+-- chunks (and the server optimizer's) have been staged before, under keys of this
 -- leader's own: so a leader that has lost the lead without knowing it cannot overwrite a version of its successor.
 -- KEYS[1]  leader, KEYS[2] head, KEYS[3] versions, KEYS[4] ledger, KEYS[5] jobs, KEYS[6] held
 -- ARGV[1]  fencing token
@@ -9,8 +10,8 @@
 -- ARGV[9]  chunks of a model, ARGV[10] chunks of the optimizer's state
 -- ARGV[11] keep      1: merged payloads are moved to "kept:" of their prefix, where no late post of a worker reaches them
 -- ARGV[12] prefix of attempt keys, ARGV[13] of streams
--- ARGV[14…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt,
---           chunks
+-- ARGV[14] most chunks that a version may have, ARGV[15] or the payload of an update: compressed ones differ in size
+-- ARGV[16…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt
 -- Returns {1, versions still stored…}, {0} where the head is not what was expected, {-1} where another one leads,
 -- {-2} where a staged chunk is gone.
 -- A version stays stored while it is the head, some open job holds it as its base, or the coordinator itself does.
@@ -38,13 +39,13 @@ if head == version - math.max(1, records) then
   end)
   redis.call('HSET', KEYS[2], 'version', version, 'totals', ARGV[4], 'state_chunks', ARGV[10], 'token', ARGV[1])
   redis.call('ZADD', KEYS[3], version, version)
-  for i = 14, 13 + records do redis.call('XADD', KEYS[4], '*', 'record', ARGV[i]) end
-  for i = 14 + records, #ARGV, 5 do
-    local client, entry, job, attempt, chunks = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3], tonumber(ARGV[i + 4])
+  for i = 16, 15 + records do redis.call('XADD', KEYS[4], '*', 'record', ARGV[i]) end
+  for i = 16 + records, #ARGV, 4 do
+    local client, entry, job, attempt = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
     redis.call('XDEL', ARGV[13] .. client, entry)
     redis.call('UNLINK', ARGV[5] .. job, ARGV[12] .. job)
     redis.call('SREM', KEYS[5], job)
-    for chunk = 0, chunks - 1 do
+    for chunk = 0, tonumber(ARGV[15]) - 1 do
       local name = job .. ':' .. attempt .. ':' .. chunk
       if ARGV[11] == '1' and redis.call('EXISTS', ARGV[6] .. name) == 1 then
         redis.call('RENAME', ARGV[6] .. name, ARGV[6] .. 'kept:' .. name)
@@ -71,7 +72,7 @@ for _, old in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
     stored[#stored + 1] = tonumber(old)
   else
     redis.call('ZREM', KEYS[3], old)
-    for chunk = 0, tonumber(ARGV[9]) - 1 do redis.call('UNLINK', ARGV[7] .. old .. ':' .. chunk) end
+    for chunk = 0, tonumber(ARGV[14]) - 1 do redis.call('UNLINK', ARGV[7] .. old .. ':' .. chunk) end
   end
 end
 return stored

@@ -1,0 +1,217 @@
+"""What each encoding costs and saves: bytes on the wire, speed, and the accuracy of digits after as many updates.
+
+    python benchmarks/compression.py [--quick] [--seeds 5] [--updates 400] [--json FILE]
+
+Bytes and accuracy: the digits of examples/digits under the virtual clock, so that training, merging, encoding and
+rounding are those of a real run, and a seed gives the same bits again. Each job fetches one model and posts one update.
+
+Speed: one thread, vectors of normal random numbers; each measurement takes turns with float32's, and the ratio is the
+median over the turns, so that a change of the machine meets both. Encoding and merging (decoding and adding to the
+accumulator) are counted in the thread's own time; "from Redis" is the coordinator's whole way, in the clock's: reading
+the payload from a server on this machine, its norm, and merging.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedqueue.compression_config import CompressionConfig
+from fedqueue.config import Config, load_config
+from fedqueue.connection import connect
+from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.payload import Codec, upward
+from fedqueue.store import BlobBuffer
+from fedqueue.task import load_task
+from fedqueue_coordinator.admission import admit_frame
+from fedqueue_coordinator.aggregation import Accumulator, Contribution, accumulate
+from fedqueue_coordinator.embedded import EmbeddedServer
+from fedqueue_coordinator.simulation import Job, Simulation, Sites, Speeds
+
+DIGITS = Path(__file__).parents[1] / "examples" / "digits"
+SPEEDS = Speeds(batch_seconds=0.01, jitter=0.3)
+ROWS: tuple[dict[str, Any], ...] = (
+    {},
+    {"up_lossless": "zstd", "down_lossless": "zstd"},
+    {"up": "float16", "down": "float16"},
+    {"up": "bfloat16", "down": "bfloat16"},
+    {"up": "int8", "down": "bfloat16"},
+    {"up": "int8", "down": "bfloat16", "up_lossless": "zstd", "down_lossless": "zstd"},
+    {"up": "int8", "down": "int8"},
+    {"up": "int8", "down": "int8", "up_lossless": "zstd", "down_lossless": "zstd"},
+    {"up": "topk", "down": "bfloat16", "k": 0.1},
+    {"up": "topk", "down": "bfloat16", "k": 0.01},
+    {"up": "topk", "down": "int8", "k": 0.1, "up_lossless": "zstd", "down_lossless": "zstd"},
+    {"up": "randomk", "down": "bfloat16", "k": 0.1},
+)
+TIMED: tuple[dict[str, Any], ...] = (
+    {"up": "float16"},
+    {"up": "bfloat16"},
+    {"up": "int8"},
+    {"up": "topk", "k": 0.1},
+    {"up": "topk", "k": 0.01},
+    {"up": "randomk", "k": 0.01},
+    {"up": "float32", "up_lossless": "zstd"},
+    {"up": "bfloat16", "up_lossless": "zstd"},
+    {"up": "int8", "up_lossless": "zstd"},
+    {"up": "topk", "k": 0.01, "up_lossless": "zstd"},
+)
+
+
+class Counted(Simulation):
+    """A simulation that counts what would have travelled."""
+
+    up_bytes = down_bytes = jobs = 0
+
+    def _train(self, job: Job) -> None:
+        federation = self.federation
+        self.down_bytes += federation.down.encode(federation.model, federation.version).nbytes
+        super()._train(job)
+        assert job.wire is not None
+        self.up_bytes += job.wire.nbytes
+        self.jobs += 1
+
+
+def digits(compression: dict[str, Any], seeds: int, updates: int) -> dict[str, Any]:
+    """Accuracy of each seed, and the bytes of a job's fetch and post, as shares of float32's."""
+    base = load_config(DIGITS / "federation.toml", ["evaluation.every=0", "stop.target={}"], environment={})
+    task = load_task(base.task.entrypoint, base.task.options, DIGITS)
+    sites = Sites(task)
+    accuracies, up, down = [], 0.0, 0.0
+    for seed in range(seeds):
+        tree = {**base.model_dump(), "seed": seed, "compression": compression, "stop": {"updates": updates}}
+        run = Counted(Config.model_validate(tree).located(DIGITS), sites, SPEEDS)
+        result = run.run()
+        accuracies.append([r for r in result.ledger if r["kind"] == "evaluation"][-1]["metrics"]["accuracy"])
+        whole = run.jobs * run.federation.model.manifest.nbytes
+        up, down = up + run.up_bytes / whole / seeds, down + run.down_bytes / whole / seeds
+    return {"compression": compression, "accuracy": accuracies, "up": up, "down": down, "both": (up + down) / 2}
+
+
+def speed(compression: dict[str, Any], parameters: int, turns: int, store: CoordinatorStore) -> dict[str, Any]:
+    """Nanoseconds per parameter (the median), and ratios to float32's of the same turn (the median of those)."""
+    manifest = Manifest((Entry("w", "float32", (parameters,), 0, parameters, PARAMETER),))
+    frame = Frame(manifest)
+    frame.parameters.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.01)
+    codec = upward(CompressionConfig(**compression), manifest)
+    wire = codec.encode(frame, 1)
+    into = Accumulator(torch.zeros(parameters), torch.zeros(0, dtype=torch.int64), updates=1)
+
+    store.write_blob(store.keys.payload("float32", 1), frame.buffer)
+    store.write_blob(store.keys.payload("encoded", 1), wire)
+
+    def merge(codec: Codec, wire: BlobBuffer) -> None:
+        accumulate(into, Contribution(codec.decode(wire), 1, 0), 0.5)
+
+    def receive(codec: Codec, nbytes: int, job: str) -> None:
+        received = np.empty(nbytes, np.uint8)
+        store.read_payload(job, 1, "", received)
+        delta = codec.decode(received)
+        admit_frame(delta)
+        accumulate(into, Contribution(delta, 1, 0), 0.5)
+
+    plain = Codec(manifest)
+    encoding, merging, ratios, receiving = [], [], [], []
+    for _ in range(turns):
+        merging.append(_seconds(lambda: merge(codec, wire)))
+        ratios.append(merging[-1] / _seconds(lambda: merge(plain, frame.buffer)))
+        encoding.append(_seconds(lambda: codec.encode(frame, 1)))
+        whole = _seconds(lambda: receive(plain, manifest.nbytes, "float32"), time.perf_counter)
+        receiving.append(_seconds(lambda: receive(codec, wire.nbytes, "encoded"), time.perf_counter) / whole)
+    per_parameter = 1e9 / parameters
+    return {
+        "compression": compression,
+        "parameters": parameters,
+        "share": wire.nbytes / manifest.nbytes,
+        "encode_ns": statistics.median(encoding) * per_parameter,
+        "merge_ns": statistics.median(merging) * per_parameter,
+        "ratio": statistics.median(ratios),
+        "from_redis": statistics.median(receiving),
+    }
+
+
+def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.thread_time) -> float:
+    start = clock()
+    work()
+    return clock() - start
+
+
+def name_of(compression: dict[str, Any], direction: str) -> str:
+    name = compression.get(direction, "float32")
+    if direction == "up" and "k" in compression:
+        name += f" {compression['k'] * 100:g} %"
+    return name + (" + zstd" if compression.get(f"{direction}_lossless") == "zstd" else "")
+
+
+def digits_table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| up | down | bytes up | down | both | accuracy | points lost |", "|---|---|---|---|---|---|---|"]
+    best = statistics.mean(rows[0]["accuracy"])
+    for row in rows:
+        mean = statistics.mean(row["accuracy"])
+        spread = f"{mean * 100:.2f} % ({min(row['accuracy']) * 100:.1f} to {max(row['accuracy']) * 100:.1f})"
+        lines.append(
+            f"| {name_of(row['compression'], 'up')} | {name_of(row['compression'], 'down')} | {row['up'] * 100:.1f} % "
+            f"| {row['down'] * 100:.1f} % | {row['both'] * 100:.1f} % | {spread} | {(best - mean) * 100:+.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def speed_table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| encoding | bytes | encode, ns | merge, ns | over float32's | from Redis, over float32's |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {name_of(row['compression'], 'up')} | {row['share'] * 100:.1f} % | {row['encode_ns']:.2f} "
+        f"| {row['merge_ns']:.2f} | {row['ratio']:.2f} | {row['from_redis']:.2f} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="one seed, few updates, short vectors: shows that it works"
+    )
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--updates", type=int, default=400)
+    parser.add_argument("--parameters", type=int, default=25_000_000, help="of the vectors that are timed")
+    parser.add_argument("--turns", type=int, default=15, help="measurements of each speed")
+    parser.add_argument("--only", choices=["digits", "speed"], help="one of the two tables")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    if options.quick:
+        options.seeds, options.updates, options.parameters, options.turns = 1, 16, 100_000, 1
+    torch.set_num_threads(1)
+    rows, timed = [], []
+    if options.only != "speed":
+        for row in ROWS[:1] + ROWS[5:6] if options.quick else ROWS:
+            rows.append(digits(row, options.seeds, options.updates))
+            print(digits_table(rows).splitlines()[-1], flush=True)
+        print(digits_table(rows))
+    if options.only != "digits":
+        with tempfile.TemporaryDirectory() as folder:
+            server = EmbeddedServer(Path(folder) / "redis")
+            try:
+                store = CoordinatorStore(connect(server.url), "speed", "benchmark")
+                timed = [speed(row, options.parameters, options.turns, store) for row in TIMED]
+            finally:
+                server.stop()
+        print(speed_table(timed))
+    if options.json:
+        options.json.write_text(json.dumps({"digits": rows, "speed": timed}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

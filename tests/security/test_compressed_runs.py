@@ -1,0 +1,168 @@
+"""Compressed both ways, signed, over a store: what workers get is rounded, what a successor goes on from is not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scene import RUN, Scene
+
+from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.errors import SignatureError, StoreError
+from fedqueue.frame import Frame
+from fedqueue.payload import Encoded, downward, upward
+from fedqueue_coordinator.audit import _books_of_store, audit, ok
+from fedqueue_coordinator.export import _newest
+
+SMALL = {"up": "int8", "up_lossless": "zstd", "down": "bfloat16", "down_lossless": "zstd", "block": 16}
+
+
+class Compressed(Scene):
+    def __init__(self, client, folder, **sections):
+        sections = {"compression": SMALL, "ledger": {"keep_payloads": True}, **sections}
+        super().__init__(client, folder, **sections)
+        self.up = upward(self.config.compression, self.manifest)
+        self.down = downward(self.config.compression, self.manifest)
+
+    def wire(self, value=1.0, seed=0):
+        frame = Frame(self.manifest)
+        frame.parameters.copy_(frame.parameters.new_tensor([value / (i + 3) for i in range(8)]))
+        return self.up.encode(frame, seed)
+
+    def post(self, site, value=1.0, wire=None, **fields):
+        """An update of the site's job."""
+        claim = site.store.claim(site.job, 3600, site.client)
+        base = Frame(self.manifest)
+        site.store.fetch_model(claim.version, self.down, base)
+        wire = self.wire(value) if wire is None else wire
+        header = {"encoding": self.up.name, "nbytes": wire.nbytes, **fields}
+        assert site.store.post(claim, site.update(**header), wire) == ""
+        return base
+
+
+@pytest.fixture
+def scene(redis_client, tmp_path):
+    return Compressed(redis_client, tmp_path)
+
+
+def test_worker_trains_from_the_rounded_model_and_the_coordinator_goes_on_from_the_exact_one(scene):
+    site, bases = scene.site("c0"), []
+    train = lambda: bases.append(scene.post(site))  # noqa: E731
+    model = scene.play(site.join, train, train, train).federation.model
+    assert scene.version == 3
+    got = Frame(scene.manifest)
+    site.store.fetch_model(3, scene.down, got)
+    exact, rounded = model.parameters.double(), got.parameters.double()
+    assert ((exact - rounded).abs() <= exact.abs() * 2.0**-8).all()
+    assert (exact != rounded).any()
+    assert len({base.parameters.sum().item() for base in bases}) == 3
+
+
+def test_successor_makes_the_bits_of_a_run_that_was_never_interrupted(fake_client, tmp_path):
+    models = []
+    for breaks in (False, True):
+        fake_client.flushall()
+        scene = Compressed(fake_client, tmp_path / str(breaks), seed=5)
+        site = scene.site("c0")
+        steps = [lambda v=v, scene=scene, site=site: scene.post(site, v) for v in (1.0, 0.3, -0.7, 0.01)]
+        if breaks:
+            scene.play(site.join, *steps[:2])
+            models.append(scene.play(*steps[2:]).federation.model)
+        else:
+            models.append(scene.play(site.join, *steps).federation.model)
+        books = _books_of_store(CoordinatorStore(fake_client, RUN, owner="audit"))
+        assert books.replay is not None
+        assert books.replay.updates == 4
+        assert ok(audit(books)), books.replay.problems
+    np.testing.assert_array_equal(models[0].buffer, models[1].buffer)
+
+
+def test_audit_finds_a_head_that_is_not_what_its_updates_make(scene):
+    site = scene.site("c0")
+    scene.play(site.join, lambda: scene.post(site))
+    other = scene.down.encode(Frame(scene.manifest), 1)
+    scene.redis.set(f"{scene.keys.model(1)}:0", other.tobytes())
+    books = _books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"))
+    assert books.replay is not None
+    assert "the model differs" in books.replay.problems[0]
+
+
+def test_head_is_exported_exactly_and_an_older_version_as_workers_got_it(scene):
+    site = scene.site("c0")
+    model = scene.play(site.join, lambda: scene.post(site)).federation.model
+    store = CoordinatorStore(scene.redis, RUN, owner="export")
+    version, exported = _newest(store, scene.down)
+    assert version == 1
+    np.testing.assert_array_equal(exported.buffer, model.buffer)
+    assert store.read_model(0, scene.down).parameters.numel() == 8
+    scene.redis.delete(f"{scene.keys.state(1)}:0")
+    with pytest.raises(StoreError, match="faster"):
+        _newest(store, scene.down)
+
+
+def test_exact_model_that_was_changed_in_redis_is_not_gone_on_from(scene):
+    site = scene.site("c0")
+    scene.play(site.join, lambda: scene.post(site))
+    key = f"{scene.keys.state(1)}:0"
+    state = bytearray(scene.redis.get(key))
+    state[-1] ^= 64
+    scene.redis.set(key, bytes(state))
+    with pytest.raises(SignatureError, match="optimizer's state"):
+        scene.play()
+
+
+def test_only_one_version_and_no_payload_stays_whatever_their_sizes_are(redis_client, tmp_path):
+    scene = Compressed(redis_client, tmp_path, ledger={})
+    site = scene.site("c0")
+    scene.play(site.join, *[lambda v=v: scene.post(site, v) for v in (0.0, 1.0, 1e-3, 5.0)])
+    prefix = f"fedqueue:{{{RUN}}}:"
+    names = {key.decode().removeprefix(prefix) for key in scene.redis.scan_iter(match=prefix + "*")}
+    assert {n for n in names if n.startswith(("model:", "state:", "payload:"))} == {
+        "model:4:0",
+        "model:4:1",
+        "state:4:0",
+    }
+
+
+@pytest.mark.parametrize(
+    "aggregation", [{"mode": "fedasync", "mixing": "delta"}, {"mode": "fedbuff", "buffer_size": 1}]
+)
+@pytest.mark.parametrize("up", ["float16", "int8", "topk", "randomk"])
+def test_update_is_never_decoded_as_a_whole_to_be_merged(fake_client, tmp_path, monkeypatch, aggregation, up):
+    scene = Compressed(fake_client, tmp_path, aggregation=aggregation, compression={"up": up, "up_lossless": "zstd"})
+    site = scene.site("c0")
+
+    def whole(self):
+        raise AssertionError("a float32 temporary as large as the model")
+
+    monkeypatch.setattr(Encoded, "whole", whole)
+    scene.play(site.join, lambda: scene.post(site), lambda: scene.post(site))
+    assert scene.version == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda s: {"encoding": "int8"}, "wrong_encoding"),
+        (lambda s: {"encoding": "float32"}, "wrong_encoding"),
+        (lambda s: {"wire": np.zeros(s.up.largest + 1, np.uint8)}, "wrong_size"),
+        (lambda s: {"wire": np.zeros(4, np.uint8)}, "wrong_size"),
+        (lambda s: {"wire": np.frombuffer(b"\x19" + bytes(24), np.uint8)}, "malformed"),
+        (lambda s: {"wire": s.wire(float("nan"))}, "non_finite"),
+    ],
+)
+def test_update_that_is_not_of_the_runs_encoding_is_rejected_with_its_reason(fake_client, tmp_path, change, reason):
+    scene = Compressed(fake_client, tmp_path)
+    site = scene.site("c0")
+    fields = change(scene)
+    scene.play(site.join, lambda: scene.post(site, **fields))
+    assert scene.reasons() == [reason]
+    assert scene.version == 0
+
+
+def test_positions_out_of_range_are_malformed_and_the_run_goes_on(fake_client, tmp_path):
+    scene = Compressed(fake_client, tmp_path, compression={"up": "topk", "k": 0.25})
+    site, bad = scene.site("c0"), scene.wire()
+    bad[:8].view(np.uint32)[1] = 99
+    scene.play(site.join, lambda: scene.post(site, wire=bad), lambda: scene.post(site))
+    assert scene.reasons() == ["malformed"]
+    assert scene.version == 1

@@ -1,0 +1,357 @@
+"""Each encoding against an oracle in float64: its error bound, its bytes, what it refuses, and the sum it conserves."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as numpy_st
+
+from fedqueue import compression
+from fedqueue.compression import ENCODINGS
+from fedqueue.compression_config import DENSE, SPARSE, CompressionConfig
+from fedqueue.errors import WireError
+from fedqueue.feedback import Sender
+from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.messages import Update
+from fedqueue.payload import Codec, Encoded, downward, upward
+
+NAMES = (*DENSE, *SPARSE)
+each_codec = pytest.mark.parametrize("lossless", ["none", "zstd"])
+each_name = pytest.mark.parametrize("name", NAMES)
+HEADER = Update(examples=1, nbytes=0, chunks=0, seconds=0.0)
+
+
+def manifest_of(n, buffers=3, counters=2):
+    """n parameters, and buffers and counters that no encoding may touch."""
+    entries = [Entry("w", "float32", (n,), 0, n, PARAMETER)]
+    entries += [Entry("b", "float32", (buffers,), n, buffers, BUFFER)] if buffers else []
+    entries += [Entry("c", "int64", (counters,), 0, counters, COUNTER)] if counters else []
+    return Manifest(tuple(entries))
+
+
+def frame_of(values, buffers=3, counters=2):
+    values = np.asarray(values, np.float32)
+    frame = Frame(manifest_of(len(values), buffers, counters))
+    frame.parameters.copy_(torch.from_numpy(values.copy()))
+    frame.buffers.copy_(torch.arange(buffers) / 3)
+    frame.counters.copy_(torch.arange(counters) + 2**40)
+    return frame
+
+
+def codec_of(frame, name, lossless="none", **fields):
+    return upward(CompressionConfig(up=name, up_lossless=lossless, **fields), frame.manifest)
+
+
+def sent(values, name, seed=1, lossless="none", **fields):
+    """Encoded and decoded again, float64."""
+    frame = frame_of(values)
+    codec = codec_of(frame, name, lossless, **fields)
+    return codec.decode(codec.encode(frame, seed)).whole().parameters.numpy().astype(np.float64)
+
+
+def worst(name, values, block=16, k=0.3):
+    """The stated bound of each element, in float64."""
+    x = np.abs(np.asarray(values, np.float64))
+    match name:
+        case "float32":
+            return np.zeros_like(x)
+        case "float16":
+            return np.maximum(x * 2.0**-11, 2.0**-25)
+        case "bfloat16":
+            return np.maximum(x * 2.0**-8, 2.0**-134)
+        case "int8":
+            padded = np.concatenate([x, np.zeros(-len(x) % block)]).reshape(-1, block)
+            scale = np.maximum(padded.max(axis=1) / 127, compression.TINY)
+            return np.repeat(scale, block)[: len(x)] * (1 + 2.0**-16)
+    return x
+
+
+moderate = numpy_st.arrays(
+    np.float32, st.integers(1, 90), elements=st.floats(-(2.0**15), 2.0**15, width=32, allow_subnormal=True)
+)
+
+
+@each_codec
+@each_name
+@given(values=moderate, seed=st.integers(0, 2**53))
+def test_decoding_gives_back_every_element_within_the_stated_bound(name, lossless, values, seed):
+    decoded = sent(values, name, seed, lossless, block=16, k=0.3)
+    assert (np.abs(decoded - values.astype(np.float64)) <= worst(name, values)).all()
+
+
+@each_codec
+@each_name
+@given(values=moderate)
+def test_buffers_and_counters_travel_exactly_and_the_size_is_as_stated(name, lossless, values):
+    frame = frame_of(values)
+    codec = codec_of(frame, name, lossless, block=16, k=0.3)
+    wire = codec.encode(frame, 7)
+    assert codec.accepts(wire.nbytes)
+    decoded = codec.decode(wire).whole()
+    assert torch.equal(decoded.buffers, frame.buffers)
+    assert torch.equal(decoded.counters, frame.counters)
+    n, k = len(values), math.ceil(0.3 * len(values))
+    size = {"float16": 2 * n, "bfloat16": 2 * n, "int8": n + 4 * -(-n // 16), "topk": 8 * k, "randomk": 8 + 4 * k}
+    if name in size:
+        assert codec.nbytes == -(-size[name] // 8) * 8 + 16 + 16
+    if lossless == "none":
+        assert wire.nbytes == codec.nbytes == codec.largest
+
+
+@each_name
+def test_encoding_spans_pieces_without_a_seam(name, monkeypatch):
+    """More elements than a piece, in no multiple of it or of a block."""
+    values = np.random.default_rng(0).normal(size=1003).astype(np.float32)
+    whole = sent(values, name, block=32, k=0.1)
+    monkeypatch.setattr(compression, "PIECE", 64)
+    monkeypatch.setattr(compression.slices, "__defaults__", (64,))
+    pieces = sent(values, name, block=32, k=0.1)
+    assert (np.abs(pieces - values) <= worst(name, values, block=32)).all()
+    if name != "int8":  # whose random numbers are drawn by piece
+        np.testing.assert_array_equal(whole, pieces)
+
+
+def test_same_seed_gives_the_same_bytes_and_another_seed_others():
+    frame = frame_of(np.random.default_rng(1).normal(size=500))
+    for name in ("int8", "randomk"):
+        codec = codec_of(frame, name)
+        assert np.array_equal(codec.encode(frame, 5), codec.encode(frame, 5))
+        assert not np.array_equal(codec.encode(frame, 5), codec.encode(frame, 6))
+
+
+def test_float32_travels_as_it_is_and_nothing_is_copied():
+    frame = frame_of([1.0, 2.0])
+    codec = codec_of(frame, "float32")
+    assert codec.encode(frame, 0) is frame.buffer
+    assert codec.decode(frame.buffer).whole().buffer is frame.buffer
+    assert (codec.name, codec.nbytes) == ("float32", frame.manifest.nbytes)
+
+
+# int8
+
+
+def test_stochastic_rounding_has_the_mean_of_what_was_sent():
+    """4,000 roundings of each of 64 values: the mean is within 5 standard errors, each at most s / 2 / √4000."""
+    values = np.random.default_rng(2).normal(size=64)
+    scale = np.abs(values.astype(np.float32)).max() / 127
+    runs = np.stack([sent(values, "int8", seed, block=64) for seed in range(4000)])
+    bias = runs.mean(axis=0) - values.astype(np.float32)
+    assert np.abs(bias).max() < 5 * scale / 2 / math.sqrt(4000)
+    assert runs.std(axis=0).max() > scale / 4, "it is random"
+
+
+def test_int8_is_by_hand_for_values_on_its_grid():
+    """Block of 16 with maximum 127: scale 1, so whole numbers are sent exactly; the second block has its own scale."""
+    first, second = [127.0, -127.0, 3.0, 0.0] * 4, [0.0, 254.0, -2.0, 4.0]
+    assert sent([*first, *second], "int8", block=16).tolist() == [*first, *second]
+
+
+def test_block_of_zeros_and_of_the_smallest_numbers_is_sent_within_its_bound():
+    tiny = np.float32(1e-45)
+    decoded = sent([0.0] * 16 + [tiny, -tiny] * 8, "int8", block=16)
+    assert not decoded[:16].any()
+    frame = frame_of([0.0] * 16)
+    assert codec_of(frame, "int8", block=16).encode(frame, 0)[:4].view(np.float32)[0] > 0, "nothing is divided by 0"
+    assert np.abs(decoded[16:]).max() <= 2 * compression.TINY
+
+
+def test_negative_scale_is_malformed():
+    frame = frame_of([1.0] * 20)
+    codec = codec_of(frame, "int8", block=16)
+    wire = codec.encode(frame, 0)
+    wire[:4].view(np.float32)[0] = -1.0
+    with pytest.raises(WireError, match="negative"):
+        codec.decode(wire).whole()
+
+
+# top-k
+
+
+def test_topk_sends_the_largest_and_of_equals_the_first():
+    assert sent([1.0, -5.0, 0.5, 5.0, -1.0, 1.0], "topk", k=0.5).tolist() == [1.0, -5.0, 0, 5.0, 0, 0]
+
+
+@given(values=moderate, k=st.floats(0.01, 1.0))
+def test_topk_leaves_out_nothing_larger_than_what_it_sends(values, k):
+    decoded = sent(values, "topk", k=k)
+    kept = np.sort(np.abs(values.astype(np.float64)))[::-1][: math.ceil(k * len(values))]
+    assert np.sort(np.abs(decoded))[::-1][: len(kept)].tolist() == kept.tolist()
+    assert (decoded == 0).sum() >= len(values) - len(kept)
+
+
+@pytest.mark.parametrize(
+    ("place", "step", "says"),
+    [(1, 0, "comes twice"), (0, 21, "position"), (2, 2**32 - 1, "position"), (3, 2, "position 20 of 20")],
+)
+def test_positions_that_repeat_or_lie_outside_are_malformed(place, step, says):
+    frame = frame_of(np.arange(20) + 1.0)
+    codec = codec_of(frame, "topk", k=0.2)
+    wire = codec.encode(frame, 0)
+    wire[:16].view(np.uint32)[place] = step
+    with pytest.raises(WireError, match=says):
+        codec.decode(wire).whole()
+
+
+# random-k
+
+
+def test_randomk_sends_one_of_each_stratum_and_every_element_now_and_then():
+    values = np.arange(10) + 1.0
+    seen = np.zeros(10)
+    for seed in range(400):
+        decoded = sent(values, "randomk", seed, k=0.3)  # strata 0-2, 3-5 and 6-9
+        assert [np.count_nonzero(decoded[a:b]) for a, b in ((0, 3), (3, 6), (6, 10))] == [1, 1, 1]
+        assert set(decoded) - {0} <= set(values)
+        seen += decoded != 0
+    expected = 400 / np.array([3, 3, 3, 3, 3, 3, 4, 4, 4, 4])
+    assert np.abs(seen - expected).max() < 5 * math.sqrt(400 / 4)
+
+
+def test_randomk_chooses_the_same_on_every_machine():
+    """Of a fixed seed; who changes how positions are derived breaks runs of mixed versions."""
+    assert np.flatnonzero(sent(np.ones(1000), "randomk", seed=12345, k=0.005)).tolist() == [184, 372, 525, 673, 928]
+
+
+# What is not finite
+
+
+@each_codec
+@each_name
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_delta_that_is_not_finite_arrives_as_one_wherever_it_is(name, lossless, bad):
+    """So that the coordinator refuses it, even where the bad element is not among those that are sent."""
+    values = np.full(200, 0.5, np.float32)
+    values[17] = bad
+    assert not np.isfinite(sent(values, name, 3, lossless, k=0.02)).all()
+
+
+def test_half_precision_overflows_to_infinity():
+    assert np.isinf(sent([70_000.0, 1.0], "float16")).tolist() == [True, False]
+
+
+# Sizes
+
+
+@each_codec
+@each_name
+def test_other_number_of_bytes_is_refused(name, lossless):
+    frame = frame_of(np.random.default_rng(3).normal(size=100))
+    codec = codec_of(frame, name, lossless)
+    wire = codec.encode(frame, 0)
+    for wrong in (
+        wire[:-8],
+        np.concatenate([wire, np.zeros(8, np.uint8)]),
+        wire[:0],
+        np.zeros(codec.largest + 1, "u1"),
+    ):
+        with pytest.raises(WireError):
+            codec.decode(wrong)
+
+
+def test_zstd_that_would_give_more_than_a_frame_is_refused_before_it_is_decompressed():
+    bomb = codec_of(frame_of(np.zeros(10**7)), "float32", "zstd").encode(frame_of(np.zeros(10**7)), 0)
+    assert bomb.nbytes < 10_000
+    codec = Codec(manifest_of(3000), None, True)
+    assert codec.accepts(bomb.nbytes)
+    with pytest.raises(WireError, match="expected"):
+        codec.decode(bomb)
+
+
+@given(cut=st.integers(0, 400), new=st.binary(max_size=9))
+def test_damaged_zstd_is_an_error_or_a_frame_of_the_right_size(cut, new):
+    frame = frame_of(np.random.default_rng(4).normal(size=100))
+    codec = codec_of(frame, "float16", "zstd")
+    wire = codec.encode(frame, 0)
+    cut = min(cut, wire.nbytes)
+    damaged = np.frombuffer(wire[:cut].tobytes() + new + wire[cut + len(new) :].tobytes(), np.uint8)
+    assume(damaged.nbytes)
+    with contextlib.suppress(WireError):
+        assert codec.decode(damaged).whole().buffer.nbytes == frame.manifest.nbytes
+
+
+def test_zstd_saves_bytes_of_weights_that_look_random():
+    """Their exponents are alike: taken apart from the other bits, those cost less than half."""
+    frame = frame_of(np.random.default_rng(5).normal(size=100_000))
+    plain, small = (codec_of(frame, "bfloat16", z).encode(frame, 0).nbytes for z in ("none", "zstd"))
+    assert small < 0.75 * plain
+
+
+# Error feedback
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@given(deltas=st.lists(numpy_st.arrays(np.float32, 20, elements=st.floats(-1, 1, width=32)), min_size=1, max_size=12))
+def test_what_was_sent_and_what_is_held_back_add_up_to_what_was_trained(name, deltas):
+    manifest = manifest_of(20)
+    sender = Sender(upward(CompressionConfig(up=name, k=0.1), manifest))
+    total, arrived = np.zeros(20), np.zeros(20)
+    for seed, delta in enumerate(deltas):
+        frame = frame_of(delta)
+        _, wire = sender.encode("c", frame, HEADER, seed)
+        sender.accepted("c", frame)
+        arrived += sender.codec.decode(wire).whole().parameters.numpy()
+        total += delta
+    np.testing.assert_allclose(arrived + sender.residuals["c"].numpy(), total, atol=20 * 2.0**-22)
+
+
+def test_refused_update_leaves_the_residual_as_it_was_and_clients_do_not_share_one():
+    sender = Sender(upward(CompressionConfig(up="topk", k=0.5), manifest_of(2)))
+    first = frame_of([3.0, 1.0])
+    sender.encode("a", first, HEADER, 0)
+    sender.accepted("a", first)
+    assert sender.residuals["a"].tolist() == [0.0, 1.0]
+    refused = frame_of([9.0, 1.0])
+    sender.encode("a", refused, HEADER, 1)
+    assert sender.residuals["a"].tolist() == [0.0, 1.0]
+    other = frame_of([9.0, 1.0])
+    _, wire = sender.encode("b", other, HEADER, 1)
+    assert sender.codec.decode(wire).whole().parameters.tolist() == [9.0, 0.0]
+    again = frame_of([1.0, 0.5])
+    _, wire = sender.encode("a", again, HEADER, 2)
+    assert sender.codec.decode(wire).whole().parameters.tolist() == [0.0, 1.5], "what was held back comes on top"
+
+
+def test_delta_that_is_not_finite_does_not_poison_the_residual():
+    sender = Sender(upward(CompressionConfig(up="topk", k=0.5), manifest_of(2)))
+    bad = frame_of([math.nan, 1.0])
+    _, wire = sender.encode("a", bad, HEADER, 0)
+    sender.accepted("a", bad)
+    assert not sender.residuals
+    assert not np.isfinite(sender.codec.decode(wire).whole().parameters.numpy()).all()
+
+
+def test_dense_encodings_hold_nothing_back_and_the_header_says_what_travels():
+    sender = Sender(downward(CompressionConfig(down="int8", down_lossless="zstd"), manifest_of(50)))
+    frame = frame_of(np.ones(50))
+    update, wire = sender.encode("a", frame, HEADER, 0)
+    sender.accepted("a", frame)
+    assert not sender.residuals
+    assert (update.encoding, update.nbytes, update.chunks) == ("int8+zstd", wire.nbytes, 1)
+
+
+# Memory
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pieces_take_no_second_model(name):
+    import tracemalloc
+
+    n = 4_000_000
+    frame = frame_of(np.ones(n), 0, 0)
+    codec = codec_of(frame, name)
+    encoded = codec.decode(codec.encode(frame, 0))
+    assert name == "float32" or isinstance(encoded, Encoded)
+    tracemalloc.start()
+    largest = sum(values.numel() for _, values in encoded.pieces())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * n / 2
+    assert largest in (n, math.ceil(0.01 * n))
+    assert all(values.numel() <= compression.PIECE for _, values in encoded.pieces()) or name == "float32"
+    assert set(ENCODINGS) == set(NAMES) - {"float32"}
