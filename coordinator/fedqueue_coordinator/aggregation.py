@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 
 from fedqueue.frame import Delta, Frame, Manifest
+from fedqueue.store import BlobBuffer
 from fedqueue_coordinator.staleness import Staleness
 
 
@@ -47,6 +48,8 @@ class Accumulator:
 
     floats: torch.Tensor
     counters: torch.Tensor
+    memory: BlobBuffer
+    """All of it as bytes, uint8 [manifest.nbytes]: while there is no update, the first may be received right here."""
     updates: int = 0
     weights: float = 0.0
     """Σ w_i"""
@@ -91,7 +94,8 @@ class Aggregator:
 
     def init(self, manifest: Manifest) -> Accumulator:
         """An empty accumulator: as much memory as one model."""
-        return Accumulator(torch.zeros(manifest.floats), torch.zeros(manifest.counters, dtype=torch.int64))
+        frame = Frame(manifest)
+        return Accumulator(frame.floats, frame.counters, frame.buffer)
 
 
 def fedasync(alpha: float, staleness: Staleness, mixing: Literal["model", "delta"]) -> Aggregator:
@@ -178,7 +182,8 @@ def accumulate(acc: Accumulator, update: Contribution, weight: float) -> None:
 def mean_step(acc: Accumulator, model: Frame, divisor: float) -> Step:
     """What was accumulated, divided: in place, so the step's tensors are the accumulator's own."""
     parameters = len(model.parameters)
-    acc.floats.div_(divisor)
+    if divisor != 1.0:
+        acc.floats.div_(divisor)
     # Two terms of which neither is negative: rounding cannot bring a variance below 0, as x + (mean − x) could.
     buffers = acc.floats[parameters:].add_(model.buffers, alpha=max(0.0, 1.0 - acc.weights / divisor))
     return Step(acc.floats[:parameters], buffers, torch.maximum(acc.counters, model.counters))

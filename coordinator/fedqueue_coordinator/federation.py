@@ -48,6 +48,7 @@ from fedqueue_coordinator.events import (
     UpdateLoaded,
     UpdateUnreadable,
 )
+from fedqueue_coordinator.landing import Landing
 from fedqueue_coordinator.ledger import abandoned_record, merged_line, rejected_record, version_record
 from fedqueue_coordinator.norms import NormLimit
 from fedqueue_coordinator.outliers import OutlierFilter
@@ -84,8 +85,7 @@ class Federation:
         self.totals = totals or Totals()
         self.rejected: Counter[str] = Counter()
         self.abandoned: Counter[str] = Counter()
-        self.evaluated: Evaluated | None = None
-        """The newest central evaluation."""
+        self.evaluated: Evaluated | None = None  # the newest central evaluation
         self.stopped: Stop | None = None
         self.up = upward(config.compression, model.manifest)
         self.down = downward(config.compression, model.manifest)
@@ -93,6 +93,7 @@ class Federation:
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)
         self._filter = OutlierFilter(config.aggregation.filter, model.manifest.parameters)
         self._accumulator = self._aggregator.init(model.manifest)
+        self.landing = Landing(self._aggregator, self._accumulator, self.up)
         state = load_state(optimizer_state)
         self._optimizer.restore(state[OPTIMIZER])
         self._filter.restore(state[FILTER])
@@ -213,9 +214,9 @@ class Federation:
         self._slots.offer(arrived.client)  # an earlier update's rejection may have set it aside meanwhile
         staleness = self.version - arrived.base
         update = Contribution(frame, header.examples, staleness, base, arrived.client)
-        weight = self._aggregator.add(self._accumulator, update, self.model)
         if self.config.aggregation.filter.on:
             self._filter.admitted(frame.whole().parameters, norm)
+        weight = self._aggregator.add(self._accumulator, update, self.model)
         line = merged_line(arrived, header, staleness=staleness, weight=weight, norm=norm, seconds=now)
         self._buffer.append((arrived, line))
         return self._commit(now) if self._buffer_is_full(arrived.job) else []
@@ -277,8 +278,7 @@ class Federation:
 
         A version is rounded when it is published; a successor goes on from the exact one, which is in no version.
         """
-        optimizer, aggregation = self._optimizer.state, self._accumulator.state
-        parts = {OPTIMIZER: optimizer, AGGREGATION: aggregation, FILTER: self._filter.state}
+        parts = {OPTIMIZER: self._optimizer.state, AGGREGATION: self._accumulator.state, FILTER: self._filter.state}
         return save_state({**parts, MODEL: {"parameters": self.model.parameters}} if self.down.encoding else parts)
 
     # Slots

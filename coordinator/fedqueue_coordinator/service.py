@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import redis
 import structlog
 import torch
@@ -99,8 +98,6 @@ class Coordinator:
         self.federation: Federation
         self._bases: Bases
         torch.set_num_threads(config.aggregation.threads)
-        set_seed(config.seed)
-        self._module = task.model()
         check_algorithms(config)
         data = task.test_data()
         device = choose_device(config.training.device)
@@ -168,7 +165,7 @@ class Coordinator:
         store = self.store
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
         self.federation = take_over(
-            self.config, store, self._module, checkpoint, self._evaluator is not None, self._hearing
+            self.config, store, self._fresh_model(), checkpoint, self._evaluator is not None, self._hearing
         )
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
@@ -182,6 +179,11 @@ class Coordinator:
         for client in store.alive_clients():
             if client in registrations:
                 self._handle(ClientJoined(client, registrations[client]))
+
+    def _fresh_model(self) -> torch.nn.Module:
+        """The one that a run starts from; kept by nobody, for it is as large as a version."""
+        set_seed(self.config.seed)
+        return self.task.model()
 
     # Events
 
@@ -302,7 +304,7 @@ class Coordinator:
 
     def _load(self, load: Load) -> None:
         arrived = load.arrived
-        wire = np.empty(load.header.nbytes, np.uint8)
+        wire = self.federation.landing.place(load.header.nbytes)
         try:
             self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, wire)
             delta = self.federation.up.decode(wire)
