@@ -92,8 +92,8 @@ def viewer_rights(run: str) -> list[Right]:
 
 
 def users(run: str, clients: Iterable[str], pool: bool = False) -> dict[str, list[str]]:
-    """User → its rules, for an ACL file. With `pool`, one user for all workers instead of one for each client."""
-    workers = {POOL: None} if pool else {f"worker-{client}": client for client in clients}
+    """User → its rules, for an ACL file. With `pool`, a user for replicas that serve any client is among them."""
+    workers = {**({POOL: None} if pool else {}), **{f"worker-{client}": client for client in clients}}
     rights = {
         COORDINATOR: coordinator_rights(run),
         VIEWER: viewer_rights(run),

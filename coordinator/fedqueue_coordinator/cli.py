@@ -256,7 +256,10 @@ def acl(
         str, typer.Option(metavar="URL", help="Where all of them reach Redis, without user and password.")
     ] = "redis://localhost:6379",
     pool: Annotated[
-        bool, typer.Option("--pool", help="One user `worker` for every client, instead of one user each.")
+        bool, typer.Option("--pool", help="A user `worker` too, for replicas that serve any client.")
+    ] = False,
+    split: Annotated[
+        bool, typer.Option("--split", help="A folder with a password for each user, as volumes of containers.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the URLs too. They hold the passwords.")] = False,
     set_: Sets = None,
@@ -266,10 +269,14 @@ def acl(
     The users are coordinator, worker-CLIENT for each client, viewer (dashboards) and admin; the default user is off.
     Again with another --client, it adds a user; those that are there keep their passwords.
     """
-    from fedqueue_coordinator.access_files import ACL_FILE, chosen_clients, write_access
+    from fedqueue_coordinator.access_files import ACL_FILE, chosen_clients, write_access, write_split_access
 
     name, clients = chosen_clients(run, client or [], set_ or [])
     folder = output or Path("access") / name
+    if split:
+        names = write_split_access(folder, name, clients, pool)
+        typer.echo(f"{folder}: {len(names)} users of run {name}, each with a folder of its own")
+        return
     urls = write_access(folder, name, clients, server, pool)
     typer.echo(f"{folder / ACL_FILE}: {len(urls)} users; their URLs are {folder}/USER.url")
     if show:

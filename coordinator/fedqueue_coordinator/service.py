@@ -366,6 +366,8 @@ class Coordinator:
         for client in store.registrations():
             queueing.delete_queue(store.redis, store.keys.queue(client))
         ledger, refused, jobs = store.ledger(), store.refused(), store.job_number()
+        if store.authority and not store.authority.tells(ledger):
+            log.error("the ledger in Redis was changed: it does not tell the versions that were made", run=store.run)
         if self.config.ledger.keep_payloads and not federation.epoch:  # a new epoch begins without the old payloads
             keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
         if self._ending:  # the operator ended it early, and may want to go on after all

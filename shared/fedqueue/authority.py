@@ -10,8 +10,9 @@ restart.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError, StoreError
 from fedqueue.frame import Manifest
@@ -21,6 +22,7 @@ from fedqueue.messages import Order, read
 from fedqueue.signing import (
     CHARTER,
     EVALUATED,
+    NO_HISTORY,
     ORDER,
     VERSION,
     Charter,
@@ -28,6 +30,9 @@ from fedqueue.signing import (
     Seal,
     VersionRecord,
     digest_of,
+    history_of,
+    longer_history,
+    packed,
     seal,
     unseal,
 )
@@ -46,12 +51,14 @@ class Authority:
         self._run, self._key, self._folder = run, key, folder
         self._scope = Scope(run)
         self._term = 0
+        self._history = NO_HISTORY
         self._known: dict[str, tuple[_Stamp, list[PublicKey]]] = {}
 
     # What the run is
 
     def begin(self, config: bytes, manifest: Manifest, epoch: int, floor: int) -> bytes:
         """The charter of a run that starts, or starts again, under an instance that nobody could know before."""
+        self._history = NO_HISTORY
         return self._charter(secrets.token_hex(16), epoch, floor, digest_of(config), digest_of(manifest.pack()))
 
     def resume(self, info: RunInfo) -> bytes:
@@ -73,12 +80,45 @@ class Authority:
 
     # Versions, orders, evaluations: its own word, which comes back to it after a crash
 
-    def seal_version(self, version: int, model: BlobBuffer, state: BlobBuffer, job_number: int) -> bytes:
-        record = VersionRecord(model=digest_of(model), state=digest_of(state), job_number=job_number)
-        return seal(self._key, VERSION, self._scope, [version], record.pack())
+    def seal_version(
+        self,
+        version: int,
+        model: BlobBuffer,
+        state: BlobBuffer,
+        job_number: int,
+        record: Mapping[str, Any] | None,
+        totals: Mapping[str, Any],
+    ) -> bytes:
+        """The seal of a version; `record` is its line in the ledger, which joins the history of the next ones too."""
+        if record is not None:
+            self._history = longer_history(self._history, record)
+        what = VersionRecord(
+            model=digest_of(model), state=digest_of(state), job_number=job_number, history=self._history,
+            totals=digest_of(packed(totals)),
+        )  # fmt: skip
+        return seal(self._key, VERSION, self._scope, [version], what.pack())
 
-    def check_version(self, version: int, data: bytes, model: BlobBuffer, state: bytes | None = None) -> int:
-        """How many jobs had been given out when that version was committed.
+    def remember(self, ledger: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from the history in a ledger that is this coordinator's own."""
+        self._history = history_of(ledger)
+
+    def check_history(
+        self, version: int, signed: VersionRecord, ledger: Iterable[Mapping[str, Any]], totals: Mapping[str, Any]
+    ) -> None:
+        """Go on from the history in Redis; raises SignatureError unless it was signed with `version`."""
+        history = history_of(ledger)
+        if history != signed.history:
+            raise SignatureError(f"the ledger in Redis is not the history of version {version} as it was signed")
+        if digest_of(packed(totals)) != signed.totals:
+            raise SignatureError(f"the totals in Redis are not those of version {version} as they were signed")
+        self._history = history
+
+    def tells(self, ledger: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the versions in a ledger are those that this coordinator made, or went on from."""
+        return history_of(ledger) == self._history
+
+    def check_version(self, version: int, data: bytes, model: BlobBuffer, state: bytes | None = None) -> VersionRecord:
+        """What was signed of that version.
 
         Raises SignatureError unless model, and the server optimizer's state where it is given, are what was signed.
         """
@@ -88,7 +128,7 @@ class Authority:
             raise SignatureError(f"the model in Redis is not version {version} as this coordinator signed it")
         if state is not None and digest_of(state) != record.state:
             raise SignatureError(f"the optimizer's state in Redis is not that of version {version} as it was signed")
-        return record.job_number
+        return record
 
     def seal_order(self, order: Order) -> bytes:
         return seal(self._key, ORDER, self._scope, [], order.pack())

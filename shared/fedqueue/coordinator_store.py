@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import msgpack
 import redis
 
 from fedqueue.authority import Authority
@@ -16,7 +15,7 @@ from fedqueue.errors import Fenced, SignatureError, StoreError
 from fedqueue.frame import Manifest
 from fedqueue.keys import RUNS
 from fedqueue.messages import Order, read
-from fedqueue.signing import digest_of
+from fedqueue.signing import digest_of, packed
 from fedqueue.store import BlobBuffer, Store, chunks_of, number
 
 STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
@@ -144,10 +143,13 @@ class CoordinatorStore(Store):
 
     def restore(self, version: int, job_number: int, ledger: Iterable[Mapping[str, Any]]) -> None:
         """Bring back what a checkpoint knows, so that `publish` of `version` makes it the head of a new epoch."""
+        records = list(ledger)
         pipe = self.redis.pipeline(transaction=True)
         pipe.delete(self.keys.ledger)
-        for record in ledger:
-            pipe.xadd(self.keys.ledger, {"record": msgpack.packb(record)})
+        for record in records:
+            pipe.xadd(self.keys.ledger, {"record": packed(record)})
+        if self.authority:
+            self.authority.remember(records)
         pipe.execute()
         self.redis.hset(self.keys.head, mapping={"version": version - 1, "job_number": job_number})
 
@@ -169,11 +171,13 @@ class CoordinatorStore(Store):
         Returns the versions that are still stored. Raises Fenced, or StoreError where the head is another one.
         """
         keys = self.keys
+        if record is not None:
+            record = {**record, "token": self.token}
         staged = keys.staged_model(self.token), keys.staged_state(self.token)
         model_chunks = self.write_blob(staged[0], model, STAGED_SECONDS)
         state_chunks = self.write_blob(staged[1], optimizer_state, STAGED_SECONDS)
         if self.authority:  # the seal is one more chunk of the model: committed, and deleted, with it
-            sealed = self.authority.seal_version(version, model, optimizer_state, job_number)
+            sealed = self.authority.seal_version(version, model, optimizer_state, job_number, record, totals)
             self.redis.set(f"{staged[0]}:{model_chunks}", sealed, ex=STAGED_SECONDS)
             model_chunks += 1
         payload_chunks = chunks_of(model.nbytes)
@@ -185,7 +189,7 @@ class CoordinatorStore(Store):
             "commit",
             [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.held],
             [
-                self.token, version, self._with_token(record), msgpack.packb(totals),
+                self.token, version, b"" if record is None else packed(record), packed(totals),
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix, *merged_args,
             ],
@@ -200,9 +204,6 @@ class CoordinatorStore(Store):
         if answer[0] == 0:
             raise StoreError(f"version {version} does not follow the head of run {self.run!r}")
         return set(map(int, answer[1:]))
-
-    def _with_token(self, record: Mapping[str, Any] | None) -> bytes:
-        return b"" if record is None else msgpack.packb({**record, "token": self.token})
 
     def hold_version(self, version: int) -> None:
         """Keep a version stored whatever is committed after it."""
@@ -294,7 +295,7 @@ class CoordinatorStore(Store):
             "close",
             [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(sender)],
             [
-                self.token, job, msgpack.packb(record), place, condition, f"{keys.payload_prefix}{job}:",
+                self.token, job, packed(record), place, condition, f"{keys.payload_prefix}{job}:",
                 payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS,
             ],
         )  # fmt: skip
@@ -311,7 +312,7 @@ class CoordinatorStore(Store):
         answer = self.script(
             "note",
             [self.keys.leader, self.keys.ledger, self.keys.updates(sender)],
-            [self.token, msgpack.packb(record) if record else b"", place],
+            [self.token, packed(record) if record else b"", place],
         )
         self._require_lead(answer)
         return bool(answer)

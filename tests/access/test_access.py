@@ -332,7 +332,7 @@ def test_nobody_comes_in_without_a_password(guarded):
 
 def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(start_server, new_run):
     server = start_server(pool=True)
-    assert sorted(server.urls) == ["admin", "coordinator", "viewer", "worker"]
+    assert set(server.urls) == {"admin", "coordinator", "viewer", "worker", *(f"worker-{c}" for c in CLIENTS)}
     run = new_run(server.user("coordinator"))
     run.coordinator.create(run.config.model_dump_json(), run.manifest, clients=CLIENTS)
     worker = WorkerStore(server.user("worker"), "sample", "worker-a")
@@ -343,9 +343,14 @@ def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(star
     with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.set(run.keys.model(0) + ":0", "poison")
     with pytest.raises(redis.ResponseError, match=DENIED):
+        worker.redis.get(run.keys.payload(order.job, 1) + ":0")
+    with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.xadd(run.keys.updates(""), {"kind": "evaluated"})
     with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.rpush("rq:queue:" + run.keys.queue("c1"), "job")
+    for command in (["FLUSHALL"], ["CONFIG", "GET", "*"], ["KEYS", "*"], ["EVAL", "return 1", "0"], ["ACL", "LIST"]):
+        with pytest.raises(redis.ResponseError, match=DENIED):
+            worker.redis.execute_command(*command)
 
 
 # Files

@@ -12,7 +12,7 @@ from scene import EXAMPLES, RUN, Scene
 from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.identity import SigningKey
 from fedqueue.messages import Ending, Registration, read
-from fedqueue.signing import JOINED, UPDATE, Scope, Seal, seal, unseal
+from fedqueue.signing import JOINED, LEFT, UPDATE, Scope, Seal, seal, unseal
 from fedqueue.worker_store import WorkerStore
 from fedqueue_coordinator.enrolment import enroll, revoke
 
@@ -215,9 +215,27 @@ def test_registration_of_a_worker_that_is_gone_does_not_come_back(scene):
 
     leader = scene.play(join_first, leave, second.join, replay)
     assert dict(leader.federation.clients) == {"c0": EXAMPLES}
-    assert scene.reasons() == ["returned", "forged", "forged"], (
+    assert scene.reasons() == ["returned", "superseded", "superseded"], (
         "the first worker's own leave counted, the replay does not"
     )
+
+
+def test_farewell_of_a_worker_that_was_superseded_accuses_nobody(scene):
+    """It was away for longer than its lease, another one took its client, and now it comes to its own end."""
+    first, second = scene.site("c0", "first"), scene.site("c0", "second")
+
+    def take_over():
+        scene.redis.hset(scene.keys.site("c0"), "alive", 0)
+        second.join()
+
+    def farewell():
+        body = first.trust.seal(LEFT, "c0", [], b"")
+        scene.redis.xadd(scene.keys.updates("c0"), {"kind": "left", "body": body})
+
+    leader = scene.play(first.join, take_over, farewell, second.post)
+    assert scene.reasons() == ["superseded"]
+    assert dict(leader.federation.clients) == {"c0": EXAMPLES}
+    assert scene.version == 1
 
 
 def test_forged_endings_do_not_set_a_client_aside(scene):
