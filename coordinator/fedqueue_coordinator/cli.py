@@ -232,13 +232,17 @@ def export(
 def audit(
     run: Annotated[str, typer.Argument(metavar="RUN|DIR", help="The run's name, or the folder of its results.")],
     redis: Url = "",
+    keys: Keys = Path("keys"),
 ) -> None:
-    """Check that every job ended once, no update was merged twice, no version is missing; exit 1 on a violation."""
+    """Check that every job ended once, no update was merged twice, no version is missing; exit 1 on a violation.
+
+    Where KEYS has the coordinator's public key, what it signed is verified too.
+    """
     from fedqueue_coordinator.audit import audit as check
     from fedqueue_coordinator.audit import ok, read_books
     from fedqueue_coordinator.status import show_audit
 
-    checks = check(read_books(run, redis))
+    checks = check(read_books(run, redis, keys))
     show_audit(run, checks)
     raise typer.Exit(DONE if ok(checks) else FAILED)
 
@@ -330,6 +334,8 @@ def enroll(
 ) -> None:
     """Make the keys by which coordinator and sites know each other; a run need not be stopped for it.
 
+    `enroll coordinator --rotate` gives the coordinator itself a new one.
+
     The folder --site is for the site: CLIENT.key is secret, and nobody else's. The worker finds it as security.keys.
     """
     from fedqueue_coordinator.enrolment import enroll as enroll_one
@@ -344,7 +350,9 @@ def enroll(
     if not clients or (public and len(clients) > 1):
         raise ConfigurationError("CLIENT", " ".join(clients or []), "one or more; exactly one with --public")
     for client in clients:
-        typer.echo(f"{client}: give {enroll_one(keys, client, site, rotate, public)} to the site, and keep no copy")
+        place = enroll_one(keys, client, site, rotate, public)
+        whom = "every site before the next coordinator leads" if place.is_file() else "the site, and keep no copy"
+        typer.echo(f"{client}: give {place} to {whom}")
 
 
 @app.command()

@@ -270,9 +270,7 @@ def check_access(stack: Stack) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     count, _, folders = done.stdout.strip().partition(" ")
     assert folders == "['worker']", folders
-    say(
-        f"nobody was denied anything before; a worker's user: {count} forbidden commands, each denied; no other user's password is in its container"
-    )
+    say(f"nobody was denied what its work needs; to a worker's user {count} commands are denied, each of those tried")
 
 
 def check_other_rules_are_read(stack: Stack) -> None:

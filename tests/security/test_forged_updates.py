@@ -311,6 +311,33 @@ def test_after_a_rotation_both_keys_count_until_the_former_one_is_revoked(scene,
     assert scene.reasons() == ["forged"]
 
 
+def test_worker_takes_its_own_new_key_and_its_former_one_can_be_revoked_without_a_restart(scene):
+    site = scene.site("c0")
+
+    def rotate():
+        enroll(scene.key_folder, "c0", rotate=True)  # into the folder that the site reads
+        site.post()
+
+    def revoke_former():
+        revoke(scene.key_folder, "c0", previous=True)
+        site.post()
+
+    scene.play(site.join, site.post, rotate, revoke_former)
+    assert (scene.version, scene.reasons()) == (3, [])
+
+
+def test_key_file_that_is_half_written_leaves_the_worker_with_the_key_that_it_has(scene):
+    site = scene.site("c0")
+    path = scene.key_folder / "sites" / "c0" / "c0.key"
+
+    def damage():
+        path.write_bytes(path.read_bytes()[:40])
+        site.post()
+
+    scene.play(site.join, damage)
+    assert (scene.version, scene.reasons()) == (1, [])
+
+
 def test_buffered_update_of_a_client_that_was_revoked_meanwhile_is_not_merged_by_a_successor(fake_client, tmp_path):
     """A takeover verifies anew what no commit has acknowledged."""
     scene = Scene(fake_client, tmp_path, aggregation={"mode": "fedbuff", "buffer_size": 2})
