@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-RUNS ?= 100000
+RUNS ?= 1000000
 
 .PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout clean
 

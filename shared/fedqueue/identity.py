@@ -7,7 +7,6 @@ public keys holds one or more of them, so that a key can be replaced while what 
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import hashlib
 import os
@@ -133,7 +132,7 @@ def parse_public_key(line: str, where: str, setting: str = "security.keys") -> P
     algorithm, _, encoded = line.strip().partition(" ")
     try:
         raw = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
+    except ValueError:  # of binascii, and of text that is not ASCII
         raw = b""
     if algorithm != ALGORITHM or len(raw) != PUBLIC_BYTES:
         raise ConfigurationError(setting, where, f"expected lines `{ALGORITHM} BASE64` of {PUBLIC_BYTES}-byte keys")
