@@ -42,6 +42,10 @@ class SiteTrust:
         """Those for which there is a key here."""
         return sorted(self._keys)
 
+    def key_of(self, client: str) -> str:
+        """The id of the client's present key; empty where it is not here."""
+        return self._keys[client].keys.public.id if client in self._keys else ""
+
     @property
     def scope(self) -> Scope:
         """Raises SignatureError before `enter`."""

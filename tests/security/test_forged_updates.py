@@ -15,6 +15,7 @@ from fedqueue.messages import Ending, Registration, read
 from fedqueue.signing import JOINED, LEFT, UPDATE, Scope, Seal, seal, unseal
 from fedqueue.worker_store import WorkerStore
 from fedqueue_coordinator.enrolment import enroll, revoke
+from fedqueue_worker.heartbeat import Heartbeat
 
 
 @pytest.fixture
@@ -324,6 +325,28 @@ def test_worker_takes_its_own_new_key_and_its_former_one_can_be_revoked_without_
 
     scene.play(site.join, site.post, rotate, revoke_former)
     assert (scene.version, scene.reasons()) == (3, [])
+
+
+def test_worker_with_a_new_key_registers_again_so_that_a_successor_believes_it(scene):
+    site = scene.site("c0")
+    ends = []
+
+    def join():
+        site.join()
+        heartbeat.register(Registration(client="c0", examples=EXAMPLES))
+
+    def rotate():
+        enroll(scene.key_folder, "c0", rotate=True)
+        heartbeat.beat()
+        heartbeat.beat()
+        assert len(scene.entries()) == 1, "once"
+
+    heartbeat = Heartbeat(site.store, ["c0"], 3600, 3600, ends.append)
+    scene.play(join, site.post, rotate, site.post)
+    revoke(scene.key_folder, "c0", previous=True)
+    leader = scene.play(site.post)
+    assert dict(leader.federation.clients) == {"c0": EXAMPLES}
+    assert (scene.version, scene.reasons(), ends) == (3, [], [])
 
 
 def test_key_file_that_is_half_written_leaves_the_worker_with_the_key_that_it_has(scene):
