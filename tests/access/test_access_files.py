@@ -33,7 +33,7 @@ def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
 def test_acl_file_has_the_digest_of_each_password_and_no_default_user(tmp_path):
     urls = write(tmp_path, "north")
     first, *lines = (tmp_path / "users.acl").read_text().splitlines()
-    assert first == "user default reset off"
+    assert first == "user default reset off ~* &* +@all"
     for line in lines:
         _, user, reset, on, digest, *_ = line.split()
         password = urls[user].split(":")[2].partition("@")[0]

@@ -380,6 +380,7 @@ def check_results(stack: Stack, folder: Path, killed: str) -> None:
     assert len(summary["clients"]) >= 6, summary["clients"]
     assert summary["stopped_because"].startswith("target: accuracy"), summary["stopped_because"]
     assert max(h["accuracy"] for h in summary["history"]) >= 0.9
+    assert "epoch_lost" not in summary["abandoned_because"], "Redis lost the run"
     assert any(r["kind"] == "abandoned" and r["client"] == killed for r in ledger), f"{killed} had no job to lose"
     say(
         f"{summary['versions']} versions of {summary['updates_merged']} updates from {len(summary['clients'])} clients "
