@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.errors import BlobMissing, StoreError, WireError
+from fedqueue.errors import BlobMissing, SignatureError, StoreError, WireError
 from fedqueue.frame import Manifest
 from fedqueue.identity import PublicKey, read_public_keys
 from fedqueue.messages import Order, read
@@ -30,7 +30,7 @@ from fedqueue.signing import (
     packed,
     unseal,
 )
-from fedqueue.store import RunInfo
+from fedqueue.store import BlobBuffer, RunInfo, Store
 from fedqueue.trust import COORDINATOR_PUBLIC
 
 Record = Mapping[str, Any]
@@ -57,6 +57,40 @@ def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[R
         return Signatures({}, [], f"no {COORDINATOR_PUBLIC} in {keys}: --keys names the folder that has it")
     public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
     return _Verification(store, info, list(ledger), public).result()
+
+
+def verify_model(store: Store, info: RunInfo, version: int, model: BlobBuffer, keys: Path) -> str:
+    """Raises SignatureError unless `model` is that version as the coordinator signed it.
+
+    Returns why it could not be verified; an empty string where it was.
+    """
+    if not info.charter:
+        return "the run is not signed"
+    if not (keys / COORDINATOR_PUBLIC).exists():
+        return f"no {COORDINATOR_PUBLIC} in {keys}"
+    public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
+    _signed_version(store, charter_scope(info, public), public, version, model)
+    return ""
+
+
+def charter_scope(info: RunInfo, public: Sequence[PublicKey]) -> Scope:
+    """Where the run's statements count, by its charter; raises SignatureError unless Redis has what that names."""
+    charter = read(Charter, unseal(info.charter, public, CHARTER, Scope(info.run), [], WHO).body)
+    if info.config_digest != charter.config:
+        raise SignatureError("the configuration in Redis is not the one that the charter names")
+    if digest_of(info.manifest) != charter.manifest:
+        raise SignatureError("the manifest in Redis is not the one that the charter names")
+    return Scope(info.run, charter.instance, charter.epoch)
+
+
+def _signed_version(
+    store: Store, scope: Scope, public: Sequence[PublicKey], version: int, model: BlobBuffer
+) -> VersionRecord:
+    sealed = store.read_seal(version, model.nbytes)
+    signed = read(VersionRecord, unseal(sealed, public, VERSION, scope, [version], WHO).body)
+    if digest_of(model) != signed.model:
+        raise SignatureError(f"the model in Redis is not version {version} as it was signed")
+    return signed
 
 
 class _Verification:
@@ -94,21 +128,11 @@ class _Verification:
         self._checked[kind] = self._checked.get(kind, 0) + 1
 
     def _charter(self) -> None:
-        info = self._info
-        charter = read(Charter, unseal(info.charter, self._public, CHARTER, Scope(info.run), [], WHO).body)
-        if info.config_digest != charter.config:
-            raise WireError("the configuration in Redis is not the one that the charter names")
-        if digest_of(info.manifest) != charter.manifest:
-            raise WireError("the manifest in Redis is not the one that the charter names")
-        self._scope = Scope(info.run, charter.instance, charter.epoch)
+        self._scope = charter_scope(self._info, self._public)
 
     def _version(self, version: int) -> VersionRecord:
         self._store.read_blob(self._store.keys.model(version), self._buffer)
-        sealed = self._store.read_seal(version, self._buffer.nbytes)
-        signed = read(VersionRecord, unseal(sealed, self._public, VERSION, self._scope, [version], WHO).body)
-        if digest_of(self._buffer) != signed.model:
-            raise WireError(f"the model in Redis is not version {version} as it was signed")
-        return signed
+        return _signed_version(self._store, self._scope, self._public, version, self._buffer)
 
     def _head(self, version: int) -> None:
         """The newest version, and all that was signed with it."""
@@ -130,12 +154,12 @@ class _Verification:
         if self._store.info().version != version:  # then that was of another one, or half gone
             raise BlobMissing(self._store.keys.state(version))
         if state is None or digest_of(state) != signed:
-            raise WireError(f"the optimizer's state in Redis is not that of version {version} as it was signed")
+            raise SignatureError(f"the optimizer's state in Redis is not that of version {version} as it was signed")
 
     def _order(self, job: str, client: str, data: bytes) -> None:
         order = read(Order, unseal(data, self._public, ORDER, self._scope, [], WHO).body)
         if (order.job, order.client) != (job, client):
-            raise WireError(f"the record of job {job} of {client} holds the order of {order.job} of {order.client}")
+            raise SignatureError(f"the record of {client}'s job {job} holds the order of {order.job} of {order.client}")
 
     def _payloads(self) -> None:
         """Merged payloads that were kept: their digests are in the history."""

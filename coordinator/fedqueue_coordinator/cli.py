@@ -220,12 +220,16 @@ def export(
         int | None, typer.Option(metavar="V", help="A version that is still stored; by default the newest.")
     ] = None,
     redis: Url = "",
+    keys: Keys = Path("keys"),
 ) -> None:
-    """Write a version of the model as safetensors: a plain state_dict."""
+    """Write a version of the model as safetensors: a plain state_dict.
+
+    Out of Redis, it is verified where KEYS has the coordinator's public key.
+    """
     from fedqueue_coordinator.export import export_model
 
-    exported = export_model(redis, run, version, output)
-    typer.echo(f"version {exported} of {run} is in {output}")
+    exported, doubt = export_model(redis, run, version, output, keys)
+    typer.echo(f"version {exported} of {run} is in {output}{f' (not verified: {doubt})' if doubt else ''}")
 
 
 @app.command()

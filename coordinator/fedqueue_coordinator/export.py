@@ -10,12 +10,17 @@ import numpy as np
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
 from fedqueue.frame import Frame, Manifest
 from fedqueue.store import Store, list_runs
+from fedqueue_coordinator.audit_signatures import verify_model
 from fedqueue_coordinator.places import finished_runs, read_summary, servers
 from fedqueue_coordinator.results import save_model
 
 
-def export_model(url: str, run: str, version: int | None, output: Path) -> int:
-    """Write the model to `output` and return its version; raises RunNotFound, or StoreError for a version gone."""
+def export_model(url: str, run: str, version: int | None, output: Path, keys: Path = Path("keys")) -> tuple[int, str]:
+    """Write the model to `output`; returns its version, and why it could not be verified (empty: it was, or need not).
+
+    Raises RunNotFound, StoreError for a version gone, and SignatureError, before anything is written, for a model that
+    is not what the coordinator signed, whose public key is in `keys`.
+    """
     for place in servers(url):
         if run not in list_runs(place.client):
             continue
@@ -30,9 +35,10 @@ def export_model(url: str, run: str, version: int | None, output: Path) -> int:
             except BlobMissing:
                 stored = ", ".join(map(str, store.stored_versions()))
                 raise StoreError(f"version {version} of {run} is not stored any more; stored: {stored}") from None
+        doubt = verify_model(store, store.info(), version, buffer, keys)
         output.parent.mkdir(parents=True, exist_ok=True)
         save_model(output, Frame(manifest, buffer))
-        return version
+        return version, doubt
     folder = finished_runs().get(run)
     if folder is None:
         raise RunNotFound(run)
@@ -41,4 +47,4 @@ def export_model(url: str, run: str, version: int | None, output: Path) -> int:
         raise StoreError(f"run {run} has ended, and {folder} holds version {kept} only")
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "model.safetensors", output)
-    return kept
+    return kept, ""

@@ -8,6 +8,7 @@ from scene import RUN, Scene
 from typer.testing import CliRunner
 
 from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.errors import SignatureError
 from fedqueue_coordinator.audit import _books_of_store, audit, ok
 from fedqueue_coordinator.cli import app
 
@@ -118,6 +119,24 @@ def test_command_takes_the_folder_of_the_keys_and_ends_with_1_on_a_change(server
     said = CliRunner().invoke(app, words)
     assert said.exit_code == 1
     assert "S: the model in Redis is not version 1 as it was signed" in said.output
+
+
+def test_model_that_was_changed_in_redis_is_not_exported(server, server_client, tmp_path):
+    scene = Scene(server_client, tmp_path)
+    site = scene.site("c0")
+    scene.play(site.join, site.post)
+    output = tmp_path / "model.safetensors"
+    words = ["export", RUN, "--redis", server.url, "--output", str(output)]
+    there = [*words, "--keys", str(scene.key_folder)]
+    said = CliRunner().invoke(app, there)
+    assert said.output == f"version 1 of {RUN} is in {output}\n"
+    said = CliRunner().invoke(app, [*words, "--keys", str(tmp_path)])
+    assert f"(not verified: no coordinator.pub in {tmp_path})" in said.output
+    output.unlink()
+    change_model(scene, 1)
+    with pytest.raises(SignatureError, match="not version 1 as it was signed"):
+        CliRunner().invoke(app, there, catch_exceptions=False)
+    assert not output.exists()
 
 
 def test_right_books_are_ok_as_a_whole(scene):
