@@ -57,7 +57,7 @@ from fedqueue_coordinator.events import (
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.hearing import Hearing, reason_of
 from fedqueue_coordinator.lead import KeepLead
-from fedqueue_coordinator.ledger import abandoned_record, evaluation_record, rejected_record
+from fedqueue_coordinator.ledger import Record, abandoned_record, evaluation_record, rejected_record
 from fedqueue_coordinator.replay import REPLAY_FOLDER, keep_replay
 from fedqueue_coordinator.summary import Result
 from fedqueue_coordinator.takeover import as_buffer, orders_to_queue, registered, take_over
@@ -219,7 +219,7 @@ class Coordinator:
         self.store.renew_lead(dispatch.leader_seconds)
         self._patience.succeeded()
         if self._checkpointer.due(self._now()):
-            self._checkpointer.start(Checkpoint.of(self.federation, self.store.ledger()), self._now())
+            self._checkpointer.start(Checkpoint.of(self.federation, self._ledger()), self._now())
         for client in [client for client in self.federation.clients if not self._hearing.believes(client)]:
             log.warning("client was revoked", client=client)
             self._handle(ClientLeft(client, keeps_job=True))
@@ -365,9 +365,7 @@ class Coordinator:
         version, model = self._final_version()
         for client in store.registrations():
             queueing.delete_queue(store.redis, store.keys.queue(client))
-        ledger, refused, jobs = store.ledger(), store.refused(), store.job_number()
-        if store.authority and not store.authority.tells(ledger):
-            log.error("the ledger in Redis was changed: it does not tell the versions that were made", run=store.run)
+        ledger, refused, jobs = self._ledger(), store.refused(), store.job_number()
         if self.config.ledger.keep_payloads and not federation.epoch:  # a new epoch begins without the old payloads
             keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
         if self._ending:  # the operator ended it early, and may want to go on after all
@@ -377,6 +375,12 @@ class Coordinator:
         kept = [0] if self.config.ledger.keep_payloads else []
         store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, self._model_chunks, kept)
         return Result(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
+
+    def _ledger(self) -> list[Record]:
+        ledger, authority = self.store.ledger(), self.store.authority
+        if authority and not authority.tells(ledger):
+            log.error("the ledger in Redis was changed: it does not tell the versions that were made")
+        return ledger
 
     def _final_version(self) -> tuple[int, Frame]:
         """The version that reached the target, else the newest one, which is evaluated if it has not been."""
