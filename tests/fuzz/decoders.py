@@ -34,7 +34,7 @@ from fedqueue_coordinator.checkpoint import Checkpoint, load_checkpoint, save_ch
 
 PER_BYTE = 200
 CONSTANT = 2**20  # bytes: 64 KiB inflated, a traceback, an error's text
-SECONDS = 5.0  # a collection of garbage or a busy machine may fall into it
+SECONDS = 5.0  # of CPU, which others on a busy machine do not take; a collection of garbage may fall into it
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ def _measure(name: str, decoder: Decoder, data: bytes) -> tuple[float, int]:
     """Seconds and bytes at the peak of one decoding."""
     tracemalloc.reset_peak()
     before, _ = tracemalloc.get_traced_memory()
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         decoder.decode(data)
     except decoder.may_raise:
         pass
     except Exception as error:
         raise ToShow(f"{name}: {type(error).__name__}: {error}") from error
-    return time.perf_counter() - began, tracemalloc.get_traced_memory()[1] - before
+    return time.process_time() - began, tracemalloc.get_traced_memory()[1] - before
 
 
 def _message(kind: Any, **fields: Any) -> Decoder:
