@@ -2,9 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-RUNS ?= 100000
+RUNS ?= 1000000
 
-.PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-compression clean
+.PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
+  clean
 
 demo: $(INSTALLED)  ## set up everything, then train the digits task to its target with 4 worker processes
 	$(BIN)/fedqueue run examples/digits/federation.toml --workers 4
@@ -42,7 +43,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-fuzz: $(INSTALLED)  ## coverage-guided fuzzing of every decoder; RUNS inputs for each, Linux only
+fuzz: $(INSTALLED)  ## coverage-guided fuzzing of every decoder; RUNS=100000 for a short one, Linux only
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[fuzz]'
 	$(BIN)/python tests/fuzz/fuzz.py --runs $(RUNS)
 
@@ -57,3 +58,6 @@ bench-dropout: $(INSTALLED)  ## what dying clients cost; OPTIONS="--quick"
 
 bench-compression: $(INSTALLED)  ## bytes, speed and accuracy of every encoding; OPTIONS="--quick"
 	$(BIN)/python benchmarks/compression.py $(OPTIONS)
+
+bench-signing: $(INSTALLED)  ## what signatures cost end to end; OPTIONS="--quick"
+	$(BIN)/python benchmarks/signing.py $(OPTIONS)

@@ -9,6 +9,7 @@ import tomllib
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import typer
@@ -16,11 +17,14 @@ import yaml
 
 from fedqueue.config import ENVIRONMENT_PREFIX, load_config
 from fedqueue.store import CHUNK
+from fedqueue_coordinator.access import COORDINATOR, POOL
+from fedqueue_coordinator.access_files import ACL_FILE, PASSWORD_FILE, SERVER_FOLDER, write_split_access
 from fedqueue_coordinator.cli import app as coordinator_app
 from fedqueue_worker.cli import app as worker_app
 
 ROOT = Path(__file__).parents[1]
 SERVICES = ("coordinator", "worker")
+BUILT = ("keys", "access", *SERVICES)
 APPS = {"fedqueue": coordinator_app, "fedqueue-worker": worker_app}
 INTERPOLATION = re.compile(r"(?<!\$)\$\{(\w+)(?::?([-?])([^}]*))?\}")
 APP_FOLDER = PurePosixPath("/app")  # of the images; the repository's `examples` is below it
@@ -141,6 +145,7 @@ def test_every_setting_is_one_of_the_configuration(stack: dict[str, Any], servic
     assert all(name.startswith(ENVIRONMENT_PREFIX) for name in environment)
     config = load_config(ROOT / "examples/digits/federation.toml", environment=environment)
     assert config.redis.url == environment["FEDQUEUE_REDIS__URL"]
+    assert config.redis.password_file == environment["FEDQUEUE_REDIS__PASSWORD_FILE"]
     assert len(config.clients.ids) == int(environment["FEDQUEUE_CLIENTS__COUNT"]) >= 12
     assert config.stop.target == {"accuracy": 0.9}
 
@@ -153,19 +158,42 @@ def test_a_setting_that_does_not_exist_would_be_found(stack: dict[str, Any]) -> 
         )
 
 
-def test_password_has_to_be_given_and_is_on_no_command_line() -> None:
-    raw = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
-    for name, variable in (("redis", "REDISCLI_AUTH"), *((s, "FEDQUEUE_REDIS__URL") for s in SERVICES)):
-        assert "${REDIS_PASSWORD:?" in raw[name]["environment"][variable]
-        assert "REDIS_PASSWORD" not in str(raw[name]["command"])
+def test_each_part_has_a_user_of_its_own_and_no_password_is_in_the_file(stack: dict[str, Any]) -> None:
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    assert not re.search(r"REDIS_PASSWORD|requirepass|://[^@\s]*:[^@\s]*@", text)
+    for service, user in (("coordinator", COORDINATOR), ("worker", POOL)):
+        url = urlsplit(settings(stack, service)["FEDQUEUE_REDIS__URL"])
+        assert (url.scheme, url.username, url.password, url.port) == ("redis", user, None, 6379)
+        assert stack["services"][service]["depends_on"][url.hostname] == {"condition": "service_healthy"}
+        assert settings(stack, service)["FEDQUEUE_REDIS__PASSWORD_FILE"] == f"access/{user}/{PASSWORD_FILE}"
 
 
-def test_redis_is_found_under_the_name_in_the_url(stack: dict[str, Any], service: str) -> None:
-    url = settings(stack, service)["FEDQUEUE_REDIS__URL"] or ""
-    match = re.fullmatch(r"redis://:given@(\w+):6379/0", url)
-    assert match
-    assert match[1] in stack["services"]
-    assert stack["services"][service]["depends_on"][match[1]] == {"condition": "service_healthy"}
+def test_each_part_mounts_the_secret_of_its_own_user_and_no_other(stack: dict[str, Any]) -> None:
+    mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
+    held = {name: [mount for mount in of_part if mount.startswith("access")] for name, of_part in mounts.items()}
+    assert held == {
+        "keys": [],
+        "access": [
+            f"access:{APP_FOLDER}/access",
+            *(f"access-{user}:{APP_FOLDER}/access/{user}" for user in (SERVER_FOLDER, COORDINATOR, POOL)),
+        ],
+        "redis": ["access-server:/access:ro"],
+        "coordinator": [f"access-coordinator:{APP_FOLDER}/access/coordinator:ro"],
+        "worker": [f"access-worker:{APP_FOLDER}/access/worker:ro"],
+    }
+
+
+def test_access_rules_are_written_before_redis_reads_them(stack: dict[str, Any], tmp_path: Path) -> None:
+    redis = stack["services"]["redis"]
+    assert redis["depends_on"] == {"access": {"condition": "service_completed_successfully"}}
+    parameters = parse("fedqueue", stack["services"]["access"]["command"])
+    assert (parameters["pool"], parameters["split"], parameters["output"]) == (True, True, Path("access"))
+    write_split_access(tmp_path, "digits", ["client-0"], pool=True)
+    for path in (f"/access/{ACL_FILE}", f"/access/{PASSWORD_FILE}"):
+        assert path in str(redis["command"]) + str(redis["healthcheck"])
+        assert (tmp_path / SERVER_FOLDER / Path(path).name).exists()
+    assert f"\naclfile /access/{ACL_FILE}\n" in redis["command"][-1]
+    assert "FEDQUEUE_NAME" in redis["environment"], "another run has other rules: Redis starts anew with them"
 
 
 # Paths
@@ -206,15 +234,15 @@ def test_volumes_are_declared_and_where_the_program_writes(stack: dict[str, Any]
     coordinator = Dockerfile(ROOT / "coordinator/Dockerfile")
     assert coordinator.last("WORKDIR") == str(APP_FOLDER)
     # The defaults of --output and security.keys are relative to it.
-    assert mounts["coordinator"] == [f"runs:{APP_FOLDER}/runs", f"keys:{APP_FOLDER}/keys:ro"]
-    for name in (
-        "keys",
-        *SERVICES,
-    ):  # a volume is owned as the folder of the image that it is first mounted on
+    assert mounts["coordinator"][:2] == [f"runs:{APP_FOLDER}/runs", f"keys:{APP_FOLDER}/keys:ro"]
+    for name in BUILT:  # a volume is owned as the folder of the image that it is first mounted on
         image = Dockerfile(ROOT / stack["services"][name]["build"]["dockerfile"])
         made = next(value for kind, value in image.stages[-1] if kind == "RUN" and "mkdir" in value)
+        folders, given = (set(part.split()) for part in made.split("chown"))
         for mount in mounts[name]:
-            assert made.count(mount.split(":")[1]) == 2, "made, and given to the user"
+            folder = PurePosixPath(mount.split(":")[1])
+            assert str(folder) in folders or any(f.startswith(f"{folder}/") for f in folders), f"{folder} is made"
+            assert given & {str(folder), str(folder.parent)}, f"{folder} is given to the user"
 
 
 def test_keys_are_made_before_the_others_start_and_private_ones_stay_apart(stack: dict[str, Any]) -> None:
@@ -223,6 +251,7 @@ def test_keys_are_made_before_the_others_start_and_private_ones_stay_apart(stack
     mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
     assert not [mount for mount in mounts["worker"] if mount.startswith("keys:")], "no coordinator's key at a worker"
     assert not [mount for mount in mounts["redis"] if "keys" in mount]
+    assert not [mount for mount in mounts["access"] if "keys" in mount]
     folder = settings(stack, "worker")["FEDQUEUE_SECURITY__KEYS"]
     assert f"site-keys:{APP_FOLDER}/{folder}:ro" in mounts["worker"]
     parse("fedqueue", stack["services"]["keys"]["command"])
@@ -248,7 +277,7 @@ def test_runs_as_nobody_in_particular(dockerfile: Dockerfile, stack: dict[str, A
     assert stack["services"]["redis"]["user"] == "redis"
 
 
-@pytest.mark.parametrize("name", ["redis", "keys", *SERVICES])
+@pytest.mark.parametrize("name", ["redis", *BUILT])
 def test_every_service_is_hardened(stack: dict[str, Any], name: str) -> None:
     part = stack["services"][name]
     assert part["read_only"] is True
@@ -303,7 +332,9 @@ def compose_variables() -> set[str]:
 def test_documented_variables_and_commands_exist() -> None:
     text = (ROOT / "docs/docker.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:FEDQUEUE_\w+|[A-Z]{3,}_[A-Z]+)\b", text)) - {"FEDQUEUE_SECTION__KEY"}
-    assert named == compose_variables() - {"CONFIG", "FEDQUEUE_REDIS__URL"}
+    given = {"FEDQUEUE_REDIS__PASSWORD_FILE", "FEDQUEUE_SECURITY__KEYS", "REDISCLI_AUTH"}  # by the file itself
+    assert named - given == compose_variables() - {"CONFIG"}
+    assert all(name in (ROOT / "docker-compose.yml").read_text(encoding="utf-8") for name in given)
     assert "`CONFIG`" in text
     used = {*re.findall(r"`fedqueue (\w+)", text), *re.findall(r"exec coordinator fedqueue (\w+)", text)}
     assert used == {"init", "status"}

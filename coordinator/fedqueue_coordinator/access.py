@@ -18,6 +18,10 @@ from fedqueue.worker_store import SCRIPTS
 
 COORDINATOR, VIEWER, ADMIN, POOL = "coordinator", "viewer", "admin", "worker"
 
+NOBODY = "user default reset off ~* &* +@all"
+"""Off and without a password: nobody can be this user. But Redis 7.0 reads its append-only file as this user, and drops
+each transaction (so whatever a script wrote) that it has no right to: with none, a restart would lose the run."""
+
 CONNECTION = (
     "hello", "auth", "ping", "select", "time", "info", "client|setname", "client|info", "client|id",
 )  # fmt: skip
@@ -99,8 +103,8 @@ def viewer_rights(run: str) -> list[Right]:
 
 
 def users(run: str, clients: Iterable[str], pool: bool = False) -> dict[str, list[str]]:
-    """User → its rules, for an ACL file. With `pool`, one user for all workers instead of one for each client."""
-    workers = {POOL: None} if pool else {f"worker-{client}": client for client in clients}
+    """User → its rules, for an ACL file. With `pool`, a user for replicas that serve any client is among them."""
+    workers = {**({POOL: None} if pool else {}), **{f"worker-{client}": client for client in clients}}
     rights = {
         COORDINATOR: coordinator_rights(run),
         VIEWER: viewer_rights(run),
@@ -113,8 +117,8 @@ def users(run: str, clients: Iterable[str], pool: bool = False) -> dict[str, lis
 
 
 def acl_file(passwords: Mapping[str, str], rules: Mapping[str, list[str]]) -> str:
-    """The text of an ACL file; it holds SHA-256 digests of the passwords, and no user without one."""
-    lines = ["user default reset off"]
+    """The text of an ACL file; it holds SHA-256 digests of the passwords, and no user without one that is on."""
+    lines = [NOBODY]
     for user, of_user in rules.items():
         digest = hashlib.sha256(passwords[user].encode()).hexdigest()
         lines.append(" ".join(["user", user, "reset", "on", f"#{digest}", *of_user]))

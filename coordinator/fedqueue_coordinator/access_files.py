@@ -13,9 +13,10 @@ from pydantic import TypeAdapter, ValidationError
 from fedqueue.config import ClientId, RunName, load_config
 from fedqueue.connection import SCHEMES, without_password
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.access import acl_file, users
+from fedqueue_coordinator.access import ADMIN, acl_file, users
 
 ACL_FILE = "users.acl"
+SERVER_FOLDER, PASSWORD_FILE = "server", "redis.password"  # where each user has a folder of its own
 PASSWORD_BYTES = 32
 
 
@@ -47,7 +48,7 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, po
     place = _place(server)
     rules = users(run, clients, pool)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    passwords = {user: _known(folder / f"{user}.url") or secrets.token_urlsafe(PASSWORD_BYTES) for user in rules}
+    passwords = {user: _known(folder / f"{user}.url") or _new_password() for user in rules}
     urls = {user: _with_credentials(place, user, password) for user, password in passwords.items()}
     for old in folder.glob("*.url"):
         if old.stem not in urls:
@@ -56,6 +57,29 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, po
         _write(folder / f"{user}.url", url + "\n")
     _write(folder / ACL_FILE, acl_file(passwords, rules))
     return urls
+
+
+def write_split_access(folder: Path, run: str, clients: Sequence[str], pool: bool) -> list[str]:
+    """As `write_access`, with a folder for each user, so that each can be a volume of one container; returns the users.
+
+    `USER/redis.password` is for `redis.password_file`. `server` is for the server's own container: `users.acl`, and the
+    password of `admin`, both readable by whatever user that container runs as. Whoever has that container has Redis.
+    """
+    rules = users(run, clients, pool)
+    places = {user: folder / (SERVER_FOLDER if user == ADMIN else user) for user in rules}
+    passwords = {user: _read(place / PASSWORD_FILE) or _new_password() for user, place in places.items()}
+    for old in folder.glob(f"*/{PASSWORD_FILE}"):
+        if old.parent not in places.values():
+            old.unlink()
+    for user, place in places.items():
+        place.mkdir(parents=True, exist_ok=True)
+        _write(place / PASSWORD_FILE, passwords[user] + "\n", 0o644 if user == ADMIN else 0o600)
+    _write(folder / SERVER_FOLDER / ACL_FILE, acl_file(passwords, rules), 0o644)
+    return list(rules)
+
+
+def _new_password() -> str:
+    return secrets.token_urlsafe(PASSWORD_BYTES)
 
 
 def _place(server: str) -> SplitResult:
@@ -71,13 +95,18 @@ def _with_credentials(place: SplitResult, user: str, password: str) -> str:
 
 
 def _known(path: Path) -> str:
-    return urlsplit(path.read_text(encoding="utf-8").strip()).password or "" if path.exists() else ""
+    return urlsplit(_read(path)).password or ""
 
 
-def _write(path: Path, text: str) -> None:
-    """Replace the file by one that was never readable by others."""
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def _write(path: Path, text: str, mode: int = 0o600) -> None:
+    """Replace the file by one that was never readable by more than `mode` says."""
     new = path.with_name(path.name + ".new")
     new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask
         file.write(text)
     new.replace(path)

@@ -27,6 +27,7 @@ UNREADABLE = "unreadable"  # the payload is not, or not wholly, in the store
 NORM = "too_large"  # the delta is larger than [admission] allows
 FORGED = "forged"  # its signature is missing or does not hold
 FOREIGN = "foreign"  # its client is not enrolled, or was revoked
+SUPERSEDED = "superseded"  # said by a worker process that another one of its client has followed
 TAMPERED = "tampered"  # the payload is not the one that was signed
 RUN_ENDED = "run_ended"  # it came too late to be part of a version
 

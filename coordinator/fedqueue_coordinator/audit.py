@@ -1,7 +1,7 @@
 """`fedqueue audit`: holds what a run wrote down against the invariants (PROTOCOL.md) and says which do not hold.
 
 It reads ledger, job records and streams of a run in Redis, or the results that a run left in a folder, and where every
-payload was kept (`ledger.keep_payloads`) it replays the run from version 0.
+payload was kept (`ledger.keep_payloads`) it replays the run from version 0. What is signed it verifies.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from fedqueue.keys import job_without_tag
 from fedqueue.messages import unpack_record
 from fedqueue.payload import downward
 from fedqueue.store import list_runs
+from fedqueue_coordinator.audit_signatures import Signatures, verify_signatures
 from fedqueue_coordinator.places import finished_runs, servers
 from fedqueue_coordinator.replay import REPLAY_FOLDER, Replay, replay_folder, replay_store
 
@@ -56,6 +57,8 @@ class Books:
     replay: Replay | None
     own_code: bool = False
     """There is no replay, because the configuration in Redis names code, and what is in Redis must not run here."""
+    signatures: Signatures | None = None
+    """None for the results in a folder: nothing there is signed."""
 
 
 def audit(books: Books) -> list[Check]:
@@ -85,31 +88,35 @@ def audit(books: Books) -> list[Check]:
         Check("I3", "versions rise by one from 1 to the head", _gaps(books)),
         _replayed(books),
         Check("I4", "one coordinator commits at a time: fencing tokens never fall", _tokens(books.ledger)),
+        _signed(books.signatures),
     ]  # fmt: skip
 
 
-def read_books(place: str, url: str) -> Books:
-    """The books of the run named `place`, or of the results in the folder `place`; raises RunNotFound."""
+def read_books(place: str, url: str, keys: Path = Path("keys")) -> Books:
+    """The books of the run named `place`, or of the results in the folder `place`; raises RunNotFound.
+
+    `keys` is the folder that may have the coordinator's public key.
+    """
     if (Path(place) / "ledger.jsonl").exists():
         return _books_of_folder(Path(place))
     for server in servers(url):
         if place in list_runs(server.client):
-            return _books_of_store(CoordinatorStore(server.client, place, owner="audit"))
+            return _books_of_store(CoordinatorStore(server.client, place, owner="audit"), keys)
     if place in finished_runs():
         return _books_of_folder(finished_runs()[place])
     raise RunNotFound(place)
 
 
-def _books_of_store(store: CoordinatorStore) -> Books:
+def _books_of_store(store: CoordinatorStore, keys: Path) -> Books:
     """Raises StoreError where a run that goes on could not be read at one moment of it."""
     for _ in range(READINGS):
         with contextlib.suppress(BlobMissing):  # the head was replaced before it was read
-            if books := _read_store(store):
+            if books := _read_store(store, keys):
                 return books()
     raise StoreError(f"run {store.run!r} moves on faster than it can be read: audit it again, or once it has ended")
 
 
-def _read_store(store: CoordinatorStore) -> Callable[[], Books] | None:
+def _read_store(store: CoordinatorStore, key_folder: Path) -> Callable[[], Books] | None:
     """What changes while a run goes on, in one transaction; the replay, of what does not, is left to the caller.
 
     None where the run went on between the question what there is to read and the reading.
@@ -147,6 +154,7 @@ def _read_store(store: CoordinatorStore) -> Callable[[], Books] | None:
         info.version,
         replay_store(config, store, manifest, records, frame) if frame else None,
         own_code,
+        verify_signatures(store, info, records, key_folder),
     )
 
 
@@ -210,6 +218,15 @@ def _replayed(books: Books) -> Check:
     if books.replay is None:
         return Check("I3", says, [], "payloads were not kept (ledger.keep_payloads = true keeps them)")
     return Check("I3", f"{says} ({books.replay.updates} updates)", books.replay.problems)
+
+
+def _signed(signatures: Signatures | None) -> Check:
+    says = "what lies in Redis is what the coordinator signed"
+    if signatures is None:
+        return Check("S", says, [], "results in a folder are not signed: audit the run while Redis keeps it")
+    counts = ", ".join(f"{kind} {count}" for kind, count in signatures.checked.items())
+    missing = f"not verified: {signatures.unchecked}"
+    return Check("S", f"{says} ({counts})" if counts else says, signatures.problems, missing)
 
 
 def _tokens(ledger: Iterable[Record]) -> list[str]:

@@ -220,25 +220,33 @@ def export(
         int | None, typer.Option(metavar="V", help="A version that is still stored; by default the newest.")
     ] = None,
     redis: Url = "",
+    keys: Keys = Path("keys"),
 ) -> None:
-    """Write a version of the model as safetensors: a plain state_dict."""
+    """Write a version of the model as safetensors: a plain state_dict.
+
+    Out of Redis, it is verified where KEYS has the coordinator's public key.
+    """
     from fedqueue_coordinator.export import export_model
 
-    exported = export_model(redis, run, version, output)
-    typer.echo(f"version {exported} of {run} is in {output}")
+    exported, doubt = export_model(redis, run, version, output, keys)
+    typer.echo(f"version {exported} of {run} is in {output}{f' (not verified: {doubt})' if doubt else ''}")
 
 
 @app.command()
 def audit(
     run: Annotated[str, typer.Argument(metavar="RUN|DIR", help="The run's name, or the folder of its results.")],
     redis: Url = "",
+    keys: Keys = Path("keys"),
 ) -> None:
-    """Check that every job ended once, no update was merged twice, no version is missing; exit 1 on a violation."""
+    """Check that every job ended once, no update was merged twice, no version is missing; exit 1 on a violation.
+
+    Where KEYS has the coordinator's public key, what it signed is verified too.
+    """
     from fedqueue_coordinator.audit import audit as check
     from fedqueue_coordinator.audit import ok, read_books
     from fedqueue_coordinator.status import show_audit
 
-    checks = check(read_books(run, redis))
+    checks = check(read_books(run, redis, keys))
     show_audit(run, checks)
     raise typer.Exit(DONE if ok(checks) else FAILED)
 
@@ -256,7 +264,10 @@ def acl(
         str, typer.Option(metavar="URL", help="Where all of them reach Redis, without user and password.")
     ] = "redis://localhost:6379",
     pool: Annotated[
-        bool, typer.Option("--pool", help="One user `worker` for every client, instead of one user each.")
+        bool, typer.Option("--pool", help="A user `worker` too, for replicas that serve any client.")
+    ] = False,
+    split: Annotated[
+        bool, typer.Option("--split", help="A folder with a password for each user, as volumes of containers.")
     ] = False,
     show: Annotated[bool, typer.Option("--show", help="Print the URLs too. They hold the passwords.")] = False,
     set_: Sets = None,
@@ -266,10 +277,14 @@ def acl(
     The users are coordinator, worker-CLIENT for each client, viewer (dashboards) and admin; the default user is off.
     Again with another --client, it adds a user; those that are there keep their passwords.
     """
-    from fedqueue_coordinator.access_files import ACL_FILE, chosen_clients, write_access
+    from fedqueue_coordinator.access_files import ACL_FILE, chosen_clients, write_access, write_split_access
 
     name, clients = chosen_clients(run, client or [], set_ or [])
     folder = output or Path("access") / name
+    if split:
+        names = write_split_access(folder, name, clients, pool)
+        typer.echo(f"{folder}: {len(names)} users of run {name}, each with a folder of its own")
+        return
     urls = write_access(folder, name, clients, server, pool)
     typer.echo(f"{folder / ACL_FILE}: {len(urls)} users; their URLs are {folder}/USER.url")
     if show:
@@ -323,6 +338,8 @@ def enroll(
 ) -> None:
     """Make the keys by which coordinator and sites know each other; a run need not be stopped for it.
 
+    `enroll coordinator --rotate` gives the coordinator itself a new one.
+
     The folder --site is for the site: CLIENT.key is secret, and nobody else's. The worker finds it as security.keys.
     """
     from fedqueue_coordinator.enrolment import enroll as enroll_one
@@ -337,7 +354,9 @@ def enroll(
     if not clients or (public and len(clients) > 1):
         raise ConfigurationError("CLIENT", " ".join(clients or []), "one or more; exactly one with --public")
     for client in clients:
-        typer.echo(f"{client}: give {enroll_one(keys, client, site, rotate, public)} to the site, and keep no copy")
+        place = enroll_one(keys, client, site, rotate, public)
+        whom = "every site before the next coordinator leads" if place.is_file() else "the site, and keep no copy"
+        typer.echo(f"{client}: give {place} to {whom}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from fedqueue.errors import ConfigurationError
 from fedqueue.identity import PublicKey, SigningKey, read_public_keys, read_signing_key, write_public_keys
 from fedqueue.trust import COORDINATOR_PUBLIC, KEY_SUFFIX
 
+COORDINATOR = Path(COORDINATOR_KEY).stem
 SITES = "sites"
 KEPT = 2  # public keys per client: the present one, and the one before it
 
@@ -32,14 +33,36 @@ def coordinator_key(folder: Path) -> PublicKey:
     return public
 
 
+def rotate_coordinator(folder: Path, site: Path | None = None) -> Path:
+    """Give the coordinator a new key; returns the file for the sites, in which the one before it counts too.
+
+    It is written to `site` as well, or to each site's folder that lies in `folder`. A coordinator that runs keeps the
+    key that it has: the next one to lead takes the new one.
+    """
+    coordinator_key(folder)
+    new = SigningKey.generate()
+    _publish(folder, [new.public, *read_public_keys(folder / COORDINATOR_PUBLIC)][:KEPT], site)
+    new.save(folder / COORDINATOR_KEY)
+    return folder / COORDINATOR_PUBLIC
+
+
+def _publish(folder: Path, keys: Sequence[PublicKey], site: Path | None = None) -> None:
+    for place in (folder, *([site] if site else sorted((folder / SITES).glob("*")))):
+        write_public_keys(place / COORDINATOR_PUBLIC, keys)
+
+
 def enroll(
     folder: Path, client: str, site: Path | None = None, rotate: bool = False, public: Path | None = None
 ) -> Path:
     """Make or replace the client's key pair, or take over the public key in `public`; returns the site's folder.
 
+    The client `coordinator`, with `rotate`, is the coordinator itself: see `rotate_coordinator`.
+
     With `rotate` the key before it counts too, until it is revoked or replaced once more. Raises ConfigurationError for
     a bad name, for a client that is enrolled already, and with `rotate` for one that is not.
     """
+    if client == COORDINATOR and rotate and not public:
+        return rotate_coordinator(folder, site)
     _check_name(client)
     place = folder / CLIENTS / f"{client}.pub"
     if place.exists() != rotate:
@@ -77,8 +100,12 @@ def enroll_missing(folder: Path, clients: Sequence[str], site: Path | None = Non
 def revoke(folder: Path, client: str, previous: bool = False) -> None:
     """From now on nothing counts that the client signs, or with `previous` nothing that its former key signed.
 
-    Raises ConfigurationError where the client is not enrolled.
+    Of the coordinator itself only the former key can be revoked. Raises ConfigurationError where the client is not
+    enrolled.
     """
+    if client == COORDINATOR and previous:
+        _publish(folder, [coordinator_key(folder)])
+        return
     _check_name(client)
     place = folder / CLIENTS / f"{client}.pub"
     if not place.exists():
@@ -96,5 +123,5 @@ def _check_name(client: str) -> None:
         TypeAdapter(ClientId).validate_python(client)
     except ValidationError as error:
         raise ConfigurationError("CLIENT", client, error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-    if client == Path(COORDINATOR_KEY).stem:
+    if client == COORDINATOR:
         raise ConfigurationError("CLIENT", client, "another name: files of this one hold the coordinator's own keys")

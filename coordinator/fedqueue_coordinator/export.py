@@ -9,9 +9,10 @@ from pathlib import Path
 from fedqueue.config import parse_config
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
-from fedqueue.frame import Frame, Manifest
+from fedqueue.frame import Manifest
 from fedqueue.payload import Codec, downward
-from fedqueue.store import list_runs
+from fedqueue.store import BlobBuffer, list_runs
+from fedqueue_coordinator.audit_signatures import verify_model
 from fedqueue_coordinator.places import finished_runs, read_summary, servers
 from fedqueue_coordinator.results import save_model
 from fedqueue_coordinator.server_state import MODEL, load_state
@@ -19,25 +20,34 @@ from fedqueue_coordinator.server_state import MODEL, load_state
 READINGS = 10  # attempts to read the exact model of a run that goes on
 
 
-def export_model(url: str, run: str, version: int | None, output: Path) -> int:
-    """Write the model to `output` and return its version; raises RunNotFound, or StoreError for a version gone."""
+def export_model(url: str, run: str, version: int | None, output: Path, keys: Path = Path("keys")) -> tuple[int, str]:
+    """Write the model to `output`; returns its version, and why it could not be verified (empty: it was, or need not).
+
+    Raises RunNotFound, StoreError for a version gone, and SignatureError, before anything is written, for a model that
+    is not what the coordinator signed, whose public key is in `keys`.
+    """
     for place in servers(url):
         if run not in list_runs(place.client):
             continue
         store = CoordinatorStore(place.client, run, owner="export")
         info = store.info()
         codec = downward(parse_config(info.config).compression, Manifest.unpack(info.manifest))
+        state: bytes | None = None
         if version is None:
-            version, model = _newest(store, codec)
+            version, wire, state = _newest(store, codec)
         else:
             try:
-                model = store.read_model(version, codec)
+                wire = store.read_wire(version, codec)
             except BlobMissing:
                 stored = ", ".join(map(str, store.stored_versions()))
                 raise StoreError(f"version {version} of {run} is not stored any more; stored: {stored}") from None
+        doubt = verify_model(store, store.info(), version, wire, keys, state)
+        model = codec.decode(wire).whole()
+        if state is not None:
+            model.parameters.copy_(load_state(state)[MODEL]["parameters"])
         output.parent.mkdir(parents=True, exist_ok=True)
         save_model(output, model)
-        return version
+        return version, doubt
     folder = finished_runs().get(run)
     if folder is None:
         raise RunNotFound(run)
@@ -46,16 +56,17 @@ def export_model(url: str, run: str, version: int | None, output: Path) -> int:
         raise StoreError(f"run {run} has ended, and {folder} holds version {kept} only")
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "model.safetensors", output)
-    return kept
+    return kept, ""
 
 
-def _newest(store: CoordinatorStore, codec: Codec) -> tuple[int, Frame]:
-    """The head, exact where what workers get of it is rounded; raises StoreError where it moves on too fast."""
+def _newest(store: CoordinatorStore, codec: Codec) -> tuple[int, BlobBuffer, bytes | None]:
+    """The head as it is stored and, where it is rounded, the server's state, which has the exact one.
+
+    Raises StoreError where it moves on too fast.
+    """
     for _ in range(READINGS):
-        version, model = store.newest_model(codec)
-        if codec.encoding is None:
-            return version, model
-        with contextlib.suppress(StoreError):  # the head was replaced meanwhile, and its state deleted
-            model.parameters.copy_(load_state(store.read_optimizer_state(version))[MODEL]["parameters"])
-            return version, model
+        version = store.info().version
+        with contextlib.suppress(StoreError):  # the head was replaced meanwhile, and it or its state deleted
+            wire = store.read_wire(version, codec)
+            return version, wire, store.read_optimizer_state(version) if codec.encoding else None
     raise StoreError(f"run {store.run!r} moves on faster than it can be read: name a --version, or wait for its end")

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from fedqueue.authority import Authority
 from fedqueue.entries import Entry
-from fedqueue.errors import NotEnrolled, SignatureError, WireError
+from fedqueue.errors import NotEnrolled, SignatureError, Superseded, WireError
 from fedqueue.messages import Ending, Evaluation, Registration, read
 from fedqueue.signing import ENDED, JOINED, LEFT, UPDATE, Seal
-from fedqueue_coordinator.admission import FOREIGN, FORGED, MALFORMED
+from fedqueue_coordinator.admission import FOREIGN, FORGED, MALFORMED, SUPERSEDED
 from fedqueue_coordinator.events import ClientJoined, ClientLeft, Evaluated, Event, JobEnded, UpdateArrived
 
 
@@ -61,7 +61,7 @@ class Hearing:
         if registration.client != client:
             raise SignatureError(f"client {client} signed a registration of {registration.client}")
         if (client, sealed.session) in self._former:
-            raise SignatureError(f"a registration of client {client} that was superseded comes back")
+            raise Superseded(f"a registration of client {client} comes back, whom another worker has registered since")
         present = self._session.get(client)
         if present is not None and present != sealed.session:
             self._former.add((client, present))
@@ -97,11 +97,13 @@ class Hearing:
             return
         sealed: Seal = self._authority.open(LEFT, entry.client, [], entry.body)
         if sealed.session != self._session.get(entry.client):
-            raise SignatureError(f"client {entry.client} is served by another worker than the one that leaves")
+            raise Superseded(f"client {entry.client} is served by another worker than the one that leaves")
 
 
 def reason_of(error: WireError) -> str:
     """The reason under which the ledger counts what this error is about."""
     if isinstance(error, NotEnrolled):
         return FOREIGN
+    if isinstance(error, Superseded):
+        return SUPERSEDED
     return FORGED if isinstance(error, SignatureError) else MALFORMED

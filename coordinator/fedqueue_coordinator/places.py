@@ -11,7 +11,7 @@ from typing import Any
 import redis
 
 from fedqueue.config import ENVIRONMENT_PREFIX, RedisConfig
-from fedqueue.connection import connect
+from fedqueue.connection import TLS_SCHEMES, connect
 from fedqueue.errors import ServerUnavailable
 from fedqueue.tls import Tls
 
@@ -37,7 +37,7 @@ def servers(url: str) -> list[Place]:
     tls = Tls(*files)
     places, problems = [], []
     for candidate in dict.fromkeys([given] if given else [*local, DEFAULT_URL]):
-        client = connect(candidate, retries=0, tls=tls if candidate.startswith("rediss:") else None)
+        client = connect(candidate, retries=0, tls=tls if candidate.partition(":")[0] in TLS_SCHEMES else None)
         try:
             client.ping()
         except redis.RedisError as error:

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import redis
 import structlog
@@ -58,7 +57,7 @@ from fedqueue_coordinator.events import (
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.hearing import Hearing, reason_of
 from fedqueue_coordinator.lead import KeepLead, take_the_lead
-from fedqueue_coordinator.ledger import abandoned_record, evaluation_record, rejected_record
+from fedqueue_coordinator.ledger import Record, abandoned_record, evaluation_record, rejected_record
 from fedqueue_coordinator.replay import REPLAY_FOLDER, keep_replay
 from fedqueue_coordinator.summary import Result
 from fedqueue_coordinator.takeover import as_buffer, most_bytes, orders_to_queue, registered, take_over
@@ -207,7 +206,7 @@ class Coordinator:
         self._patience.succeeded()
         if self._checkpointer.due(self._now()):
             self._publish()
-            self._checkpointer.start(Checkpoint.of(self.federation, self.store.ledger()), self._now())
+            self._checkpointer.start(Checkpoint.of(self.federation, self._ledger()), self._now())
         for entry in self.store.sweep():
             self._take(entry)
         for client in [client for client in self.federation.clients if not self._hearing.believes(client)]:
@@ -340,7 +339,7 @@ class Coordinator:
         self._at("after commit")
         self._bases.published(stored, wire)
 
-    def _note(self, entry: str, record: Mapping[str, Any] | None) -> None:
+    def _note(self, entry: str, record: Record | None) -> None:
         """Acknowledge an entry; what the ledger says of it comes after the versions that were made before."""
         if record:
             self._publish()
@@ -366,7 +365,7 @@ class Coordinator:
         version, model = self._final_version()
         for client in store.registrations():
             queueing.delete_queue(store.redis, store.keys.queue(client))
-        ledger, refused, jobs = store.ledger(), store.refused(), store.job_number()
+        ledger, refused, jobs = self._ledger(), store.refused(), store.job_number()
         if self.config.ledger.keep_payloads and not federation.epoch:  # a new epoch begins without the old payloads
             keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
         if self._ending:  # the operator ended it early, and may want to go on after all
@@ -377,6 +376,12 @@ class Coordinator:
         most = chunks_of(federation.down.largest)
         store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, most, kept)
         return Result(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
+
+    def _ledger(self) -> list[Record]:
+        ledger, authority = self.store.ledger(), self.store.authority
+        if authority and not authority.tells(ledger):
+            log.error("the ledger in Redis was changed: it does not tell the versions that were made")
+        return ledger
 
     def _final_version(self) -> tuple[int, Frame]:
         """The version that reached the target, else the newest one, which is evaluated if it has not been."""

@@ -90,7 +90,8 @@ def _resume(
         store.renew_charter(store.authority.resume(info))
         sealed = store.read_seal(info.version, wire.nbytes)
         signed = store.authority.check_version(info.version, sealed, wire, state)
-        job_number = max(job_number, signed)  # a name that was given out is not given out again
+        store.authority.check_history(info.version, signed, store.ledger(), info.totals)
+        job_number = max(job_number, signed.job_number)  # a name that was given out is not given out again
     federation = Federation(
         config,
         codec.decode(wire).whole(),

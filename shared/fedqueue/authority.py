@@ -2,6 +2,7 @@
 
     KEYS/coordinator.key      its own private key        KEYS/clients/CLIENT.pub    public keys, the newest first
     KEYS/coordinator.pub      the public one, for sites  KEYS/revoked/CLIENT.pub    what a revoked client had
+                              (and the one before it)
 
 A client's file is looked at again with each thing that the client says: enrolling, rotating and revoking need no
 restart.
@@ -10,17 +11,19 @@ restart.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError, StoreError
 from fedqueue.frame import Manifest
-from fedqueue.identity import PublicKey, SigningKey, read_public_keys, read_signing_key
+from fedqueue.identity import KeyFile, PublicKey, SigningKey, read_public_keys, read_signing_key
 from fedqueue.keys import CLIENT_ID
 from fedqueue.messages import Order, read
 from fedqueue.signing import (
     CHARTER,
     EVALUATED,
+    NO_HISTORY,
     ORDER,
     VERSION,
     Charter,
@@ -28,15 +31,17 @@ from fedqueue.signing import (
     Seal,
     VersionRecord,
     digest_of,
+    history_of,
+    longer_history,
+    packed,
     seal,
     unseal,
 )
 from fedqueue.store import BlobBuffer, RunInfo
+from fedqueue.trust import COORDINATOR_PUBLIC
 
 COORDINATOR_KEY = "coordinator.key"
 CLIENTS, REVOKED = "clients", "revoked"
-
-_Stamp = tuple[int, int, int]
 
 
 class Authority:
@@ -45,19 +50,22 @@ class Authority:
     def __init__(self, run: str, key: SigningKey, folder: Path) -> None:
         self._run, self._key, self._folder = run, key, folder
         self._scope = Scope(run)
+        public = folder / COORDINATOR_PUBLIC
+        self._former = KeyFile(public, read_public_keys) if public.exists() else None
         self._term = 0
-        self._known: dict[str, tuple[_Stamp, list[PublicKey]]] = {}
+        self._history = NO_HISTORY
+        self._known: dict[str, KeyFile[list[PublicKey]]] = {}
 
     # What the run is
 
     def begin(self, config: bytes, manifest: Manifest, epoch: int, floor: int) -> bytes:
         """The charter of a run that starts, or starts again, under an instance that nobody could know before."""
+        self._history = NO_HISTORY
         return self._charter(secrets.token_hex(16), epoch, floor, digest_of(config), digest_of(manifest.pack()))
 
     def resume(self, info: RunInfo) -> bytes:
         """The charter of the next term of the run in `info`; raises SignatureError where its own is not this key's."""
-        sealed = unseal(info.charter, [self._key.public], CHARTER, Scope(self._run), [], "this coordinator")
-        charter = read(Charter, sealed.body)
+        charter = read(Charter, self._own(CHARTER, Scope(self._run), [], info.charter))
         self._term = max(self._term, charter.term)
         if (info.config_digest, digest_of(info.manifest)) != (charter.config, charter.manifest):
             raise SignatureError("configuration or manifest in Redis are not those that the coordinator signed")
@@ -73,35 +81,72 @@ class Authority:
 
     # Versions, orders, evaluations: its own word, which comes back to it after a crash
 
-    def seal_version(self, version: int, model: BlobBuffer, state: BlobBuffer, job_number: int) -> bytes:
-        record = VersionRecord(model=digest_of(model), state=digest_of(state), job_number=job_number)
-        return seal(self._key, VERSION, self._scope, [version], record.pack())
+    def seal_version(
+        self,
+        version: int,
+        model: BlobBuffer,
+        state: BlobBuffer,
+        job_number: int,
+        records: Sequence[Mapping[str, Any]],
+        totals: Mapping[str, Any],
+    ) -> bytes:
+        """The seal of a version; `records`, in the ledger since the last seal, join its history and all later ones."""
+        for record in records:
+            self._history = longer_history(self._history, record)
+        what = VersionRecord(
+            model=digest_of(model), state=digest_of(state), job_number=job_number, history=self._history,
+            totals=digest_of(packed(totals)),
+        )  # fmt: skip
+        return seal(self._key, VERSION, self._scope, [version], what.pack())
 
-    def check_version(self, version: int, data: bytes, model: BlobBuffer, state: bytes | None = None) -> int:
-        """How many jobs had been given out when that version was committed.
+    def remember(self, ledger: Iterable[Mapping[str, Any]]) -> None:
+        """Go on from the history in a ledger that is this coordinator's own."""
+        self._history = history_of(ledger)
+
+    def check_history(
+        self, version: int, signed: VersionRecord, ledger: Iterable[Mapping[str, Any]], totals: Mapping[str, Any]
+    ) -> None:
+        """Go on from the history in Redis; raises SignatureError unless it was signed with `version`."""
+        history = history_of(ledger)
+        if history != signed.history:
+            raise SignatureError(f"the ledger in Redis is not the history of version {version} as it was signed")
+        if digest_of(packed(totals)) != signed.totals:
+            raise SignatureError(f"the totals in Redis are not those of version {version} as they were signed")
+        self._history = history
+
+    def tells(self, ledger: Iterable[Mapping[str, Any]]) -> bool:
+        """Whether the versions in a ledger are those that this coordinator made, or went on from."""
+        return history_of(ledger) == self._history
+
+    def check_version(self, version: int, data: bytes, model: BlobBuffer, state: bytes | None = None) -> VersionRecord:
+        """What was signed of that version.
 
         Raises SignatureError unless model, and the server optimizer's state where it is given, are what was signed.
         """
-        sealed = unseal(data, [self._key.public], VERSION, self._scope, [version], "this coordinator")
-        record = read(VersionRecord, sealed.body)
+        record = read(VersionRecord, self._own(VERSION, self._scope, [version], data))
         if digest_of(model) != record.model:
             raise SignatureError(f"the model in Redis is not version {version} as this coordinator signed it")
         if state is not None and digest_of(state) != record.state:
             raise SignatureError(f"the optimizer's state in Redis is not that of version {version} as it was signed")
-        return record.job_number
+        return record
 
     def seal_order(self, order: Order) -> bytes:
         return seal(self._key, ORDER, self._scope, [], order.pack())
 
     def open_order(self, data: bytes) -> Order:
         """An order of its own; raises SignatureError for any other."""
-        return read(Order, unseal(data, [self._key.public], ORDER, self._scope, [], "this coordinator").body)
+        return read(Order, self._own(ORDER, self._scope, [], data))
 
     def seal_evaluation(self, body: bytes) -> bytes:
         return seal(self._key, EVALUATED, self._scope, [], body)
 
     def open_evaluation(self, data: bytes) -> bytes:
-        return unseal(data, [self._key.public], EVALUATED, self._scope, [], "this coordinator").body
+        return self._own(EVALUATED, self._scope, [], data)
+
+    def _own(self, kind: str, scope: Scope, about: Sequence[str | int], data: bytes) -> bytes:
+        """What this coordinator said itself, or the one before its key was rotated."""
+        former = self._former.keys if self._former else []
+        return unseal(data, [self._key.public, *former], kind, scope, about, "this coordinator").body
 
     # Clients
 
@@ -119,19 +164,15 @@ class Authority:
         if not CLIENT_ID.fullmatch(client):
             raise NotEnrolled("no client of such a name is enrolled")
         path = self._folder / CLIENTS / f"{client}.pub"
-        try:
-            at = path.stat()
-        except OSError:
+        if not path.exists():
             revoked = (self._folder / REVOKED / path.name).exists()
-            raise NotEnrolled(f"client {client} {'was revoked' if revoked else 'is not enrolled'}") from None
-        stamp = (at.st_mtime_ns, at.st_size, at.st_ino)
-        known = self._known.get(client)
-        if known is None or known[0] != stamp:
+            raise NotEnrolled(f"client {client} {'was revoked' if revoked else 'is not enrolled'}")
+        if client not in self._known:
             try:
-                known = self._known[client] = stamp, read_public_keys(path)
+                self._known[client] = KeyFile(path, read_public_keys)
             except ConfigurationError as error:  # not a reason to end everybody else's run
                 raise NotEnrolled(str(error)) from None
-        return known[1]
+        return self._known[client].keys
 
 
 def load_authority(folder: Path, run: str) -> Authority:

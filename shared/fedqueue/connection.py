@@ -21,7 +21,7 @@ from redis.connection import (
     UnixDomainSocketConnection,
 )
 from redis.retry import Retry
-from redis.sentinel import Sentinel
+from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from fedqueue.errors import ConfigurationError, ServerUnavailable
 from fedqueue.tls import Tls
@@ -88,6 +88,14 @@ class TlsConnection(_CopyFreePacker, SSLConnection):
         return error
 
 
+class PrimaryTcpConnection(SentinelManagedConnection, TcpConnection):
+    """To whatever the sentinels say is the primary."""
+
+
+class PrimaryTlsConnection(SentinelManagedConnection, TlsConnection):
+    """The same; the primary's certificate has to be for the address that the sentinels give."""
+
+
 class UnixConnection(_CopyFreePacker, UnixDomainSocketConnection):
     pass
 
@@ -97,7 +105,8 @@ SCHEMES: dict[str, type[Connection] | type[UnixDomainSocketConnection]] = {
     "rediss": TlsConnection,
     "unix": UnixConnection,
 }
-SENTINEL = "sentinel"
+SENTINEL, TLS_SENTINEL = "sentinel", "sentinels"
+TLS_SCHEMES = ("rediss", TLS_SENTINEL)
 SENTINEL_PORT = 26379
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:\d+)?")
 
@@ -116,16 +125,20 @@ def hurry(client: redis.Redis) -> None:
 
 
 def connect(url: str, retries: int = RETRIES, tls: Tls | None = None) -> redis.Redis:
-    """A client for `redis://`, `rediss://`, `unix://` or `sentinel://`; nothing is sent before its first command.
+    """A client for `redis://`, `rediss://`, `unix://`, `sentinel://` or `sentinels://`.
+
+    Nothing is sent before its first command.
 
     `sentinel://[USER:PASSWORD@]HOST[:PORT][,HOST[:PORT]…]/SERVICE[/DB]` asks the sentinels who the primary is, for
-    each new connection; USER and PASSWORD are the primary's. `tls` goes with `rediss://` only. Raises
-    ConfigurationError for any other URL, and for files of `tls` that cannot be used.
+    each new connection; USER and PASSWORD are the primary's. `sentinels://` speaks TLS to the sentinels and to
+    the primary. `tls` goes with it and with `rediss://` only. Raises ConfigurationError for any other URL, and for
+    files of `tls` that cannot be used.
     """
     scheme = _scheme(url)
     if tls and tls != Tls():
-        if scheme != "rediss":
-            raise ConfigurationError("redis.url", f"{scheme}://…", "expected rediss://, since certificates are set")
+        if scheme not in TLS_SCHEMES:
+            accepted = "expected rediss:// or sentinels://, since certificates are set"
+            raise ConfigurationError("redis.url", f"{scheme}://…", accepted)
         tls.context()
     options: dict[str, Any] = {
         "socket_timeout": SOCKET_SECONDS,
@@ -134,10 +147,10 @@ def connect(url: str, retries: int = RETRIES, tls: Tls | None = None) -> redis.R
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError],
         "driver_info": None,  # no CLIENT SETINFO: Redis 7.0 has no such thing to give a right to
     }
-    if scheme == SENTINEL:
-        return _connect_through_sentinels(url, options)
+    if scheme in (SENTINEL, TLS_SENTINEL):
+        return _connect_through_sentinels(url, options, (tls or Tls()) if scheme == TLS_SENTINEL else None)
     if scheme not in SCHEMES:
-        known = ", ".join(f"{s}://" for s in (*SCHEMES, SENTINEL))
+        known = ", ".join(f"{s}://" for s in (*SCHEMES, SENTINEL, TLS_SENTINEL))
         raise ConfigurationError("redis.url", scheme + "://…", f"one of {known}")
     try:
         pool = redis.ConnectionPool.from_url(url, **options)
@@ -150,8 +163,9 @@ def connect(url: str, retries: int = RETRIES, tls: Tls | None = None) -> redis.R
     return redis.Redis(connection_pool=pool)
 
 
-def _connect_through_sentinels(url: str, options: dict[str, Any]) -> redis.Redis:
-    credentials, _, place = url.partition("://")[2].rpartition("@")
+def _connect_through_sentinels(url: str, options: dict[str, Any], tls: Tls | None) -> redis.Redis:
+    scheme, _, rest = url.partition("://")
+    credentials, _, place = rest.rpartition("@")
     user, _, password = credentials.partition(":")
     hosts, _, path = place.partition("/")
     service, _, database = path.partition("/")
@@ -161,12 +175,20 @@ def _connect_through_sentinels(url: str, options: dict[str, Any]) -> redis.Redis
         or not all(host and (port or "1").isdecimal() for host, port in pairs)
         or not (database or "0").isdecimal()
     ):
-        expected = "expected sentinel://[USER:PASSWORD@]HOST[:PORT][,…]/SERVICE[/DB]"
-        raise ConfigurationError("redis.url", "sentinel://…", expected)
-    sentinel = Sentinel(  # type: ignore[no-untyped-call]
-        [(host, int(port or SENTINEL_PORT)) for host, port in pairs],
-        sentinel_kwargs={"socket_timeout": CONNECT_SECONDS, "socket_connect_timeout": CONNECT_SECONDS},
-    )
+        expected = f"expected {scheme}://[USER:PASSWORD@]HOST[:PORT][,…]/SERVICE[/DB]"
+        raise ConfigurationError("redis.url", f"{scheme}://…", expected)
+    secure: dict[str, Any] = {} if tls is None else {"tls": tls}
+    sentinel = Sentinel([])  # type: ignore[no-untyped-call]
+    sentinel.sentinels = [
+        redis.Redis(
+            connection_pool=redis.ConnectionPool(
+                SCHEMES["redis" if tls is None else "rediss"], host=host, port=int(port or SENTINEL_PORT),
+                socket_timeout=CONNECT_SECONDS, socket_connect_timeout=CONNECT_SECONDS, **secure,
+            )
+        )
+        for host, port in pairs
+    ]  # fmt: skip
+    options |= secure | {"connection_class": PrimaryTcpConnection if tls is None else PrimaryTlsConnection}
     who = {"username": unquote(user) or None, "password": unquote(password) or None}
     client: redis.Redis = sentinel.master_for(service, db=int(database or 0), **who, **options)  # type: ignore[no-untyped-call]
     return client

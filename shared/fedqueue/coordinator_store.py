@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import msgpack
 import redis
 
 from fedqueue.authority import Authority
@@ -18,7 +17,7 @@ from fedqueue.inbox import Inbox
 from fedqueue.keys import RUNS
 from fedqueue.messages import Order, read
 from fedqueue.payload import Codec
-from fedqueue.signing import digest_of
+from fedqueue.signing import digest_of, packed
 from fedqueue.store import BlobBuffer, Store, chunks_of, number
 
 STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
@@ -133,10 +132,13 @@ class CoordinatorStore(Store):
 
     def restore(self, version: int, job_number: int, ledger: Iterable[Mapping[str, Any]]) -> None:
         """Bring back what a checkpoint knows, so that `publish` of `version` makes it the head of a new epoch."""
+        records = list(ledger)
         pipe = self.redis.pipeline(transaction=True)
         pipe.delete(self.keys.ledger)
-        for record in ledger:
-            pipe.xadd(self.keys.ledger, {"record": msgpack.packb(record)})
+        for record in records:
+            pipe.xadd(self.keys.ledger, {"record": packed(record)})
+        if self.authority:
+            self.authority.remember(records)
         pipe.execute()
         self.redis.hset(self.keys.head, mapping={"version": version - 1, "job_number": job_number})
 
@@ -162,11 +164,12 @@ class CoordinatorStore(Store):
         stored. Raises Fenced, or StoreError where the head is another one.
         """
         keys = self.keys
+        records = [{**record, "token": self.token} for record in records]
         staged = keys.staged_model(self.token), keys.staged_state(self.token)
         model_chunks = self.write_blob(staged[0], model, STAGED_SECONDS)
         state_chunks = self.write_blob(staged[1], optimizer_state, STAGED_SECONDS)
         if self.authority:  # the seal is one more chunk of the model: committed, and deleted, with it
-            sealed = self.authority.seal_version(version, model, optimizer_state, job_number)
+            sealed = self.authority.seal_version(version, model, optimizer_state, job_number, records, totals)
             self.redis.set(f"{staged[0]}:{model_chunks}", sealed, ex=STAGED_SECONDS)
             model_chunks += 1
         most_model, most_payload = (chunks_of(max(most, model.nbytes)) for most in most_bytes)
@@ -178,11 +181,11 @@ class CoordinatorStore(Store):
             "commit",
             [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.held],
             [
-                self.token, version, len(records), msgpack.packb(totals),
+                self.token, version, len(records), packed(totals),
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
                 most_model + 1, most_payload,
-                *(msgpack.packb({**record, "token": self.token}) for record in records), *merged_args,
+                *map(packed, records), *merged_args,
             ],
         )  # fmt: skip
         if answer[0] != 1:
@@ -287,7 +290,7 @@ class CoordinatorStore(Store):
             "close",
             [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(sender)],
             [
-                self.token, job, msgpack.packb(record), place, condition, f"{keys.payload_prefix}{job}:",
+                self.token, job, packed(record), place, condition, f"{keys.payload_prefix}{job}:",
                 payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS,
             ],
         )  # fmt: skip
@@ -304,7 +307,7 @@ class CoordinatorStore(Store):
         answer = self.script(
             "note",
             [self.keys.leader, self.keys.ledger, self.keys.updates(sender)],
-            [self.token, msgpack.packb(record) if record else b"", place],
+            [self.token, packed(record) if record else b"", place],
         )
         self._require_lead(answer)
         return bool(answer)

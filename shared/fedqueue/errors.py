@@ -6,7 +6,8 @@
     ├── WireError               bytes from another process are not what the protocol allows
     │   ├── ManifestMismatch    a model differs from the run's model
     │   └── SignatureError      a signature is missing, does not hold, or is not by whom it has to be
-    │       └── NotEnrolled     the coordinator keeps no key of that client
+    │       ├── NotEnrolled     the coordinator keeps no key of that client
+    │       └── Superseded      a worker process said it that another one has followed
     ├── PolicyRefusal           a job asks for more than its site agrees to
     ├── StoreError              Redis holds something else than expected
     │   ├── RunNotFound         no run of that name
@@ -54,6 +55,10 @@ class SignatureError(WireError):
 
 class NotEnrolled(SignatureError):
     """The coordinator keeps no public key of that client: it never was enrolled, or it was revoked."""
+
+
+class Superseded(SignatureError):
+    """Its client did say it, but by a worker process in whose place another one serves the client by now."""
 
 
 class PolicyRefusal(FedqueueError):

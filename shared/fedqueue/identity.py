@@ -7,13 +7,14 @@ public keys holds one or more of them, so that a key can be replaced while what 
 from __future__ import annotations
 
 import base64
-import binascii
+import contextlib
 import hashlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -30,6 +31,8 @@ from fedqueue.errors import ConfigurationError
 ALGORITHM = "ed25519"
 PUBLIC_BYTES = 32
 MAX_FILE = 64 * 1024  # bytes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,34 @@ def read_public_keys(path: Path, setting: str = "security.keys") -> list[PublicK
     return [parse_public_key(line, str(path), setting) for line in text.splitlines() if line.strip()]
 
 
+class KeyFile(Generic[T]):
+    """The keys in a file, read anew when it has changed: they can be replaced while a process goes on."""
+
+    def __init__(self, path: Path, read: Callable[[Path], T]) -> None:
+        """Raises what `read` raises."""
+        self._path, self._read = path, read
+        self._stamp, self._keys = self._seen(), read(path)
+
+    @property
+    def keys(self) -> T:
+        """What is there now, or was there last: a file that cannot be read may be one that is being replaced."""
+        with contextlib.suppress(OSError, ConfigurationError):
+            if (stamp := self._seen()) != self._stamp:
+                self._keys = self._read(self._path) or self._keys
+                self._stamp = stamp
+        return self._keys
+
+    def _seen(self) -> tuple[int, int, int]:
+        at = self._path.stat() if self._path.exists() else os.stat_result([0] * 10)
+        return at.st_mtime_ns, at.st_size, at.st_ino
+
+
 def parse_public_key(line: str, where: str, setting: str = "security.keys") -> PublicKey:
     """The key in a line `ed25519 BASE64`; raises ConfigurationError."""
     algorithm, _, encoded = line.strip().partition(" ")
     try:
         raw = base64.b64decode(encoded, validate=True)
-    except binascii.Error:
+    except ValueError:  # of binascii, and of text that is not ASCII
         raw = b""
     if algorithm != ALGORITHM or len(raw) != PUBLIC_BYTES:
         raise ConfigurationError(setting, where, f"expected lines `{ALGORITHM} BASE64` of {PUBLIC_BYTES}-byte keys")

@@ -8,7 +8,7 @@ something said elsewhere. Those are not in the seal: whoever opens it states wha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, cast
 
@@ -60,16 +60,44 @@ class Charter(Message):
 
 
 class VersionRecord(Message):
-    """What a version is: digests of its model and of the server optimizer's state, and the jobs given out so far."""
+    """What a version is: digests of its model and of the server optimizer's state, and the jobs given out so far.
+
+    And how it came about: `history` is of the ledger's versions up to it, `totals` of what is counted with it.
+    """
 
     model: Digest
     state: Digest
     job_number: Natural
+    history: Digest
+    totals: Digest
 
 
 def digest_of(data: bytes | npt.NDArray[np.uint8]) -> str:
     """SHA-256, in hex: of what `hashlib` offers the fastest on processors with instructions for it."""
     return hashlib.sha256(cast(Any, data)).hexdigest()
+
+
+NO_HISTORY = hashlib.sha256(b"").hexdigest()
+
+
+def longer_history(history: str, record: Mapping[str, Any]) -> str:
+    """The digest of a chain of records that had `history` before this one."""
+    return hashlib.sha256(history.encode() + packed(record)).hexdigest()
+
+
+def history_of(ledger: Iterable[Mapping[str, Any]]) -> str:
+    """The digest of the records of versions in a ledger, in order."""
+    history = NO_HISTORY
+    for record in ledger:
+        if record["kind"] == "version":
+            history = longer_history(history, record)
+    return history
+
+
+def packed(record: Mapping[str, Any]) -> bytes:
+    """A map as it lies in Redis: packed, unpacked and packed again it is the same bytes."""
+    data: bytes = msgpack.packb(record)
+    return data
 
 
 def seal(key: SigningKey, kind: str, scope: Scope, about: Sequence[str | int], body: bytes, session: str = "") -> bytes:

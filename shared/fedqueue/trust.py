@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedqueue.errors import ConfigurationError, SignatureError
-from fedqueue.identity import PublicKey, SigningKey, read_public_keys, read_signing_key
+from fedqueue.identity import KeyFile, PublicKey, SigningKey, read_public_keys, read_signing_key
 from fedqueue.messages import read
-from fedqueue.signing import CHARTER, ORDER, VERSION, Charter, Scope, VersionRecord, digest_of, seal, unseal
+from fedqueue.signing import CHARTER, ORDER, VERSION, Charter, Scope, Seal, VersionRecord, digest_of, seal, unseal
 from fedqueue.store import BlobBuffer, RunInfo
 
 COORDINATOR = "coordinator"  # no client has this name; its private key may lie beside a site's, on one machine
@@ -24,10 +24,14 @@ class SiteTrust:
     """The keys of the clients that one worker serves, those of its coordinator, and how far it has seen the run go."""
 
     def __init__(
-        self, run: str, keys: Mapping[str, SigningKey], coordinator: Sequence[PublicKey], session: str
+        self,
+        run: str,
+        keys: Mapping[str, KeyFile[SigningKey]],
+        coordinator: KeyFile[list[PublicKey]],
+        session: str,
     ) -> None:
         """`session` names this worker process: what it says counts until another process serves the client."""
-        self._run, self._keys, self._coordinator, self._session = run, dict(keys), list(coordinator), session
+        self._run, self._keys, self._coordinator, self._session = run, dict(keys), coordinator, session
         self._charter: Charter | None = None
         self._seen = 0  # the highest version
         self.broken = ""
@@ -37,6 +41,10 @@ class SiteTrust:
     def clients(self) -> list[str]:
         """Those for which there is a key here."""
         return sorted(self._keys)
+
+    def key_of(self, client: str) -> str:
+        """The id of the client's present key; empty where it is not here."""
+        return self._keys[client].keys.public.id if client in self._keys else ""
 
     @property
     def scope(self) -> Scope:
@@ -52,8 +60,7 @@ class SiteTrust:
         not the ones that it names, and where it is of an earlier epoch or of another run than this site knows.
         """
         try:
-            sealed = unseal(info.charter, self._coordinator, CHARTER, Scope(self._run), [], "the coordinator")
-            charter = read(Charter, sealed.body)
+            charter = read(Charter, self._open(CHARTER, Scope(self._run), [], info.charter).body)
             for name, there, signed in (
                 ("configuration", info.config_digest, charter.config),
                 ("manifest", digest_of(info.manifest), charter.manifest),
@@ -79,7 +86,7 @@ class SiteTrust:
 
     def order(self, data: bytes) -> bytes:
         """The packed order; raises SignatureError unless the coordinator gave it, in this epoch of this run."""
-        return unseal(data, self._coordinator, ORDER, self.scope, [], "the coordinator").body
+        return self._open(ORDER, self.scope, [], data).body
 
     def goes_back(self, version: int) -> bool:
         """Whether this site has seen a newer version: then `enter` says whether a new term explains it."""
@@ -89,7 +96,7 @@ class SiteTrust:
         """Raises SignatureError unless `model` (uint8, the whole frame) is that version, and none older than seen."""
         if self.goes_back(version):
             raise SignatureError(f"version {version} is offered as the newest, but {self._seen} was there before")
-        sealed = unseal(data, self._coordinator, VERSION, self.scope, [version], "the coordinator")
+        sealed = self._open(VERSION, self.scope, [version], data)
         if digest_of(model) != read(VersionRecord, sealed.body).model:
             raise SignatureError(f"the model in Redis is not version {version} as the coordinator signed it")
         self._seen = version
@@ -99,19 +106,24 @@ class SiteTrust:
         if client not in self._keys:
             known = ", ".join(self.clients) or "nobody"
             raise ConfigurationError("security.keys", client, f"no key of this client is here, only of {known}")
-        return seal(self._keys[client], kind, self.scope, [client, *about], body, self._session)
+        return seal(self._keys[client].keys, kind, self.scope, [client, *about], body, self._session)
+
+    def _open(self, kind: str, scope: Scope, about: Sequence[str | int], data: bytes) -> Seal:
+        return unseal(data, self._coordinator.keys, kind, scope, about, "the coordinator")
 
 
 def load_site_trust(folder: Path, run: str, session: str) -> SiteTrust:
     """The trust of a site out of its key folder: `coordinator.pub`, and `CLIENT.key` for each client.
 
+    A file that is replaced counts from the next thing on that is said or heard.
+
     Raises ConfigurationError where one is missing or cannot be read.
     """
     files = [path for path in sorted(folder.glob(f"*{KEY_SUFFIX}")) if path.stem != COORDINATOR]
-    keys = {path.stem: read_signing_key(path) for path in files}
+    keys = {path.stem: KeyFile(path, read_signing_key) for path in files}
     if not keys:
         raise ConfigurationError(
             "security.keys", str(folder), "holds no CLIENT.key; the operator's `fedqueue enroll CLIENT` makes this "
             "folder, and security.signatures = \"off\" does without (then whoever writes to Redis is believed)",
         )  # fmt: skip
-    return SiteTrust(run, keys, read_public_keys(folder / COORDINATOR_PUBLIC), session)
+    return SiteTrust(run, keys, KeyFile(folder / COORDINATOR_PUBLIC, read_public_keys), session)

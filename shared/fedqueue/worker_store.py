@@ -51,6 +51,10 @@ class WorkerStore(Store):
         self.token = token
         self.trust = trust
 
+    def key_of(self, client: str) -> str:
+        """The id of the key that signs for the client now; empty where nothing is signed."""
+        return self.trust.key_of(client) if self.trust else ""
+
     def join(self, candidates: Sequence[str], lease_seconds: float) -> str | None:
         """Serve the first candidate that no other living worker serves; None where there is none."""
         client = self.script(

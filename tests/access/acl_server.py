@@ -21,16 +21,25 @@ CLIENTS = ["c0", "c1", "x-c0", "site.example.org"]
 class AclServer:
     """`urls` has one for each user; the socket lies in a short folder of its own."""
 
-    def __init__(self, folder: Path, run: str, clients: list[str], pool: bool = False) -> None:
+    def __init__(
+        self, folder: Path, run: str, clients: list[str], pool: bool = False, program: str = "", appendonly: str = "no"
+    ) -> None:
         self._socket_folder = tempfile.TemporaryDirectory(prefix="acl-")
         socket = f"{self._socket_folder.name}/s"
         self.folder = folder
         self.urls = write_access(folder / "access", run, clients, f"unix://{socket}", pool)
-        arguments = [
-            "--port", "0", "--unixsocket", socket, "--dir", str(folder), "--save", "", "--aclfile",
-            str(folder / "access" / ACL_FILE),
+        self._command = [
+            program or find_server(), "--port", "0", "--unixsocket", socket, "--dir", str(folder), "--save", "",
+            "--appendonly", appendonly, "--aclfile", str(folder / "access" / ACL_FILE),
         ]  # fmt: skip
-        self.process = processes.start([find_server(), *arguments], folder / "server.log")
+        self._start()
+
+    def restart(self) -> None:
+        processes.stop([self.process])
+        self._start()
+
+    def _start(self) -> None:
+        self.process = processes.start(self._command, self.folder / "server.log")
         Patience(given_up=lambda: self.process.poll() is not None).ride_out(self.user("admin").ping)
 
     def user(self, name: str) -> redis.Redis:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import stat
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from fedqueue.messages import Ending, Registration
 from fedqueue.outage import Patience, passing
 from fedqueue.store import Store, script_digest
 from fedqueue.worker_store import SCRIPTS, WorkerStore
+from fedqueue_coordinator.embedded import find_server
 
 pytestmark = pytest.mark.server
 
@@ -332,7 +334,7 @@ def test_nobody_comes_in_without_a_password(guarded):
 
 def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(start_server, new_run):
     server = start_server(pool=True)
-    assert sorted(server.urls) == ["admin", "coordinator", "viewer", "worker"]
+    assert set(server.urls) == {"admin", "coordinator", "viewer", "worker", *(f"worker-{c}" for c in CLIENTS)}
     run = new_run(server.user("coordinator"))
     run.coordinator.create(run.config.model_dump_json(), run.manifest, clients=CLIENTS)
     worker = WorkerStore(server.user("worker"), "sample", "worker-a")
@@ -343,9 +345,38 @@ def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(star
     with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.set(run.keys.model(0) + ":0", "poison")
     with pytest.raises(redis.ResponseError, match=DENIED):
+        worker.redis.get(run.keys.payload(order.job, 1) + ":0")
+    with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.xadd(run.keys.updates(""), {"kind": "evaluated"})
     with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.rpush("rq:queue:" + run.keys.queue("c1"), "job")
+    for command in (["FLUSHALL"], ["CONFIG", "GET", "*"], ["KEYS", "*"], ["EVAL", "return 1", "0"], ["ACL", "LIST"]):
+        with pytest.raises(redis.ResponseError, match=DENIED):
+            worker.redis.execute_command(*command)
+
+
+@pytest.mark.parametrize("program", ["embedded", "redis-server"])
+def test_what_scripts_wrote_is_there_again_after_a_restart(program, tmp_path):
+    """Redis 7.0 replays its append-only file as the default user, which is off; see access.NOBODY."""
+    path = find_server() if program == "embedded" else shutil.which(program)
+    if path is None:
+        pytest.skip(f"no {program} here")
+    server = AclServer(tmp_path, "sample", CLIENTS, program=path, appendonly="yes")
+    try:
+        coordinator = server.user("coordinator")
+        coordinator.eval("redis.call('SET', KEYS[1], 1) redis.call('SET', KEYS[2], 2)", 2, *WRITTEN)
+        server.restart()
+        assert server.user("coordinator").mget(WRITTEN) == [b"1", b"2"]
+        for stranger in ({"username": None, "password": None}, {"username": "default", "password": ""}):
+            nobody = server.user("admin")
+            nobody.connection_pool.connection_kwargs.update(stranger)
+            with pytest.raises(redis.RedisError, match=r"(?i)auth|invalid username"):
+                nobody.get(WRITTEN[0])
+    finally:
+        server.stop()
+
+
+WRITTEN = ("fedqueue:{sample}:a", "fedqueue:{sample}:b")
 
 
 # Files

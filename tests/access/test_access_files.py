@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.access_files import chosen_clients, write_access
+from fedqueue_coordinator.access_files import chosen_clients, write_access, write_split_access
 from fedqueue_coordinator.cli import app
 
 SERVER = "redis://redis.example.org:6380"
@@ -33,7 +33,7 @@ def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
 def test_acl_file_has_the_digest_of_each_password_and_no_default_user(tmp_path):
     urls = write(tmp_path, "north")
     first, *lines = (tmp_path / "users.acl").read_text().splitlines()
-    assert first == "user default reset off"
+    assert first == "user default reset off ~* &* +@all"
     for line in lines:
         _, user, reset, on, digest, *_ = line.split()
         password = urls[user].split(":")[2].partition("@")[0]
@@ -63,6 +63,46 @@ def test_files_that_others_could_read_are_replaced_by_ones_that_they_cannot(tmp_
         path.chmod(0o644)
     write(tmp_path, "north")
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
+
+
+def passwords(folder: Path) -> dict[str, str]:
+    return {path.parent.name: path.read_text().strip() for path in folder.glob("*/redis.password")}
+
+
+def test_split_into_a_folder_for_each_user_no_two_users_share_a_secret(tmp_path):
+    assert write_split_access(tmp_path, "digits", ["north"], pool=True) == [
+        "coordinator", "viewer", "worker", "worker-north", "admin",
+    ]  # fmt: skip
+    made = passwords(tmp_path)
+    assert set(made) == {"coordinator", "viewer", "worker", "worker-north", "server"}
+    assert len(set(made.values())) == len(made)
+    assert all(len(password) >= 40 for password in made.values())
+    rules = (tmp_path / "server" / "users.acl").read_text()
+    for folder, password in made.items():
+        user = "admin" if folder == "server" else folder
+        assert f"user {user} reset on #{hashlib.sha256(password.encode()).hexdigest()} " in rules
+        assert password not in rules
+        mode = stat.S_IMODE((tmp_path / folder / "redis.password").stat().st_mode)
+        assert mode == (0o644 if user == "admin" else 0o600), "the server's own container runs as another user"
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()].count("users.acl") == 1
+
+
+def test_split_again_for_another_run_keeps_passwords_and_forgets_who_is_gone(tmp_path):
+    write_split_access(tmp_path, "first", ["north", "south"], pool=True)
+    before = passwords(tmp_path)
+    write_split_access(tmp_path, "second", ["north"], pool=True)
+    assert passwords(tmp_path) == {user: word for user, word in before.items() if user != "worker-south"}
+    rules = (tmp_path / "server" / "users.acl").read_text()
+    assert "fedqueue:{second}:" in rules
+    assert "first" not in rules
+
+
+def test_split_is_what_the_command_writes_for_volumes(tmp_path):
+    arguments = ["acl", "digits", "--client", "north", "--output", str(tmp_path), "--pool", "--split"]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0, said.output
+    assert not [password for password in passwords(tmp_path).values() if password in said.output]
+    assert "worker" in passwords(tmp_path)
 
 
 @pytest.mark.parametrize("server", ["http://h", "h:6379", "redis://u:hunter2@h", "redis://", "sentinel://h/s", ""])

@@ -90,6 +90,31 @@ def test_large_blob_comes_through_tls_unchanged(server_client, proxy, folder):
     client.close()
 
 
+def test_sentinels_and_the_primary_that_they_name_are_reached_through_tls(server_client, proxy, folder, monkeypatch):
+    """Both ports speak TLS only, and ask for a client certificate. What a sentinel says is scripted."""
+    primary, sentinel = proxy(), proxy()
+    client = connect(f"sentinels://localhost:{sentinel.port}/main", tls=tls(folder))
+    manager = client.connection_pool.sentinel_manager
+    assert manager.sentinels[0].ping()
+    monkeypatch.setattr(manager, "discover_master", lambda service: ("127.0.0.1", primary.port))
+    client.set("through", "tls")
+    assert server_client.get("through") == b"tls"
+    client.close()
+    manager.sentinels[0].close()
+
+
+@pytest.mark.parametrize("why", ["a CA that did not sign it", "another host", "no client certificate"])
+def test_primary_that_a_sentinel_names_is_verified_as_any_other(why, proxy, folder, monkeypatch):
+    of, options, says = REFUSED[why]
+    url = f"sentinels://localhost:{proxy().port}/main"
+    client = connect(url, tls=tls(folder, **options))
+    address = ("127.0.0.1", proxy(of).port)
+    monkeypatch.setattr(client.connection_pool.sentinel_manager, "discover_master", lambda service: address)
+    with pytest.raises(ServerUnavailable) as caught:
+        check(client, url)
+    assert says in str(caught.value)
+
+
 REFUSED = {
     "a CA that did not sign it": ("good", {"ca": "other"}, "the server's certificate is not signed by redis.ca_file"),
     "no CA of ours": ("good", {"ca": ""}, "is not signed by a CA of this system (set redis.ca_file)"),
@@ -153,7 +178,7 @@ def test_plain_connection_to_a_tls_port_gets_nothing(proxy, folder):
 
 
 def test_certificates_where_the_url_has_no_tls_are_an_error_and_not_ignored(folder):
-    with pytest.raises(ConfigurationError, match="expected rediss://"):
+    with pytest.raises(ConfigurationError, match="expected rediss:// or sentinels://"):
         connect("redis://localhost", tls=tls(folder))
 
 

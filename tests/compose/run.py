@@ -35,6 +35,7 @@ PULL_SECONDS, BUILD_SECONDS = 300, 1800
 PATIENCE = 120.0  # seconds for anything that a federation does; a loaded machine imports torch slowly
 OUT_OF_REACH = "{accuracy = 1.01}"
 WITHIN_REACH = "{accuracy = 0.9}"
+AS_ADMIN = "REDISCLI_AUTH=$(cat /access/redis.password) redis-cli --user admin"  # in the container of Redis
 
 STARTED = time.monotonic()
 
@@ -115,7 +116,7 @@ class Stack:
         # Nothing of the caller's own stack: only what says where packages come from.
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("FEDQUEUE_", "COMPOSE_"))}
         self._environment.pop("CONFIG", None)
-        self._settings = {"REDIS_PASSWORD": secrets.token_hex(24), "FEDQUEUE_NAME": RUN}
+        self._settings = {"FEDQUEUE_NAME": RUN}
 
     def configure(self, **settings: str) -> None:
         self._settings |= settings
@@ -229,8 +230,64 @@ def check_hardening(stack: Stack) -> None:
         assert inspect(container, "json .NetworkSettings.Ports") in ("{}", '{"6379/tcp":null}'), service
         size = int(docker("image", "inspect", "--format", "{{.Size}}", inspect(container, ".Image")))
         say(f"{service}: user {user[1]}, no capabilities, read-only root; image of {size / 1e6:.0f} MB")
-    refused = docker("exec", stack.container("redis"), "env", "REDISCLI_AUTH=", "redis-cli", "ping")
-    assert "NOAUTH" in refused, f"Redis answers without the password: {refused}"
+    refused = docker("exec", stack.container("redis"), "redis-cli", "ping")
+    assert "NOAUTH" in refused, f"Redis answers without a password: {refused}"
+
+
+FORBIDDEN = f"""
+import os, redis
+password = open(os.environ["FEDQUEUE_REDIS__PASSWORD_FILE"]).read().strip()
+server = redis.Redis("redis", username="worker", password=password, driver_info=None)
+run, denied = "fedqueue:{{{RUN}}}:", []
+assert server.ping() and server.hget(run + "head", "version"), "it may read the head"
+for command in (
+    "FLUSHALL", "FLUSHDB", "CONFIG GET *", "CONFIG SET requirepass x", "KEYS *", "SCAN 0", "ACL LIST", "CLIENT LIST",
+    "SHUTDOWN NOSAVE", "EVAL return(1) 0", "SCRIPT FLUSH", "MONITOR",
+    f"SET {{run}}model:1:0 poison", f"DEL {{run}}model:1:0", f"HSET {{run}}head version 0", f"DEL {{run}}leader",
+    f"XADD {{run}}ledger * record x", f"XRANGE {{run}}ledger - +", f"HSET {{run}}config state ended",
+    f"XADD {{run}}updates: * kind evaluated", f"RPUSH rq:queue:fedqueue-{RUN}-client-0 job",
+):
+    try:
+        server.execute_command(*command.split())
+        raise SystemExit(f"allowed: {{command}}")
+    except redis.exceptions.NoPermissionError:
+        denied.append(command)
+for user in ("coordinator", "admin", "worker-client-0", "default"):
+    try:
+        redis.Redis("redis", username=user, password=password, driver_info=None).ping()
+        raise SystemExit(f"logged in as {{user}}")
+    except redis.exceptions.AuthenticationError:
+        pass
+print(len(denied), os.listdir("access"))
+"""
+
+
+def check_access(stack: Stack) -> None:
+    """What a worker's container holds opens neither another user nor anything but a worker's work."""
+    denied = docker("exec", stack.container("redis"), "sh", "-c", f"{AS_ADMIN} acl log")
+    assert not denied, f"somebody was denied what its work needs:\n{denied}"
+    done = execute(["docker", "exec", stack.containers("worker")[0], "python", "-c", FORBIDDEN])
+    assert done.returncode == 0, done.stdout + done.stderr
+    count, _, folders = done.stdout.strip().partition(" ")
+    assert folders == "['worker']", folders
+    say(f"nobody was denied what its work needs; to a worker's user {count} commands are denied, each of those tried")
+
+
+def check_other_rules_are_read(stack: Stack) -> None:
+    """As after an upgrade: the rules are written anew while Redis runs, and nobody starts it anew."""
+    who = "user visitor on nopass -@all +ping"
+    stack.compose(
+        "run", "--rm", "--no-deps", "--entrypoint", "sh", "access", "-c", f"echo '{who}' >> access/server/users.acl"
+    )
+
+    def known() -> bool:
+        return "visitor" in docker("exec", stack.container("redis"), "sh", "-c", f"{AS_ADMIN} acl users")
+
+    until("rules that were written anew count", known)
+    until_merging(stack)
+    stack.compose("run", "--rm", "--no-deps", "access")
+    until("and so do those that the service writes", lambda: not known())
+    until_merging(stack)
 
 
 def scale(stack: Stack) -> None:
@@ -323,6 +380,7 @@ def check_results(stack: Stack, folder: Path, killed: str) -> None:
     assert len(summary["clients"]) >= 6, summary["clients"]
     assert summary["stopped_because"].startswith("target: accuracy"), summary["stopped_because"]
     assert max(h["accuracy"] for h in summary["history"]) >= 0.9
+    assert "epoch_lost" not in summary["abandoned_because"], "Redis lost the run"
     assert any(r["kind"] == "abandoned" and r["client"] == killed for r in ledger), f"{killed} had no job to lose"
     say(
         f"{summary['versions']} versions of {summary['updates_merged']} updates from {len(summary['clients'])} clients "
@@ -363,6 +421,8 @@ def main() -> int:
         until("4 workers hold a partition each", lambda: stack.alive() == 4)
         until_merging(stack)
         check_hardening(stack)
+        check_access(stack)
+        check_other_rules_are_read(stack)
         scale(stack)
         killed = kill(stack)
         stop_and_go_on(stack)

@@ -25,7 +25,7 @@ GROWTH = 256 * 2**20  # bytes by which the process may have grown after all inpu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100_000, help="inputs for each decoder")
+    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs for each decoder")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("decoders", nargs="*")
     options = parser.parse_args()

@@ -12,25 +12,37 @@ import pytest
 from test_local_runs import check_agreement
 
 from conftest import client_of, read_results, wait_until
+from fedqueue.identity import read_public_keys
+from fedqueue.messages import read
+from fedqueue.signing import Seal
 from fedqueue.store import Store
+from fedqueue_coordinator.enrolment import enroll, revoke
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
 
 def test_parts_on_their_own_make_a_run_and_leave_only_what_retention_says(config, start, tmp_path, redis_server):
+    """Three workers take whatever is asked of them, and a fourth site has a policy by which it trains nothing of it."""
+    (tmp_path / "policy.toml").write_text("min_examples = 97  # there are 96")
+    reluctant = start(
+        "fedqueue_worker", config, "--client", "client-3", "--policy", "policy.toml",
+        FEDQUEUE_REDIS__URL=redis_server.url, FEDQUEUE_SECURITY__OUTBOX="reluctant",
+    )  # fmt: skip
     workers = [start("fedqueue_worker", config, FEDQUEUE_REDIS__URL=redis_server.url) for _ in range(3)]
     coordinator = start(
         "fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, "--output", "out",
-        "--set", "clients.minimum=3",
+        "--set", "clients.minimum=4",
     )  # fmt: skip
     assert coordinator.wait() == 0, coordinator.text
     assert [worker.wait() for worker in workers] == [0, 0, 0], workers[0].text
     summary, ledger = read_results(tmp_path / "out")
     check_agreement(summary, ledger)
-    assert len(summary["clients"]) == 3, "each worker claims one partition; the fourth is simply absent"
+    assert len(summary["clients"]) == 3, "each worker claims one partition"
+    check_refusals(summary, ledger, tmp_path / "reluctant")
+    assert reluctant.wait() == 0, reluctant.text
     client = client_of(redis_server)
     left = {key.decode(): client.ttl(key) for key in client.scan_iter("fedqueue:{toy}:*")}
-    sites = [f"site:{client}" for client in sorted(summary["clients"])]
+    sites = [f"site:client-{i}" for i in range(4)]
     kinds = sorted(key.removeprefix("fedqueue:{toy}:") for key in left)
     assert kinds == ["clients", "config", "head", "leader", "ledger", "model:12:0", "model:12:1", *sites, "versions"]
     assert all(0 < ttl <= 24 * 3600 for ttl in left.values()), left
@@ -38,14 +50,42 @@ def test_parts_on_their_own_make_a_run_and_leave_only_what_retention_says(config
     assert rq_left == []
 
 
+def check_refusals(summary, ledger, outbox):
+    """The site with a policy contributed nothing; each refusal is in the ledger, and in the log of what left it."""
+    says = "min_examples: there are 96 here, at least 97 are agreed to"
+    refused = [record for record in ledger if record["kind"] == "abandoned" and record["reason"] == "refused"]
+    assert {record["client"] for record in refused} == {"client-3"}
+    assert all(says in record["error"] for record in refused)
+    assert summary["abandoned_because"]["refused"] == len(refused) >= 1
+    assert "client-3" not in summary["clients"]
+    [log] = outbox.iterdir()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert lines[0]["what"] == "registration"
+    ended = [line for line in lines if line["what"] == "refused"]
+    assert {line["job"] for line in ended} >= {record["job"] for record in refused}
+    assert all(says in line["text"] for line in ended)
+    assert not [line for line in lines if line["what"] == "update"]
+
+
 def test_coordinator_told_to_stop_leaves_the_run_and_the_next_one_goes_on(config, start, tmp_path, redis_server):
-    long = ("--set", "stop.versions=40")
+    """Meanwhile a client's key and the coordinator's own are rotated, and the worker is not started anew for it."""
+    long, keys = ("--set", "stop.versions=60"), tmp_path / "keys"
     worker = start("fedqueue_worker", config, "--partition", "0/4", "--client", "client-1", "--redis", redis_server.url)
     first = start("fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, *long)
     store = Store(client_of(redis_server), "toy")
     wait_until(lambda: store.info().version >= 3, "three versions")
+    enroll(keys, "client-1", site=keys, rotate=True)
+    present = read_public_keys(keys / "clients" / "client-1.pub")[0].id
+    wait_until(
+        lambda: read(Seal, store.sealed_registrations()["client-1"]).key == present, "registered under the new key"
+    )
+    rotated = store.info().version
+    wait_until(lambda: store.info().version >= rotated + 3, "what the former key signed is merged")
+    revoke(keys, "client-1", previous=True)
+    wait_until(lambda: store.info().version >= rotated + 5, "two more")
     first.send(signal.SIGTERM)
     assert first.wait() == 0, first.text
+    enroll(keys, "coordinator", rotate=True)
     reached = store.info().version
     assert store.info().state == "running"
     second = start("fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, *long, "--output", "out")
@@ -53,7 +93,10 @@ def test_coordinator_told_to_stop_leaves_the_run_and_the_next_one_goes_on(config
     assert f"version={reached}" in second.text
     summary, ledger = read_results(tmp_path / "out")
     check_agreement(summary, ledger)
-    assert summary["versions"] == 40 > reached
+    assert summary["versions"] == 60 > reached
+    assert summary["updates_rejected"] == {}
+    late = [line["client"] for record in ledger if record["kind"] == "version" for line in record["merged"]][-20:]
+    assert {"client-0", "client-1"} <= set(late)
     assert worker.wait() == 0
 
 

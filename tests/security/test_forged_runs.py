@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
+from functools import partial
 
+import msgpack
 import numpy as np
 import pytest
+import structlog
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from scene import RUN, Scene
 
 from fedqueue.errors import NotEnrolled, SignatureError, StoreError, WireError
@@ -13,7 +18,7 @@ from fedqueue.identity import SigningKey
 from fedqueue.messages import Order, read
 from fedqueue.queueing import Serializer, TrainingJob
 from fedqueue.signing import ORDER, Seal, seal
-from fedqueue_coordinator.enrolment import revoke
+from fedqueue_coordinator.enrolment import enroll, revoke
 
 
 @pytest.fixture
@@ -169,6 +174,46 @@ def test_successor_does_not_sign_an_order_that_somebody_put_into_a_record(scene,
     assert scene.redis.lrange(queue, 0, -1) == []
 
 
+# The coordinator's own key, replaced while the run goes on
+
+
+def test_next_coordinator_leads_with_a_new_key_and_nobody_is_started_anew(scene, site):
+    """What the former key signed is gone on from; then that key is dropped, by the coordinator and by the sites."""
+    enroll(scene.key_folder, "coordinator", rotate=True)
+    scene.play(site.post)  # trained from a version that the former key signed
+    assert (scene.version, scene.reasons()) == (3, [])
+    revoke(scene.key_folder, "coordinator", previous=True)
+    other = scene.site("c1")
+    scene.play(site.post, other.join, other.post)
+    assert (scene.version, scene.reasons()) == (5, [])
+
+
+def test_former_key_of_the_coordinator_counts_no_more_once_it_is_revoked(scene, site):
+    former = (scene.key_folder / "coordinator.key").read_bytes()
+    enroll(scene.key_folder, "coordinator", rotate=True)
+    scene.play(site.post)
+    revoke(scene.key_folder, "coordinator", previous=True)
+    (scene.key_folder / "coordinator.key").write_bytes(former)
+    scene.play()  # its thief leads, in possession of Redis
+    with pytest.raises(SignatureError, match="none of the coordinator's"):
+        site.trust.enter(site.store.info())
+    evil = SigningKey(load_pem_private_key(former, None))
+    with pytest.raises(SignatureError, match="none of the coordinator's"):
+        site.store.open_order(seal(evil, ORDER, site.trust.scope, [], b"x"))
+
+
+def test_site_that_was_not_given_the_new_key_does_not_follow(scene, site):
+    (scene.key_folder / "sites" / "c0").rename(scene.folder / "c0")  # out of reach, as at the site it is
+    away = scene.site("c0", folder=scene.folder / "c0")
+    away.trust.enter(away.store.info())
+    enroll(scene.key_folder, "coordinator", rotate=True)
+    scene.play()
+    with pytest.raises(SignatureError, match="none of the coordinator's"):
+        away.trust.enter(away.store.info())
+    shutil.copy(scene.key_folder / "coordinator.pub", scene.folder / "c0")
+    away.trust.enter(away.store.info())
+
+
 # Takeovers
 
 
@@ -181,6 +226,85 @@ def test_successor_does_not_go_on_from_what_was_changed(scene, site, what):
     with pytest.raises(SignatureError, match="is not"):
         scene.play()
     assert scene.version == 2
+
+
+def rewrite_ledger(scene, change):
+    """The records of the ledger as `change` leaves them."""
+    records = scene.store.ledger()
+    change(records)
+    scene.redis.delete(scene.keys.ledger)
+    for record in records:
+        scene.redis.xadd(scene.keys.ledger, {"record": msgpack.packb(record)})
+
+
+CHANGES = {
+    "a norm, which the limit is taken from": lambda ledger: ledger[0]["merged"][0].update(norm=1e9),
+    "who contributed": lambda ledger: ledger[0]["merged"][0].update(client="c1"),
+    "a version taken out": lambda ledger: ledger.pop(0),
+    "a version put in": lambda ledger: ledger.append({**ledger[-1], "version": 3}),
+    "two versions exchanged": lambda ledger: ledger.reverse(),
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_successor_does_not_go_on_from_a_history_that_was_changed(scene, site, what):
+    rewrite_ledger(scene, CHANGES[what])
+    with pytest.raises(SignatureError, match="is not the history of version 2 as it was signed"):
+        scene.play()
+
+
+def test_ledger_that_was_written_anew_unchanged_is_gone_on_from(scene, site):
+    rewrite_ledger(scene, lambda ledger: None)
+    scene.play(site.post)
+    assert scene.version == 3
+
+
+def test_successor_does_not_go_on_from_totals_that_were_changed(scene, site):
+    totals = {**scene.store.info().totals, "updates": 10**6}
+    scene.redis.hset(scene.keys.head, "totals", msgpack.packb(totals))
+    with pytest.raises(SignatureError, match="totals in Redis are not those of version 2"):
+        scene.play()
+
+
+def test_coordinator_notices_at_the_end_that_its_history_was_changed(fake_client, tmp_path):
+    scene = Scene(fake_client, tmp_path, stop={"versions": 2})
+    site = scene.site("c0")
+
+    def change():
+        rewrite_ledger(scene, CHANGES["who contributed"])
+        site.post()
+
+    with structlog.testing.capture_logs() as logs:
+        scene.play(site.join, site.post, change)
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == [
+        "the ledger in Redis was changed: it does not tell the versions that were made"
+    ]
+
+
+def test_history_goes_on_over_takeovers_and_new_epochs(fake_client, tmp_path):
+    """Redis loses everything, the checkpoint brings the ledger back, and a successor verifies both epochs' versions."""
+    scene = Scene(fake_client, tmp_path, checkpoint={"seconds": 0.001})
+    site = scene.site("c0")
+    scene.play(site.join, site.post, site.post)
+    scene.redis.flushall()
+    again = scene.site("c0", "again")
+    scene.play(again.join, again.post)
+    reached = scene.version
+    assert scene.store.info().epoch == 1
+    scene.play(again.post)
+    assert scene.version == reached + 1
+
+
+def test_successor_has_the_same_limit_of_norms_on_a_real_server(server_client, tmp_path):
+    scene = Scene(server_client, tmp_path, admission={"norm_quantile": 0.5, "norm_slack": 2.0, "norm_window": 12})
+    site = scene.site("c0")
+    first = scene.play(site.join, *(partial(site.post, float(n)) for n in range(1, 16)))
+    second = scene.play(partial(site.post, 30.0), partial(site.post, 16.0))
+    norms = [line["norm"] for r in scene.store.ledger() if r["kind"] == "version" for line in r["merged"]]
+    assert len(norms) == 16
+    assert list(first.federation._norms._accepted) == norms[3:15]
+    assert list(second.federation._norms._accepted) == norms[4:16]
+    assert scene.reasons() == ["too_large"], "30 is more than twice the median of 4 … 15, 16 is not"
 
 
 def test_signed_run_does_not_go_on_without_signatures(scene, site):

@@ -12,9 +12,10 @@ from scene import EXAMPLES, RUN, Scene
 from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.identity import SigningKey
 from fedqueue.messages import Ending, Registration, read
-from fedqueue.signing import JOINED, UPDATE, Scope, Seal, seal, unseal
+from fedqueue.signing import JOINED, LEFT, UPDATE, Scope, Seal, seal, unseal
 from fedqueue.worker_store import WorkerStore
 from fedqueue_coordinator.enrolment import enroll, revoke
+from fedqueue_worker.heartbeat import Heartbeat
 
 
 @pytest.fixture
@@ -215,9 +216,27 @@ def test_registration_of_a_worker_that_is_gone_does_not_come_back(scene):
 
     leader = scene.play(join_first, leave, second.join, replay)
     assert dict(leader.federation.clients) == {"c0": EXAMPLES}
-    assert scene.reasons() == ["returned", "forged", "forged"], (
+    assert scene.reasons() == ["returned", "superseded", "superseded"], (
         "the first worker's own leave counted, the replay does not"
     )
+
+
+def test_farewell_of_a_worker_that_was_superseded_accuses_nobody(scene):
+    """It was away for longer than its lease, another one took its client, and now it comes to its own end."""
+    first, second = scene.site("c0", "first"), scene.site("c0", "second")
+
+    def take_over():
+        scene.redis.hset(scene.keys.site("c0"), "alive", 0)
+        second.join()
+
+    def farewell():
+        body = first.trust.seal(LEFT, "c0", [], b"")
+        scene.redis.xadd(scene.keys.updates("c0"), {"kind": "left", "body": body})
+
+    leader = scene.play(first.join, take_over, farewell, second.post)
+    assert scene.reasons() == ["superseded"]
+    assert dict(leader.federation.clients) == {"c0": EXAMPLES}
+    assert scene.version == 1
 
 
 def test_forged_endings_do_not_set_a_client_aside(scene):
@@ -291,6 +310,55 @@ def test_after_a_rotation_both_keys_count_until_the_former_one_is_revoked(scene,
     scene.play(old.join, old.post, rotate, renewed, post_renewed, stolen, post_renewed)
     assert scene.version == 4
     assert scene.reasons() == ["forged"]
+
+
+def test_worker_takes_its_own_new_key_and_its_former_one_can_be_revoked_without_a_restart(scene):
+    site = scene.site("c0")
+
+    def rotate():
+        enroll(scene.key_folder, "c0", rotate=True)  # into the folder that the site reads
+        site.post()
+
+    def revoke_former():
+        revoke(scene.key_folder, "c0", previous=True)
+        site.post()
+
+    scene.play(site.join, site.post, rotate, revoke_former)
+    assert (scene.version, scene.reasons()) == (3, [])
+
+
+def test_worker_with_a_new_key_registers_again_so_that_a_successor_believes_it(scene):
+    site = scene.site("c0")
+    ends = []
+
+    def join():
+        site.join()
+        heartbeat.register(Registration(client="c0", examples=EXAMPLES))
+
+    def rotate():
+        enroll(scene.key_folder, "c0", rotate=True)
+        heartbeat.beat()
+        heartbeat.beat()
+        assert len(scene.entries()) == 1, "once"
+
+    heartbeat = Heartbeat(site.store, ["c0"], 3600, 3600, ends.append)
+    scene.play(join, site.post, rotate, site.post)
+    revoke(scene.key_folder, "c0", previous=True)
+    leader = scene.play(site.post)
+    assert dict(leader.federation.clients) == {"c0": EXAMPLES}
+    assert (scene.version, scene.reasons(), ends) == (3, [], [])
+
+
+def test_key_file_that_is_half_written_leaves_the_worker_with_the_key_that_it_has(scene):
+    site = scene.site("c0")
+    path = scene.key_folder / "sites" / "c0" / "c0.key"
+
+    def damage():
+        path.write_bytes(path.read_bytes()[:40])
+        site.post()
+
+    scene.play(site.join, damage)
+    assert (scene.version, scene.reasons()) == (1, [])
 
 
 def test_buffered_update_of_a_client_that_was_revoked_meanwhile_is_not_merged_by_a_successor(fake_client, tmp_path):

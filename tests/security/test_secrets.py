@@ -107,7 +107,8 @@ def test_nothing_that_a_run_writes_prints_or_sends_holds_a_secret(path, tmp_path
         server.stop()
     assert titles.count(b"fedqueue_worker") >= 2
     assert len(keys) == 3, "coordinator and two clients had keys of their own"
-    written = b"".join(f.read_bytes() for f in sorted((tmp_path / "out").rglob("*")) if f.is_file())
+    written = b"".join(f.read_bytes() for f in sorted(tmp_path.rglob("*")) if f.is_file())  # the outbox too
+    assert list(tmp_path.rglob("outbox/*.jsonl"))
     aof = b"".join(f.read_bytes() for f in (tmp_path / "redis").rglob("*") if f.is_file())
     secrets = [PASSWORD, PASSWORD.replace("%", "%25"), *(line for key in keys for line in key.splitlines()[1:2])]
     secrets += [base64.b64decode(key.splitlines()[1])[-32:].hex() for key in keys]

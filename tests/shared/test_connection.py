@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from fedqueue import connection
 from fedqueue.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, hurry, without_password
 from fedqueue.errors import ConfigurationError, FedqueueError, ServerUnavailable
+from fedqueue.tls import Tls
 
 SECRET = "hunter2"
 
@@ -28,6 +29,29 @@ def test_url_makes_a_client_that_has_sent_nothing_yet(url, cls, settings):
     pool = connect(url).connection_pool
     assert pool.connection_class is cls
     assert {name: pool.connection_kwargs.get(name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("scheme", "primary", "sentinel"),
+    [
+        ("sentinel", connection.PrimaryTcpConnection, connection.TcpConnection),
+        ("sentinels", connection.PrimaryTlsConnection, connection.TlsConnection),
+    ],
+)
+def test_sentinels_and_the_primary_are_spoken_to_with_tls_where_the_url_says_so(scheme, primary, sentinel):
+    tls = Tls(ca_file=__file__)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tls, "context", lambda self: None)  # that file holds no certificate
+        pool = connect(f"{scheme}://u:p@a:1,b/main/2", tls=tls if scheme == "sentinels" else None).connection_pool
+    assert pool.connection_class is primary
+    assert pool.connection_kwargs["username"] == "u"
+    assert (pool.service_name, pool.connection_kwargs["db"]) == ("main", 2)
+    asked = [one.connection_pool for one in pool.sentinel_manager.sentinels]
+    assert [one.connection_class for one in asked] == [sentinel, sentinel]
+    assert [one.connection_kwargs["host"] for one in asked] == ["a", "b"]
+    assert [one.connection_kwargs["port"] for one in asked] == [1, connection.SENTINEL_PORT]
+    for one in (pool, *asked):
+        assert one.connection_kwargs.get("tls") is (tls if scheme == "sentinels" else None)
 
 
 def test_every_connection_has_timeouts_and_retries_and_blocking_reads_stay_below_them():
@@ -71,10 +95,11 @@ def test_other_urls_are_refused_with_the_accepted_ones(url):
         f"unix:///x?db=a&password={SECRET}",
         f"sentinel://u:{SECRET}@host",
         f"sentinel://host:{SECRET}/service",
+        f"sentinels://u:{SECRET}@host",
     ],
 )
 def test_malformed_url_is_an_error_that_shows_no_part_of_it(url):
-    with pytest.raises(ConfigurationError, match=r"redis\.url = '(redis|unix|sentinel)://…': .*PASSWORD") as caught:
+    with pytest.raises(ConfigurationError, match=r"redis\.url = '(redis|unix|sentinels?)://…': .*PASSWORD") as caught:
         connect(url)
     assert SECRET not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -35,6 +35,7 @@ class Heartbeat:
         self._store, self._clients, self._on_end, self._clock = store, list(clients), on_end, clock
         self._lease_seconds, self._stall_seconds = lease_seconds, stall_seconds
         self._registrations: dict[str, Registration] = {}
+        self._signed_with: dict[str, str] = {}  # client → the key under which its registration was said
         self._current: Claim | None = None
         self._last_progress = 0.0
         self._lost = False
@@ -52,6 +53,7 @@ class Heartbeat:
     def register(self, registration: Registration) -> None:
         """Say that the client is ready; said again should the coordinator have given it up for lost."""
         self._registrations[registration.client] = registration
+        self._signed_with[registration.client] = self._store.key_of(registration.client)
         if not self._store.register(registration):
             raise ClientTaken(f"client {registration.client} is served by another worker by now")
 
@@ -89,6 +91,10 @@ class Heartbeat:
             return
         for client in pulse.lost_clients:
             self._rejoin(client)
+        for client, key in list(self._signed_with.items()):
+            if self._store.key_of(client) != key:
+                log.info("this client has a new key: registered again", client=client)
+                self._say_again(client)
 
     def _rejoin(self, client: str) -> None:
         """The coordinator gave the client up (a long pause, a lost network): serve it again, if nobody else does."""
@@ -96,10 +102,14 @@ class Heartbeat:
             self._end(f"client {client} is served by another worker by now")
         elif client in self._registrations:
             log.warning("the coordinator had given this client up: registered again", client=client)
-            try:
-                self._store.register(self._registrations[client])
-            except SignatureError as error:
-                self._end(f"the run is not to be trusted: {error}")
+            self._say_again(client)
+
+    def _say_again(self, client: str) -> None:
+        self._signed_with[client] = self._store.key_of(client)
+        try:
+            self._store.register(self._registrations[client])
+        except SignatureError as error:
+            self._end(f"the run is not to be trusted: {error}")
 
     def _end(self, because: str) -> None:
         if not self._done.is_set():

@@ -1,0 +1,92 @@
+"""What signatures cost end to end: updates per second of a signed federation over those of an unsigned one.
+
+    python benchmarks/signing.py [--quick] [--repeats 3] [--json FILE]
+
+Two federations of two workers whose training is instant take turns: one signs and verifies everything, the other
+nothing. With each, the seconds of CPU that coordinator and workers used for one update. The last lines say how fast
+this machine's OpenSSL hashes, since nearly all of the cost is hashing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from crew import crew, spread
+
+WORKERS = 2
+SIZES = (1_000_000, 10_000_000, 100_000_000)
+SETTINGS = {"unsigned": ['security.signatures="off"'], "signed": []}
+HASHES = ("sha256", "sha512", "blake2b", "blake2s")
+
+
+def measure(nbytes: int, repeats: int, seconds: float, at_least: int) -> dict[str, Any]:
+    row: dict[str, Any] = {"bytes": nbytes, **{kind: [] for kind in SETTINGS}}
+    cpu: dict[str, list[tuple[float, float]]] = {kind: [] for kind in SETTINGS}
+    for _ in range(repeats):
+        for kind, settings in SETTINGS.items():
+            with crew(nbytes, WORKERS, ["aggregation.mode=fedasync", *settings]) as running:
+                figures = running.measure(seconds, at_least)
+            row[kind].append(figures.per_second)
+            cpu[kind].append((figures.coordinator_cpu / figures.updates, figures.worker_cpu / figures.updates))
+    row["ratios"] = [s / u for s, u in zip(row["signed"], row["unsigned"], strict=True)]
+    for i, part in enumerate(("coordinator", "workers")):
+        used = {kind: statistics.median(pair[i] for pair in pairs) for kind, pairs in cpu.items()}
+        row[f"{part}_ms"] = 1000 * (used["signed"] - used["unsigned"])
+    return row
+
+
+def hash_rates(nbytes: int = 50_000_000, times: int = 3) -> dict[str, float]:
+    """Algorithm → GB/s, the best of `times`."""
+    data, rates = bytes(nbytes), {}
+    for name in HASHES:
+        best = float("inf")
+        for _ in range(times):
+            began = time.perf_counter()
+            hashlib.new(name, data).digest()
+            best = min(best, time.perf_counter() - began)
+        rates[name] = nbytes / best / 1e9
+    return rates
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | unsigned, updates/s | signed, updates/s | ratio | more CPU per update, coordinator / workers |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = f"{statistics.median(row['ratios']):.2f} ({min(row['ratios']):.2f} to {max(row['ratios']):.2f})"
+        cpu = f"{row['coordinator_ms']:.1f} / {row['workers_ms']:.1f} ms"
+        lines.append(
+            f"| {row['bytes'] / 1e6:g} MB | {spread(row['unsigned'])} | {spread(row['signed'])} | {ratio} | {cpu} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small size, once: shows that it works")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, by commas")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    sizes = [100_000] if options.quick else [int(size) for size in options.sizes.split(",")]
+    repeats, seconds = (1, 1.0) if options.quick else (options.repeats, options.seconds)
+    rows = []
+    for nbytes in sizes:
+        rows.append(measure(nbytes, repeats, seconds, at_least=20))
+        print(table(rows).splitlines()[-1], flush=True)
+    print(table(rows))
+    print(", ".join(f"{name} {rate:.2f} GB/s" for name, rate in hash_rates().items()))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
