@@ -284,7 +284,7 @@ class Coordinator:
                     if record["kind"] == "rejected":
                         log.warning("update rejected", client=record["client"], reason=record["reason"])
                 case Note(entry, record):
-                    self._note(entry, record)
+                    self._note(entry, dict(record) if record else None)
                 case Evaluate(version):
                     assert self._evaluator is not None
                     self._publish()
