@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= 100000
 
-.PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout clean
+.PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-startup clean
 
 demo: $(INSTALLED)  ## set up everything, then train the digits task to its target with 4 worker processes
 	$(BIN)/fedqueue run examples/digits/federation.toml --workers 4
@@ -54,3 +54,6 @@ bench-relay: $(INSTALLED)  ## updates per second beside a bare loop that moves t
 
 bench-dropout: $(INSTALLED)  ## what dying clients cost; OPTIONS="--quick"
 	$(BIN)/python benchmarks/dropout.py $(OPTIONS)
+
+bench-startup: $(INSTALLED)  ## seconds to the first merged update, and of commands that only show; OPTIONS="--quick"
+	$(BIN)/python benchmarks/startup.py $(OPTIONS)

@@ -12,9 +12,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError, StoreError
-from fedqueue.frame import Manifest
 from fedqueue.identity import PublicKey, SigningKey, read_public_keys, read_signing_key
 from fedqueue.keys import CLIENT_ID
 from fedqueue.messages import Order, read
@@ -32,6 +32,9 @@ from fedqueue.signing import (
     unseal,
 )
 from fedqueue.store import BlobBuffer, RunInfo
+
+if TYPE_CHECKING:
+    from fedqueue.frame import Manifest  # which imports torch
 
 COORDINATOR_KEY = "coordinator.key"
 CLIENTS, REVOKED = "clients", "revoked"

@@ -11,10 +11,8 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
-import numpy.typing as npt
 import redis
 
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
@@ -22,9 +20,13 @@ from fedqueue.keys import RUNS, Keys
 from fedqueue.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
 from fedqueue.signing import peek
 
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
 CHUNK = 32 * 1024 * 1024  # bytes
 _SCRIPTS = resources.files("fedqueue").joinpath("scripts")
-BlobBuffer = npt.NDArray[np.uint8]
+BlobBuffer: TypeAlias = "npt.NDArray[np.uint8]"
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,8 @@ class Store:
 
         Raises BlobMissing for a chunk that is not there, and StoreError for one of another size.
         """
+        import numpy as np  # what reads no blob answers sooner without it
+
         for i in range(chunks_of(into.nbytes)):
             place = into[i * CHUNK : (i + 1) * CHUNK]
             # One byte more than wanted tells a larger chunk, of which no more is ever read.
@@ -225,6 +229,8 @@ class Store:
 
     def newest_model(self, nbytes: int) -> tuple[int, BlobBuffer]:
         """The head and its buffer; reads again where the version was replaced and deleted meanwhile."""
+        import numpy as np
+
         buffer = np.empty(nbytes, np.uint8)
         for _ in range(10):
             version = self.info().version

@@ -1,0 +1,31 @@
+"""The benchmarks still work: their short forms, which assert nothing about time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script, *options):
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_startup_measures_a_run_and_the_commands(tmp_path):
+    shown = run("startup.py", "--quick", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["run"][0]["workers"] == 2
+    assert 0 < figures["run"][0]["worker_mib"][0] < figures["run"][0]["all_mib"][0]
+    assert [row["command"] for row in figures["commands"]] == ["--help", "runs", "status"]
+    assert all(row["seconds"][0] > 0 for row in figures["commands"])
+    assert "| `fedqueue run` to the first merged update, 2 workers |" in shown
