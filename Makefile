@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= 100000
 
-.PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-startup clean
+.PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-startup bench-peers clean
 
 demo: $(INSTALLED)  ## set up everything, then train the digits task to its target with 4 worker processes
 	$(BIN)/fedqueue run examples/digits/federation.toml --workers 4
@@ -57,3 +57,7 @@ bench-dropout: $(INSTALLED)  ## what dying clients cost; OPTIONS="--quick"
 
 bench-startup: $(INSTALLED)  ## seconds to the first merged update, and of commands that only show; OPTIONS="--quick"
 	$(BIN)/python benchmarks/startup.py $(OPTIONS)
+
+# The peers are installed below .peers/ by OPTIONS="--install"; those that are not there are skipped.
+bench-peers: $(INSTALLED)  ## fedqueue beside its peers, figures into docs/peers.json; OPTIONS="--quick", "--only fedqueue"
+	$(BIN)/python benchmarks/beside_peers.py --json docs/peers.json $(OPTIONS)

@@ -40,9 +40,9 @@ CONTENDERS = {
     "fedqueue fedbuff": ("fedqueue", "fedbuff"),
     "APPFL FedAsync": ("appfl", "fedasync"),
     "APPFL FedBuff": ("appfl", "fedbuff"),
-    "APPFL FedAsync, made fast": ("appfl made fast", "fedasync"),
-    "APPFL FedBuff, made fast": ("appfl made fast", "fedbuff"),
-    "Flower FedAvg, SuperLink": ("flower", "fedavg"),
+    "APPFL FedAsync (made fast)": ("appfl made fast", "fedasync"),
+    "APPFL FedBuff (made fast)": ("appfl made fast", "fedbuff"),
+    "Flower FedAvg (SuperLink)": ("flower", "fedavg"),
 }
 SETTINGS = {
     "fedasync": ["aggregation.mode=fedasync"],
@@ -86,12 +86,6 @@ def write_digits(path: Path, seed: int) -> None:
     }
     images, labels = task.test_data().tensors
     np.savez(path, **arrays, **{"images-test": images.numpy(), "labels-test": labels.numpy()})
-
-
-def skipped(name: str) -> str:
-    """Why the contender cannot run; an empty string where it can."""
-    peer = PEERS.get(CONTENDERS[name][0].split()[0])
-    return peer.missing() if peer else ""
 
 
 def run(name: str, what: str, point: int, options: argparse.Namespace) -> Row | str:
@@ -154,7 +148,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # on the way out, what was started is ended
     if options.quick:
-        options.only, options.what, options.sizes, options.repeats, options.seconds = (
+        options.what, options.sizes, options.repeats, options.seconds = (
             "fedqueue",
             "sizes",
             "100000",
@@ -167,7 +161,11 @@ def main() -> None:
             peer.install()
     record: Row = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"skipped": {}}
     chosen = [n for n in CONTENDERS if not options.only or n.lower().startswith(tuple(options.only.lower().split(",")))]
-    record["skipped"] = {name: why for name in CONTENDERS if (why := skipped(name))}
+    for peer in {CONTENDERS[name][0].split()[0] for name in chosen} & set(PEERS):
+        why = "not with --quick" if options.quick and PEERS[peer].python.exists() else PEERS[peer].missing()
+        named = [name for name in CONTENDERS if CONTENDERS[name][0].startswith(peer)]
+        record["skipped"] = {n: w for n, w in record["skipped"].items() if n not in named}
+        record["skipped"].update(dict.fromkeys(named if why else [], why))
     chosen = [name for name in chosen if name not in record["skipped"]]
     for what in options.what.split(","):
         points = (options.seeds if what == "digits" else options.sizes).split(",")

@@ -70,7 +70,7 @@ def serve_run(mode: str) -> None:
 
 
 def train_for_run(number: int) -> None:
-    agent = ClientAgent(client_agent_config=OmegaConf.create({"client_id": str(number)}))
+    agent = ClientAgent(client_agent_config=OmegaConf.create({"client_id": str(number), "train_configs": {}}))
     link = GRPCClientCommunicator(client_id=str(number), server_uri=URI, **MESSAGE)
     agent.load_config(link.get_configuration())
     agent.model = work.make_model(NBYTES, SEED)

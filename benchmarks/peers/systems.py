@@ -31,8 +31,6 @@ license = "Apache-2.0"
 dependencies = []
 [tool.flwr.app]
 publisher = "fedqueue"
-fab-format-version = 1
-flwr-version-target = "1.42.0"
 [tool.flwr.app.components]
 serverapp = "flower_peer:server_app"
 clientapp = "flower_peer:client_app"

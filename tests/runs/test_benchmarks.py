@@ -29,3 +29,13 @@ def test_startup_measures_a_run_and_the_commands(tmp_path):
     assert [row["command"] for row in figures["commands"]] == ["--help", "runs", "status"]
     assert all(row["seconds"][0] > 0 for row in figures["commands"])
     assert "| `fedqueue run` to the first merged update, 2 workers |" in shown
+
+
+def test_peers_that_are_not_installed_are_skipped_with_the_reason(tmp_path):
+    shown = run("beside_peers.py", "--quick", "--json", str(tmp_path / "figures.json"))
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    (measured,) = figures["sizes"]["fedqueue fedbuff"]["100000"]
+    assert measured["rate"] > 0
+    assert min(measured["server"], measured["client"], measured["redis"]) > 0
+    assert set(figures["skipped"]) == {name for name in figures["skipped"] if not name.startswith("fedqueue")}
+    assert "Flower FedAvg (SuperLink): skipped: not" in shown
