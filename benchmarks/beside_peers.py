@@ -148,20 +148,14 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # on the way out, what was started is ended
     if options.quick:
-        options.what, options.sizes, options.repeats, options.seconds = (
-            "fedqueue",
-            "sizes",
-            "100000",
-            1,
-            1.0,
-        )
+        options.what, options.sizes, options.repeats, options.seconds = "sizes", "100000", 1, 1.0
     if options.install:
         FOLDER.mkdir(exist_ok=True)
         for peer in PEERS.values():
             peer.install()
     record: Row = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"skipped": {}}
     chosen = [n for n in CONTENDERS if not options.only or n.lower().startswith(tuple(options.only.lower().split(",")))]
-    for peer in {CONTENDERS[name][0].split()[0] for name in chosen} & set(PEERS):
+    for peer in sorted({CONTENDERS[name][0].split()[0] for name in chosen} & set(PEERS)):
         why = "not with --quick" if options.quick and PEERS[peer].python.exists() else PEERS[peer].missing()
         named = [name for name in CONTENDERS if CONTENDERS[name][0].startswith(peer)]
         record["skipped"] = {n: w for n, w in record["skipped"].items() if n not in named}

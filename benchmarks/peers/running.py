@@ -25,14 +25,15 @@ class Cast:
 
     folder: Path
     environment: Mapping[str, str]
-    _roles: dict[int, str] = field(default_factory=dict)  # of process groups
+    _roles: dict[int, str] = field(default_factory=dict)  # of the processes started here
+    _below: dict[tuple[int, int], str] = field(default_factory=dict)  # of theirs too: (process, when it began)
     _logs: dict[int, Path] = field(default_factory=dict)
     _peaks: dict[str, int] = field(default_factory=dict)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self, role: str, name: str, command: Sequence[object]) -> subprocess.Popen[bytes]:
-        """A process with a group of its own, so that what it starts counts, and ends, with it."""
+        """A process; what it starts counts, and ends, with it."""
         path = self.folder / f"{name}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
@@ -47,11 +48,20 @@ class Cast:
     def watch(self) -> None:
         """Note the largest process of each role, until the end: some live for one message only."""
         while not self._ended.wait(0.1):
-            for stat in Path("/proc").glob("[0-9]*/stat"):
-                with contextlib.suppress(OSError, StopIteration):
-                    group = int(stat.read_text().rpartition(")")[2].split()[2])
-                    if role := self._roles.get(group):
-                        self._peaks[role] = max(self._peaks.get(role, 0), peak_bytes(int(stat.parent.name)))
+            present = dict(_present())
+            for pid, (_, began) in present.items():
+                if role := self._role(pid, present):
+                    self._below[pid, began] = role  # for good: some outlive their parents
+                    with contextlib.suppress(OSError, StopIteration):
+                        self._peaks[role] = max(self._peaks.get(role, 0), peak_bytes(pid))
+
+    def _role(self, pid: int, present: Mapping[int, tuple[int, int]]) -> str:
+        while pid in present:
+            parent, began = present[pid]
+            if role := self._roles.get(pid) or self._below.get((pid, began)):
+                return role
+            pid = parent
+        return ""
 
     def merged(self) -> list[tuple[float, float]]:
         """(when, accuracy or −1) of each update that the server has reported."""
@@ -70,11 +80,24 @@ class Cast:
         return self._peaks.get(role, 0) / MIB
 
     def end(self) -> None:
+        """End all of them, and what they have started; not what has got one of their numbers since."""
         self._ended.set()
         for process in self._processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            process.kill()
+        for pid, (_, began) in _present():
+            if (pid, began) in list(self._below):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        for process in self._processes:
             process.wait()
+
+
+def _present() -> Iterator[tuple[int, tuple[int, int]]]:
+    """(process, (its parent, when it began)) for all there are."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            yield int(stat.parent.name), (int(fields[1]), int(fields[19]))
 
 
 C = TypeVar("C", bound=Cast)
