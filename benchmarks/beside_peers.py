@@ -33,7 +33,7 @@ from fedqueue.task import load_task
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits"
 SIZES = (100_000, 1_000_000, 10_000_000, 100_000_000)
 CLIENTS, SITES = 4, 8
-LIMIT = {"sizes": 300.0, "digits": 300.0}  # seconds of one measurement
+LIMIT = {"sizes": 300.0, "digits": 200.0}  # seconds of one measurement
 CONTENDERS = {
     # name: (system, mode)
     "fedqueue fedasync": ("fedqueue", "fedasync"),
@@ -92,8 +92,10 @@ def run(name: str, what: str, point: int, options: argparse.Namespace) -> Row | 
     """One measurement, or why there is none."""
     try:
         if what == "digits":
-            return measure_digits(name, point)
-        return measure_size(name, point, options.seconds, options.at_least)
+            found = measure_digits(name, point)
+        else:
+            found = measure_size(name, point, options.seconds, options.at_least)
+        return {**found, "load": os.getloadavg()[0]}  # of the machine, with what else it has to do
     except (RuntimeError, TimeoutError, AssertionError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return f"failed: {str(error).splitlines()[0]}"
@@ -102,22 +104,23 @@ def run(name: str, what: str, point: int, options: argparse.Namespace) -> Row | 
 def table(record: Row) -> str:
     lines: list[str] = []
     if sizes := record.get("sizes"):
-        points = sorted({int(p) for rows in sizes.values() for p in rows}) or [0]
-        lines += [
-            "| updates/s | " + " | ".join(f"{p / 1e6:g} MB" for p in points) + " | peak MiB: server / client / Redis |"
-        ]
-        lines += ["|---" * (len(points) + 2) + "|"]
-        for name, rows in sizes.items():
-            cells = [_cell(rows.get(str(p), []), "rate") for p in points]
-            peaks = [_peak(rows.get(str(points[-1]), []), role) for role in ("server", "client", "redis")]
-            lines += [f"| {name} | {' | '.join(cells)} | {' / '.join(peaks)} |"]
+        points = sorted({int(p) for rows in sizes.values() for p in rows})
+        head = " | ".join(f"{point / 1e6:g} MB" for point in points)
+        lines += [f"| updates/s | {head} |", "|---" * (len(points) + 1) + "|"]
+        lines += [_line(name, [_cell(rows.get(str(p), []), "rate") for p in points]) for name, rows in sizes.items()]
+        lines += ["", f"| peak MiB, server / client / Redis | {head} |", "|---" * (len(points) + 1) + "|"]
+        lines += [_line(name, [_peaks(rows.get(str(p), [])) for p in points]) for name, rows in sizes.items()]
     if digits := record.get("digits"):
-        lines += ["", "| seconds to 95 % | " + " | ".join(f"seed {s}" for s in range(3)) + " |", "|---|---|---|---|"]
+        seeds = sorted({int(seed) for rows in digits.values() for seed in rows})
+        lines += ["", _line("seconds to 95 %", [f"seed {seed}" for seed in seeds]), "|---" * (len(seeds) + 1) + "|"]
         for name, rows in digits.items():
-            cells = [_cell(rows.get(str(seed), []), "seconds", 1) for seed in range(3)]
-            lines += [f"| {name} | {' | '.join(cells)} |"]
+            lines += [_line(name, [_cell(rows.get(str(seed), []), "seconds", 1) for seed in seeds])]
     lines += [f"\n{name}: skipped: {why}" for name, why in record["skipped"].items()]
     return "\n".join(lines)
+
+
+def _line(name: str, cells: list[str]) -> str:
+    return f"| {name} | {' | '.join(cells)} |"
 
 
 def _cell(found: list[Row | str], key: str, digits: int = 2) -> str:
@@ -128,9 +131,10 @@ def _cell(found: list[Row | str], key: str, digits: int = 2) -> str:
     return failures[0] if failures else "not reached" if found else "–"
 
 
-def _peak(found: list[Row | str], role: str) -> str:
-    numbers = [row[role] for row in found if isinstance(row, dict) and role in row]
-    return f"{max(numbers):.0f}" if numbers else "–"
+def _peaks(found: list[Row | str]) -> str:
+    rows = [row for row in found if isinstance(row, dict) and "server" in row]
+    roles = [role for role in ("server", "client", "redis") if rows and role in rows[0]]
+    return " / ".join(f"{max(row[role] for row in rows):.0f}" for role in roles) or "–"
 
 
 def main() -> None:
@@ -171,7 +175,7 @@ def main() -> None:
                 for name in chosen:
                     found = run(name, what, int(point), options)
                     section[name][point].append(found)
-                    print(f"{what} {point} {name}: {found} (load {os.getloadavg()[0]:.1f})", flush=True)
+                    print(f"{what} {point} {name}: {found}", flush=True)
                     if options.json:
                         options.json.write_text(json.dumps(record, indent=2) + "\n")
     print(table(record))

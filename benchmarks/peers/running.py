@@ -129,20 +129,15 @@ def rate(running: Cast, warm: int, seconds: float, at_least: int, limit: float) 
 
 
 def seconds_to(running: Cast, target: float, limit: float) -> float | None:
-    """Seconds from the moment at which the clients were at work to `target`; None where `limit` came first.
-
-    That moment is a second before the first merged update: the fastest client's training and sleep.
-    """
-    deadline = None
+    """Seconds from the first merged update to `target`; None where it takes longer than `limit`."""
+    started = time.monotonic()
     while True:
         merged = running.merged()
-        if merged and deadline is None:
-            deadline = merged[0][0] + limit
         for when, accuracy in merged:
             if accuracy >= target:
                 return when - merged[0][0]
         running.require_alive()
-        if deadline is not None and time.monotonic() > deadline:
+        if (merged and merged[-1][0] - merged[0][0] > limit) or time.monotonic() > started + 2 * limit:
             return None
         time.sleep(0.1)
 
