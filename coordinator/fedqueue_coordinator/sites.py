@@ -20,7 +20,7 @@ class Sites:
     def __init__(self, launch: Launch, url: str, folder: Path, clients: Sequence[str]) -> None:
         self._logs = folder / LOGS
         self._log = self._logs / "workers.log"
-        self._read = 0  # bytes of the log
+        self._read = self._log.stat().st_size if self._log.exists() else 0  # what a resumed run has said is no news
         self._said = False
         command = [sys.executable, "-m", "fedqueue_worker", str(launch.config)]
         command += ["--processes", str(launch.workers), "--logs", str(self._logs.resolve())]
