@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 RUNS ?= 1000000
 
 .PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
-  clean
+  bench-startup bench-peers clean
 
 demo: $(INSTALLED)  ## set up everything, then train the digits task to its target with 4 worker processes
 	$(BIN)/fedqueue run examples/digits/federation.toml --workers 4
@@ -61,3 +61,10 @@ bench-compression: $(INSTALLED)  ## bytes, speed and accuracy of every encoding;
 
 bench-signing: $(INSTALLED)  ## what signatures cost end to end; OPTIONS="--quick"
 	$(BIN)/python benchmarks/signing.py $(OPTIONS)
+
+bench-startup: $(INSTALLED)  ## seconds to the first merged update, and of commands that only show; OPTIONS="--quick"
+	$(BIN)/python benchmarks/startup.py $(OPTIONS)
+
+# The peers are installed below .peers/ by OPTIONS="--install"; those that are not there are skipped.
+bench-peers: $(INSTALLED)  ## fedqueue beside its peers, figures into docs/peers.json; OPTIONS="--quick", "--only fedqueue"
+	$(BIN)/python benchmarks/beside_peers.py --json docs/peers.json $(OPTIONS)

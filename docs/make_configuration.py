@@ -5,7 +5,11 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
+import itertools
 import re
+import textwrap
 import types
 import typing
 from pathlib import Path
@@ -40,12 +44,23 @@ def _tables(path: str, section: type[BaseModel]) -> typing.Iterator[str]:
     if path and section.__doc__:
         yield f"{section.__doc__.strip()}\n\n"
     yield "| key | accepts | default | |\n|---|---|---|---|\n"
+    said = _docstrings(section)
     for name, field in plain.items():
-        text = (field.description or "").replace("\n", " ").replace("|", "\\|")
+        text = said.get(name, "").replace("\n", " ").replace("|", "\\|")
         yield f"| `{name}` | {_accepts(field)} | {_default(field)} | {text} |\n"
     for name, field in section.model_fields.items():
         if _is_section(field):
             yield from _tables(f"{path}.{name}" if path else name, field.annotation)
+
+
+def _docstrings(section: type[BaseModel]) -> dict[str, str]:
+    """Field → the string below it. Read here and not by pydantic, which would do so whenever a command starts."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    return {
+        field.target.id: inspect.cleandoc(text.value.value)
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+    }
 
 
 def _is_section(field: FieldInfo) -> bool:

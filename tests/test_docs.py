@@ -20,6 +20,13 @@ def test_configuration_page_is_what_the_configuration_says():
     assert (ROOT / "docs" / "configuration.md").read_text() == module.page(), "run docs/make_configuration.py"
 
 
+def test_every_option_is_documented():
+    plain = {"optimizer", "learning_rate", "batch_size", "mode", "function", "versions", "updates", "seconds", "name"}
+    rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
+    assert len(rows) > 60
+    assert not [name for name, text in rows if not text.strip() and name not in plain | {"seed", "max_steps"}]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_to_a_file_leads_to_one(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

@@ -10,7 +10,6 @@ from typing import Annotated
 import typer
 
 from fedqueue import __version__
-from fedqueue.config import load_config
 from fedqueue.errors import ConfigurationError
 from fedqueue.terminal import DONE, FAILED, configure_logging
 from fedqueue.terminal import main as run_app
@@ -72,6 +71,7 @@ def run(
     Starts an embedded Redis-protocol server unless redis.url is set. Ctrl-C ends the run and keeps the model so far;
     --resume DIR goes on with it, or with one whose machine died.
     """
+    from fedqueue.config import load_config
     from fedqueue_coordinator.launch import Launch, read_launch
 
     overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
@@ -158,6 +158,8 @@ def coordinator(
     Goes on with a run that its last coordinator left unfinished; when Redis comes back empty, with the checkpoint in
     DIR. SIGTERM leaves the run as it is, for the next coordinator; SIGINT (Ctrl-C) ends it.
     """
+    from fedqueue.config import load_config
+
     configure_logging()
     settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
     url = settings.redis.address(redis)
@@ -346,6 +348,8 @@ def enroll(
     from fedqueue_coordinator.enrolment import enroll_missing
 
     if all_of:
+        from fedqueue.config import load_config
+
         if clients or rotate or public:
             raise ConfigurationError("--all", str(all_of), "not together with CLIENT, --rotate or --public")
         made = enroll_missing(keys, load_config(all_of).clients.ids, site)

@@ -5,40 +5,27 @@ from __future__ import annotations
 import contextlib
 import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import structlog
-
-from fedqueue.authority import load_authority
 from fedqueue.config import Config
 from fedqueue.connection import check, connect
-from fedqueue.coordinator_store import CoordinatorStore, new_owner
 from fedqueue.errors import RunExists, ServerUnavailable
-from fedqueue.task import load_task
 from fedqueue.terminal import DONE, FAILED, INTERRUPTED
-from fedqueue_coordinator import processes
-from fedqueue_coordinator.catalogue import check_algorithms
-from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
 from fedqueue_coordinator.embedded import EmbeddedServer
-from fedqueue_coordinator.enrolment import SITES, enroll_missing
-from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.launch import Launch, write_launch
-from fedqueue_coordinator.live import LiveView
-from fedqueue_coordinator.replay import REPLAY_FOLDER
-from fedqueue_coordinator.results import FILES, write_results
-from fedqueue_coordinator.service import Coordinator
-from fedqueue_coordinator.summary import Result
+from fedqueue_coordinator.sites import KEYS, LOGS, OUTBOX, Sites
 
-log = structlog.get_logger("fedqueue.local")
+if TYPE_CHECKING:  # they import torch: late, while the workers do
+    from fedqueue_coordinator.federation import Federation
+    from fedqueue_coordinator.live import LiveView
+    from fedqueue_coordinator.service import Coordinator
+    from fedqueue_coordinator.summary import Result
 
 URL_FILE = "redis.url"
 INTERRUPT = "interrupted"
-KEYS, OUTBOX = "keys", "outbox"
 
 
 def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool) -> int:
@@ -47,34 +34,52 @@ def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume:
     Whatever happens, no process is left behind; the model so far and the report lie in `folder`. With `resume`, goes
     on from the server's data or the checkpoint that an earlier run left there.
     """
-    task = load_task(config.task.entrypoint, config.task.options, launch.config.parent)
-    check_algorithms(config)
     _require_free(folder)
     if not resume:
-        _clear(folder)
-    write_launch(folder, launch)
+        _remove(folder, URL_FILE, "redis", LOGS, KEYS, OUTBOX)
     with contextlib.ExitStack() as stack:
+        not_begun = stack.enter_context(contextlib.ExitStack())
+        if not resume:
+            not_begun.callback(_remove, folder, "redis", KEYS)
         url = config.redis.address() or stack.enter_context(_embedded_server(folder))
         connection = connect(url, tls=config.redis.tls)
         check(connection, url)
         (folder / URL_FILE).write_text(url)
         (folder / URL_FILE).chmod(0o600)  # a URL may hold a password
         stack.callback((folder / URL_FILE).unlink, missing_ok=True)
-        authority = None
-        if config.security.signatures == "required":  # keys of this run alone, made here and deleted with its server
+        signed = config.security.signatures == "required"
+        if signed:  # with keys of this run alone, made here and deleted with its server
+            from fedqueue_coordinator.enrolment import SITES, enroll_missing
+
             enroll_missing(folder / KEYS, config.clients.ids, folder / KEYS / SITES)
-            authority = load_authority(folder / KEYS, config.name)
-        sites = Sites(launch, url, folder)
+        sites = Sites(launch, url, folder, config.clients.ids)  # their import of torch goes on beside ours
         stack.callback(sites.stop)
-        sites.start(shares(config.clients.ids, launch.workers))
+
+        from fedqueue.authority import load_authority
+        from fedqueue.coordinator_store import CoordinatorStore, new_owner
+        from fedqueue.task import load_task
+        from fedqueue_coordinator.catalogue import check_algorithms
+        from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
+        from fedqueue_coordinator.live import LiveView
+        from fedqueue_coordinator.replay import REPLAY_FOLDER
+        from fedqueue_coordinator.results import FILES, write_results
+        from fedqueue_coordinator.service import Coordinator
+
+        task = load_task(config.task.entrypoint, config.task.options, launch.config.parent)
+        check_algorithms(config)
+        if not resume:
+            _remove(folder, *FILES, CHECKPOINT_FILE, REPLAY_FOLDER)
+        write_launch(folder, launch)
+        not_begun.pop_all()
+        authority = load_authority(folder / KEYS, config.name) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
 
         def on_progress(federation: Federation, now: float) -> None:
             view.update(federation, now)
             for message in sites.deaths():
-                view.console.print(f"[yellow]{message}[/]", highlight=False)
+                view.console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
             if not sites.any_alive() and not federation.stopped:
-                coordinator.fail("every worker process has ended; their logs are in " + str(folder / "logs"))
+                coordinator.fail("every worker process has ended; their logs are in " + str(folder / LOGS))
 
         coordinator = Coordinator(
             config, task, CoordinatorStore(connection, config.name, new_owner(), authority), folder, on_progress
@@ -84,8 +89,7 @@ def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume:
         if result is None:  # interrupted before it had begun
             return INTERRUPTED
         sites.stop()
-    for name in ("redis", KEYS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    _remove(folder, "redis", KEYS)
     summary = write_results(folder, config, result)
     print_result(view, summary, folder)
     return exit_code(result)
@@ -95,48 +99,6 @@ def exit_code(result: Result) -> int:
     if result.stopped_because == INTERRUPT:
         return INTERRUPTED
     return FAILED if result.failed else DONE
-
-
-def shares(clients: Sequence[str], workers: int) -> list[list[str]]:
-    """Which clients each of `workers` processes serves: dealt out in turn, none without a client."""
-    return [list(clients[i::workers]) for i in range(min(workers, len(clients)))]
-
-
-class Sites:
-    """The worker processes, each running `fedqueue-worker` as a site would."""
-
-    def __init__(self, launch: Launch, url: str, folder: Path) -> None:
-        self._command = [sys.executable, "-m", "fedqueue_worker", str(launch.config)]
-        self._command += [word for override in launch.overrides for word in ("--set", override)]
-        self._folder = folder
-        self._environment = {
-            "FEDQUEUE_REDIS__URL": url,  # not an argument: other users can read those
-            "FEDQUEUE_REDIS__PASSWORD_FILE": "",  # nosec B105 - no file: it is in the URL
-            "FEDQUEUE_SECURITY__KEYS": str((folder / KEYS / SITES).resolve()),
-            "FEDQUEUE_SECURITY__OUTBOX": str((folder / OUTBOX).resolve()),
-        }
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._said: set[int] = set()
-
-    def start(self, shares: Sequence[Sequence[str]]) -> None:
-        for i, clients in enumerate(shares):
-            command = [*self._command, *(word for client in clients for word in ("--client", client))]
-            log_file = self._folder / "logs" / f"worker-{i}.log"
-            self._processes.append(processes.start(command, log_file, self._environment))
-
-    def deaths(self) -> Iterator[str]:
-        """A message for each process that has ended since the last call."""
-        for i, process in enumerate(self._processes):
-            if process.poll() is not None and i not in self._said:
-                self._said.add(i)
-                last = processes.last_line(self._folder / "logs" / f"worker-{i}.log")
-                yield f"worker {i} (pid {process.pid}) ended with {process.returncode}: {last}"
-
-    def any_alive(self) -> bool:
-        return any(process.poll() is None for process in self._processes)
-
-    def stop(self) -> None:
-        processes.stop(self._processes)
 
 
 def print_result(view: LiveView, summary: dict[str, Any], folder: Path) -> None:
@@ -172,12 +134,13 @@ def _require_free(folder: Path) -> None:
             client.close()
 
 
-def _clear(folder: Path) -> None:
-    """Make room: what an earlier run left here goes."""
-    for name in (*FILES, URL_FILE, CHECKPOINT_FILE):
-        (folder / name).unlink(missing_ok=True)
-    for name in ("redis", "logs", KEYS, OUTBOX, REPLAY_FOLDER):
-        shutil.rmtree(folder / name, ignore_errors=True)
+def _remove(folder: Path, *names: str) -> None:
+    """Files and folders of an earlier run, where there are any."""
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], seconds: float = 10.0) -> None:
-    """SIGTERM to all of them, SIGKILL to those that have not ended after `seconds`."""
+    """SIGTERM to what `start` has started, SIGKILL to what has not ended after `seconds`, with all it has forked."""
     running = [p for p in processes if p.poll() is None]
     for process in running:
         with contextlib.suppress(ProcessLookupError):
@@ -47,6 +48,8 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], seconds: float = 10.0) ->
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its group: what it has forked too
             process.kill()
             process.wait()
 

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 from fedqueue.config import Config
 from fedqueue.frame import Frame
-from fedqueue_coordinator.report import draw_report
 from fedqueue_coordinator.summary import Result, summarize
 
 FILES = ("summary.json", "model.safetensors", "ledger.jsonl", "report.png")
@@ -18,6 +17,8 @@ FILES = ("summary.json", "model.safetensors", "ledger.jsonl", "report.png")
 
 def write_results(folder: Path, config: Config, result: Result) -> dict[str, Any]:
     """Write the four files into `folder`, and return the summary."""
+    from fedqueue_coordinator.report import draw_report  # matplotlib: not before it is needed
+
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(
         config.name,

@@ -13,10 +13,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError, StoreError
-from fedqueue.frame import Manifest
 from fedqueue.identity import KeyFile, PublicKey, SigningKey, read_public_keys, read_signing_key
 from fedqueue.keys import CLIENT_ID
 from fedqueue.messages import Order, read
@@ -39,6 +38,9 @@ from fedqueue.signing import (
 )
 from fedqueue.store import BlobBuffer, RunInfo
 from fedqueue.trust import COORDINATOR_PUBLIC
+
+if TYPE_CHECKING:
+    from fedqueue.frame import Manifest  # which imports torch
 
 COORDINATOR_KEY = "coordinator.key"
 CLIENTS, REVOKED = "clients", "revoked"

@@ -29,7 +29,7 @@ JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
 
 
 class Message(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, defer_build=True)
 
     def pack(self) -> bytes:
         return pack(self.model_dump())

@@ -14,4 +14,5 @@ Count = Annotated[int, Field(ge=1)]
 class Section(BaseModel):
     """A table of the configuration: an unknown key is an error, and nothing changes after it was read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    # Built at its first use: most commands use few of the tables, or none.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, defer_build=True)

@@ -10,16 +10,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import msgpack
-import numpy as np
-import numpy.typing as npt
 from pydantic import Field
 
 from fedqueue.errors import SignatureError, WireError
 from fedqueue.identity import PublicKey, SigningKey
 from fedqueue.messages import Digest, Message, Natural, read
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 DOMAIN = "fedqueue/1"  # nothing signed for another purpose, or another version of the protocol, counts here
 

@@ -11,25 +11,25 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
-import numpy.typing as npt
 import redis
 
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
 from fedqueue.keys import RUNS, Keys
-from fedqueue.lossless import PREFIX, length
 from fedqueue.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
 from fedqueue.signing import peek
 
-if TYPE_CHECKING:  # torch, which a command that shows a run can do without
+if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do without
+    import numpy as np
+    import numpy.typing as npt
+
     from fedqueue.frame import Frame
     from fedqueue.payload import Codec
 
 CHUNK = 32 * 1024 * 1024  # bytes
 _SCRIPTS = resources.files("fedqueue").joinpath("scripts")
-BlobBuffer = npt.NDArray[np.uint8]
+BlobBuffer: TypeAlias = "npt.NDArray[np.uint8]"
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,8 @@ class Store:
 
         Raises BlobMissing for a chunk that is not there, and StoreError for one of another size.
         """
+        import numpy as np  # what reads no blob answers sooner without it
+
         for i in range(chunks_of(into.nbytes)):
             place = into[i * CHUNK : (i + 1) * CHUNK]
             # One byte more than wanted tells a larger chunk, of which no more is ever read.
@@ -142,6 +144,8 @@ class Store:
         """
         if not codec.zstd:
             return codec.nbytes
+        from fedqueue.lossless import PREFIX, length
+
         claimed = length(cast(bytes, self.redis.getrange(f"{prefix}:0", 0, PREFIX - 1)))
         if not claimed:
             raise BlobMissing(f"{prefix}:0")
@@ -244,6 +248,8 @@ class Store:
 
     def read_wire(self, version: int, codec: Codec) -> BlobBuffer:
         """A version as it is stored; raises as `read_blob` and `blob_size`."""
+        import numpy as np
+
         wire = np.empty(self.blob_size(self.keys.model(version), codec), np.uint8)
         self.read_blob(self.keys.model(version), wire)
         return wire

@@ -6,7 +6,6 @@ import logging
 import sys
 from typing import TextIO
 
-import structlog
 import typer
 
 from fedqueue.errors import ConfigurationError, FedqueueError, TaskError
@@ -16,6 +15,8 @@ DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 
 def configure_logging(to: TextIO | None = None, level: int = logging.INFO) -> None:
     """Human-readable lines on `to` (stderr by default), coloured where that is a terminal."""
+    import structlog  # not by commands that log nothing
+
     stream = to or sys.stderr
     structlog.configure(
         processors=[
@@ -32,18 +33,20 @@ def configure_logging(to: TextIO | None = None, level: int = logging.INFO) -> No
 
 def main(app: typer.Typer) -> None:
     """Run the command line; an error that fedqueue raises on purpose is one line on stderr and an exit code."""
-    import redis
-
     try:
         app()  # ends with SystemExit: 2 and a usage line where the arguments are wrong
     except (ConfigurationError, TaskError) as error:
         _fail(str(error), USAGE)
     except FedqueueError as error:
         _fail(str(error), FAILED)
-    except redis.RedisError as error:
-        _fail(f"Redis: {error}", FAILED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except Exception as error:
+        from redis import RedisError  # `--help` does without
+
+        if not isinstance(error, RedisError):
+            raise
+        _fail(f"Redis: {error}", FAILED)
 
 
 def _fail(message: str, code: int) -> None:

@@ -84,7 +84,7 @@ def audited(result: Result, config: Config, folder: Path) -> None:
 
 def write_results_without_picture(folder: Path, config: Config, result: Result) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedqueue_coordinator.results.draw_report", lambda *_: None)
+        patch.setattr("fedqueue_coordinator.report.draw_report", lambda *_: None)
         write_results(folder, config, result)
 
 

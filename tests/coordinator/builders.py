@@ -133,6 +133,8 @@ class Run:
         self.jobs: dict[str, str] = {}
         """Job → client, from the dispatch until an ending is written down."""
         self.posted: set[str] = set()
+        self.stayed: set[str] = set()
+        """Jobs of clients that had posted before they left: each was replaced, and is there all the same."""
         self.payloads: dict[str, Frame] = {}
         self.last_jobs: dict[str, int] = {}
         self.versions = {0: model.copy()}
@@ -302,6 +304,7 @@ class Run:
                 case Commit():
                     self._commit(action)
                 case Close(job, "", record) if record["reason"] in ("returned", "late") and job in self.posted:
+                    self.stayed.add(job)
                     self.tell(JobStays(job, record["client"], record["reason"]))
                 case Close(job, entry, record):
                     self._ended(job, record["reason"])
@@ -331,6 +334,7 @@ class Run:
         self.committed = Committed.of(self.federation)
 
     def _ended(self, job: str, how: str) -> None:
+        self.stayed.discard(job)
         assert job not in self.endings, f"{job} ended as {self.endings[job]}, and now as {how}"
         del self.jobs[job]
         self.endings[job] = how

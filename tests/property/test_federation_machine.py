@@ -277,7 +277,7 @@ class FederationMachine(RuleBasedStateMachine):
     @invariant()
     def open_jobs_are_within_concurrency_and_one_for_each_client(self):
         open_jobs = self.run.federation.open_jobs
-        assert len(open_jobs) <= self.config.concurrency
+        assert len(open_jobs) <= self.config.concurrency + len(self.run.stayed)
         assert max(Counter(open_jobs.values()).values(), default=0) <= 1
 
     @invariant()
@@ -310,7 +310,7 @@ class FederationMachine(RuleBasedStateMachine):
         if not self.config.barrier:
             return
         federation = self.run.federation
-        assert len(federation.open_jobs) + federation.buffered <= self.config.concurrency
+        assert len(federation.open_jobs) + federation.buffered <= self.config.concurrency + len(self.run.stayed)
         for record in self.run.ledger:
             if record["kind"] == "version":
                 assert len({line["client"] for line in record["merged"]}) == len(record["merged"])

@@ -128,6 +128,19 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """Processes below `pid`, whatever lies between."""
+    below = children(pid)
+    return below + [further for child in below for further in descendants(child)]
+
+
+def worker_pids(folder: Path, count: int) -> list[int]:
+    """Of the workers of a local run with its results in `folder`, by number, once all of them are ready."""
+    logs = [folder / "logs" / f"worker-{i}.log" for i in range(count)]
+    wait_until(lambda: all("ready" in log.read_text() for log in logs), "the workers are ready")
+    return [int(log.read_text().rpartition("pid=")[2].split()[0]) for log in logs]
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"

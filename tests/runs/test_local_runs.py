@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections import Counter
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from retrace import retrace
 from safetensors.torch import load_file
 
-from conftest import alive, children, read_results, wait_until
+from conftest import alive, descendants, read_results, wait_until, worker_pids
 from fedqueue.config import load_config
 from fedqueue.task import load_task
 
@@ -38,7 +39,9 @@ def check_agreement(summary, ledger):
 
 def test_run_leaves_results_that_agree_and_no_process(config, start, tmp_path):
     program = start("fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", "--seed", 3)
-    workers = wait_until(lambda: len(children(program.process.pid)) >= 3 and children(program.process.pid), "processes")
+    offspring = wait_until(
+        lambda: len(found := descendants(program.process.pid)) >= 4 and found, "a server, two workers, their parent"
+    )
     assert program.wait() == 0, program.text
     summary, ledger = read_results(tmp_path / "out")
     check_agreement(summary, ledger)
@@ -53,7 +56,7 @@ def test_run_leaves_results_that_agree_and_no_process(config, start, tmp_path):
     retraced = retrace(settings, task, ledger).state_dict()  # what is trained here has the bits of what workers trained
     assert all(torch.equal(saved[name], retraced[name]) for name in saved)
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
-    assert not any(map(alive, workers))
+    assert not any(map(alive, offspring))
     assert not (tmp_path / "out" / "redis").exists()
     assert "report:" in program.text
 
@@ -68,19 +71,14 @@ def test_compressed_digits_reach_95_percent_with_a_worker_killed_in_the_middle(s
     )  # fmt: skip
     log = tmp_path / "out" / "coordinator.log"
     wait_until(lambda: log.read_text().count("client joined") >= 8, "all clients joined")
-    workers = [
-        pid for pid in children(program.process.pid) if b"fedqueue_worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
-    assert len(workers) == 4
-    victim = next(pid for pid in workers if b"client-1" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    import os
-
-    os.kill(victim, signal.SIGKILL)
+    workers = worker_pids(tmp_path / "out", 4)
+    assert len(set(workers)) == 4
+    os.kill(workers[1], signal.SIGKILL)
     assert program.wait() == 0, program.text
     summary, ledger = read_results(tmp_path / "out")
     check_agreement(summary, ledger)
     assert summary["metrics"]["accuracy"] >= 0.95
-    assert "ended with -9" in program.text
+    assert f"worker 1 (pid {workers[1]}) ended with -9: " in program.text
     audit = start("fedqueue_coordinator", "audit", "out")
     assert audit.wait() == 0, audit.text
     assert f"({summary['updates_merged']} updates)" in audit.text
@@ -94,7 +92,7 @@ def test_ctrl_c_keeps_the_model_so_far_and_leaves_no_process(config, start, tmp_
         lambda: "version" in (tmp_path / "out" / "coordinator.log").read_text() or "updates" in program.text, "start"
     )
     wait_until(lambda: "accuracy" in program.text, "an evaluation")
-    offspring = children(program.process.pid)
+    offspring = descendants(program.process.pid)
     program.send(signal.SIGINT)
     assert program.wait() == 130, program.text
     summary, ledger = read_results(tmp_path / "out")
@@ -104,11 +102,11 @@ def test_ctrl_c_keeps_the_model_so_far_and_leaves_no_process(config, start, tmp_
     assert not any(map(alive, offspring))
 
 
-def test_workers_and_server_end_when_the_runner_is_killed(config, start):
+def test_workers_and_server_end_when_the_runner_is_killed(config, start, tmp_path):
     program = start("fedqueue_coordinator", "run", config, "--output", "out", "--set", "stop.versions=1000000")
-    offspring = wait_until(
-        lambda: len(children(program.process.pid)) >= 5 and children(program.process.pid), "processes"
-    )
+    workers = worker_pids(tmp_path / "out", 4)
+    offspring = descendants(program.process.pid)
+    assert set(workers) < set(offspring)
     program.send(signal.SIGKILL)
     program.wait()
     wait_until(lambda: not any(map(alive, offspring)), "the runner's children end")
@@ -150,7 +148,7 @@ def test_run_that_died_or_was_interrupted_goes_on_with_resume(config, start, tmp
     endless = ("--set", "stop.versions=1000000")
     first = start("fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", *endless)
     wait_until(lambda: "accuracy" in first.text and "version 0 " not in first.text.splitlines()[-1], "a version")
-    offspring = children(first.process.pid)
+    offspring = descendants(first.process.pid)
     first.send(how)
     first.wait()
     wait_until(lambda: not any(map(alive, offspring)), "its processes end")

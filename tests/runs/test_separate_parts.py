@@ -123,15 +123,24 @@ def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, tmp_path,
     settings = ("--set", "task.options.batch_seconds=0.5", "--set", "training.epochs=100")
     url = ("--redis", redis_server.url)
     coordinator = start("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
-    worker = start("fedqueue_worker", config, *url, *settings)
+    alone = start("fedqueue_worker", config, *url, *settings, "--client", "client-0")
+    two = ("--processes", 2, "--client", "client-1", "--client", "client-2")
+    parent = start("fedqueue_worker", config, *url, *settings, *two)
     store = Store(client_of(redis_server), "toy")
+    attempts = store.keys.attempt("*")
     wait_until(
-        lambda: any(store.redis.hget(key, "number") == b"1" for key in store.redis.scan_iter(store.keys.attempt("*"))),
-        "a job in training",
+        lambda: sum(store.redis.hget(key, "number") == b"1" for key in store.redis.scan_iter(attempts)) == 3,
+        "three jobs in training",
     )
-    worker.send(signal.SIGTERM)
-    assert worker.wait() == 0, worker.text
-    wait_until(lambda: any(r["kind"] == "abandoned" and r["reason"] == "returned" for r in store.ledger()), "hand-back")
+    for program in (alone, parent):
+        program.send(signal.SIGTERM)
+    assert alone.wait() == 0, alone.text
+    assert parent.wait() == 0, parent.text
+
+    def returned():
+        return {r["client"] for r in store.ledger() if r["kind"] == "abandoned" and r["reason"] == "returned"}
+
+    wait_until(lambda: returned() == {"client-0", "client-1", "client-2"}, "hand-backs")
     coordinator.send(signal.SIGINT)
     assert coordinator.wait() == 130, coordinator.text
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scene import RUN, Scene
@@ -11,7 +13,9 @@ from fedqueue.errors import SignatureError, StoreError
 from fedqueue.frame import Frame
 from fedqueue.payload import Encoded, downward, upward
 from fedqueue_coordinator.audit import _books_of_store, audit, ok
+from fedqueue_coordinator.audit_signatures import verify_model
 from fedqueue_coordinator.export import _newest
+from fedqueue_coordinator.server_state import MODEL, load_state
 
 SMALL = {"up": "int8", "up_lossless": "zstd", "down": "bfloat16", "down_lossless": "zstd", "block": 16}
 
@@ -69,7 +73,7 @@ def test_successor_makes_the_bits_of_a_run_that_was_never_interrupted(fake_clien
             models.append(scene.play(*steps[2:]).federation.model)
         else:
             models.append(scene.play(site.join, *steps).federation.model)
-        books = _books_of_store(CoordinatorStore(fake_client, RUN, owner="audit"))
+        books = _books_of_store(CoordinatorStore(fake_client, RUN, owner="audit"), Path("keys"))
         assert books.replay is not None
         assert books.replay.updates == 4
         assert ok(audit(books)), books.replay.problems
@@ -81,7 +85,7 @@ def test_audit_finds_a_head_that_is_not_what_its_updates_make(scene):
     scene.play(site.join, lambda: scene.post(site))
     other = scene.down.encode(Frame(scene.manifest), 1)
     scene.redis.set(f"{scene.keys.model(1)}:0", other.tobytes())
-    books = _books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"))
+    books = _books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)
     assert books.replay is not None
     assert "the model differs" in books.replay.problems[0]
 
@@ -90,9 +94,13 @@ def test_head_is_exported_exactly_and_an_older_version_as_workers_got_it(scene):
     site = scene.site("c0")
     model = scene.play(site.join, lambda: scene.post(site)).federation.model
     store = CoordinatorStore(scene.redis, RUN, owner="export")
-    version, exported = _newest(store, scene.down)
+    version, wire, state = _newest(store, scene.down)
     assert version == 1
-    np.testing.assert_array_equal(exported.buffer, model.buffer)
+    np.testing.assert_array_equal(wire, store.read_wire(1, scene.down))
+    np.testing.assert_array_equal(load_state(state)[MODEL]["parameters"], model.parameters)
+    assert verify_model(store, store.info(), 1, wire, scene.key_folder, state) == ""
+    with pytest.raises(SignatureError, match="optimizer's state"):
+        verify_model(store, store.info(), 1, wire, scene.key_folder, state[:-1])
     assert store.read_model(0, scene.down).parameters.numel() == 8
     scene.redis.delete(f"{scene.keys.state(1)}:0")
     with pytest.raises(StoreError, match="faster"):

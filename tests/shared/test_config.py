@@ -269,15 +269,6 @@ def test_optimizer_options_keep_their_types():
     assert repr(TrainingConfig(options=options).options) == repr(options)
 
 
-def test_every_option_is_documented():
-    nodes = [Config, *SECTIONS.values(), SECTIONS["aggregation"].model_fields["staleness"].annotation]
-    plain = {"optimizer", "learning_rate", "batch_size", "mode", "function", "versions", "updates", "seconds", "name"}
-    for node in nodes:
-        for name, field in node.model_fields.items():
-            section = isinstance(field.annotation, type) and hasattr(field.annotation, "model_fields")
-            assert section or field.description or name in plain | {"seed"}, f"{node.__name__}.{name}"
-
-
 def test_clients_have_the_names_that_were_given():
     c = config(clients={"names": ["north", "south"]})
     assert c.clients.ids == ("north", "south")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedqueue.config import Config, load_config
 from fedqueue.errors import ConfigurationError
 from fedqueue.terminal import configure_logging
 from fedqueue.terminal import main as run_app
+
+if TYPE_CHECKING:
+    from fedqueue.config import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -38,6 +40,14 @@ def worker(
         Path | None,
         typer.Option(metavar="FILE", help="What this site agrees to, instead of security.policy.", show_default=False),
     ] = None,
+    processes: Annotated[
+        int,
+        typer.Option(metavar="N", min=1, help="Deal the clients out to N processes, which share one import of torch."),
+    ] = 1,
+    logs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="With --processes: where each writes worker-I.log.", show_default=False),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Train one job, then leave.")] = False,
     set_: Annotated[
         list[str] | None,
@@ -49,6 +59,8 @@ def worker(
     Waits for the run to start, joins it as one or more clients, and trains the jobs that the coordinator puts into
     their queues, until the run ends or SIGTERM comes (then the present job is handed back).
     """
+    from fedqueue.config import load_config
+
     configure_logging()
     for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker takes jobs, and has handlers of its own
         signal.signal(signum, lambda *_: sys.exit(0))
@@ -57,6 +69,13 @@ def worker(
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", "", "is required: set it, or pass --redis URL")
+    folder = config.resolve().parent
+    if processes > 1 or logs:
+        from fedqueue_worker.forking import fork, preload
+
+        preload(settings.task.entrypoint, folder)
+        number = fork(count := min(processes, len(candidates)), logs)
+        candidates = candidates[number::count]
 
     from fedqueue.connection import check, connect
     from fedqueue.task import load_task
@@ -77,7 +96,7 @@ def worker(
         candidates = [only_with_keys(options, trust.clients, security.keys) for options in candidates]
     outbox = open_outbox(security.outbox, settings.name, token)
     check(connection, url)
-    task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
+    task = load_task(settings.task.entrypoint, settings.task.options, folder)
     store = WorkerStore(connection, settings.name, token, trust)
     because = Worker(settings, task, store, agreed, outbox).run(candidates, once)
     typer.echo(f"fedqueue-worker: {because}", err=True)

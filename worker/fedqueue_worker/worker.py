@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -217,7 +218,7 @@ class Worker:
                 registration = Registration(client=client, examples=int(self.task.examples(data)))
                 self.outbox.registers(registration)
                 heartbeat.register(registration)
-            log.info("ready", run=info.run, clients=self.clients)
+            log.info("ready", run=info.run, clients=self.clients, pid=os.getpid())
             self._work(round_, once)
         finally:
             hurry(self.store.redis)

@@ -1,0 +1,42 @@
+"""The same work as a task of fedqueue."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import work
+
+from fedqueue import Client, Fit, Progress, Task
+from fedqueue.config import TrainingConfig
+
+
+class PeerTask(Task):
+    def __init__(self, nbytes: int, seed: int, data: str) -> None:
+        self.nbytes, self.seed = nbytes, seed
+        self.digits = work.Digits(data) if data else None
+
+    def model(self) -> torch.nn.Module:
+        return work.make_model(self.nbytes, self.seed)
+
+    def train_data(self, client: Client) -> Any:
+        assert client.partition is not None
+        self.number = client.partition
+        return self.digits.client(client.partition) if self.digits else ([0], [0])
+
+    def test_data(self) -> Any:
+        return self.digits
+
+    def examples(self, data: Any) -> int:
+        return len(data[1])
+
+    def evaluate(self, model: torch.nn.Module, data: Any) -> dict[str, float]:
+        return {"accuracy": data.accuracy(model)}
+
+    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> Fit:
+        if self.digits:
+            work.train(model, data, self.number)
+        else:
+            work.train_at_once(model)
+        progress()
+        return Fit(len(data[1]))

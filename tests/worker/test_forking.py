@@ -1,0 +1,99 @@
+"""`fedqueue-worker --processes`: a parent that has imported everything, and the workers that it forks."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+FAMILY = """
+import json, os, signal, sys, time, uuid
+from pathlib import Path
+import numpy as np, random
+from fedqueue_worker.forking import fork
+from fedqueue_worker.worker import new_token
+logs, until = Path(sys.argv[1]), sys.argv[2]
+number = fork(3, logs)
+print(json.dumps([number, os.getpid(), new_token(), random.random(), np.random.random()]), flush=True)
+if until == "signal":
+    while True:
+        time.sleep(0.1)
+if number == 1:
+    sys.exit(3)
+"""
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
+def wait_until(condition, seconds=120.0):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Starts a parent of three; gives it, and what each child printed once all three have."""
+    started = []
+
+    def start(until):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", FAMILY, str(tmp_path / "logs"), until], stderr=subprocess.PIPE, text=True
+        )
+        started.append(parent)
+        logs = [tmp_path / "logs" / f"worker-{i}.log" for i in range(3)]
+        wait_until(lambda: all(log.exists() and log.read_text().endswith("]\n") for log in logs))
+        return parent, [json.loads(log.read_text()) for log in logs]
+
+    yield start
+    for parent in started:
+        parent.kill()
+        parent.communicate()
+
+
+def test_children_have_logs_tokens_and_random_numbers_of_their_own(family):
+    parent, children = family("end")
+    _, err = parent.communicate(timeout=60)
+    assert [child[0] for child in children] == [0, 1, 2]
+    for values in zip(*children, strict=True):
+        assert len(set(values)) == 3
+    assert parent.returncode == 3, "the worst of 0, 3 and 0"
+    said = err.splitlines()
+    assert f"worker 1 (pid {children[1][1]}) ended with 3: {json.dumps(children[1])}" in said
+    assert len(said) == 3
+
+
+def test_killed_child_is_reported_and_sigterm_to_the_parent_ends_the_others(family):
+    parent, children = family("signal")
+    pids = [child[1] for child in children]
+    os.kill(pids[2], signal.SIGKILL)
+    line = parent.stderr.readline()
+    assert line.startswith(f"worker 2 (pid {pids[2]}) ended with -9: [2, ")
+    assert alive(pids[0])
+    assert alive(pids[1])
+    parent.send_signal(signal.SIGTERM)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (1, ""), "what was told to end is no news"
+    assert not any(map(alive, pids))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_children_end_when_their_parent_is_killed(family):
+    parent, children = family("signal")
+    parent.kill()
+    wait_until(lambda: not any(alive(child[1]) for child in children))
