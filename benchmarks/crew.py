@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgpack
@@ -93,11 +93,18 @@ class Crew:
 
 @contextlib.contextmanager
 def crew(
-    nbytes: int, workers: int, settings: Sequence[str], clients: int = 0, profile: Path | None = None
+    nbytes: int,
+    workers: int,
+    settings: Sequence[str],
+    clients: int = 0,
+    profile: Path | None = None,
+    forked: bool = False,
+    at_work: int = 0,
 ) -> Iterator[Crew]:
-    """`workers` processes serve `clients` (by default as many) and have begun to post updates.
+    """`workers` processes serve `clients` (by default as many) and have merged `at_work` updates (by default two each).
 
-    With `profile`, where the coordinator's CPU time goes is written there once the crew has ended.
+    With `profile`, where the coordinator's CPU time goes is written there once the crew has ended. `forked` workers
+    share one import of torch.
     """
     clients = clients or workers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -125,21 +132,27 @@ def crew(
         arguments = ["coordinator", str(config), "--output", str(folder / "out")]
         coordinator = start("fedqueue_coordinator", *arguments, program=profiled)
         served = [[f"client-{c}" for c in range(w, clients, workers)] for w in range(workers)]
-        pids = [
-            start("fedqueue_worker", str(config), *(word for c in ids for word in ("--client", c))) for ids in served
-        ]
+        if forked:
+            everybody = [word for ids in served for c in ids for word in ("--client", c)]
+            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *everybody)]
+        else:
+            pids = [start("fedqueue_worker", str(config), *(w for c in ids for w in ("--client", c))) for ids in served]
         running = Crew(server, coordinator, pids, Store(connect(server.url), "bench"))
         deadline = time.monotonic() + START_SECONDS
-        while not _at_work(running):
+        while not _has_merged(running, at_work or 2 * workers):
             assert time.monotonic() < deadline, (folder / "fedqueue_coordinator.log").read_text()[-2000:]
             time.sleep(0.1)
-        yield running
+        yield replace(running, workers=children(pids[0])) if forked else running
 
 
-def _at_work(running: Crew) -> bool:
+def _has_merged(running: Crew, updates: int) -> bool:
     with contextlib.suppress(redis.RedisError):
-        return running._merged() >= 2 * len(running.workers)
+        return running._merged() >= updates
     return False
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def cpu_seconds(pid: int) -> float:
@@ -148,8 +161,16 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak_bytes(pid: int) -> int:
+    return _status(pid, "VmHWM")
+
+
+def resident_bytes(pid: int) -> int:
+    return _status(pid, "VmRSS")
+
+
+def _status(pid: int, name: str) -> int:
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:

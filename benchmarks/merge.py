@@ -1,0 +1,88 @@
+"""What merging one update costs beside the machine's own triad, for each encoding: parameters per second over triad's.
+
+    python benchmarks/merge.py [--quick] [--repeats 5] [--json FILE]
+
+Triad is `torch.add(a, b, out=c)` over float32 arrays larger than the cache: 12 bytes move for each element. A merge
+adds a decoded update with its weight to the accumulator: for float32 that is the same traffic. One thread, as the
+coordinator has by default; the two take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from crew import spread
+
+from fedqueue.compression_config import CompressionConfig
+from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.payload import upward
+from fedqueue_coordinator.aggregation import Contribution, fedbuff
+from fedqueue_coordinator.staleness import constant
+
+ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk", "randomk")
+LENGTH = 25_000_000  # 100 MB as float32
+
+
+def seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def measure(name: str, length: int, repeats: int) -> dict[str, Any]:
+    manifest = Manifest((Entry("w", "float32", (length,), 0, length, PARAMETER),))
+    frame = Frame(manifest)
+    torch.manual_seed(0)
+    frame.parameters.normal_()
+    codec = upward(CompressionConfig(up=name, k=0.01), manifest)
+    wire = codec.encode(frame, 1)
+    aggregator = fedbuff(2, constant())
+    accumulator = aggregator.init(manifest)
+    a, b, c = (torch.rand(length) for _ in range(3))
+
+    def merge() -> None:
+        accumulator.updates = 1  # not the first of its buffer: it is added
+        aggregator.add(accumulator, Contribution(codec.decode(wire), 1, 0), frame)
+
+    merge()
+    torch.add(a, b, out=c)
+    ratios, rates = [], []
+    for _ in range(repeats):
+        triad = statistics.median(seconds(lambda: torch.add(a, b, out=c)) for _ in range(5))
+        merged = statistics.median(seconds(merge) for _ in range(5))
+        ratios.append(triad / merged)
+        rates.append(length / merged / 1e6)
+    return {"encoding": name, "megabytes": wire.nbytes / 1e6, "ratios": ratios, "per_second": rates}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = ["| update | MB | million parameters/s | over triad |", "|---|---|---|---|"]
+    for row in rows:
+        name = f"{row['encoding']}{', 1 %' if row['encoding'] in ('topk', 'randomk') else ''}"
+        lines.append(f"| {name} | {row['megabytes']:g} | {spread(row['per_second'], 0)} | {spread(row['ratios'])} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a small model, once: shows that it works")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    length, repeats = (100_000, 1) if options.quick else (LENGTH, options.repeats)
+    rows = [measure(name, length, repeats) for name in ENCODINGS]
+    print(table(rows))
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

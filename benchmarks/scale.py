@@ -1,0 +1,181 @@
+"""How the cost of an update grows: with workers, with registered clients, with versions; and memory over a long run.
+
+    python benchmarks/scale.py [--quick] [--parts workers,clients,versions,soak] [--json FILE] [--picture FILE]
+
+Models of 1 KB, instant training, FedAsync, unsigned (ten thousand clients have no keys here). CPU time of the
+coordinator for each update tells more than updates per second, which two cores share with the workers.
+
+- workers: 2 to 64 processes, forked from one, a client each.
+- clients: 100 to 10,000 that have registered and gone, beside four that train.
+- versions: a run of 10,000 versions and more; each point is a thousand of them.
+- soak: memory of coordinator and server over ten minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from crew import Crew, cpu_seconds, crew, resident_bytes
+
+from fedqueue.messages import Registration
+from fedqueue.worker_store import WorkerStore
+
+BYTES = 1_000
+SETTINGS = ["aggregation.mode=fedasync", "aggregation.mixing=delta", "security.signatures=off"]
+WORKERS = (2, 4, 8, 16, 32, 64)
+CLIENTS = (100, 1_000, 10_000)
+VERSIONS = 12_000
+SOAK_SECONDS, EVERY_SECONDS = 600.0, 10.0
+Row = dict[str, Any]
+
+
+def of(running: Crew, seconds: float) -> Row:
+    figures = running.measure(seconds)
+    per_update = 1e3 / figures.updates
+    return {
+        "per_second": figures.per_second,
+        "coordinator_ms": figures.coordinator_cpu * per_update,
+        "server_ms": figures.server_cpu * per_update,
+    }
+
+
+def workers(numbers: list[int], seconds: float) -> list[Row]:
+    found = []
+    for number in numbers:
+        with crew(BYTES, number, SETTINGS, forked=True) as running:
+            found.append({"workers": number, **of(running, seconds)})
+            print(found[-1], flush=True)
+    return found
+
+
+def clients(numbers: list[int], seconds: float) -> list[Row]:
+    found = []
+    for number in numbers:
+        with crew(BYTES, 4, SETTINGS) as running:
+            for i in range(number):
+                site = WorkerStore(running.store.redis, running.store.run, f"gone-{i}")
+                site.join([f"gone-{i}"], 0.001)
+                site.register(Registration(client=f"gone-{i}", examples=1))
+                site.leave([f"gone-{i}"])
+            time.sleep(3.0)  # until the coordinator has heard them all
+            found.append({"clients": number, **of(running, seconds)})
+            print(found[-1], flush=True)
+    return found
+
+
+def versions(number: int, step: int) -> list[Row]:
+    found: list[Row] = []
+    with crew(BYTES, 4, SETTINGS) as running:
+        while not found or found[-1]["version"] < number:
+            figures = running.measure(0.0, step)
+            cpu = 1e3 * figures.coordinator_cpu / figures.updates
+            found.append(
+                {
+                    "version": running.store.info().version,
+                    "per_second": figures.per_second,
+                    "coordinator_ms": cpu,
+                    "coordinator_bytes": resident_bytes(running.coordinator),
+                    "server_bytes": resident_bytes(running.server.process.pid),
+                }
+            )
+            print(found[-1], flush=True)
+    return found
+
+
+def soak(seconds: float, every: float) -> list[Row]:
+    found: list[Row] = []
+    with crew(BYTES, 4, SETTINGS) as running:
+        began = time.monotonic()
+        while time.monotonic() < began + seconds:
+            time.sleep(every)
+            found.append(
+                {
+                    "seconds": time.monotonic() - began,
+                    "version": running.store.info().version,
+                    "coordinator_bytes": resident_bytes(running.coordinator),
+                    "worker_bytes": max(map(resident_bytes, running.workers)),
+                    "server_bytes": resident_bytes(running.server.process.pid),
+                    "cpu": cpu_seconds(running.coordinator),
+                }
+            )
+        print(found[-1], flush=True)
+    return found
+
+
+def table(record: dict[str, list[Row]]) -> str:
+    lines: list[str] = []
+    for part, key in (("workers", "workers"), ("clients", "clients"), ("versions", "version")):
+        if rows := record.get(part):
+            lines += [f"| {part} | updates/s | coordinator, ms of CPU an update |", "|---|---|---|"]
+            lines += [f"| {row[key]} | {row['per_second']:.0f} | {row['coordinator_ms']:.2f} |" for row in rows]
+            lines.append("")
+    if rows := record.get("soak"):
+        half = rows[len(rows) // 2 :]
+        for who in ("coordinator", "worker", "server"):
+            sizes = [row[f"{who}_bytes"] / 1e6 for row in half]
+            lines.append(
+                f"- {who}: {sizes[0]:.1f} MB at half time, {sizes[-1]:.1f} at the end, "
+                f"{100 * (max(sizes) / min(sizes) - 1):.1f} % between least and most"
+            )
+    return "\n".join(lines)
+
+
+def draw(record: dict[str, list[Row]], path: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for axis, (part, key, label) in zip(
+        axes.flat,
+        (
+            ("workers", "workers", "workers"),
+            ("clients", "clients", "registered clients"),
+            ("versions", "version", "version"),
+        ),
+        strict=False,
+    ):
+        rows = record.get(part, [])
+        axis.plot([r[key] for r in rows], [r["coordinator_ms"] for r in rows], "o-")
+        axis.set(xlabel=label, ylabel="coordinator, ms of CPU an update", ylim=(0, None))
+        if part != "versions":
+            axis.set_xscale("log")
+    last, rows = axes.flat[3], record.get("soak", [])
+    for who in ("coordinator", "server"):
+        last.plot([r["seconds"] for r in rows], [r[f"{who}_bytes"] / 1e6 for r in rows], label=who)
+    last.set(xlabel="seconds", ylabel="resident, MB", ylim=(0, None))
+    if rows:
+        last.legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="two workers, ten clients: shows that it works")
+    parser.add_argument("--parts", default="workers,clients,versions,soak")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="write the rows there; parts not measured stay")
+    parser.add_argument("--picture", type=Path, help="draw them there")
+    options = parser.parse_args()
+    quick = options.quick
+    seconds = 1.0 if quick else options.seconds
+    measures = {
+        "workers": lambda: workers([2] if quick else list(WORKERS), seconds),
+        "clients": lambda: clients([10] if quick else list(CLIENTS), seconds),
+        "versions": lambda: versions(40 if quick else VERSIONS, 20 if quick else 1000),
+        "soak": lambda: soak(2.0, 0.5) if quick else soak(SOAK_SECONDS, EVERY_SECONDS),
+    }
+    record = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    for part in options.parts.split(","):
+        record[part] = measures[part]()
+    print(table(record))
+    if options.json:
+        options.json.write_text(json.dumps(record, indent=2) + "\n")
+    if options.picture:
+        draw(record, options.picture)
+
+
+if __name__ == "__main__":
+    main()
