@@ -105,8 +105,8 @@ def speed(compression: dict[str, Any], parameters: int, turns: int, store: Coord
     frame.parameters.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.01)
     codec = upward(CompressionConfig(**compression), manifest)
     wire = codec.encode(frame, 1)
-    into = Accumulator(torch.zeros(parameters), torch.zeros(0, dtype=torch.int64), updates=1)
-
+    sum_ = Frame(manifest)
+    into = Accumulator(sum_.floats, sum_.counters, sum_.buffer, updates=1)
     store.write_blob(store.keys.payload("float32", 1), frame.buffer)
     store.write_blob(store.keys.payload("encoded", 1), wire)
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do wi
     from fedqueue.payload import Codec
 
 CHUNK = 32 * 1024 * 1024  # bytes
+READ = 4 * 1024 * 1024  # bytes of a chunk that are asked for at once: all that is held twice
 _SCRIPTS = resources.files("fedqueue").joinpath("scripts")
 BlobBuffer: TypeAlias = "npt.NDArray[np.uint8]"
 
@@ -128,14 +129,17 @@ class Store:
 
         for i in range(chunks_of(into.nbytes)):
             place = into[i * CHUNK : (i + 1) * CHUNK]
-            # One byte more than wanted tells a larger chunk, of which no more is ever read.
-            chunk = cast(bytes, self.redis.getrange(f"{prefix}:{i}", 0, place.nbytes))
-            if not chunk:
-                raise BlobMissing(f"{prefix}:{i}")
-            if len(chunk) != place.nbytes:
-                more = " or more" if len(chunk) > place.nbytes else ""
-                raise StoreError(f"{prefix}:{i} has {len(chunk)}{more} bytes, expected {place.nbytes}")
-            place[:] = np.frombuffer(chunk, np.uint8)
+            for start in range(0, place.nbytes, READ):
+                part = place[start : start + READ]
+                # One byte more than wanted tells a larger chunk, of which no more is ever read.
+                end = start + part.nbytes - (start + READ < place.nbytes)
+                got = cast(bytes, self.redis.getrange(f"{prefix}:{i}", start, end))
+                if not got and not start:
+                    raise BlobMissing(f"{prefix}:{i}")
+                if len(got) != part.nbytes:
+                    more = " or more" if len(got) > part.nbytes else ""
+                    raise StoreError(f"{prefix}:{i} has {start + len(got)}{more} bytes, expected {place.nbytes}")
+                part[:] = np.frombuffer(got, np.uint8)
 
     def blob_size(self, prefix: str, codec: Codec) -> int:
         """How many bytes a frame has that was stored at `prefix`; where they vary, it says so itself.

@@ -795,6 +795,7 @@ def test_update_of_an_epoch_that_is_gone_is_refused_by_that_name(run):
 @pytest.mark.parametrize("nbytes", [0, 1, 15, 16, 17, 32, 33])
 def test_blob_of_any_size_comes_back_from_its_chunks(run, monkeypatch, nbytes):
     monkeypatch.setattr(fedqueue.store, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.store, "READ", 7)
     blob = np.arange(nbytes, dtype=np.uint8)
     assert run.coordinator.write_blob("fedqueue:{sample}:blob", blob) == -(-nbytes // 16)
     into = np.full(nbytes, 255, np.uint8)
@@ -804,6 +805,7 @@ def test_blob_of_any_size_comes_back_from_its_chunks(run, monkeypatch, nbytes):
 
 def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
     monkeypatch.setattr(fedqueue.store, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
     run.client.delete("fedqueue:{sample}:blob:1")
     with pytest.raises(BlobMissing, match="blob:1"):
@@ -813,6 +815,7 @@ def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
 @pytest.mark.parametrize("size", [39, 41])
 def test_blob_of_another_size_is_refused(run, monkeypatch, size):
     monkeypatch.setattr(fedqueue.store, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(size, np.uint8))
     with pytest.raises(StoreError, match="expected 8"):
         run.coordinator.read_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
