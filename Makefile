@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 RUNS ?= 1000000
 
 .PHONY: demo test test-fast check format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
-  bench-startup bench-peers clean
+  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks clean
 
 demo: $(INSTALLED)  ## set up everything, then train the digits task to its target with 4 worker processes
 	$(BIN)/fedqueue run examples/digits/federation.toml --workers 4
@@ -68,3 +68,18 @@ bench-startup: $(INSTALLED)  ## seconds to the first merged update, and of comma
 # The peers are installed below .peers/ by OPTIONS="--install"; those that are not there are skipped.
 bench-peers: $(INSTALLED)  ## fedqueue beside its peers, figures into docs/peers.json; OPTIONS="--quick", "--only fedqueue"
 	$(BIN)/python benchmarks/beside_peers.py --json docs/peers.json $(OPTIONS)
+
+bench-merge: $(INSTALLED)  ## merging an update beside the memory bus, for each encoding; OPTIONS="--quick"
+	$(BIN)/python benchmarks/merge.py $(OPTIONS)
+
+bench-control: $(INSTALLED)  ## what an update costs without its bytes, step by step; OPTIONS="--quick"
+	$(BIN)/python benchmarks/control.py $(OPTIONS)
+
+bench-size: $(INSTALLED)  ## models of 400 MB and 1.6 GB, and the memory they take; OPTIONS="--quick"
+	$(BIN)/python benchmarks/size.py $(OPTIONS)
+
+bench-scale: $(INSTALLED)  ## growth with workers, clients, versions and time; OPTIONS="--quick"
+	$(BIN)/python benchmarks/scale.py $(OPTIONS)
+
+bench-attacks: $(INSTALLED)  ## accuracy under attack with and without each defence; OPTIONS="--seeds 3"
+	$(BIN)/python benchmarks/attacks.py $(OPTIONS)

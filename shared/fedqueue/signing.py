@@ -16,12 +16,13 @@ import msgpack
 from pydantic import Field
 
 from fedqueue.errors import SignatureError, WireError
-from fedqueue.identity import PublicKey, SigningKey
 from fedqueue.messages import Digest, Message, Natural, read
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only shows a run takes neither numpy nor cryptography
     import numpy as np
     import numpy.typing as npt
+
+    from fedqueue.identity import PublicKey, SigningKey
 
 DOMAIN = "fedqueue/1"  # nothing signed for another purpose, or another version of the protocol, counts here
 

@@ -50,3 +50,49 @@ def test_encodings_are_measured_in_bytes_speed_and_accuracy(tmp_path):
     encodings = {row["compression"]["up"] for row in rows["speed"]}
     assert encodings == {"float16", "bfloat16", "int8", "topk", "randomk", "float32"}
     assert shown.count("|---|") >= 2
+
+
+def test_relay_and_fedqueue_move_the_same_bytes(tmp_path):
+    shown = run("relay.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["ratios"] == [row["fedqueue"][0] / row["relay"][0]]
+    assert 0 < row["fedqueue"][0] < row["relay"][0]
+    assert shown.count("| 0.1 MB | fedasync |") == 2
+
+
+def test_cost_of_an_update_is_told_step_by_step(tmp_path):
+    shown = run("control.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert sum(row["shares"].values()) == pytest.approx(1)
+    assert all(share > 0 for share in row["shares"].values())
+    assert "| seal the order, hand it to RQ |" in shown
+
+
+def test_merging_is_measured_for_every_encoding(tmp_path):
+    run("merge.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["encoding"] for row in rows] == ["float32", "float16", "bfloat16", "int8", "topk", "randomk"]
+    assert all(row["ratios"][0] > 0 for row in rows)
+
+
+def test_growth_is_measured_in_all_directions_and_drawn(tmp_path):
+    picture = tmp_path / "scale.png"
+    shown = run("scale.py", "--quick", "--json", str(tmp_path / "rows.json"), "--picture", str(picture))
+    record = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["clients"] for row in record["clients"]] == [10]
+    assert [row["workers"] for row in record["workers"]] == [2]
+    assert record["versions"][-1]["version"] >= 40
+    assert record["soak"][-1]["coordinator_bytes"] > 0
+    assert picture.stat().st_size > 10_000
+    assert "- coordinator: " in shown
+
+
+def test_peak_memory_is_told_in_models(tmp_path):
+    run("size.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["updates"] >= 5
+    assert row["coordinator"] > 0
+
+
+def test_signatures_are_measured_beside_a_run_without(tmp_path):
+    assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
