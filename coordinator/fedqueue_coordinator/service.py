@@ -171,7 +171,7 @@ class Coordinator:
         self._made = []
         self._bases = Bases(store, self.federation)
         for order in orders_to_queue(store):  # a job that is in its queue already is left alone
-            self._enqueue(order)
+            self._enqueue(order, store.pack_order(order))
         for entry in store.unacknowledged():
             self._take(entry)
         registrations = registered(store, self._hearing)
@@ -262,9 +262,9 @@ class Coordinator:
                         self._publish()  # the round that begins trains from it
                     order = make_order(self.config, action)
                     self._at("before dispatch")
-                    self.store.dispatch(order, action.number, self.config.dispatch.lease_seconds)
+                    packed = self.store.dispatch(order, action.number, self.config.dispatch.lease_seconds)
                     self._at("between dispatch and enqueue")
-                    self._enqueue(order)
+                    self._enqueue(order, packed)
                 case Load():
                     self._load(action)
                 case Commit():
@@ -293,8 +293,8 @@ class Coordinator:
                     self._publish()
                     log.info("stopping", because=because)
 
-    def _enqueue(self, order: Order) -> None:
-        sealed = self.store.authority.seal_order(order) if self.store.authority else None
+    def _enqueue(self, order: Order, packed: bytes) -> None:
+        sealed = packed if self.store.authority else None
         queueing.enqueue(self.store.redis, self.store.keys.queue(order.client), order, sealed)
 
     @property

@@ -225,8 +225,9 @@ class CoordinatorStore(Store):
 
     # Jobs
 
-    def dispatch(self, order: Order, number: int, lease_seconds: float) -> None:
-        keys = self.keys
+    def dispatch(self, order: Order, number: int, lease_seconds: float) -> bytes:
+        """Open the job; returns the order as it was packed."""
+        keys, packed_order = self.keys, self.pack_order(order)
         self._require_lead(
             self.script(
                 "dispatch",
@@ -240,9 +241,10 @@ class CoordinatorStore(Store):
                     keys.clients,
                     keys.turns,
                 ],
-                [self.token, order.job, order.client, self.pack_order(order), round(lease_seconds * 1000), number],
+                [self.token, order.job, order.client, packed_order, round(lease_seconds * 1000), number],
             )
         )
+        return packed_order
 
     def pack_order(self, order: Order) -> bytes:
         return self.authority.seal_order(order) if self.authority else order.pack()

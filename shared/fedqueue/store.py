@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -85,8 +86,8 @@ class Store:
         self.keys = Keys(run)
         self._digests: dict[str, str] = {}
 
-    def script(self, name: str, keys: list[str], args: list[Any]) -> Any:
-        """Run `scripts/NAME.lua`, atomically.
+    def script(self, name: str, keys: list[str], args: list[Any], after: Sequence[Sequence[Any]] = ()) -> Any:
+        """Run `scripts/NAME.lua`, atomically; `after` these commands, which travel with it.
 
         A server that has been restarted knows no script. Who may load them does so here; a worker under access rules
         may not, gets NoScriptError, and waits for its coordinator (`outage.py`).
@@ -95,13 +96,24 @@ class Store:
             self._digests[name] = script_digest(name)
         arguments = (self._digests[name], len(keys), *keys, *args)
         try:
-            return self.redis.evalsha(*arguments)
+            return self._together([*after, ("EVALSHA", *arguments)]) if after else self.redis.evalsha(*arguments)
         except redis.exceptions.NoScriptError as missing:
             try:
                 self.load_scripts()
             except redis.exceptions.NoPermissionError:
                 raise missing from None
             return self.redis.evalsha(*arguments)
+
+    def _together(self, commands: Sequence[Sequence[Any]]) -> Any:
+        """The last answer; raises the first error that is one. Redis-py's own pipelines put the command into it."""
+        pipe = self.redis.pipeline(transaction=False)
+        for command in commands:
+            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+        answers = pipe.execute(raise_on_error=False)
+        for answer in answers:
+            if isinstance(answer, Exception):
+                raise answer
+        return answers[-1]
 
     def load_scripts(self) -> None:
         """Load every script into the server's cache, those that only workers run too."""
@@ -125,8 +137,6 @@ class Store:
 
         Raises BlobMissing for a chunk that is not there, and StoreError for one of another size.
         """
-        import numpy as np  # what reads no blob answers sooner without it
-
         for i in range(chunks_of(into.nbytes)):
             place = into[i * CHUNK : (i + 1) * CHUNK]
             for start in range(0, place.nbytes, READ):
@@ -134,12 +144,20 @@ class Store:
                 # One byte more than wanted tells a larger chunk, of which no more is ever read.
                 end = start + part.nbytes - (start + READ < place.nbytes)
                 got = cast(bytes, self.redis.getrange(f"{prefix}:{i}", start, end))
-                if not got and not start:
-                    raise BlobMissing(f"{prefix}:{i}")
-                if len(got) != part.nbytes:
-                    more = " or more" if len(got) > part.nbytes else ""
-                    raise StoreError(f"{prefix}:{i} has {start + len(got)}{more} bytes, expected {place.nbytes}")
-                part[:] = np.frombuffer(got, np.uint8)
+                _fill(part, got, f"{prefix}:{i}", start, place.nbytes)
+
+    def read_sealed(self, version: int, into: BlobBuffer) -> bytes:
+        """Fill `into` with a version, as `read_blob`; returns its seal, which comes with it where both are small."""
+        name, seal = f"{self.keys.model(version)}:0", self._seal(version, into.nbytes)
+        if into.nbytes > READ:
+            self.read_blob(self.keys.model(version), into)
+            return self.read_seal(version, into.nbytes)
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.getrange(name, 0, into.nbytes)
+        pipe.getrange(seal, 0, MAX_MESSAGE)
+        got, sealed = pipe.execute()
+        _fill(into, got, name, 0, into.nbytes)
+        return cast(bytes, sealed)
 
     def blob_size(self, prefix: str, codec: Codec) -> int:
         """How many bytes a frame has that was stored at `prefix`; where they vary, it says so itself.
@@ -211,8 +229,10 @@ class Store:
 
     def read_seal(self, version: int, model_bytes: int) -> bytes:
         """What its coordinator signed of a version: it lies behind the last chunk. Empty where there is nothing."""
-        name = f"{self.keys.model(version)}:{chunks_of(model_bytes)}"
-        return cast(bytes, self.redis.getrange(name, 0, MAX_MESSAGE))
+        return cast(bytes, self.redis.getrange(self._seal(version, model_bytes), 0, MAX_MESSAGE))
+
+    def _seal(self, version: int, model_bytes: int) -> str:
+        return f"{self.keys.model(version)}:{chunks_of(model_bytes)}"
 
     def open_jobs(self) -> int:
         """How many jobs are dispatched and not posted."""
@@ -271,6 +291,18 @@ class Store:
             except BlobMissing:
                 continue
         raise BlobMissing(self.keys.model(version))
+
+
+def _fill(part: BlobBuffer, got: bytes, name: str, start: int, whole: int) -> None:
+    """Raises BlobMissing where there is nothing, StoreError for other than was wanted of a chunk of `whole` bytes."""
+    import numpy as np  # what reads no blob answers sooner without it
+
+    if not got and not start:
+        raise BlobMissing(name)
+    if len(got) != part.nbytes:
+        more = " or more" if len(got) > part.nbytes else ""
+        raise StoreError(f"{name} has {start + len(got)}{more} bytes, expected {whole}")
+    part[:] = np.frombuffer(got, np.uint8)
 
 
 def plain_json(data: bytes) -> dict[str, Any]:
