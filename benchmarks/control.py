@@ -26,8 +26,8 @@ MODES = {
 STEPS = {
     "wait for entries and read them": ("coordinator_store.py", "receive"),
     "open them: msgpack, signature, bounds": ("hearing.py", "hear"),
-    "free the slot, dispatch: one script": ("coordinator_store.py", "dispatch"),
-    "seal the order, hand it to RQ": ("service.py", "_enqueue"),
+    "dispatch: seal the order, one script": ("coordinator_store.py", "dispatch"),
+    "hand the order to RQ": ("service.py", "_enqueue"),
     "read the payload, check its digest": ("coordinator_store.py", "read_payload"),
     "admit, weigh, merge, step": ("federation.py", "handle"),
     "publish: seal, blobs, one script": ("coordinator_store.py", "publish"),
