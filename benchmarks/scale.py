@@ -139,9 +139,12 @@ def draw(record: dict[str, list[Row]], path: Path) -> None:
     ):
         rows = record.get(part, [])
         axis.plot([r[key] for r in rows], [r["coordinator_ms"] for r in rows], "o-")
-        axis.set(xlabel=label, ylabel="coordinator, ms of CPU an update", ylim=(0, None))
+        most = max((r["coordinator_ms"] for r in rows), default=1.0)
+        axis.set(xlabel=label, ylabel="coordinator, ms of CPU an update", ylim=(0, 1.2 * most))
         if part != "versions":
             axis.set_xscale("log")
+            axis.set_xticks([r[key] for r in rows], [f"{r[key]:,}" for r in rows])
+            axis.minorticks_off()
     last, rows = axes.flat[3], record.get("soak", [])
     for who in ("coordinator", "server"):
         last.plot([r["seconds"] for r in rows], [r[f"{who}_bytes"] / 1e6 for r in rows], label=who)
