@@ -5,6 +5,7 @@ What a process used is read from /proc, so these benchmarks run on Linux.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import statistics
@@ -153,6 +154,21 @@ def _has_merged(running: Crew, updates: int) -> bool:
 
 def children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def size_options(description: str | None, sizes: Sequence[int]) -> argparse.Namespace:
+    """What a benchmark by size is asked for on its command line; `--quick` is one small size, once."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one small size, once: shows that it works")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--sizes", default=",".join(map(str, sizes)), help="bytes, by commas")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    options = parser.parse_args()
+    options.sizes = [100_000] if options.quick else [int(size) for size in options.sizes.split(",")]
+    if options.quick:
+        options.repeats, options.seconds = 1, 1.0
+    return options
 
 
 def cpu_seconds(pid: int) -> float:

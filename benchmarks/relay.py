@@ -10,7 +10,6 @@ four workers whose training is instant. Relay and fedqueue take turns, so that a
 
 from __future__ import annotations
 
-import argparse
 import json
 import multiprocessing
 import statistics
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crew import crew, spread
+from crew import crew, size_options, spread
 
 from fedqueue.connection import connect
 from fedqueue.store import Store
@@ -110,19 +109,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small size and mode, once: shows that it works")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, by commas")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    options = parser.parse_args()
-    sizes = [100_000] if options.quick else [int(size) for size in options.sizes.split(",")]
+    options = size_options(__doc__, SIZES)
     modes = list(MODES)[:1] if options.quick else list(MODES)
     rows: list[dict[str, Any]] = []
-    for nbytes in sizes:
-        repeats, seconds = (1, 1.0) if options.quick else (options.repeats, options.seconds)
-        found = measure(nbytes, modes, repeats, seconds, at_least=20)
+    for nbytes in options.sizes:
+        found = measure(nbytes, modes, options.repeats, options.seconds, at_least=20)
         print("\n".join(table(found).splitlines()[2:]), flush=True)
         rows += found
     print(table(rows))

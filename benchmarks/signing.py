@@ -9,15 +9,13 @@ this machine's OpenSSL hashes, since nearly all of the cost is hashing.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
-from crew import crew, spread
+from crew import crew, size_options, spread
 
 WORKERS = 2
 SIZES = (1_000_000, 10_000_000, 100_000_000)
@@ -69,18 +67,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small size, once: shows that it works")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, by commas")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    options = parser.parse_args()
-    sizes = [100_000] if options.quick else [int(size) for size in options.sizes.split(",")]
-    repeats, seconds = (1, 1.0) if options.quick else (options.repeats, options.seconds)
+    options = size_options(__doc__, SIZES)
     rows = []
-    for nbytes in sizes:
-        rows.append(measure(nbytes, repeats, seconds, at_least=20))
+    for nbytes in options.sizes:
+        rows.append(measure(nbytes, options.repeats, options.seconds, at_least=20))
         print(table(rows).splitlines()[-1], flush=True)
     print(table(rows))
     print(", ".join(f"{name} {rate:.2f} GB/s" for name, rate in hash_rates().items()))

@@ -21,7 +21,7 @@ class Bases:
         """The newest version travels as `wire`; of those before it, only `stored` may be a base from now on."""
         if self._federation.needs_base and wire is not None:
             self._frames = {version: frame for version, frame in self._frames.items() if version in stored}
-            self._frames[self._federation.version] = self._federation.down.decode(wire).whole().copy()
+            self._frames[self._federation.version] = self._federation.down.received(wire)
 
     def of(self, version: int) -> Frame:
         """Raises as `CoordinatorStore.read_model`."""

@@ -14,6 +14,7 @@ from redis.retry import Retry
 
 from fedqueue.errors import ServerUnavailable
 from fedqueue.store import CHUNK
+from fedqueue.terminal import last_line
 from fedqueue_coordinator import processes
 
 START_SECONDS = 10.0
@@ -74,9 +75,7 @@ class EmbeddedServer:
                 except redis.RedisError as error:
                     if self.process.poll() is not None or time.monotonic() > deadline:
                         self.stop()
-                        raise ServerUnavailable(
-                            f"the embedded server did not start: {processes.last_line(self.log)}"
-                        ) from error
+                        raise ServerUnavailable(f"the embedded server did not start: {last_line(self.log)}") from error
                 time.sleep(0.02)
         finally:
             client.close()

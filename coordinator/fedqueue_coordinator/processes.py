@@ -52,9 +52,3 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], seconds: float = 10.0) ->
                 os.killpg(process.pid, signal.SIGKILL)  # its group: what it has forked too
             process.kill()
             process.wait()
-
-
-def last_line(log: Path) -> str:
-    """The last line of a log that says something, for an error message."""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return lines[-1] if lines else "(nothing in its log)"

@@ -46,7 +46,7 @@ def replay(
     up, down = upward(config.compression, model.manifest), downward(config.compression, model.manifest)
 
     def published(version: int) -> Frame:
-        return down.decode(down.encode(model, version)).whole().copy()
+        return down.received(down.encode(model, version))
 
     aggregator = make_aggregator(config)
     optimizer = ServerOptimizer(config.server_optimizer, model)

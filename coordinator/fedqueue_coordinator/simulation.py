@@ -200,7 +200,7 @@ class Simulation:
         job.base = federation.version
         if job.base not in self._versions:
             wire = federation.down.encode(federation.model, job.base)
-            self._versions[job.base] = federation.down.decode(wire).whole().copy()
+            self._versions[job.base] = federation.down.received(wire)
         base = self._versions[job.base]
         local = Frame(base.manifest)
         batches = 0

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from fedqueue.terminal import last_line
 from fedqueue_coordinator import processes
 from fedqueue_coordinator.enrolment import SITES
 from fedqueue_coordinator.launch import Launch
@@ -46,7 +47,7 @@ class Sites:
                 yield line
         if ended and not self._said:
             self._said = True
-            last = processes.last_line(self._log)
+            last = last_line(self._log)
             yield f"the workers' parent (pid {self._process.pid}) ended with {ended}: {last}"
 
     def any_alive(self) -> bool:

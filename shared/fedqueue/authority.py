@@ -89,15 +89,18 @@ class Authority:
         model: BlobBuffer,
         state: BlobBuffer,
         job_number: int,
-        records: Sequence[Mapping[str, Any]],
-        totals: Mapping[str, Any],
+        records: Sequence[bytes],
+        totals: bytes,
     ) -> bytes:
-        """The seal of a version; `records`, in the ledger since the last seal, join its history and all later ones."""
+        """The seal of a version; `records`, in the ledger since the last seal, join its history and all later ones.
+
+        Records and totals are as they lie in Redis.
+        """
         for record in records:
             self._history = longer_history(self._history, record)
         what = VersionRecord(
             model=digest_of(model), state=digest_of(state), job_number=job_number, history=self._history,
-            totals=digest_of(packed(totals)),
+            totals=digest_of(totals),
         )  # fmt: skip
         return seal(self._key, VERSION, self._scope, [version], what.pack())
 

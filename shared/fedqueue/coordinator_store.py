@@ -164,12 +164,12 @@ class CoordinatorStore(Store):
         stored. Raises Fenced, or StoreError where the head is another one.
         """
         keys = self.keys
-        records = [{**record, "token": self.token} for record in records]
+        lines, sums = [packed({**record, "token": self.token}) for record in records], packed(totals)
         staged = keys.staged_model(self.token), keys.staged_state(self.token)
         model_chunks = self.write_blob(staged[0], model, STAGED_SECONDS)
         state_chunks = self.write_blob(staged[1], optimizer_state, STAGED_SECONDS)
         if self.authority:  # the seal is one more chunk of the model: committed, and deleted, with it
-            sealed = self.authority.seal_version(version, model, optimizer_state, job_number, records, totals)
+            sealed = self.authority.seal_version(version, model, optimizer_state, job_number, lines, sums)
             self.redis.set(f"{staged[0]}:{model_chunks}", sealed, ex=STAGED_SECONDS)
             model_chunks += 1
         most_model, most_payload = (chunks_of(max(most, model.nbytes)) for most in most_bytes)
@@ -181,11 +181,11 @@ class CoordinatorStore(Store):
             "commit",
             [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.held],
             [
-                self.token, version, len(records), packed(totals),
+                self.token, version, len(lines), sums,
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
                 most_model + 1, most_payload,
-                *map(packed, records), *merged_args,
+                *lines, *merged_args,
             ],
         )  # fmt: skip
         if answer[0] != 1:

@@ -78,6 +78,11 @@ class Codec:
         data = lossless.unpack(wire, self.nbytes, self._width) if self.zstd else wire
         return Encoded(self.manifest, self.encoding, data) if self.encoding else Frame(self.manifest, data)
 
+    def received(self, wire: Bytes) -> Frame:
+        """The frame that `wire` is for whoever receives it; it shares no memory with it. Raises as `decode`."""
+        frame = self.decode(wire).whole()
+        return frame.copy() if self.identity else frame
+
     @property
     def _width(self) -> int:
         return self.encoding.width if self.encoding else 4

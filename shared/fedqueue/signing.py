@@ -83,9 +83,9 @@ def digest_of(data: bytes | npt.NDArray[np.uint8]) -> str:
 NO_HISTORY = hashlib.sha256(b"").hexdigest()
 
 
-def longer_history(history: str, record: Mapping[str, Any]) -> str:
-    """The digest of a chain of records that had `history` before this one."""
-    return hashlib.sha256(history.encode() + packed(record)).hexdigest()
+def longer_history(history: str, record: bytes) -> str:
+    """The digest of a chain of records that had `history` before this one, which is `packed`."""
+    return hashlib.sha256(history.encode() + record).hexdigest()
 
 
 def history_of(ledger: Iterable[Mapping[str, Any]]) -> str:
@@ -93,7 +93,7 @@ def history_of(ledger: Iterable[Mapping[str, Any]]) -> str:
     history = NO_HISTORY
     for record in ledger:
         if record["kind"] == "version":
-            history = longer_history(history, record)
+            history = longer_history(history, packed(record))
     return history
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from pathlib import Path
 from typing import TextIO
 
 import typer
@@ -52,3 +53,9 @@ def main(app: typer.Typer) -> None:
 def _fail(message: str, code: int) -> None:
     print(f"fedqueue: {message}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, for an error message."""
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return lines[-1] if lines else "(nothing in its log)"

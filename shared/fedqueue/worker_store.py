@@ -150,13 +150,18 @@ class WorkerStore(Store):
         )
         return Pulse(state.decode(), bool(holds), tuple(c.decode() for c in lost))
 
+    def described(self, update: Update, payload: BlobBuffer) -> Update:
+        """The header with the payload's digest, where updates are signed; one that has it already stays as it is."""
+        if self.trust is None or update.digest:
+            return update
+        return update.model_copy(update={"digest": digest_of(payload)})
+
     def post(self, claim: Claim, update: Update, payload: BlobBuffer) -> str:
         """Store the payload, then append the update if the attempt still holds the job.
 
         Returns an empty string, or why it was refused: `closed`, `replayed`, `attempt`, `payload` or `old_epoch`.
         """
-        if self.trust:
-            update = update.model_copy(update={"digest": digest_of(payload)})
+        update = self.described(update, payload)
         prefix = self.keys.payload(claim.job, claim.attempt)
         chunks, first = [f"{prefix}:{i}" for i in range(update.chunks)], []
         if len(chunks) == 1:

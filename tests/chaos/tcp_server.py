@@ -9,6 +9,7 @@ from pathlib import Path
 
 import redis
 
+from fedqueue.terminal import last_line
 from fedqueue_coordinator import processes
 from fedqueue_coordinator.embedded import find_server
 
@@ -63,7 +64,7 @@ class TcpServer:
                     client.ping()
                     return
                 except redis.RedisError:
-                    assert self.process.poll() is None, processes.last_line(self.folder / "server.log")
+                    assert self.process.poll() is None, last_line(self.folder / "server.log")
                     assert time.monotonic() < deadline, "the server does not answer"
                 time.sleep(0.02)
 

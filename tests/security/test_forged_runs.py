@@ -64,9 +64,9 @@ def test_old_model_under_a_new_number_is_not_trained(fake_client, tmp_path):
         site.fetch()
 
 
-def test_head_that_is_set_back_to_an_old_version_is_not_trained(fake_client, tmp_path):
-    """Version and signature are genuine, but the site has seen a newer one under the same leader."""
-    scene = Scene(fake_client, tmp_path)
+def set_back_after_two_versions(client, folder):
+    """A site has fetched version 2, and then Redis is as it was at version 1."""
+    scene = Scene(client, folder)
     site, kept = scene.site("c0"), {}
 
     def keep():
@@ -75,21 +75,19 @@ def test_head_that_is_set_back_to_an_old_version_is_not_trained(fake_client, tmp
     scene.play(site.join, site.post, keep, site.post)
     site.fetch()
     scene.roll_back(kept)
+    return scene, site
+
+
+def test_head_that_is_set_back_to_an_old_version_is_not_trained(fake_client, tmp_path):
+    """Version and signature are genuine, but the site has seen a newer one under the same leader."""
+    _, site = set_back_after_two_versions(fake_client, tmp_path)
     with pytest.raises(SignatureError, match="version 1 is offered as the newest, but 2 was there before"):
         site.fetch()
 
 
 def test_site_follows_a_coordinator_that_goes_on_from_before_what_redis_lost(fake_client, tmp_path):
     """Redis lost its last second: the next leader signs, in a new term, that the run goes on from an older version."""
-    scene = Scene(fake_client, tmp_path)
-    site, kept = scene.site("c0"), {}
-
-    def keep():
-        kept.update(scene.snapshot())
-
-    scene.play(site.join, site.post, keep, site.post)
-    site.fetch()
-    scene.roll_back(kept)
+    scene, site = set_back_after_two_versions(fake_client, tmp_path)
     scene.redis.hset(scene.keys.leader, "expires", 0)
     scene.play(site.post)
     assert scene.version == 2

@@ -18,7 +18,7 @@ import structlog
 import torch
 
 from fedqueue.entrypoint import import_entrypoint
-from fedqueue.terminal import DONE, FAILED, configure_logging
+from fedqueue.terminal import DONE, FAILED, configure_logging, last_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of Linux
@@ -107,14 +107,7 @@ def _supervise(children: dict[int, int], logs: Path | None, mask: Iterable[int])
         code = os.waitstatus_to_exitcode(status)
         worst = max(worst, code if code >= 0 else FAILED)
         if not told:
-            said = last_line(log_of(logs, number))
+            log = log_of(logs, number)
+            said = f": {last_line(log)}" if log else ""
             print(f"worker {number} (pid {pid}) ended with {code}{said}", file=sys.stderr, flush=True)  # noqa: T201
     sys.exit(worst)
-
-
-def last_line(log: Path | None) -> str:
-    """The last line of a log that says something, after a colon; an empty string where there is no log."""
-    if not log:
-        return ""
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return f": {lines[-1] if lines else '(nothing in its log)'}"

@@ -37,8 +37,8 @@ class Outbox:
         """An update is to be posted: its size and SHA-256, the names of its metrics, from which version."""
         if self._path is not None:
             self._append(
-                "update", **_job(claim), bytes=payload.nbytes, sha256=digest_of(payload), examples=update.examples,
-                metrics=sorted(update.metrics), seconds=round(update.seconds, 3),
+                "update", **_job(claim), bytes=payload.nbytes, sha256=update.digest or digest_of(payload),
+                examples=update.examples, metrics=sorted(update.metrics), seconds=round(update.seconds, 3),
             )  # fmt: skip
 
     def ends(self, claim: Claim, ending: Ending) -> None:

@@ -119,6 +119,7 @@ class Round:
         update = attempt(self._task, self._model, self._data[order.client], order, self._base, self._local, progress)
         update = self._policy.let_out(update)
         update, wire = self._sender.encode(order.client, self._local, update, order.seed)
+        update = self._store.described(update, wire)
         self._outbox.posts(claim, update, wire)
         self._heartbeat.progress()
         refused = self._patience.ride_out(lambda: self._store.post(claim, update, wire))
