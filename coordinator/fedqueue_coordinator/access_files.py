@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 from fedqueue.config import ClientId, RunName, load_config
 from fedqueue.connection import SCHEMES, without_password
 from fedqueue.errors import ConfigurationError
+from fedqueue.identity import write_private
 from fedqueue_coordinator.access import ADMIN, acl_file, users
 
 ACL_FILE = "users.acl"
@@ -54,8 +54,8 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, po
         if old.stem not in urls:
             old.unlink()
     for user, url in urls.items():
-        _write(folder / f"{user}.url", url + "\n")
-    _write(folder / ACL_FILE, acl_file(passwords, rules))
+        write_private(folder / f"{user}.url", f"{url}\n".encode())
+    write_private(folder / ACL_FILE, acl_file(passwords, rules).encode())
     return urls
 
 
@@ -73,8 +73,8 @@ def write_split_access(folder: Path, run: str, clients: Sequence[str], pool: boo
             old.unlink()
     for user, place in places.items():
         place.mkdir(parents=True, exist_ok=True)
-        _write(place / PASSWORD_FILE, passwords[user] + "\n", 0o644 if user == ADMIN else 0o600)
-    _write(folder / SERVER_FOLDER / ACL_FILE, acl_file(passwords, rules), 0o644)
+        write_private(place / PASSWORD_FILE, f"{passwords[user]}\n".encode(), 0o644 if user == ADMIN else 0o600)
+    write_private(folder / SERVER_FOLDER / ACL_FILE, acl_file(passwords, rules).encode(), 0o644)
     return list(rules)
 
 
@@ -100,13 +100,3 @@ def _known(path: Path) -> str:
 
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.exists() else ""
-
-
-def _write(path: Path, text: str, mode: int = 0o600) -> None:
-    """Replace the file by one that was never readable by more than `mode` says."""
-    new = path.with_name(path.name + ".new")
-    new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask
-        file.write(text)
-    new.replace(path)

@@ -15,9 +15,8 @@ from fedqueue.authority import CLIENTS, COORDINATOR_KEY, REVOKED
 from fedqueue.config import ClientId
 from fedqueue.errors import ConfigurationError
 from fedqueue.identity import PublicKey, SigningKey, read_public_keys, read_signing_key, write_public_keys
-from fedqueue.trust import COORDINATOR_PUBLIC, KEY_SUFFIX
+from fedqueue.trust import COORDINATOR, COORDINATOR_PUBLIC, KEY_SUFFIX
 
-COORDINATOR = Path(COORDINATOR_KEY).stem
 SITES = "sites"
 KEPT = 2  # public keys per client: the present one, and the one before it
 

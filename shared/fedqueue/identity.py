@@ -147,11 +147,12 @@ def write_public_keys(path: Path, keys: Iterable[PublicKey]) -> None:
     new.replace(path)
 
 
-def write_private(path: Path, data: bytes) -> None:
-    """Replace `path` in one step by a file that only its owner could ever read; folders on the way get 0700."""
+def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replace `path` in one step by a file that nobody could ever read but by `mode`; folders on the way get 0700."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
-    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        os.fchmod(file.fileno(), mode)  # whatever the umask
         file.write(data)
     new.replace(path)
