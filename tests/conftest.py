@@ -71,7 +71,7 @@ def server_client(server: EmbeddedServer) -> Iterator[redis.Redis]:
     client = connect(server.url)
     client.flushall()
     yield client
-    client.close()
+    client.connection_pool.disconnect()
 
 
 @pytest.fixture

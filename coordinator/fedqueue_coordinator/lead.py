@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -12,38 +13,56 @@ import structlog
 
 from fedqueue.config import Config
 from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.errors import Fenced, RunExists
+from fedqueue.errors import Fenced, RunExists, RunLost
 
 log = structlog.get_logger("fedqueue.coordinator")
+
+LOST = "Redis has lost it, and its checkpoint is not here"
 
 
 def take_the_lead(
     store: CoordinatorStore,
     config: Config,
-    has_checkpoint: Callable[[], bool],
+    checkpoint: Path,
+    known: bool,
     standby: bool,
     stopped: Callable[[], bool],
     sleep: Callable[[float], None],
 ) -> bool:
     """Wait for the lead; False where told to stop. Without `standby`, only as long as a dead leader holds it.
 
-    Raises RunExists where another one leads for longer.
+    `known`: this process has seen the run in Redis before. A run that was there and is gone is for whoever has its
+    `checkpoint`, not to be started from nothing; so a standby that finds nothing leaves others the time to come first.
+    Raises RunExists where another one leads for longer, and RunLost where nobody does and there is no checkpoint.
     """
     lease = config.dispatch.leader_seconds
-    waited = 0.0
-    seen = False
-    while True:
+    waited, said = 0.0, ""
+
+    def why_not() -> str:
+        nonlocal known
         exists = store.exists()
-        seen = seen or exists
-        # A run that was here and is gone is for whoever has its checkpoint, not to be started from nothing.
-        if (exists or not seen or has_checkpoint()) and store.lead(lease):
-            return True
+        known = known or exists
+        if exists or checkpoint.exists():
+            return ""
+        if known:
+            return LOST
+        return "nobody has started it" if standby and waited < lease else ""
+
+    while True:
+        why = why_not()
+        if not why and store.lead(lease):
+            if not why_not():  # Redis may have lost it between the two
+                return True
+            store.release_lead()
         if stopped():
             return False
-        if not waited:
-            log.info("another coordinator leads this run: waiting", run=config.name, standby=standby)
         if not standby and waited > 2 * lease:
+            if why == LOST:
+                raise RunLost(config.name, checkpoint)
             raise RunExists(config.name, "is led by another coordinator (--standby waits for it to end)")
+        if (why := why or "another coordinator leads it") != said:
+            log.info("waiting to lead this run", why=why, run=config.name, standby=standby)
+            said = why
         sleep(lease / 20)
         waited += lease / 20
 

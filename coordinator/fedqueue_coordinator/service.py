@@ -25,7 +25,7 @@ from fedqueue.messages import Evaluation, Order
 from fedqueue.outage import Patience
 from fedqueue.store import chunks_of
 from fedqueue.task import Task
-from fedqueue.training import choose_device, set_seed
+from fedqueue.training import choose_device
 from fedqueue_coordinator.admission import MALFORMED, TAMPERED
 from fedqueue_coordinator.bases import Bases
 from fedqueue_coordinator.catalogue import check_algorithms
@@ -90,6 +90,7 @@ class Coordinator:
         self._next_watch = 0.0
         self._ending: Stop | None = None
         self._paused = False
+        self._known = False  # that the run is in Redis
         self._made: list[Commit] = []  # versions that were made and are not published yet
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILE, config.checkpoint.seconds)
         self._hearing = Hearing(store.authority)
@@ -134,7 +135,7 @@ class Coordinator:
     def _lead(self, standby: bool) -> Result | None:
         try:
             path, stopped = self._checkpointer.path, lambda: self._paused or self._ending is not None
-            if not take_the_lead(self.store, self.config, path.exists, standby, stopped, self._sleep):
+            if not take_the_lead(self.store, self.config, path, self._known, standby, stopped, self._sleep):
                 return None
             with KeepLead(self.store.renew_lead, self.config.dispatch.leader_seconds):
                 return self._go_on()
@@ -164,8 +165,9 @@ class Coordinator:
         store = self.store
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
         self.federation = take_over(
-            self.config, store, self._fresh_model(), checkpoint, self._evaluator is not None, self._hearing
+            self.config, store, self.task, checkpoint, self._evaluator is not None, self._hearing
         )
+        self._known = True
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
         self._made = []
@@ -178,11 +180,6 @@ class Coordinator:
         for client in store.alive_clients():
             if client in registrations:
                 self._handle(ClientJoined(client, registrations[client]))
-
-    def _fresh_model(self) -> torch.nn.Module:
-        """The one that a run starts from; kept by nobody, for it is as large as a version."""
-        set_seed(self.config.seed)
-        return self.task.model()
 
     # Events
 
@@ -379,6 +376,7 @@ class Coordinator:
 
     def _ledger(self) -> list[Record]:
         ledger, authority = self.store.ledger(), self.store.authority
+        self.store.renew_lead(self.config.dispatch.leader_seconds)  # where Redis has lost the run, nothing was read
         if authority and not authority.tells(ledger):
             log.error("the ledger in Redis was changed: it does not tell the versions that were made")
         return ledger

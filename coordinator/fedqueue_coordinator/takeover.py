@@ -20,6 +20,8 @@ from fedqueue.errors import ConfigurationError, RunExists, StoreError, WireError
 from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Order
 from fedqueue.payload import downward
+from fedqueue.task import Task
+from fedqueue.training import set_seed
 from fedqueue_coordinator.checkpoint import Checkpoint
 from fedqueue_coordinator.federation import Federation
 from fedqueue_coordinator.hearing import Hearing
@@ -35,16 +37,18 @@ MAY_CHANGE = {"redis", "security", "stop", "evaluation", "checkpoint", "dispatch
 def take_over(
     config: Config,
     store: CoordinatorStore,
-    module: torch.nn.Module,
+    task: Task,
     checkpoint: Checkpoint | None,
     evaluates: bool,
     hearing: Hearing,
 ) -> Federation:
-    """The federation as it stands in Redis; the caller leads the run. `module` is freshly initialised.
+    """The federation as it stands in Redis; the caller leads the run.
 
     Raises RunExists for a run that has ended, ManifestMismatch for another model, ConfigurationError for settings that
     cannot change while a run goes on.
     """
+    set_seed(config.seed)
+    module = task.model()  # kept by nobody: it is as large as a version
     manifest = Manifest.of(module)
     if store.exists():
         return _resume(config, store, manifest, evaluates, hearing)

@@ -12,6 +12,7 @@
     ├── StoreError              Redis holds something else than expected
     │   ├── RunNotFound         no run of that name
     │   ├── RunExists           a run of that name is already there
+    │   ├── RunLost             Redis has lost the run, and so has the disk
     │   ├── BlobMissing         a chunk of a version or a payload is gone
     │   └── Fenced              another coordinator leads the run by now
     ├── ServerUnavailable       the Redis server cannot be reached or refuses us
@@ -23,6 +24,8 @@ The command line turns ConfigurationError and TaskError into exit code 2, all ot
 """
 
 from __future__ import annotations
+
+from pathlib import Path
 
 
 class FedqueueError(Exception):
@@ -79,6 +82,15 @@ class RunExists(StoreError):
     def __init__(self, run: str, why: str) -> None:
         self.run = run
         super().__init__(f"run {run!r} {why}; choose another name with --run, or delete its output folder")
+
+
+class RunLost(StoreError):
+    def __init__(self, run: str, checkpoint: Path) -> None:
+        self.run = run
+        super().__init__(
+            f"Redis has lost run {run!r}, and there is no checkpoint {checkpoint} to go on from; "
+            "start it again to begin with version 0"
+        )
 
 
 class BlobMissing(StoreError):

@@ -132,6 +132,7 @@ def test_wrong_password_is_one_clear_line_and_exit_1(chaos: Chaos, tmp_path: Pat
 
 
 def test_redis_that_has_lost_everything_gets_a_new_epoch_from_the_checkpoint(chaos: Chaos) -> None:
+    chaos.calm()
     checkpoints = [chaos.folder / f"out-{i}" / "checkpoint.safetensors" for i in (0, 1)]
     leader = chaos.leader()
     assert leader is not None

@@ -29,7 +29,7 @@ if head == version - math.max(1, records) then
   local whole = true
   each_staged(ARGV[1], function(key) whole = whole and redis.call('EXISTS', key) == 1 end)
   if not whole then return {-2} end
-  for token = tonumber(last[2] or '0'), tonumber(ARGV[1]) - 1 do  -- of leaders that died before their commit
+  for token = tonumber(last[2] or ARGV[1]), tonumber(ARGV[1]) - 1 do  -- of leaders that died before their commit
     each_staged(token, function(key) redis.call('UNLINK', key) end)
   end
   each_staged(ARGV[1], function(key, prefix, chunk)

@@ -16,7 +16,7 @@ end
 if not mine then
   if ARGV[1] == 'renew' then return 0 end
   if leader[2] and leader[2] ~= '' and tonumber(leader[3]) > now then return 0 end
-  token = token + 1
+  token = leader[1] and token + 1 or now  -- so that a server that has lost the run gives out no token again
 end
 redis.call('HSET', KEYS[1], 'token', token, 'owner', ARGV[2], 'expires', now + ARGV[3])
 return token

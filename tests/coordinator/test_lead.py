@@ -1,0 +1,160 @@
+"""Who may lead a run that Redis has lost: whoever has its checkpoint, and nobody from nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgpack
+import pytest
+import torch
+
+from fedqueue import Task
+from fedqueue.config import parse_config
+from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.entries import Entry
+from fedqueue.errors import RunExists, RunLost
+from fedqueue_coordinator.checkpoint import FILE, load_checkpoint
+from fedqueue_coordinator.lead import take_the_lead
+from fedqueue_coordinator.service import Coordinator
+
+
+class Losing(CoordinatorStore):
+    """Redis loses everything just before it is asked for the lead, once."""
+
+    lost = False
+
+    def lead(self, lease_seconds: float) -> bool:
+        if not self.lost:
+            self.lost = True
+            self.redis.flushall()
+        return super().lead(lease_seconds)
+
+
+class Patient:
+    """Told to stop after so many waits."""
+
+    def __init__(self, waits: int) -> None:
+        self.left = waits
+
+    def sleep(self, seconds: float) -> None:
+        self.left -= 1
+
+    def stopped(self) -> bool:
+        return self.left <= 0
+
+
+def take(run, store, checkpoint, known=False, standby=True, waits=100):
+    patient = Patient(waits)
+    return take_the_lead(store, run.config, checkpoint, known, standby, patient.stopped, patient.sleep)
+
+
+def test_run_that_goes_between_two_questions_of_a_standby_is_not_begun_anew(run, tmp_path):
+    run.coordinator.release_lead()
+    standby = Losing(run.client, run.name, "standby")
+    assert not take(run, standby, tmp_path / FILE)
+    assert CoordinatorStore(run.client, run.name, "another").lead(60), "the lead is free for whoever has the checkpoint"
+
+
+def test_standby_with_the_checkpoint_leads_a_run_that_is_gone(run, tmp_path):
+    run.coordinator.release_lead()
+    (tmp_path / FILE).touch()
+    assert take(run, Losing(run.client, run.name, "standby"), tmp_path / FILE)
+
+
+@pytest.mark.parametrize(("known", "leads"), [(False, True), (True, False)])
+def test_empty_server_is_for_whoever_has_never_seen_the_run(run, tmp_path, known, leads):
+    run.client.flushall()
+    fresh = CoordinatorStore(run.client, run.name, "fresh")
+    assert take(run, fresh, tmp_path / FILE, known, standby=False, waits=1) == leads
+
+
+def test_fresh_standby_leaves_an_empty_server_to_others_for_one_lease(run, tmp_path):
+    run.client.flushall()
+    fresh = CoordinatorStore(run.client, run.name, "fresh")
+    assert not take(run, fresh, tmp_path / FILE, waits=15)
+    assert take(run, fresh, tmp_path / FILE, waits=25)
+
+
+def test_without_standby_a_lost_run_and_a_led_one_are_told_apart(run, tmp_path):
+    another = CoordinatorStore(run.client, run.name, "another")
+    with pytest.raises(RunExists, match="is led by another coordinator"):
+        take(run, another, tmp_path / FILE, standby=False)
+    run.client.flushall()
+    with pytest.raises(RunLost, match=r"'sample'.*checkpoint\.safetensors.*start it again"):
+        take(run, another, tmp_path / FILE, known=True, standby=False)
+
+
+class Line(Task):
+    def model(self):
+        return torch.nn.Linear(2, 1)
+
+
+class Scripted(CoordinatorStore):
+    """Instead of waiting for entries, the coordinator takes one step of a script."""
+
+    steps: list[Callable[[], object]]
+
+    def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
+        self.steps.pop(0)()
+        return []
+
+
+def coordinator_of(client, folder, *steps, seconds=0.0, store_class=Scripted):
+    """One for a run without clients; `steps` may call `pause` of it."""
+    config = parse_config(
+        {
+            "name": "line",
+            "task": {"entrypoint": "task.py:Line"},
+            "checkpoint": {"seconds": seconds},
+            "stop": {"versions": 9},
+        }
+    )
+    store = store_class(client, "line", "me")
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    coordinator = Coordinator(config, Line(), store, folder, clock=clock, sleep=lambda seconds: None)
+    store.steps = [*steps, coordinator.pause]
+    return coordinator
+
+
+def test_leader_without_a_checkpoint_says_that_the_run_is_lost(redis_client, tmp_path):
+    coordinator = coordinator_of(redis_client, tmp_path, redis_client.flushall)
+    with pytest.raises(RunLost):
+        coordinator.run()
+
+
+def test_leader_with_a_checkpoint_begins_a_new_epoch(redis_client, tmp_path):
+    idle = [lambda: None] * 3
+    coordinator = coordinator_of(redis_client, tmp_path, *idle, redis_client.flushall, seconds=2)
+    assert coordinator.run() is None, "paused, after the loss"
+    assert coordinator.store.info().epoch == 1
+
+
+def test_checkpoint_is_not_overwritten_by_what_is_left_of_a_lost_run(redis_client, tmp_path):
+    """Redis goes after the coordinator has looked whether it still leads, before the ledger is read."""
+
+    class Forgetful(Scripted):
+        reads = 0
+
+        def ledger(self):
+            self.reads += 1
+            if self.reads == 2:
+                self.redis.flushall()
+            return super().ledger()
+
+    def write_down() -> None:
+        redis_client.xadd(
+            coordinator.store.keys.ledger, {"record": msgpack.packb({"kind": "evaluation", "version": 0})}
+        )
+
+    idle = [lambda: None] * 50
+    coordinator = coordinator_of(redis_client, tmp_path, write_down, *idle, seconds=2, store_class=Forgetful)
+    coordinator.run()
+    assert coordinator.store.reads > 2
+    assert load_checkpoint(tmp_path / FILE).epoch == coordinator.store.info().epoch == 1
+    assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation", "epoch"]
