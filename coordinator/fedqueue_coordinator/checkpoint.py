@@ -6,7 +6,6 @@ One safetensors file, written beside the merging and moved into place whole: `mo
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import sys
@@ -59,7 +58,7 @@ class Checkpoint:
             epoch=federation.epoch,
             version=federation.version,
             job_number=federation.job_number,
-            totals=copy.deepcopy(vars(federation.totals)),
+            totals=federation.totals.committed(),
             unfinished=federation.unfinished,
             model=federation.model.buffer.copy(),
             optimizer_state=federation.optimizer_state,

@@ -329,7 +329,7 @@ class Coordinator:
         wire = federation.down.encode(federation.model, made[-1].version)
         stored = self.store.publish(
             made[-1].version, wire, as_buffer(federation.optimizer_state),
-            [m.record for m in made], vars(federation.totals), merged, self.config.ledger.keep_payloads,
+            [m.record for m in made], federation.totals.committed(), merged, self.config.ledger.keep_payloads,
             federation.job_number, most_bytes(federation),
         )  # fmt: skip
         self._made = []

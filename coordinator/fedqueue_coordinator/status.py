@@ -13,6 +13,7 @@ from rich.table import Table
 from fedqueue.errors import RunNotFound, StoreError
 from fedqueue.store import Store, list_runs
 from fedqueue_coordinator.places import finished_runs, read_summary, servers
+from fedqueue_coordinator.totals import Totals
 
 if TYPE_CHECKING:
     from fedqueue_coordinator.audit import Check  # which imports torch
@@ -90,7 +91,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "updates_rejected": _count(ledger, "rejected"),
             "jobs_abandoned": _count(ledger, "abandoned"),
             "posts_refused": {k: v for k, v in store.refused().items() if v},
-            "clients": info.totals.get("merged_by", {}),
+            "clients": Totals.of({}, ledger, window=1).merged_by,
             "metrics": evaluations[-1]["metrics"] if evaluations else {},
             "last_failure": f"{failures[-1]['client']}: {failures[-1]['error']}" if failures else "",
         }

@@ -6,7 +6,6 @@ and every entry that it did not acknowledge, and so reaches the state that its p
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -60,7 +59,7 @@ def take_over(
         store.hold_version(0)
     wire = federation.down.encode(federation.model, 0)
     state = as_buffer(federation.optimizer_state)
-    store.publish(0, wire, state, [], vars(Totals()), [], most_bytes=most_bytes(federation))
+    store.publish(0, wire, state, [], Totals().committed(), [], most_bytes=most_bytes(federation))
     return federation
 
 
@@ -89,12 +88,12 @@ def _resume(
     require_signed(store.authority, info)
     codec = downward(config.compression, manifest)
     wire = store.read_wire(info.version, codec)
-    state, job_number = store.read_optimizer_state(info.version), store.job_number()
+    state, job_number, ledger = store.read_optimizer_state(info.version), store.job_number(), store.ledger()
     if store.authority:
         store.renew_charter(store.authority.resume(info))
         sealed = store.read_seal(info.version, wire.nbytes)
         signed = store.authority.check_version(info.version, sealed, wire, state)
-        store.authority.check_history(info.version, signed, store.ledger(), info.totals)
+        store.authority.check_history(info.version, signed, ledger, info.totals)
         job_number = max(job_number, signed.job_number)  # a name that was given out is not given out again
     federation = Federation(
         config,
@@ -102,15 +101,15 @@ def _resume(
         info.version,
         job_number,
         state,
-        Totals(**info.totals),
+        Totals.of(info.totals, ledger, config.dispatch.share_window),
         evaluates,
         info.epoch,
-        _norms(config, store.ledger),
+        _norms(config, ledger),
     )
     jobs = {job.job: job.client for job in store.jobs()}
     federation.adopt(jobs, registered(store, hearing), store.last_jobs())
     if config.aggregation.filter.on:
-        federation.recall(store.ledger(), federation.totals.seconds)
+        federation.recall(ledger, federation.totals.seconds)
     log.info("resumed", run=config.name, version=info.version, jobs=len(jobs))
     return federation
 
@@ -123,7 +122,7 @@ def _new_epoch(
         raise StoreError(
             f"the checkpoint is of run {checkpoint.run!r} or of another model; delete it to start {config.name!r} anew"
         )
-    totals = Totals(**checkpoint.totals)
+    totals = Totals.of(checkpoint.totals, checkpoint.ledger, config.dispatch.share_window)
     epoch = checkpoint.epoch + 1
     federation = Federation(
         config,
@@ -134,7 +133,7 @@ def _new_epoch(
         totals,
         evaluates,
         epoch,
-        _norms(config, lambda: checkpoint.ledger),
+        _norms(config, checkpoint.ledger),
     )
     lost = [
         abandoned_record(job, client, "epoch_lost", "", checkpoint.version, totals.seconds)
@@ -181,11 +180,11 @@ def orders_to_queue(store: CoordinatorStore) -> list[Order]:
     return orders
 
 
-def _norms(config: Config, read_ledger: Callable[[], list[dict[str, Any]]]) -> list[float]:
+def _norms(config: Config, ledger: list[dict[str, Any]]) -> list[float]:
     """Of the updates merged so far, the newest that the norm limit looks at; none where it looks at none."""
     if not config.admission.norm_quantile:
         return []
-    norms = [line["norm"] for record in read_ledger() if record["kind"] == "version" for line in record["merged"]]
+    norms = [line["norm"] for record in ledger if record["kind"] == "version" for line in record["merged"]]
     return norms[-config.admission.norm_window :]
 
 

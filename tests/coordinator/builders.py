@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -91,20 +90,22 @@ class Committed:
     model: Frame
     version: int
     optimizer_state: bytes
-    totals: Totals
+    totals: dict[str, Any]
 
     @classmethod
     def of(cls, federation: Federation) -> Committed:
-        return cls(federation.model.copy(), federation.version, federation.optimizer_state, deepcopy(federation.totals))
+        return cls(
+            federation.model.copy(), federation.version, federation.optimizer_state, federation.totals.committed()
+        )
 
-    def federation(self, config: Config, job_number: int, evaluates: bool) -> Federation:
+    def federation(self, config: Config, job_number: int, evaluates: bool, ledger: list[dict[str, Any]]) -> Federation:
         return Federation(
             config,
             self.model.copy(),
             self.version,
             job_number,
             self.optimizer_state,
-            deepcopy(self.totals),
+            Totals.of(self.totals, ledger, config.dispatch.share_window),
             evaluates,
         )
 
@@ -265,7 +266,7 @@ class Run:
     def as_it_began(self) -> Federation:
         """Another federation in the state in which the present one began."""
         committed, job_number, jobs, registered, last_jobs = self._began
-        federation = committed.federation(self.config, job_number, self._evaluates)
+        federation = committed.federation(self.config, job_number, self._evaluates, self._ledger_before)
         federation.adopt(jobs, registered, last_jobs)
         federation.recall(self._ledger_before, federation.totals.seconds)
         return federation

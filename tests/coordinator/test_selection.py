@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqueue.errors import ConfigurationError
+from fedqueue.signing import packed
 from fedqueue_coordinator.selection import SELECTIONS, Known, draw, make_selection
 from fedqueue_coordinator.totals import Totals
 from fedqueue_coordinator.turns import Turns
@@ -203,3 +204,22 @@ def test_totals_keep_no_more_versions_than_the_window():
         turns.committed(version, ["a", "b"], float(version))
     assert len(totals.recent) == 3
     assert (totals.updates, totals.seconds, totals.last_merged) == (18, 9.0, {"a": 9, "b": 9})
+
+
+@given(
+    versions=st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), max_size=12), window=st.integers(1, 5)
+)
+def test_totals_are_counted_anew_from_what_is_committed_and_the_ledger(versions, window):
+    totals, ledger = Totals(), []
+    for version, clients in enumerate(versions, 1):
+        totals.commit(version, clients, window, version / 3)
+        lines = [{"client": client} for client in clients]
+        ledger += [{"kind": "version", "version": version, "merged": lines}, {"kind": "abandoned", "client": "a"}]
+    assert Totals.of(totals.committed(), ledger, window) == totals
+
+
+def test_what_is_committed_does_not_grow_with_the_clients_that_contribute():
+    totals = Totals()
+    for version in range(1, 1001):
+        totals.commit(version, [f"client-{version}"], 100, 1.0)
+    assert len(packed(totals.committed())) < 100
