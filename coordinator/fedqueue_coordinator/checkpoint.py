@@ -30,7 +30,7 @@ from fedqueue_coordinator.federation import Federation
 log = structlog.get_logger("fedqueue.coordinator")
 
 FILE = "checkpoint.safetensors"
-FORMAT = "1"
+FORMAT = "2"
 
 
 @dataclass(frozen=True)
