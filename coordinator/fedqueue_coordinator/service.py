@@ -171,6 +171,7 @@ class Coordinator:
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
         self._made = []
+        self._queues = queueing.Queues(store.redis)
         self._bases = Bases(store, self.federation)
         for order in orders_to_queue(store):  # a job that is in its queue already is left alone
             self._enqueue(order, store.pack_order(order))
@@ -292,7 +293,7 @@ class Coordinator:
 
     def _enqueue(self, order: Order, packed: bytes) -> None:
         sealed = packed if self.store.authority else None
-        queueing.enqueue(self.store.redis, self.store.keys.queue(order.client), order, sealed)
+        self._queues.enqueue(self.store.keys.queue(order.client), order, sealed)
 
     @property
     def _payload_chunks(self) -> int:

@@ -100,19 +100,31 @@ def client_queue(client: redis.Redis, name: str, cls: type[Job] = TrainingJob) -
     return Queue(name, connection=client, serializer=Serializer, job_class=cls, death_penalty_class=NoTimeout)
 
 
-def enqueue(client: redis.Redis, queue: str, order: Order, sealed: bytes | None = None) -> None:
-    """Put the order, or its seal, into its client's queue; doing it again while RQ knows the job changes nothing."""
-    with contextlib.suppress(DuplicateJobError):
-        client_queue(client, queue).enqueue_call(
-            TRAIN,
-            kwargs={"order": order.model_dump() if sealed is None else sealed},
-            job_id=order.job,
-            timeout=-1,
-            result_ttl=0,
-            failure_ttl=FAILED_SECONDS,
-            description=f"train {order.client} for {order.run}",
-            unique=True,
-        )
+class Queues:
+    """The clients' queues, as their coordinator fills them."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._client = client
+        self._listed: set[str] = set()  # in RQ's list of queues: once is enough, RQ says it for each job
+
+    def enqueue(self, queue: str, order: Order, sealed: bytes | None = None) -> None:
+        """Put the order, or its seal, into its client's queue; again, while RQ knows the job, it changes nothing."""
+        listing = self._client.pipeline(transaction=False)
+        with contextlib.suppress(DuplicateJobError):
+            client_queue(self._client, queue).enqueue_call(
+                TRAIN,
+                kwargs={"order": order.model_dump() if sealed is None else sealed},
+                job_id=order.job,
+                timeout=-1,
+                result_ttl=0,
+                failure_ttl=FAILED_SECONDS,
+                description=f"train {order.client} for {order.run}",
+                unique=True,
+                pipeline=listing,  # which takes the listing alone: a unique job goes its own way
+            )
+        if queue not in self._listed:
+            listing.execute()
+            self._listed.add(queue)
 
 
 def forget(client: redis.Redis, queue: str, job: str) -> None:

@@ -44,7 +44,7 @@ def victim(guarded: AclServer, led: Any) -> Any:
     for number in (1, 2):
         order = tagged(run, number, "c1")
         run.coordinator.dispatch(order, number, 60)
-        queueing.enqueue(run.client, run.keys.queue("c1"), order)
+        queueing.Queues(run.client).enqueue(run.keys.queue("c1"), order)
         run.job = order.job
         claim = worker.claim(order.job, 60, "c1")
         if number == 1:
@@ -52,7 +52,7 @@ def victim(guarded: AclServer, led: Any) -> Any:
             run.posted_job = order.job
     own = tagged(run, 3, "c0")
     run.coordinator.dispatch(own, 3, 60)
-    queueing.enqueue(run.client, run.keys.queue("c0"), own)
+    queueing.Queues(run.client).enqueue(run.keys.queue("c0"), own)
     run.own_job = own.job
     attacker = worker_store(guarded, "c0")
     attacker.join(["c0"], 60)

@@ -16,6 +16,7 @@ import rq.utils
 import rq.webhook
 import structlog
 from rq import Queue, SimpleWorker
+from rq import Worker as RqWorker
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 
@@ -35,7 +36,11 @@ class Recorder:
     def __init__(self, raises=None):
         self.orders, self._raises = [], raises
 
+    def on_progress(self):
+        raise AssertionError("the worker says what is to be called")
+
     def train(self, order):
+        self.on_progress()
         self.orders.append(order["job"])
         if self._raises:
             raise self._raises
@@ -57,6 +62,13 @@ def _nothing_is_unpickled(monkeypatch):
     monkeypatch.setattr(pickle, "loads", refuse)
     monkeypatch.setattr(pickle, "Unpickler", refuse)
     monkeypatch.setattr(rq.serializers.PickleSerializer, "loads", refuse)
+
+
+@pytest.fixture(autouse=True, params=["short", "long"])
+def duration(request, monkeypatch):
+    """Of every job; a long one is shown by RQ's tools while it runs, after its first progress."""
+    monkeypatch.setattr("fedqueue_worker.worker.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
+    return request.param
 
 
 @pytest.fixture
@@ -127,7 +139,7 @@ def call(name, *args, instance=None, **kwargs):
 
 
 def test_enqueued_order_is_a_job_of_rq(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     queue = Queue(QUEUE, connection=redis_client, serializer=Serializer)
     assert (len(queue), queue.job_ids) == (1, ["sample-00000001"])
     assert QUEUE in {q.name for q in Queue.all(connection=redis_client, serializer=Serializer)}
@@ -138,23 +150,34 @@ def test_enqueued_order_is_a_job_of_rq(redis_client, run):
     assert job.description == "train c0 for sample"
 
 
+def test_queue_is_listed_once_for_all_its_jobs(redis_client, run, monkeypatch):
+    queues = queueing.Queues(redis_client)
+    for number in (1, 2):
+        queues.enqueue(QUEUE, run.order(number))
+        redis_client.delete("rq:queues")
+    assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001", "sample-00000002"]
+    assert not redis_client.exists("rq:queues")
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(3))
+    assert redis_client.smembers("rq:queues") == {b"rq:queue:" + QUEUE.encode()}
+
+
 def test_enqueueing_an_order_twice_is_one_job(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001"]
     assert work(redis_client) == ["sample-00000001"]
 
 
 def test_jobs_are_trained_in_the_order_of_the_queue_each_once(redis_client, run):
     for number in (3, 1, 2):
-        queueing.enqueue(redis_client, QUEUE, run.order(number))
+        queueing.Queues(redis_client).enqueue(QUEUE, run.order(number))
     assert work(redis_client) == ["sample-00000003", "sample-00000001", "sample-00000002"]
     assert work(redis_client) == []
 
 
 def test_worker_with_several_queues_serves_them_all(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
-    queueing.enqueue(redis_client, "fedqueue:sample:c1", run.order(2, "c1"))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue("fedqueue:sample:c1", run.order(2, "c1"))
     assert set(work(redis_client, queues=(QUEUE, "fedqueue:sample:c1"))) == {"sample-00000001", "sample-00000002"}
 
 
@@ -166,7 +189,7 @@ def rq_names(client):
 
 
 def test_trained_job_leaves_nothing_in_rq_but_the_queues_name(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     work(redis_client)
     assert rq_names(redis_client) == {"rq:queues"}
 
@@ -179,18 +202,60 @@ def test_job_that_the_coordinator_closed_meanwhile_leaves_nothing_in_rq(redis_cl
             super().train(order)
             queueing.forget(redis_client, QUEUE, order["job"])
 
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
-    queueing.enqueue(redis_client, QUEUE, run.order(2))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(2))
     assert work(redis_client, Closing()) == ["sample-00000001", "sample-00000002"]
     assert rq_names(redis_client) == {"rq:queues"}
+
+
+def test_job_that_takes_long_is_shown_as_running(redis_client, run, duration):
+    class Looking(Recorder):
+        def train(self, order):
+            super().train(order)
+            (worker,) = RqWorker.all(connection=redis_client)
+            self.state, self.running = (
+                worker.get_state(),
+                client_queue(redis_client, QUEUE).started_job_registry.get_job_ids(),
+            )
+            self.job = Job.fetch(order["job"], connection=redis_client, serializer=Serializer)
+
+    looking = Looking()
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    work(redis_client, looking)
+    seen = looking.state, looking.running, looking.job.get_status(refresh=False)
+    assert seen == (("busy", ["sample-00000001"], "started") if duration == "long" else ("idle", [], "queued"))
+    assert redis_client.hget("rq:worker:sample-worker", "successful_job_count") == b"1"
+    assert rq_names(redis_client) == {"rq:queues"}
+
+
+def test_short_job_that_fails_is_shown_as_failed_and_is_nowhere_else(redis_client, run):
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    work(redis_client, Recorder(RuntimeError("boom")))
+    queue = client_queue(redis_client, QUEUE)
+    assert queue.failed_job_registry.get_job_ids() == ["sample-00000001"]
+    assert queue.started_job_registry.get_job_ids() == redis_client.lrange(queue.intermediate_queue_key, 0, -1) == []
+    assert redis_client.hget(TrainingJob.key_for("sample-00000001"), "worker_name") == b"sample-worker"
+
+
+def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(redis_client, run):
+    class Closed(Recorder):
+        def train(self, order):
+            queueing.forget(redis_client, QUEUE, order["job"])
+            super().train(order)
+            self.left = {name for name in rq_names(redis_client) if order["job"] in name}
+
+    closed = Closed()
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    work(redis_client, closed)
+    assert closed.left == set()
 
 
 # Forgetting
 
 
 def test_forgotten_job_is_neither_queued_nor_known(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
-    queueing.enqueue(redis_client, QUEUE, run.order(2))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(2))
     queueing.forget(redis_client, QUEUE, "sample-00000001")
     with pytest.raises(NoSuchJobError):
         Job.fetch("sample-00000001", connection=redis_client, serializer=Serializer)
@@ -205,15 +270,15 @@ def test_forgetting_an_unknown_job_takes_its_name_off_the_queue(redis_client):
 
 
 def test_forgotten_job_can_be_enqueued_again(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     queueing.forget(redis_client, QUEUE, "sample-00000001")
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     assert work(redis_client) == ["sample-00000001"]
 
 
 def test_forgetting_reaches_a_job_whose_worker_died_before_it_began(redis_client, run):
     """With one queue RQ moves a job to an intermediate list first; a worker that dies there leaves it."""
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     queue = client_queue(redis_client, QUEUE)
     redis_client.lmove(queue.key, queue.intermediate_queue_key)
     queueing.forget(redis_client, QUEUE, "sample-00000001")
@@ -224,7 +289,7 @@ def test_forgetting_reaches_a_job_whose_worker_died_training_it(redis_client, ru
     class Death(BaseException):
         pass
 
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     queue = client_queue(redis_client, QUEUE)
     cls = queueing.job_class(lambda order: None)
     worker = SimpleWorker([queue], connection=redis_client, job_class=cls, serializer=Serializer)
@@ -246,11 +311,11 @@ def test_forgetting_a_record_that_rq_cannot_read_deletes_it(redis_client):
 
 def test_deleting_a_queue_leaves_nothing_of_it(redis_client, run):
     for number in (1, 2, 3):
-        queueing.enqueue(redis_client, QUEUE, run.order(number))
+        queueing.Queues(redis_client).enqueue(QUEUE, run.order(number))
     plant(redis_client, data=call("os.system", "true"))
-    queueing.enqueue(redis_client, "fedqueue:sample:c1", run.order(4, "c1"))
+    queueing.Queues(redis_client).enqueue("fedqueue:sample:c1", run.order(4, "c1"))
     work(redis_client, Recorder(RuntimeError("planted and failed")))
-    queueing.enqueue(redis_client, QUEUE, run.order(5))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(5))
     queueing.delete_queue(redis_client, QUEUE)
     left = rq_names(redis_client)
     assert not [name for name in left if QUEUE in name]
@@ -295,7 +360,7 @@ PLANTED = {
 @pytest.mark.parametrize("what", PLANTED)
 def test_planted_job_executes_nothing_and_the_worker_goes_on_to_a_proper_one(redis_client, run, executed, what):
     plant(redis_client, **PLANTED[what])
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     trained = work(redis_client)
     assert trained[-1] == "sample-00000001"
     assert set(trained) <= {"planted", "sample-00000001"}
@@ -317,7 +382,7 @@ def test_foreign_function_is_refused_by_name(redis_client, name):
 
 def test_train_as_a_method_of_something_is_not_trained(redis_client, run):
     plant(redis_client, data=call(TRAIN, instance="os", order={"job": "planted"}))
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     assert work(redis_client) == ["sample-00000001"]
 
 
@@ -345,14 +410,14 @@ def test_planted_callbacks_and_webhooks_do_not_run(redis_client, executed, outco
 
 
 def test_planted_name_that_is_no_text_is_skipped(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"\xff\xfe")
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"not/a/job id")
     assert work(redis_client) == ["sample-00000001"]
 
 
 def test_planted_record_of_another_type_is_skipped(redis_client, run):
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     redis_client.set(TrainingJob.key_for("planted"), BOMB)
     redis_client.lpush(client_queue(redis_client, QUEUE).key, "planted")
     assert work(redis_client) == ["sample-00000001"]
@@ -361,9 +426,9 @@ def test_planted_record_of_another_type_is_skipped(redis_client, run):
 def test_planted_keys_that_break_the_bookkeeping_of_a_job_do_not_end_the_worker(redis_client, run):
     plant(redis_client)
     redis_client.set("rq:executions:planted", "where RQ expects a sorted set")
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
-    assert work(redis_client) == ["sample-00000001"]
-    assert not redis_client.exists(TrainingJob.key_for("planted"))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    assert work(redis_client)[-1] == "sample-00000001"
+    assert redis_client.ttl(TrainingJob.key_for("planted")) != -1, "gone, or about to"
 
 
 def test_timeout_of_a_record_says_nothing_about_how_long_rq_shows_it(redis_client):
@@ -380,7 +445,7 @@ def test_remote_commands_are_not_listened_to(redis_client, run):
             super().train(order)
             seen.append(redis_client.pubsub_numsub("rq:pubsub:sample-worker"))
 
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
     work(redis_client, Listening())
     assert [count for [(_, count)] in seen] == [0]
 
@@ -395,8 +460,8 @@ def test_worker_told_to_stop_between_jobs_takes_no_further_one(redis_client, run
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one changes nothing
 
-    queueing.enqueue(redis_client, QUEUE, run.order(1))
-    queueing.enqueue(redis_client, QUEUE, run.order(2))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    queueing.Queues(redis_client).enqueue(QUEUE, run.order(2))
     assert work(redis_client, Stopping()) == ["sample-00000001"]
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000002"]
 

@@ -366,6 +366,19 @@ def test_heartbeat_knows_the_job_only_while_it_is_trained(fake_run, site):
     assert site.heartbeat._current is None
 
 
+def test_whoever_shows_a_job_hears_of_its_progress_and_an_outage_of_that_does_not_end_it(fake_run, site):
+    heard = []
+
+    def show():
+        heard.append(site.heartbeat._current)
+        raise redis.ConnectionError
+
+    site.round.on_progress = show
+    [entry] = site.train()
+    assert entry.kind == "update"
+    assert [claim.job for claim in heard] == ["sample-00000001"] * 3, "the base is there, a batch is done, so is all"
+
+
 # Orders that are not this worker's
 
 

@@ -65,7 +65,7 @@ def start(run, task, candidates=(("client-0",),), once=False, config: Config | N
 
 def enqueue(run, number=1, client="client-0"):
     run.dispatch(number, client)
-    queueing.enqueue(run.client, run.keys.queue(client), run.order(number, client))
+    queueing.Queues(run.client).enqueue(run.keys.queue(client), run.order(number, client))
 
 
 def kinds(run):

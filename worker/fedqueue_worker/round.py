@@ -63,6 +63,7 @@ class Round:
         self._data: dict[str, Any] = {}
         self._policy, self._outbox = policy, outbox
         self._patience = Patience(lambda: self.told_to_stop)
+        self.on_progress: Callable[[], None] = lambda: None
         self.jobs = 0
         self.told_to_stop = False
         self.interruptible = False
@@ -113,15 +114,15 @@ class Round:
         self._patience.ride_out(lambda: self._store.fetch_model(claim.version, self._down, self._base))
         if not self._keep_base:
             self._patience.ride_out(lambda: self._store.release_base(claim))
-        self._heartbeat.progress()
+        self._progress()
 
-        progress = slowed(self._heartbeat.progress, self._slowdown.get(order.client, 1.0))
+        progress = slowed(self._progress, self._slowdown.get(order.client, 1.0))
         update = attempt(self._task, self._model, self._data[order.client], order, self._base, self._local, progress)
         update = self._policy.let_out(update)
         update, wire = self._sender.encode(order.client, self._local, update, order.seed)
         update = self._store.described(update, wire)
         self._outbox.posts(claim, update, wire)
-        self._heartbeat.progress()
+        self._progress()
         refused = self._patience.ride_out(lambda: self._store.post(claim, update, wire))
         if refused in ("", "replayed"):  # replayed: it was taken, and the answer was lost
             self._sender.accepted(order.client, self._local)
@@ -130,6 +131,11 @@ class Round:
             log.warning("update refused", job=order.job, reason=refused)
         else:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
+
+    def _progress(self) -> None:
+        self._heartbeat.progress()
+        with contextlib.suppress(redis.RedisError):  # whoever looks at RQ sees less: no reason to drop the work
+            self.on_progress()
 
     def _hand_back(self, claim: Claim) -> None:
         ending = Ending(reason="returned")

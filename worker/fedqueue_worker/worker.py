@@ -45,6 +45,7 @@ from fedqueue_worker.round import HandBack, Round
 log = structlog.get_logger("fedqueue.worker")
 
 RQ_HEARTBEAT = timedelta(seconds=10)
+SHOWN_SECONDS = 1.0  # a job that takes longer is shown as running by RQ's tools
 RQ_WORKER_SECONDS = 20  # blocking reads are 15 s shorter: as long as a signal waits that came just before one began
 
 
@@ -56,6 +57,9 @@ class TrainingWorker(SimpleWorker):
     def __init__(self, *args: Any, round: Round, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.round = round
+        round.on_progress = self._show_if_long
+        self._hidden: tuple[Job, Execution] | None = None  # what runs and is not shown yet
+        self._began = 0.0
         self._asked_for_suspension: datetime | None = None
 
     @property
@@ -106,26 +110,54 @@ class TrainingWorker(SimpleWorker):
         """In one step, where RQ takes ten: our jobs have no result, no dependents, no repeats."""
         assert job.started_at
         assert job.ended_at
-        with self.connection.pipeline() as pipeline:
-            self.set_state(WorkerStatus.IDLE, pipeline)
+        shown, self._hidden = self._hidden is None, None
+        with self.connection.pipeline(transaction=shown) as pipeline:
+            if shown:
+                self.set_state(WorkerStatus.IDLE, pipeline)
+                self.cleanup_execution(job, pipeline, execution)
+            else:
+                self._state = WorkerStatus.IDLE
             self.increment_successful_job_count(pipeline=pipeline)
             self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
             pipeline.delete(job.key)
-            self.cleanup_execution(job, pipeline, execution)
+            pipeline.lrem(queue.intermediate_queue_key, 1, job.id)
             pipeline.execute()
 
+    def handle_job_failure(self, job: Job, queue: Queue, *args: Any, **kwargs: Any) -> None:
+        """As RQ's, of a job that is shown."""
+        self._show()
+        super().handle_job_failure(job, queue, *args, **kwargs)
+
     def prepare_execution(self, job: Job) -> Execution:
-        """As RQ's, with what it does in `prepare_job_execution` right after, in one step."""
-        seconds = self.get_heartbeat_ttl(job)
+        """Only in this process: what RQ writes of a job is half the commands of one that is soon over."""
+        execution = Execution(uuid.uuid4().hex, job.id, self.connection, self.name)
+        self._hidden, self._began, self._state = (job, execution), time.monotonic(), WorkerStatus.BUSY
+        return execution
+
+    def _show_if_long(self) -> None:
+        """Called whenever training has made progress."""
+        if self._hidden and time.monotonic() - self._began >= SHOWN_SECONDS:
+            self._show()
+
+    def _show(self) -> None:
+        """Write down, as RQ does, what runs."""
+        if self._hidden is None:
+            return
+        (job, execution), self._hidden = self._hidden, None
         with self.connection.pipeline() as pipeline:
-            execution = Execution.create(job, seconds, pipeline=pipeline, worker_name=self.name)
+            pipeline.exists(job.key)
+            shown = Execution.create(job, self.get_heartbeat_ttl(job), pipeline=pipeline, worker_name=self.name)
+            execution.id = shown.id
             self.executions[execution.id] = execution
-            self.set_state(WorkerStatus.BUSY, pipeline)
+            super().set_state(WorkerStatus.BUSY, pipeline)
             job.prepare_for_execution(self.name, pipeline=pipeline)
             pipeline.persist(job.key)
             pipeline.lrem(Queue(job.origin, connection=self.connection).intermediate_queue_key, 1, job.id)
-            pipeline.execute()
-        return execution
+            known = pipeline.execute()[0]
+            if not known:  # its coordinator has just given it up: nothing of it may stay behind
+                pipeline.delete(job.key)
+                self.cleanup_execution(job, pipeline, execution)
+                pipeline.execute()
 
     def prepare_job_execution(self, job: Job, remove_from_intermediate_queue: bool = False) -> None:
         """Done."""
