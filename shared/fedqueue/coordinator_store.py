@@ -166,11 +166,12 @@ class CoordinatorStore(Store):
         keys = self.keys
         lines, sums = [packed({**record, "token": self.token}) for record in records], packed(totals)
         staged = keys.staged_model(self.token), keys.staged_state(self.token)
-        model_chunks = self.write_blob(staged[0], model, STAGED_SECONDS)
-        state_chunks = self.write_blob(staged[1], optimizer_state, STAGED_SECONDS)
+        model_chunks, state_chunks = chunks_of(model.nbytes), chunks_of(optimizer_state.nbytes)
+        first = self.begin_blob(staged[0], model, STAGED_SECONDS)
+        first += self.begin_blob(staged[1], optimizer_state, STAGED_SECONDS)
         if self.authority:  # the seal is one more chunk of the model: committed, and deleted, with it
             sealed = self.authority.seal_version(version, model, optimizer_state, job_number, lines, sums)
-            self.redis.set(f"{staged[0]}:{model_chunks}", sealed, ex=STAGED_SECONDS)
+            first.append(("SET", f"{staged[0]}:{model_chunks}", sealed, "EX", STAGED_SECONDS))
             model_chunks += 1
         most_model, most_payload = (chunks_of(max(most, model.nbytes)) for most in most_bytes)
         merged_args: list[Any] = []
@@ -187,6 +188,7 @@ class CoordinatorStore(Store):
                 most_model + 1, most_payload,
                 *lines, *merged_args,
             ],
+            first,
         )  # fmt: skip
         if answer[0] != 1:
             for prefix, chunks in zip(staged, (model_chunks, state_chunks), strict=True):

@@ -132,6 +132,13 @@ class Store:
             self.redis.set(f"{prefix}:{i}", memoryview(buffer[i * CHUNK : (i + 1) * CHUNK]), ex=seconds)  # type: ignore[arg-type]
         return chunks
 
+    def begin_blob(self, prefix: str, buffer: BlobBuffer, seconds: int) -> list[tuple[Any, ...]]:
+        """As `write_blob`; a buffer of one chunk is not written yet: the command that does travels with a script."""
+        if chunks_of(buffer.nbytes) > 1:
+            self.write_blob(prefix, buffer, seconds)
+            return []
+        return [("SET", f"{prefix}:0", memoryview(buffer), "EX", seconds)] if buffer.nbytes else []  # type: ignore[arg-type]
+
     def read_blob(self, prefix: str, into: BlobBuffer) -> None:
         """Fill `into` from the chunks at `prefix`.
 

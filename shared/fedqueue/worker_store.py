@@ -163,12 +163,8 @@ class WorkerStore(Store):
         """
         update = self.described(update, payload)
         prefix = self.keys.payload(claim.job, claim.attempt)
-        chunks, first = [f"{prefix}:{i}" for i in range(update.chunks)], []
-        if len(chunks) == 1:
-            first = [("SET", chunks[0], memoryview(payload), "EX", PAYLOAD_SECONDS)]  # type: ignore[arg-type]
-        else:
-            self.write_blob(prefix, payload, PAYLOAD_SECONDS)
-        return self._post(claim, "update", update.pack(), chunks, first)
+        chunks = [f"{prefix}:{i}" for i in range(update.chunks)]
+        return self._post(claim, "update", update.pack(), chunks, self.begin_blob(prefix, payload, PAYLOAD_SECONDS))
 
     def end(self, claim: Claim, ending: Ending) -> str:
         """Report that the attempt ends without an update; returns as `post` does."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedqueue.coordinator_store import CoordinatorStore
@@ -36,7 +36,11 @@ class StoreWithPoints(CoordinatorStore):
 
     at: Callable[[str], None] = staticmethod(lambda point: None)
 
-    def script(self, name: str, keys: list[str], args: list[Any]) -> Any:
+    def script(self, name: str, keys: list[str], args: list[Any], after: Sequence[Sequence[Any]] = ()) -> Any:
+        """What would travel with the script goes before it, one by one: a connection may break between any two."""
+        for command in after:
+            self.redis.execute_command(*command)
+            self.at("between blobs")
         self.at(f"before {name}.lua")
         answer = super().script(name, keys, args)
         self.at(f"after {name}.lua")

@@ -668,7 +668,7 @@ def test_commit_of_its_predecessors_version_by_a_successor_is_refused(run):
 def test_commit_whose_staged_chunks_expired_is_refused_before_anything_changes(chunks, run, monkeypatch):
     run.posted()
     before = run.contents()
-    monkeypatch.setattr(CoordinatorStore, "write_blob", lambda self, prefix, buffer, seconds=None: chunks)
+    monkeypatch.setattr(CoordinatorStore, "begin_blob", lambda self, prefix, buffer, seconds: [])
     with pytest.raises(StoreError, match="not committed within"):
         run.publish(1, run.updates())
     assert run.contents() == before
