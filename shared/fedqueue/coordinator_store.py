@@ -21,6 +21,7 @@ from fedqueue.signing import digest_of, packed
 from fedqueue.store import BlobBuffer, Store, chunks_of, number
 
 STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
+LOOKED_AT = 1000  # open jobs in one commit, to see which versions nobody holds any more
 MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # of a job's payload that are deleted with it: how many there are, workers say
 
 
@@ -185,7 +186,7 @@ class CoordinatorStore(Store):
                 self.token, version, len(lines), sums,
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
-                most_model + 1, most_payload,
+                most_model + 1, most_payload, LOOKED_AT,
                 *lines, *merged_args,
             ],
             first,

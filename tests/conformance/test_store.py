@@ -674,6 +674,22 @@ def test_commit_whose_staged_chunks_expired_is_refused_before_anything_changes(c
     assert run.contents() == before
 
 
+def test_with_many_open_jobs_it_is_looked_in_every_so_many_commits_what_they_hold(run, monkeypatch):
+    monkeypatch.setattr("fedqueue.coordinator_store.LOOKED_AT", 2)
+    worker = run.join()
+    claims = [worker.claim(run.dispatch(number), 60) for number in (1, 2, 3, 4, 5)]
+    stored = [run.publish(version) for version in range(1, 7)]
+    assert stored == [{0, 1}, {0, 1, 2}, {0, 3}, {0, 3, 4}, {0, 3, 4, 5}, {0, 6}], "with five of them, in each third"
+    for claim in claims[1:]:
+        run.post(worker, claim)
+    run.publish(7, run.updates())
+    assert run.coordinator.stored_versions() == [0, 7], "one is open: in each"
+    worker.release_base(claims[0])
+    run.publish(8)
+    models = {name for name in run.names() if name.startswith("model:")}
+    assert (run.coordinator.stored_versions(), models) == ([8], {"model:8:0"})
+
+
 def test_version_stays_stored_while_a_job_holds_it_and_no_longer(chunks, run):
     """I5: a version that some worker has begun to fetch is not deleted under it."""
     worker = run.join()

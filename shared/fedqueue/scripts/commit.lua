@@ -11,10 +11,12 @@
 -- ARGV[11] keep      1: merged payloads are moved to "kept:" of their prefix, where no late post of a worker reaches them
 -- ARGV[12] prefix of attempt keys, ARGV[13] of streams
 -- ARGV[14] most chunks that a version may have, ARGV[15] or the payload of an update: compressed ones differ in size
--- ARGV[16…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt
+-- ARGV[16] open jobs for each of which it is looked once in so many commits: with so many at most, at each commit
+-- ARGV[17…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt
 -- Returns {1, versions still stored…}, {0} where the head is not what was expected, {-1} where another one leads,
 -- {-2} where a staged chunk is gone.
--- A version stays stored while it is the head, some open job holds it as its base, or the coordinator itself does.
+-- A version stays stored while it is the head, some open job holds it as its base, or the coordinator itself does. Where
+-- many jobs are open, which of the older ones nobody holds is found out later, so that a commit does not cost more.
 local blobs = {{ARGV[7], tonumber(ARGV[9])}, {ARGV[8], tonumber(ARGV[10])}}
 local function each_staged(token, act)
   for _, blob in ipairs(blobs) do
@@ -39,8 +41,8 @@ if head == version - math.max(1, records) then
   end)
   redis.call('HSET', KEYS[2], 'version', version, 'totals', ARGV[4], 'state_chunks', ARGV[10], 'token', ARGV[1])
   redis.call('ZADD', KEYS[3], version, version)
-  for i = 16, 15 + records do redis.call('XADD', KEYS[4], '*', 'record', ARGV[i]) end
-  for i = 16 + records, #ARGV, 4 do
+  for i = 17, 16 + records do redis.call('XADD', KEYS[4], '*', 'record', ARGV[i]) end
+  for i = 17 + records, #ARGV, 4 do
     local client, entry, job, attempt = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
     redis.call('XDEL', ARGV[13] .. client, entry)
     redis.call('UNLINK', ARGV[5] .. job, ARGV[12] .. job)
@@ -58,17 +60,21 @@ elseif head ~= version or last[2] ~= ARGV[1] then
   return {0}
 end  -- else: this very commit, repeated because its answer was lost
 local held = {}
-for _, base in ipairs(redis.call('SMEMBERS', KEYS[6])) do held[base] = true end
-for _, job in ipairs(redis.call('SMEMBERS', KEYS[5])) do
-  local attempt = redis.call('HMGET', ARGV[12] .. job, 'held', 'base')
-  if attempt[1] and attempt[2] then held[attempt[2]] = true end
+local looks = redis.call('HINCRBY', KEYS[2], 'unlooked', 1) * ARGV[16] >= redis.call('SCARD', KEYS[5])
+if looks then
+  redis.call('HDEL', KEYS[2], 'unlooked')
+  for _, base in ipairs(redis.call('SMEMBERS', KEYS[6])) do held[base] = true end
+  for _, job in ipairs(redis.call('SMEMBERS', KEYS[5])) do
+    local attempt = redis.call('HMGET', ARGV[12] .. job, 'held', 'base')
+    if attempt[1] and attempt[2] then held[attempt[2]] = true end
+  end
 end
 local stored = {1}
 for _, old in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
   if tonumber(old) ~= version then
     for chunk = 0, tonumber(ARGV[10]) - 1 do redis.call('UNLINK', ARGV[8] .. old .. ':' .. chunk) end
   end
-  if tonumber(old) == version or held[old] then
+  if tonumber(old) == version or held[old] or not looks then
     stored[#stored + 1] = tonumber(old)
   else
     redis.call('ZREM', KEYS[3], old)
