@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import zlib
 
 import msgpack
 import pytest
+import redis
 import rq.serializers
 import rq.utils
 import rq.webhook
@@ -40,7 +42,8 @@ class Recorder:
         raise AssertionError("the worker says what is to be called")
 
     def train(self, order):
-        self.on_progress()
+        with contextlib.suppress(redis.RedisError):  # as a round does
+            self.on_progress()
         self.orders.append(order["job"])
         if self._raises:
             raise self._raises
@@ -150,7 +153,7 @@ def test_enqueued_order_is_a_job_of_rq(redis_client, run):
     assert job.description == "train c0 for sample"
 
 
-def test_queue_is_listed_once_for_all_its_jobs(redis_client, run, monkeypatch):
+def test_queue_is_listed_once_for_all_its_jobs(redis_client, run):
     queues = queueing.Queues(redis_client)
     for number in (1, 2):
         queues.enqueue(QUEUE, run.order(number))
@@ -213,10 +216,8 @@ def test_job_that_takes_long_is_shown_as_running(redis_client, run, duration):
         def train(self, order):
             super().train(order)
             (worker,) = RqWorker.all(connection=redis_client)
-            self.state, self.running = (
-                worker.get_state(),
-                client_queue(redis_client, QUEUE).started_job_registry.get_job_ids(),
-            )
+            self.state = worker.get_state()
+            self.running = client_queue(redis_client, QUEUE).started_job_registry.get_job_ids()
             self.job = Job.fetch(order["job"], connection=redis_client, serializer=Serializer)
 
     looking = Looking()
@@ -427,8 +428,8 @@ def test_planted_keys_that_break_the_bookkeeping_of_a_job_do_not_end_the_worker(
     plant(redis_client)
     redis_client.set("rq:executions:planted", "where RQ expects a sorted set")
     queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
-    assert work(redis_client)[-1] == "sample-00000001"
-    assert redis_client.ttl(TrainingJob.key_for("planted")) != -1, "gone, or about to"
+    assert work(redis_client) == ["planted", "sample-00000001"]
+    assert not redis_client.exists(TrainingJob.key_for("planted"))
 
 
 def test_timeout_of_a_record_says_nothing_about_how_long_rq_shows_it(redis_client):

@@ -48,6 +48,7 @@ def dethroned(run):
 
 def test_lead_goes_to_the_first_who_asks_and_a_second_waits(run):
     second = other(run)
+    assert run.coordinator.token > 0
     assert (second.lead(60), second.token) == (False, 0)
 
 

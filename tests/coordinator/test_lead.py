@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import msgpack
@@ -100,7 +101,7 @@ class Scripted(CoordinatorStore):
 
 
 def coordinator_of(client, folder, *steps, seconds=0.0, store_class=Scripted):
-    """One for a run without clients; `steps` may call `pause` of it."""
+    """One for a run without clients; after the steps it leaves the run as it is."""
     config = parse_config(
         {
             "name": "line",
@@ -110,13 +111,7 @@ def coordinator_of(client, folder, *steps, seconds=0.0, store_class=Scripted):
         }
     )
     store = store_class(client, "line", "me")
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        now += 1.0
-        return now
-
+    clock = itertools.count(1.0).__next__
     coordinator = Coordinator(config, Line(), store, folder, clock=clock, sleep=lambda seconds: None)
     store.steps = [*steps, coordinator.pause]
     return coordinator

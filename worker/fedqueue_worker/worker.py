@@ -121,7 +121,12 @@ class TrainingWorker(SimpleWorker):
             self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
             pipeline.delete(job.key)
             pipeline.lrem(queue.intermediate_queue_key, 1, job.id)
-            pipeline.execute()
+            try:
+                pipeline.execute()
+            except redis.ResponseError as error:  # RQ would call what was trained failed, and keep its record
+                if is_outage(error):
+                    raise
+                self._drop(job.id, queue, error)
 
     def handle_job_failure(self, job: Job, queue: Queue, *args: Any, **kwargs: Any) -> None:
         """As RQ's, of a job that is shown."""

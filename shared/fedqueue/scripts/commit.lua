@@ -11,7 +11,7 @@
 -- ARGV[11] keep      1: merged payloads are moved to "kept:" of their prefix, where no late post of a worker reaches them
 -- ARGV[12] prefix of attempt keys, ARGV[13] of streams
 -- ARGV[14] most chunks that a version may have, ARGV[15] or the payload of an update: compressed ones differ in size
--- ARGV[16] open jobs for each of which it is looked once in so many commits: with so many at most, at each commit
+-- ARGV[16] how many open jobs may be asked what they hold at each commit; n times as many are at every n-th
 -- ARGV[17…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt
 -- Returns {1, versions still stored…}, {0} where the head is not what was expected, {-1} where another one leads,
 -- {-2} where a staged chunk is gone.
