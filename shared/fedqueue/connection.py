@@ -1,4 +1,4 @@
-"""A Redis connection with explicit timeouts, retries and a packer that does not copy large arguments.
+"""A Redis connection with explicit timeouts and retries, which does not copy blobs.
 
 Every write of fedqueue is conditional or idempotent, so a command that is retried after a lost answer is safe.
 """
@@ -24,6 +24,7 @@ from redis.retry import Retry
 from redis.sentinel import Sentinel, SentinelManagedConnection
 
 from fedqueue.errors import ConfigurationError, ServerUnavailable
+from fedqueue.receiving import Receiving, ReceivingParser
 from fedqueue.tls import Tls
 
 SOCKET_SECONDS = 60.0  # one chunk of 32 MiB at 1 MB/s fits; blocking reads stay below
@@ -43,14 +44,17 @@ class _Packer:
         return serializer.pack(*args)  # type: ignore[no-any-return]
 
 
-class _CopyFreePacker:
-    """Packs commands so that a blob (a memoryview) goes out as it is."""
+class _CopyFree(Receiving):
+    """A blob (a memoryview) goes out as it is, and comes in right where it is wanted."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"parser_class": ReceivingParser, **kwargs})
 
     def _construct_command_packer(self, packer: Any) -> Any:
         return packer or _Packer(PythonRespSerializer(self._buffer_cutoff, self.encoder.encode))  # type: ignore[attr-defined]
 
 
-class TcpConnection(_CopyFreePacker, Connection):
+class TcpConnection(_CopyFree, Connection):
     pass
 
 
@@ -58,7 +62,7 @@ class TlsRefused(redis.RedisError):
     """A handshake that fails again however often it is tried. Of redis-py's tree, since any command may raise it."""
 
 
-class TlsConnection(_CopyFreePacker, SSLConnection):
+class TlsConnection(_CopyFree, SSLConnection):
     """TLS by our own context: redis-py's trusts the system's authorities even where an own CA is given."""
 
     def __init__(self, *args: Any, tls: Tls | None = None, **kwargs: Any) -> None:
@@ -96,7 +100,7 @@ class PrimaryTlsConnection(SentinelManagedConnection, TlsConnection):
     """The same; the primary's certificate has to be for the address that the sentinels give."""
 
 
-class UnixConnection(_CopyFreePacker, UnixDomainSocketConnection):
+class UnixConnection(_CopyFree, UnixDomainSocketConnection):
     pass
 
 

@@ -19,6 +19,7 @@ import redis
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
 from fedqueue.keys import RUNS, Keys
 from fedqueue.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
+from fedqueue.receiving import Answer, Part, get_parts
 from fedqueue.signing import peek
 
 if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do without
@@ -29,7 +30,7 @@ if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do wi
     from fedqueue.payload import Codec
 
 CHUNK = 32 * 1024 * 1024  # bytes
-READ = 4 * 1024 * 1024  # bytes of a chunk that are asked for at once: all that is held twice
+READ = 4 * 1024 * 1024  # bytes of a chunk that are asked for at once: all that the server holds twice
 _SCRIPTS = resources.files("fedqueue").joinpath("scripts")
 BlobBuffer: TypeAlias = "npt.NDArray[np.uint8]"
 
@@ -147,23 +148,17 @@ class Store:
         for i in range(chunks_of(into.nbytes)):
             place = into[i * CHUNK : (i + 1) * CHUNK]
             for start in range(0, place.nbytes, READ):
-                part = place[start : start + READ]
-                # One byte more than wanted tells a larger chunk, of which no more is ever read.
-                end = start + part.nbytes - (start + READ < place.nbytes)
-                got = cast(bytes, self.redis.getrange(f"{prefix}:{i}", start, end))
-                _fill(part, got, f"{prefix}:{i}", start, place.nbytes)
+                part = _part(f"{prefix}:{i}", place, start)
+                _check(part, get_parts(self.redis, [part])[0], place.nbytes)
 
     def read_sealed(self, version: int, into: BlobBuffer) -> bytes:
         """Fill `into` with a version, as `read_blob`; returns its seal, which comes with it where both are small."""
-        name, seal = f"{self.keys.model(version)}:0", self._seal(version, into.nbytes)
         if into.nbytes > READ:
             self.read_blob(self.keys.model(version), into)
             return self.read_seal(version, into.nbytes)
-        pipe = self.redis.pipeline(transaction=False)
-        pipe.getrange(name, 0, into.nbytes)
-        pipe.getrange(seal, 0, MAX_MESSAGE)
-        got, sealed = pipe.execute()
-        _fill(into, got, name, 0, into.nbytes)
+        part = _part(f"{self.keys.model(version)}:0", into, 0)
+        got, sealed = get_parts(self.redis, [part, Part(self._seal(version, into.nbytes), 0, MAX_MESSAGE)])
+        _check(part, got, into.nbytes)
         return cast(bytes, sealed)
 
     def blob_size(self, prefix: str, codec: Codec) -> int:
@@ -300,16 +295,20 @@ class Store:
         raise BlobMissing(self.keys.model(version))
 
 
-def _fill(part: BlobBuffer, got: bytes, name: str, start: int, whole: int) -> None:
-    """Raises BlobMissing where there is nothing, StoreError for other than was wanted of a chunk of `whole` bytes."""
-    import numpy as np  # what reads no blob answers sooner without it
+def _part(key: str, chunk: BlobBuffer, start: int) -> Part:
+    """What is read at once of a chunk. At its end one byte more is asked for: it tells a larger one."""
+    place = chunk[start : start + READ]
+    return Part(key, start, start + place.nbytes - (start + READ < chunk.nbytes), memoryview(place))  # type: ignore[arg-type]
 
-    if not got and not start:
-        raise BlobMissing(name)
-    if len(got) != part.nbytes:
-        more = " or more" if len(got) > part.nbytes else ""
-        raise StoreError(f"{name} has {start + len(got)}{more} bytes, expected {whole}")
-    part[:] = np.frombuffer(got, np.uint8)
+
+def _check(part: Part, got: Answer, whole: int) -> None:
+    """Raises BlobMissing where there is nothing, StoreError for other than was wanted of a chunk of `whole` bytes."""
+    if got is None:
+        return
+    if not got and not part.start:
+        raise BlobMissing(part.key)
+    more = " or more" if part.into is not None and len(got) > part.into.nbytes else ""
+    raise StoreError(f"{part.key} has {part.start + len(got)}{more} bytes, expected {whole}")
 
 
 def plain_json(data: bytes) -> dict[str, Any]:
