@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fedqueue.errors import WireError
+from fedqueue.errors import SignatureError, StoreError, WireError
 from fedqueue.frame import Delta
 from fedqueue.messages import Update, read
 from fedqueue.payload import Codec
@@ -86,16 +86,23 @@ def admit_to_round(base: int, version: int) -> None:
 
 
 def admit_frame(frame: Delta) -> float:
-    """The L2 norm of the parameters' delta; raises Inadmissible unless every float is finite.
+    """The L2 norm of the parameters' delta; raises Inadmissible unless all of it can be read and is finite.
 
     One pass, piece by piece: the norm of a vector is finite exactly where no element is NaN or infinite and
     its squares do not overflow, and a delta whose norm exceeds 1e19 is no training result either.
     """
     try:
         norm = math.hypot(*(float(torch.linalg.vector_norm(values)) for _, values in frame.pieces()))
-    except WireError as error:
-        raise Inadmissible(MALFORMED, str(error)) from error
+    except (StoreError, WireError) as error:
+        raise Inadmissible(why_unusable(error), str(error)) from error
     buffers = float(torch.linalg.vector_norm(frame.buffers)) if len(frame.buffers) else 0.0
     if not (math.isfinite(norm) and math.isfinite(buffers)):
         raise Inadmissible(NON_FINITE, "the payload holds NaN, infinity, or values whose norm overflows float32")
     return norm
+
+
+def why_unusable(error: StoreError | WireError) -> str:
+    """The reason for which a payload is rejected that cannot be read, is not what was signed, or is no frame."""
+    if isinstance(error, StoreError):
+        return UNREADABLE
+    return TAMPERED if isinstance(error, SignatureError) else MALFORMED

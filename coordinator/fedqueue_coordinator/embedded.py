@@ -60,7 +60,7 @@ class EmbeddedServer:
             "port": "0", "unixsocket": self._socket, "unixsocketperm": "700", "dir": str(self.folder.resolve()),
             "appendonly": "yes", "appendfsync": "everysec", "save": "", "daemonize": "no",
             "proto-max-bulk-len": str(CHUNK),
-            # Every blob goes through the log. By default it would be written anew as soon as it is twice what is stored.
+            # Every blob goes through the log; by default it is written anew as soon as it is twice what is stored.
             "auto-aof-rewrite-min-size": "1gb",
         }  # fmt: skip
         arguments = [word for key, value in options.items() for word in (f"--{key}", value)]

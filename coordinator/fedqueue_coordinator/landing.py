@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 
+from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.frame import Delta
 from fedqueue.payload import Codec
-from fedqueue.store import BlobBuffer
+from fedqueue.store import CHUNK, BlobBuffer
 from fedqueue_coordinator.aggregation import Accumulator, Aggregator
+from fedqueue_coordinator.events import Load
+from fedqueue_coordinator.streamed import Streamed
 
 
 class Landing:
-    """Where updates are merged as they come: the empty accumulator's own memory, and one payload beside it.
+    """Where updates are merged as they come: the empty accumulator's own memory, or one payload beside it.
 
-    So a federation that merges one by one holds the model and one more, a buffered one two more, whatever is on its
-    way. Where an aggregator keeps its updates, each has memory of its own.
+    A plain payload of more than a chunk that finds the accumulator taken is not held at all (`streamed.py`). So a
+    federation holds the model and one more, whatever is on its way. Where an aggregator keeps its updates, each has
+    memory of its own.
     """
 
     def __init__(self, aggregator: Aggregator, accumulator: Accumulator, codec: Codec) -> None:
         self._aggregator, self._accumulator, self._codec = aggregator, accumulator, codec
         self._beside = np.empty(0, np.uint8)
 
-    def place(self, nbytes: int) -> BlobBuffer:
-        """Memory for a payload of at most `codec.largest` bytes, as long as it takes to merge or reject it."""
+    def receive(self, store: CoordinatorStore, load: Load) -> Delta:
+        """The update; it is valid until it is merged or rejected.
+
+        Raises as `CoordinatorStore.read_payload`, and WireError for what is none.
+        """
+        job, attempt, header = load.arrived.job, load.arrived.attempt, load.header
+        place = self._place(header.nbytes)
+        if place is None:
+            read = partial(store.read_span, store.keys.payload(job, attempt))
+            return Streamed(self._codec.manifest, read, header.digest if store.authority else "")
+        store.read_payload(job, attempt, header.digest, place)
+        return self._codec.decode(place)
+
+    def _place(self, nbytes: int) -> BlobBuffer | None:
+        """Memory for a payload of at most `codec.largest` bytes; None where there is to be none."""
         if not self._aggregator.takes_pieces:
             return np.empty(nbytes, np.uint8)
         if self._codec.identity and self._accumulator.updates == 0:
             return self._accumulator.memory
+        if self._codec.identity and nbytes > CHUNK:
+            return None
         if self._beside.nbytes < nbytes:
             self._beside = np.empty(self._codec.largest, np.uint8)
         return self._beside[:nbytes]

@@ -19,14 +19,14 @@ from fedqueue import queueing
 from fedqueue.config import Config
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.entries import Entry
-from fedqueue.errors import Fenced, SignatureError, StoreError, WireError
+from fedqueue.errors import Fenced, StoreError, WireError
 from fedqueue.frame import Frame
 from fedqueue.messages import Evaluation, Order
 from fedqueue.outage import Patience
 from fedqueue.store import chunks_of
 from fedqueue.task import Task
 from fedqueue.training import choose_device
-from fedqueue_coordinator.admission import MALFORMED, TAMPERED
+from fedqueue_coordinator.admission import TAMPERED, why_unusable
 from fedqueue_coordinator.bases import Bases
 from fedqueue_coordinator.catalogue import check_algorithms
 from fedqueue_coordinator.checkpoint import FILE as CHECKPOINT_FILE
@@ -59,6 +59,7 @@ from fedqueue_coordinator.hearing import Hearing, reason_of
 from fedqueue_coordinator.lead import KeepLead, take_the_lead
 from fedqueue_coordinator.ledger import Record, abandoned_record, evaluation_record, rejected_record
 from fedqueue_coordinator.replay import REPLAY_FOLDER, keep_replay
+from fedqueue_coordinator.streamed import Torn
 from fedqueue_coordinator.summary import Result
 from fedqueue_coordinator.takeover import as_buffer, most_bytes, orders_to_queue, registered, take_over
 
@@ -127,6 +128,8 @@ class Coordinator:
                 return self._lead(standby)
             except redis.RedisError as error:
                 self._patience.wait(error)
+            except Torn as error:
+                log.error("an update was changed while it was merged: the buffer is read again", error=str(error))
             except Fenced:
                 if self.store.exists():
                     raise
@@ -178,9 +181,8 @@ class Coordinator:
         for entry in store.unacknowledged():
             self._take(entry)
         registrations = registered(store, self._hearing)
-        for client in store.alive_clients():
-            if client in registrations:
-                self._handle(ClientJoined(client, registrations[client]))
+        for client in filter(registrations.__contains__, store.alive_clients()):
+            self._handle(ClientJoined(client, registrations[client]))
 
     # Events
 
@@ -211,10 +213,9 @@ class Coordinator:
             log.warning("client was revoked", client=client)
             self._handle(ClientLeft(client, keeps_job=True))
         jobs, clients = self.store.lapsed()
-        for client in clients:
-            if self.store.bury(client):
-                log.warning("client is gone", client=client)
-                self._handle(ClientLeft(client, keeps_job=True))
+        for client in filter(self.store.bury, clients):
+            log.warning("client is gone", client=client)
+            self._handle(ClientLeft(client, keeps_job=True))
         for job in jobs:
             client = self.federation.open_jobs.get(job, "")
             record = abandoned_record(job, client, "lapsed", "", self.federation.version, self._now())
@@ -292,8 +293,7 @@ class Coordinator:
                     log.info("stopping", because=because)
 
     def _enqueue(self, order: Order, packed: bytes) -> None:
-        sealed = packed if self.store.authority else None
-        self._queues.enqueue(self.store.keys.queue(order.client), order, sealed)
+        self._queues.enqueue(self.store.keys.queue(order.client), order, packed if self.store.authority else None)
 
     @property
     def _payload_chunks(self) -> int:
@@ -301,20 +301,21 @@ class Coordinator:
 
     def _load(self, load: Load) -> None:
         arrived = load.arrived
-        wire = self.federation.landing.place(load.header.nbytes)
         try:
-            self.store.read_payload(arrived.job, arrived.attempt, load.header.digest, wire)
-            delta = self.federation.up.decode(wire)
+            delta = self.federation.landing.receive(self.store, load)
             base = self._bases.of(arrived.base) if load.with_base else None
-        except StoreError as error:
-            self._handle(UpdateUnreadable(load, str(error)))
-            return
-        except WireError as error:
-            reason = TAMPERED if isinstance(error, SignatureError) else MALFORMED
-            self._handle(UpdateUnreadable(load, str(error), reason))
+        except (StoreError, WireError) as error:
+            self._handle(UpdateUnreadable(load, str(error), why_unusable(error)))
             return
         self._at("after load")
-        self._handle(UpdateLoaded(load, delta, base))
+        try:
+            actions = self.federation.handle(UpdateLoaded(load, delta, base), self._now())
+        except Torn as error:
+            self._publish()
+            record = rejected_record(arrived, TAMPERED, str(error), self.federation.version, self._now())
+            self.store.close(arrived.job, record, self._payload_chunks, arrived.entry)
+            raise
+        self._do(actions)
 
     def _publish(self) -> None:
         """Commit the versions that were made: one step for all that came out of the entries read at once.

@@ -42,6 +42,8 @@ MAX_NAME = 512
 MAX_DIMENSIONS = 64
 MAX_MANIFEST = 16 * 1024 * 1024  # bytes
 
+PIECE = 1_048_576  # elements of a frame that are gone through at once
+
 Piece = tuple[slice | torch.Tensor, torch.Tensor]
 """Where, a slice or int64 positions, and the float32 values there."""
 
@@ -206,7 +208,9 @@ class Frame:
         self.counters = torch.from_numpy(self.buffer[edge:].view(np.int64))
 
     def pieces(self) -> Iterator[Piece]:
-        yield slice(0, len(self.parameters)), self.parameters
+        for start in range(0, len(self.parameters), PIECE):
+            where = slice(start, min(start + PIECE, len(self.parameters)))
+            yield where, self.parameters[where]
 
     def whole(self) -> Frame:
         return self

@@ -145,18 +145,25 @@ class Store:
 
         Raises BlobMissing for a chunk that is not there, and StoreError for one of another size.
         """
-        for i in range(chunks_of(into.nbytes)):
-            place = into[i * CHUNK : (i + 1) * CHUNK]
-            for start in range(0, place.nbytes, READ):
-                part = _part(f"{prefix}:{i}", place, start)
-                _check(part, get_parts(self.redis, [part])[0], place.nbytes)
+        self.read_span(prefix, 0, into, into.nbytes)
+
+    def read_span(self, prefix: str, start: int, into: BlobBuffer, whole: int) -> None:
+        """Fill `into` with what begins at byte `start` of a blob of `whole` bytes; raises as `read_blob`."""
+        done = 0
+        while done < into.nbytes:
+            number, offset = divmod(start + done, CHUNK)
+            place = into[done : done + min(READ, CHUNK - offset)]
+            chunk = min(CHUNK, whole - number * CHUNK)
+            part = _part(f"{prefix}:{number}", offset, place, chunk)
+            _check(part, get_parts(self.redis, [part])[0], chunk)
+            done += place.nbytes
 
     def read_sealed(self, version: int, into: BlobBuffer) -> bytes:
         """Fill `into` with a version, as `read_blob`; returns its seal, which comes with it where both are small."""
         if into.nbytes > READ:
             self.read_blob(self.keys.model(version), into)
             return self.read_seal(version, into.nbytes)
-        part = _part(f"{self.keys.model(version)}:0", into, 0)
+        part = _part(f"{self.keys.model(version)}:0", 0, into, into.nbytes)
         got, sealed = get_parts(self.redis, [part, Part(self._seal(version, into.nbytes), 0, MAX_MESSAGE)])
         _check(part, got, into.nbytes)
         return cast(bytes, sealed)
@@ -295,10 +302,10 @@ class Store:
         raise BlobMissing(self.keys.model(version))
 
 
-def _part(key: str, chunk: BlobBuffer, start: int) -> Part:
-    """What is read at once of a chunk. At its end one byte more is asked for: it tells a larger one."""
-    place = chunk[start : start + READ]
-    return Part(key, start, start + place.nbytes - (start + READ < chunk.nbytes), memoryview(place))  # type: ignore[arg-type]
+def _part(key: str, start: int, place: BlobBuffer, chunk: int) -> Part:
+    """What is read at once of a chunk of that size. At its end one byte more is asked for: it tells a larger one."""
+    end = start + place.nbytes
+    return Part(key, start, end - (end < chunk), memoryview(place))  # type: ignore[arg-type]
 
 
 def _check(part: Part, got: Answer, whole: int) -> None:

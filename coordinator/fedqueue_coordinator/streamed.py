@@ -1,0 +1,69 @@
+"""An update that stays in Redis while it is merged: each pass reads it anew, so no model's worth of memory is taken."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from fedqueue.errors import FedqueueError, SignatureError, StoreError
+from fedqueue.frame import PIECE, Frame, Manifest, Piece, align
+from fedqueue.store import BlobBuffer
+
+
+class Torn(FedqueueError):
+    """A payload changed or went away after it was found sound: the accumulator holds a part of it."""
+
+
+class Streamed:
+    """A `Delta`. The first pass over its pieces finds out whether it is what was signed, and every later one again.
+
+    `read(start, into, whole)` fills `into` with the payload's bytes from `start` on, out of `whole`. The buffers and
+    counters, which are few, are read at once. A pass raises StoreError for bytes that are not there, SignatureError for
+    others than `digest` says (without one, than the first pass found), and Torn for either once a pass was sound.
+    """
+
+    def __init__(self, manifest: Manifest, read: Callable[[int, BlobBuffer, int], None], digest: str = "") -> None:
+        self.manifest = manifest
+        self._read, self._digest, self._sound = read, digest, False
+        edge = 4 * manifest.parameters
+        start = edge // 8 * 8  # so that the counters are aligned
+        tail = np.empty(manifest.nbytes - start, np.uint8)
+        read(start, tail, manifest.nbytes)
+        self._tail = tail[edge - start :]
+        self.buffers = torch.from_numpy(tail[edge - start : 4 * manifest.floats - start].view(np.float32))
+        self.counters = torch.from_numpy(tail[align(4 * manifest.floats) - start :].view(np.int64))
+
+    def pieces(self) -> Iterator[Piece]:
+        try:
+            yield from self._checked()
+        except (StoreError, SignatureError) as error:
+            if self._sound:
+                raise Torn(f"the payload changed while it was merged: {error}") from error
+            raise
+        self._sound = True
+
+    def whole(self) -> Frame:
+        frame = Frame(self.manifest, np.empty(self.manifest.nbytes, np.uint8))
+        for where, values in self.pieces():
+            frame.parameters[where] = values
+        frame.buffer[4 * self.manifest.parameters :] = self._tail
+        return frame
+
+    def _checked(self) -> Iterator[Piece]:
+        sum_, parameters = hashlib.sha256(), self.manifest.parameters
+        scratch: BlobBuffer = np.empty(4 * min(PIECE, parameters), np.uint8)
+        for start in range(0, parameters, PIECE):
+            end = min(start + PIECE, parameters)
+            part = scratch[: 4 * (end - start)]
+            self._read(4 * start, part, self.manifest.nbytes)
+            sum_.update(cast(Any, part))
+            yield slice(start, end), torch.from_numpy(part.view(np.float32))
+        sum_.update(cast(Any, self._tail))
+        found = sum_.hexdigest()
+        if found != (self._digest or found):
+            raise SignatureError(f"its digest is {found[:12]}…, expected {self._digest[:12]}…")
+        self._digest = found
