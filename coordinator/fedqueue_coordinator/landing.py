@@ -35,7 +35,7 @@ class Landing:
         job, attempt, header = load.arrived.job, load.arrived.attempt, load.header
         place = self._place(header.nbytes)
         if place is None:
-            read = partial(store.read_span, store.keys.payload(job, attempt))
+            read = partial(store.ahead.read_span, store.keys.payload(job, attempt))
             return Streamed(self._codec.manifest, read, header.digest if store.authority else "")
         store.read_payload(job, attempt, header.digest, place)
         return self._codec.decode(place)

@@ -153,7 +153,9 @@ class Coordinator:
         self._begin()
         while not (self.federation.stopped or self._paused):
             self._publish()
-            for entry in self.store.receive(self._wait_seconds()):
+            entries = self.store.receive(self._wait_seconds())
+            self.store.expect_payloads(entries[1:], self.federation.up)
+            for entry in entries:
                 self._take(entry)
             self._watch()
             self._handle(Tick())
@@ -190,11 +192,9 @@ class Coordinator:
         return self._clock() - self._zero
 
     def _wait_seconds(self) -> float:
-        deadline = self.federation.next_deadline()
-        ends = [LONGEST_WAIT, self._next_watch - self._now()]
-        if deadline is not None:
-            ends.append(deadline - self._now())
-        return max(0.001, min(ends))
+        now = self._now()
+        ends = [now + LONGEST_WAIT, self._next_watch, self.federation.next_deadline()]
+        return max(0.001, min(end for end in ends if end is not None) - now)
 
     def _watch(self) -> None:
         """Keep the lead, and see whose lease is over."""

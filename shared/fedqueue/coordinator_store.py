@@ -17,6 +17,7 @@ from fedqueue.inbox import Inbox
 from fedqueue.keys import RUNS
 from fedqueue.messages import Order, read
 from fedqueue.payload import Codec
+from fedqueue.read_ahead import ReadAhead
 from fedqueue.signing import digest_of, packed
 from fedqueue.store import BlobBuffer, Store, chunks_of, number
 
@@ -49,6 +50,7 @@ class CoordinatorStore(Store):
         self.authority = authority
         self.token = 0
         self._inbox = Inbox(client, self.keys)
+        self.ahead = ReadAhead(self)
 
     # Leadership
 
@@ -215,9 +217,15 @@ class CoordinatorStore(Store):
 
     def read_payload(self, job: str, attempt: int, digest: str, into: BlobBuffer) -> None:
         """Fill `into` with an update's payload; raises as `read_blob`, and SignatureError for another digest."""
-        self.read_blob(self.keys.payload(job, attempt), into)
+        self.ahead.read_span(self.keys.payload(job, attempt), 0, into, into.nbytes)
         if self.authority and digest_of(into) != digest:
             raise SignatureError(f"the payload of job {job} is not the one that its client signed")
+
+    def expect_payloads(self, entries: Iterable[Entry], codec: Codec) -> None:
+        """Begin to fetch what these updates brought, one after another: they are merged in this order."""
+        if not codec.zstd:  # else each says its size itself
+            updates = [entry for entry in entries if entry.kind == "update"]
+            self.ahead.expect((self.keys.payload(entry.job, entry.attempt), codec.nbytes) for entry in updates)
 
     def read_optimizer_state(self, version: int) -> bytes:
         chunks = int(cast(bytes | None, self.redis.hget(self.keys.head, "state_chunks")) or 0)

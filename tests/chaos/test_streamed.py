@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from scripted_run import make_config, run_to_the_end
 
 import fedqueue.frame
+from fedqueue import read_ahead
 from fedqueue.errors import BlobMissing, SignatureError
 from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.read_ahead import ReadAhead
 from fedqueue_coordinator import landing, streamed
 from fedqueue_coordinator.aggregation import Contribution, fedbuff
 from fedqueue_coordinator.audit import audit, ok, read_books
@@ -121,6 +123,19 @@ def test_run_that_streams_ends_with_the_bits_of_one_that_does_not(redis_client, 
     sent, _ = run_to_the_end(redis_client, config, tmp_path / "streamed", [])
     assert bytes(sent.model.buffer) == bytes(held.model.buffer)
     assert len(passes) >= 2 * 2 * 3  # two passes over two of three updates, for each version
+
+
+def test_run_that_reads_ahead_ends_with_the_bits_of_one_that_does_not(redis_client, tmp_path, monkeypatch):
+    config = make_config(**FEDBUFF)
+    plain, _ = run_to_the_end(redis_client, config, tmp_path / "plain", [], together=3)
+    redis_client.flushall()
+    monkeypatch.setattr(read_ahead, "LEAST", 1)
+    fetched: list[str] = []
+    fetch = ReadAhead._fetch
+    monkeypatch.setattr(ReadAhead, "_fetch", lambda self, *a: fetched.append(a[0]) or fetch(self, *a))
+    ahead, _ = run_to_the_end(redis_client, config, tmp_path / "ahead", [], together=3)
+    assert bytes(ahead.model.buffer) == bytes(plain.model.buffer)
+    assert len(fetched) >= 3
 
 
 def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_others_count(
