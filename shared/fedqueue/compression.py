@@ -32,7 +32,7 @@ from fedqueue.frame import Piece
 
 Bytes = npt.NDArray[np.uint8]
 
-PIECE = 131_072  # elements: as float32 they stay in a core's own cache
+PIECE = 524_288  # elements: as float32 they stay in the processor's cache
 LEVELS = 127  # of int8, on each side of 0
 TINY = float(np.finfo(np.float32).tiny)  # the least scale: dividing by less overflows
 MOST_INDICES = 2**32  # parameters that an index of four bytes can tell apart
