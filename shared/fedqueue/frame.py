@@ -170,7 +170,7 @@ class Manifest:
 
 
 class Delta(Protocol):
-    """An update as whoever merges it sees it: a frame, or one that is still encoded (`payload.Encoded`).
+    """An update as whoever merges it sees it: a frame, or one that is still encoded (`payload.Encoded`) or in Redis.
 
     `buffers`: float32; `counters`: int64, as in a frame.
     """
@@ -182,7 +182,7 @@ class Delta(Protocol):
     def pieces(self) -> Iterator[Piece]:
         """The parameters, piece by piece: those in no piece are 0, and a piece is valid until the next one.
 
-        Raises WireError where the encoded bytes are none.
+        Raises WireError where the encoded bytes are none; one that is read from Redis meanwhile, StoreError, too.
         """
 
     def whole(self) -> Frame:
