@@ -59,7 +59,7 @@ class UpdateLoaded:
 class UpdateUnreadable:
     load: Load
     detail: str
-    reason: str = "unreadable"
+    reason: str
 
 
 @dataclass(frozen=True)

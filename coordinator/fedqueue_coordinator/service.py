@@ -183,8 +183,9 @@ class Coordinator:
         for entry in store.unacknowledged():
             self._take(entry)
         registrations = registered(store, self._hearing)
-        for client in filter(registrations.__contains__, store.alive_clients()):
-            self._handle(ClientJoined(client, registrations[client]))
+        for client in store.alive_clients():
+            if client in registrations:
+                self._handle(ClientJoined(client, registrations[client]))
 
     # Events
 
@@ -311,9 +312,8 @@ class Coordinator:
         try:
             actions = self.federation.handle(UpdateLoaded(load, delta, base), self._now())
         except Torn as error:
-            self._publish()
             record = rejected_record(arrived, TAMPERED, str(error), self.federation.version, self._now())
-            self.store.close(arrived.job, record, self._payload_chunks, arrived.entry)
+            self._do([Close(arrived.job, arrived.entry, record)])
             raise
         self._do(actions)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -10,7 +9,8 @@ import numpy as np
 import torch
 
 from fedqueue.errors import FedqueueError, SignatureError, StoreError
-from fedqueue.frame import PIECE, Frame, Manifest, Piece, align
+from fedqueue.frame import PIECE, Frame, Manifest, Piece, align, slices
+from fedqueue.signing import new_digest
 from fedqueue.store import BlobBuffer
 
 
@@ -54,16 +54,15 @@ class Streamed:
         return frame
 
     def _checked(self) -> Iterator[Piece]:
-        sum_, parameters = hashlib.sha256(), self.manifest.parameters
+        digest, parameters = new_digest(), self.manifest.parameters
         scratch: BlobBuffer = np.empty(4 * min(PIECE, parameters), np.uint8)
-        for start in range(0, parameters, PIECE):
-            end = min(start + PIECE, parameters)
-            part = scratch[: 4 * (end - start)]
-            self._read(4 * start, part, self.manifest.nbytes)
-            sum_.update(cast(Any, part))
-            yield slice(start, end), torch.from_numpy(part.view(np.float32))
-        sum_.update(cast(Any, self._tail))
-        found = sum_.hexdigest()
+        for where in slices(parameters, PIECE):
+            part = scratch[: 4 * (where.stop - where.start)]
+            self._read(4 * where.start, part, self.manifest.nbytes)
+            digest.update(cast(Any, part))
+            yield where, torch.from_numpy(part.view(np.float32))
+        digest.update(cast(Any, self._tail))
+        found = digest.hexdigest()
         if found != (self._digest or found):
             raise SignatureError(f"its digest is {found[:12]}…, expected {self._digest[:12]}…")
         self._digest = found

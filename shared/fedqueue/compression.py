@@ -28,7 +28,7 @@ import torch
 
 from fedqueue.compression_config import CompressionConfig
 from fedqueue.errors import WireError
-from fedqueue.frame import Piece
+from fedqueue.frame import Piece, slices
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -57,11 +57,6 @@ class Encoding:
     sparse: bool = False
 
 
-def slices(length: int, piece: int = PIECE) -> Iterator[slice]:
-    """Slices of at most `piece` elements that cover a vector of that length."""
-    return (slice(start, min(start + piece, length)) for start in range(0, length, piece))
-
-
 # Narrower floats
 
 
@@ -71,7 +66,7 @@ def _narrow(name: str, dtype: torch.dtype) -> Encoding:
 
     def pieces(data: Bytes, n: int) -> Iterator[Piece]:
         narrow, scratch = torch.from_numpy(data).view(dtype), torch.empty(min(n, PIECE))
-        for part in slices(n):
+        for part in slices(n, PIECE):
             yield part, scratch[: part.stop - part.start].copy_(narrow[part])
 
     return Encoding(name, 2, lambda n: 2 * n, encode, pieces)
@@ -155,7 +150,7 @@ def topk(config: CompressionConfig) -> Encoding:
     def pieces(data: Bytes, n: int) -> Iterator[Piece]:
         steps, values = split(data)
         position = -1
-        for part in slices(len(values)):
+        for part in slices(len(values), PIECE):
             if not int(steps[part].min()):
                 raise WireError("topk: a position comes twice")
             positions = np.cumsum(steps[part], dtype=np.int64)
@@ -204,7 +199,7 @@ def largest(x: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
 def _drawn(seed: int, count: int, n: int) -> Iterator[tuple[slice, npt.NDArray[np.int64]]]:
     """Positions of elements `part` of `count`, rising, one in each of as many strata of 0 … n − 1."""
     generator = np.random.Philox(key=seed)
-    for part in slices(count):
+    for part in slices(count, PIECE):
         edges = np.arange(part.start, part.stop + 1, dtype=np.int64) * n // count
         lengths = np.diff(edges).astype(np.uint64)
         drawn = np.asarray(generator.random_raw(len(lengths)), np.uint64) % lengths

@@ -208,8 +208,7 @@ class Frame:
         self.counters = torch.from_numpy(self.buffer[edge:].view(np.int64))
 
     def pieces(self) -> Iterator[Piece]:
-        for start in range(0, len(self.parameters), PIECE):
-            where = slice(start, min(start + PIECE, len(self.parameters)))
+        for where in slices(len(self.parameters), PIECE):
             yield where, self.parameters[where]
 
     def whole(self) -> Frame:
@@ -256,6 +255,11 @@ def frame_from_state_dict(manifest: Manifest, state: Mapping[str, Any]) -> Frame
             raise ManifestMismatch(f"state_dict: {entry.name} has shape {tuple(state[entry.name].shape)}")
         frame._view(entry).copy_(state[entry.name].reshape(-1))
     return frame
+
+
+def slices(length: int, piece: int) -> Iterator[slice]:
+    """Slices of at most `piece` elements that cover a vector of that length."""
+    return (slice(start, min(start + piece, length)) for start in range(0, length, piece))
 
 
 def align(nbytes: int) -> int:

@@ -56,9 +56,10 @@ class ReadAhead:
         self._coming = None
         if self._expected:
             prefix, nbytes = self._expected.popleft()
-            if self._memory.nbytes < min(nbytes, CHUNK):
-                self._memory = np.empty(min(nbytes, CHUNK), np.uint8)
-            place = self._memory[: min(nbytes, CHUNK)]
+            ahead = min(nbytes, CHUNK)
+            if self._memory.nbytes < ahead:
+                self._memory = np.empty(ahead, np.uint8)
+            place = self._memory[:ahead]
             self._coming = (prefix, self._thread.submit(self._fetch, prefix, place, nbytes))
 
     def _fetch(self, prefix: str, place: BlobBuffer, whole: int) -> BlobBuffer:

@@ -106,12 +106,9 @@ def get_parts(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
         pool.release(connection)
 
 
-def _commands(parts: Sequence[Part]) -> list[tuple[Any, ...]]:
-    return [("GETRANGE", part.key, part.start, part.end) for part in parts]
-
-
 def _exchange(connection: Any, parts: Sequence[Part]) -> list[Answer]:
-    connection.send_packed_command(connection.pack_commands(_commands(parts)))
+    commands = [("GETRANGE", part.key, part.start, part.end) for part in parts]
+    connection.send_packed_command(connection.pack_commands(commands))
     answers: list[Answer] = []
     first: redis.ResponseError | None = None
     for part in parts:
@@ -126,6 +123,6 @@ def _exchange(connection: Any, parts: Sequence[Part]) -> list[Answer]:
 
 def _copied(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
     pipe = client.pipeline(transaction=False)
-    for command in _commands(parts):
-        pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+    for part in parts:
+        pipe.getrange(part.key, part.start, part.end)
     return [_placed(got, part.into) for part, got in zip(parts, pipe.execute(), strict=True)]

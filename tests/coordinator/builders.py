@@ -321,7 +321,7 @@ class Run:
 
     def _loaded(self, load: Load) -> UpdateLoaded | UpdateUnreadable:
         if load.arrived.job not in self.payloads:
-            return UpdateUnreadable(load, "a chunk is gone")
+            return UpdateUnreadable(load, "a chunk is gone", "unreadable")
         base = self.versions[load.arrived.base].copy() if load.with_base else None
         return UpdateLoaded(load, self.payloads[load.arrived.job].copy(), base)
 

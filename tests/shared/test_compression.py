@@ -110,7 +110,6 @@ def test_encoding_spans_pieces_without_a_seam(name, monkeypatch):
     values = np.random.default_rng(0).normal(size=1003).astype(np.float32)
     whole = sent(values, name, block=32, k=0.1)
     monkeypatch.setattr(compression, "PIECE", 64)
-    monkeypatch.setattr(compression.slices, "__defaults__", (64,))
     pieces = sent(values, name, block=32, k=0.1)
     assert (np.abs(pieces - values) <= worst(name, values, block=32)).all()
     if name != "int8":  # whose random numbers are drawn by piece
