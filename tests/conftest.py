@@ -22,6 +22,7 @@ from fedqueue.entries import Entry
 from fedqueue.errors import ServerUnavailable
 from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Order, Registration, Update
+from fedqueue.queueing import Queues, Record
 from fedqueue.store import chunks_of
 from fedqueue.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.embedded import EmbeddedServer
@@ -119,8 +120,16 @@ class SampleRun:
 
     def dispatch(self, number: int = 1, client: str = "c0", lease: float = 60) -> str:
         order = self.order(number, client)
-        self.coordinator.dispatch(order, number, lease)
+        self.dispatch_order(order, number, lease)
         return order.job
+
+    def dispatch_order(self, order: Order, number: int, lease: float = 60) -> None:
+        packed = self.coordinator.pack_order(order)
+        self.coordinator.dispatch(order, packed, self.record(order), number, lease)
+
+    def record(self, order: Order) -> Record:
+        sealed = self.coordinator.pack_order(order) if self.coordinator.authority else None
+        return Queues(self.client).record(self.keys.queue(order.client), order, sealed)
 
     def payload(self, value: float = 1.0) -> Any:
         frame = Frame(self.manifest)

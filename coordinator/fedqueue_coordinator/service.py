@@ -179,7 +179,7 @@ class Coordinator:
         self._queues = queueing.Queues(store.redis)
         self._bases = Bases(store, self.federation)
         for order in orders_to_queue(store):  # a job that is in its queue already is left alone
-            self._enqueue(order, store.pack_order(order))
+            store.enqueue(self._record(order, store.pack_order(order)))
         for entry in store.unacknowledged():
             self._take(entry)
         registrations = registered(store, self._hearing)
@@ -262,9 +262,8 @@ class Coordinator:
                         self._publish()  # the round that begins trains from it
                     order = make_order(self.config, action)
                     self._at("before dispatch")
-                    packed = self.store.dispatch(order, action.number, self.config.dispatch.lease_seconds)
-                    self._at("between dispatch and enqueue")
-                    self._enqueue(order, packed)
+                    packed, lease = self.store.pack_order(order), self.config.dispatch.lease_seconds
+                    self.store.dispatch(order, packed, self._record(order, packed), action.number, lease)
                 case Load():
                     self._load(action)
                 case Commit():
@@ -293,8 +292,9 @@ class Coordinator:
                     self._publish()
                     log.info("stopping", because=because)
 
-    def _enqueue(self, order: Order, packed: bytes) -> None:
-        self._queues.enqueue(self.store.keys.queue(order.client), order, packed if self.store.authority else None)
+    def _record(self, order: Order, packed: bytes) -> queueing.Record:
+        queue = self.store.keys.queue(order.client)
+        return self._queues.record(queue, order, packed if self.store.authority else None)
 
     @property
     def _payload_chunks(self) -> int:

@@ -166,18 +166,22 @@ class Authority:
             return False
 
     def _keys_of(self, client: str) -> list[PublicKey]:
+        known = self._known.get(client)
+        if known is None or not known.exists():
+            known = self._known[client] = self._file_of(client)
+        return known.keys
+
+    def _file_of(self, client: str) -> KeyFile[list[PublicKey]]:
         if not CLIENT_ID.fullmatch(client):
             raise NotEnrolled("no client of such a name is enrolled")
         path = self._folder / CLIENTS / f"{client}.pub"
         if not path.exists():
             revoked = (self._folder / REVOKED / path.name).exists()
             raise NotEnrolled(f"client {client} {'was revoked' if revoked else 'is not enrolled'}")
-        if client not in self._known:
-            try:
-                self._known[client] = KeyFile(path, read_public_keys)
-            except ConfigurationError as error:  # not a reason to end everybody else's run
-                raise NotEnrolled(str(error)) from None
-        return self._known[client].keys
+        try:
+            return KeyFile(path, read_public_keys)
+        except ConfigurationError as error:  # not a reason to end everybody else's run
+            raise NotEnrolled(str(error)) from None
 
 
 def load_authority(folder: Path, run: str) -> Authority:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import redis
 
@@ -19,7 +19,10 @@ from fedqueue.messages import Order, read
 from fedqueue.payload import Codec
 from fedqueue.read_ahead import ReadAhead
 from fedqueue.signing import digest_of, packed
-from fedqueue.store import BlobBuffer, Store, chunks_of, number
+from fedqueue.store import BlobBuffer, Call, Store, chunks_of, number
+
+if TYPE_CHECKING:  # RQ, which what only shows a run can do without
+    from fedqueue.queueing import Record
 
 STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
 LOOKED_AT = 1000  # open jobs in one commit, to see which versions nobody holds any more
@@ -236,26 +239,30 @@ class CoordinatorStore(Store):
 
     # Jobs
 
-    def dispatch(self, order: Order, number: int, lease_seconds: float) -> bytes:
-        """Open the job; returns the order as it was packed."""
-        keys, packed_order = self.keys, self.pack_order(order)
-        self._require_lead(
-            self.script(
-                "dispatch",
-                [
-                    keys.leader,
-                    keys.job(order.job),
-                    keys.attempt(order.job),
-                    keys.jobs,
-                    keys.site(order.client),
-                    keys.head,
-                    keys.clients,
-                    keys.turns,
-                ],
-                [self.token, order.job, order.client, packed_order, round(lease_seconds * 1000), number],
-            )
-        )
-        return packed_order
+    def dispatch(self, order: Order, packed: bytes, record: Record, number: int, lease_seconds: float) -> None:
+        """Open the job and put it into its client's queue, both in one exchange; doing it twice changes nothing.
+
+        `packed` is the order as `pack_order` gives it. Where another coordinator leads, the job that is in the queue
+        by then is not open, so no worker would begin it; it is taken back.
+        """
+        keys, job = self.keys, order.job
+        opening = (
+            "dispatch",
+            [
+                keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.site(order.client), keys.head,
+                keys.clients, keys.turns,
+            ],
+            [self.token, job, order.client, packed, round(lease_seconds * 1000), number],
+        )  # fmt: skip
+        led, enqueued = self.scripts([opening, _enqueueing(record)])
+        if led == -1 and enqueued:
+            self.redis.lrem(record.queue, 0, job)
+            self.redis.delete(record.key)
+        self._require_lead(led)
+
+    def enqueue(self, record: Record) -> None:
+        """Put a job that is open into its queue again, unless RQ still knows it."""
+        self.scripts([_enqueueing(record)])
 
     def pack_order(self, order: Order) -> bytes:
         return self.authority.seal_order(order) if self.authority else order.pack()
@@ -365,3 +372,7 @@ class CoordinatorStore(Store):
     def _require_lead(self, answer: int) -> None:
         if answer == -1:
             raise Fenced(f"another coordinator leads run {self.run!r} by now; nothing was written")
+
+
+def _enqueueing(record: Record) -> Call:
+    return "enqueue", [record.key, record.queue], [record.job, *record.fields]

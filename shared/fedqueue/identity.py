@@ -111,19 +111,27 @@ class KeyFile(Generic[T]):
     def __init__(self, path: Path, read: Callable[[Path], T]) -> None:
         """Raises what `read` raises."""
         self._path, self._read = path, read
+        self._name = str(path)  # of which a stat takes a quarter of the time: it is asked for with each message
         self._stamp, self._keys = self._seen(), read(path)
 
     @property
     def keys(self) -> T:
         """What is there now, or was there last: a file that cannot be read may be one that is being replaced."""
-        with contextlib.suppress(OSError, ConfigurationError):
-            if (stamp := self._seen()) != self._stamp:
+        stamp = self._seen()
+        if stamp and stamp != self._stamp:
+            with contextlib.suppress(OSError, ConfigurationError):
                 self._keys = self._read(self._path) or self._keys
                 self._stamp = stamp
         return self._keys
 
-    def _seen(self) -> tuple[int, int, int]:
-        at = self._path.stat() if self._path.exists() else os.stat_result([0] * 10)
+    def exists(self) -> bool:
+        return bool(self._seen())
+
+    def _seen(self) -> tuple[int, int, int] | None:
+        try:
+            at = os.stat(self._name)
+        except OSError:
+            return None
         return at.st_mtime_ns, at.st_size, at.st_ino
 
 

@@ -6,15 +6,15 @@ out, never retries it, and keeps no result.
 
 from __future__ import annotations
 
-import contextlib
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import redis
 from rq import Queue
-from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
-from rq.job import Job
+from rq.exceptions import InvalidJobOperation, NoSuchJobError
+from rq.job import Job, JobStatus
 from rq.timeouts import BaseDeathPenalty
 
 from fedqueue.errors import WireError
@@ -100,31 +100,45 @@ def client_queue(client: redis.Redis, name: str, cls: type[Job] = TrainingJob) -
     return Queue(name, connection=client, serializer=Serializer, job_class=cls, death_penalty_class=NoTimeout)
 
 
+@dataclass(frozen=True)
+class Record:
+    """RQ's record of a job that waits in its queue: under which keys, and its fields, names and values in turns."""
+
+    job: str
+    key: str
+    queue: str
+    fields: list[Any]
+
+
 class Queues:
     """The clients' queues, as their coordinator fills them."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
-        self._listed: set[str] = set()  # in RQ's list of queues: once is enough, RQ says it for each job
+        self._listed: set[str] = set()
 
-    def enqueue(self, queue: str, order: Order, sealed: bytes | None = None) -> None:
-        """Put the order, or its seal, into its client's queue; again, while RQ knows the job, it changes nothing."""
-        listing = self._client.pipeline(transaction=False)
-        with contextlib.suppress(DuplicateJobError):
-            client_queue(self._client, queue).enqueue_call(
-                TRAIN,
-                kwargs={"order": order.model_dump() if sealed is None else sealed},
-                job_id=order.job,
-                timeout=-1,
-                result_ttl=0,
-                failure_ttl=FAILED_SECONDS,
-                description=f"train {order.client} for {order.run}",
-                unique=True,
-                pipeline=listing,  # which takes the listing alone: a unique job goes its own way
-            )
-        if queue not in self._listed:
-            listing.execute()
+    def record(self, queue: str, order: Order, sealed: bytes | None = None) -> Record:
+        """What RQ would write to enqueue the order, or its seal."""
+        job = TrainingJob.create(
+            TRAIN,
+            kwargs={"order": order.model_dump() if sealed is None else sealed},
+            id=order.job,
+            timeout=-1,
+            result_ttl=0,
+            failure_ttl=FAILED_SECONDS,
+            description=f"train {order.client} for {order.run}",
+            origin=queue,
+            status=JobStatus.QUEUED,
+            serializer=Serializer,
+            connection=self._client,
+        )
+        job.enqueued_at = job.created_at
+        fields = [item for name, value in job.to_dict().items() if value != "" for item in (name, value)]
+        key = f"{Queue.redis_queue_namespace_prefix}{queue}"
+        if queue not in self._listed:  # in RQ's list of queues: once is enough, RQ says it for each job
+            self._client.sadd(Queue.redis_queues_keys, key)
             self._listed.add(queue)
+        return Record(job.id, job.key, key, fields)
 
 
 def forget(client: redis.Redis, queue: str, job: str) -> None:

@@ -1,4 +1,4 @@
-"""Parts of values, received right where they belong.
+"""Commands in one exchange, and parts of values, received right where they belong.
 
 redis-py hands out a `bytes` that hiredis has put together from pieces of 64 KiB: each byte is copied four times, and
 ten megabytes take ten times as long as the socket needs. Here a part whose size is known goes from the socket into the
@@ -16,6 +16,7 @@ from redis._parsers.hiredis import _HiredisParser
 
 CLOSED = "the server closed the connection"
 Answer: TypeAlias = bytes | None
+Command: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -89,31 +90,39 @@ def _placed(got: bytes, into: memoryview | None) -> Answer:
     return None
 
 
-def get_parts(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
-    """Read all of them in one exchange. None stands for one whose place is filled: it had just that size.
+def exchange(client: redis.Redis, commands: Sequence[Command], places: Sequence[memoryview | None] = ()) -> list[Any]:
+    """Send all of the commands at once; returns the answers, as the server gives them.
 
-    A client that has no Receiving connections (fakeredis) copies. Raises the first error that the server answers.
+    Of an answer that is a string of just the size of its place that place is filled, and None stands for it. Raises
+    the first error among the answers. After a lost connection all are sent again, so they may be repeated. This is
+    redis-py's pipeline without what it does for others: telemetry, callbacks, the whole command in an error's text.
     """
+    places = places or [None] * len(commands)
     pool = client.connection_pool
-    if not issubclass(pool.connection_class, Receiving):
-        return _copied(client, parts)
+    if not issubclass(pool.connection_class, Receiving):  # fakeredis
+        return _copied(client, commands, places)
     connection: Any = pool.get_connection()
     try:
         return connection.retry.call_with_retry(  # type: ignore[no-any-return]
-            lambda: _exchange(connection, parts), lambda error: connection.disconnect()
+            lambda: _exchanged(connection, commands, places), lambda error: connection.disconnect()
         )
     finally:
         pool.release(connection)
 
 
-def _exchange(connection: Any, parts: Sequence[Part]) -> list[Answer]:
+def get_parts(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
+    """Read all of them in one exchange. None stands for one whose place is filled: it had just that size."""
     commands = [("GETRANGE", part.key, part.start, part.end) for part in parts]
+    return exchange(client, commands, [part.into for part in parts])
+
+
+def _exchanged(connection: Any, commands: Sequence[Command], places: Sequence[memoryview | None]) -> list[Any]:
     connection.send_packed_command(connection.pack_commands(commands))
-    answers: list[Answer] = []
+    answers: list[Any] = []
     first: redis.ResponseError | None = None
-    for part in parts:
+    for place in places:
         try:
-            answers.append(connection.receive(part.into) if part.into else connection.read_response())
+            answers.append(connection.receive(place) if place else connection.read_response())
         except redis.ResponseError as error:  # the answers behind it have to be read, too
             first = first or error
     if first:
@@ -121,8 +130,12 @@ def _exchange(connection: Any, parts: Sequence[Part]) -> list[Answer]:
     return answers
 
 
-def _copied(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
+def _copied(client: redis.Redis, commands: Sequence[Command], places: Sequence[memoryview | None]) -> list[Any]:
     pipe = client.pipeline(transaction=False)
-    for part in parts:
-        pipe.getrange(part.key, part.start, part.end)
-    return [_placed(got, part.into) for part, got in zip(parts, pipe.execute(), strict=True)]
+    for command in commands:
+        pipe.execute_command(*command)  # type: ignore[no-untyped-call]
+    answers = pipe.execute(raise_on_error=False)
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return [_placed(got, into) for got, into in zip(answers, places, strict=True)]

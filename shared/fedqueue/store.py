@@ -19,7 +19,7 @@ import redis
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
 from fedqueue.keys import RUNS, Keys
 from fedqueue.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
-from fedqueue.receiving import Answer, Part, get_parts
+from fedqueue.receiving import Answer, Command, Part, exchange, get_parts
 from fedqueue.signing import peek
 
 if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do without
@@ -33,6 +33,8 @@ CHUNK = 32 * 1024 * 1024  # bytes
 READ = 4 * 1024 * 1024  # bytes of a chunk that are asked for at once: all that the server holds twice
 _SCRIPTS = resources.files("fedqueue").joinpath("scripts")
 BlobBuffer: TypeAlias = "npt.NDArray[np.uint8]"
+Call: TypeAlias = tuple[str, list[str], list[Any]]
+"""A script's name, its keys and its arguments."""
 
 
 @dataclass(frozen=True)
@@ -87,34 +89,31 @@ class Store:
         self.keys = Keys(run)
         self._digests: dict[str, str] = {}
 
-    def script(self, name: str, keys: list[str], args: list[Any], after: Sequence[Sequence[Any]] = ()) -> Any:
-        """Run `scripts/NAME.lua`, atomically; `after` these commands, which travel with it.
+    def script(self, name: str, keys: list[str], args: list[Any], after: Sequence[Command] = ()) -> Any:
+        """Run `scripts/NAME.lua`, atomically; `after` these commands, which travel with it."""
+        return self.scripts([(name, keys, args)], after)[-1]
+
+    def scripts(self, calls: Sequence[Call], after: Sequence[Command] = ()) -> list[Any]:
+        """Run several, each atomically, in one exchange; returns what they answer. Raises the first error among all.
 
         A server that has been restarted knows no script. Who may load them does so here; a worker under access rules
-        may not, gets NoScriptError, and waits for its coordinator (`outage.py`).
+        may not, gets NoScriptError, and waits for its coordinator (`outage.py`). What came before is done again then.
         """
-        if name not in self._digests:
-            self._digests[name] = script_digest(name)
-        arguments = (self._digests[name], len(keys), *keys, *args)
+        commands = [*after, *(("EVALSHA", self._digest(name), len(keys), *keys, *args) for name, keys, args in calls)]
         try:
-            return self._together([*after, ("EVALSHA", *arguments)]) if after else self.redis.evalsha(*arguments)
+            answers = exchange(self.redis, commands)
         except redis.exceptions.NoScriptError as missing:
             try:
                 self.load_scripts()
             except redis.exceptions.NoPermissionError:
                 raise missing from None
-            return self.redis.evalsha(*arguments)
+            answers = exchange(self.redis, commands)
+        return answers[len(after) :]
 
-    def _together(self, commands: Sequence[Sequence[Any]]) -> Any:
-        """The last answer; raises the first error that is one. Redis-py's own pipelines put the command into it."""
-        pipe = self.redis.pipeline(transaction=False)
-        for command in commands:
-            pipe.execute_command(*command)  # type: ignore[no-untyped-call]
-        answers = pipe.execute(raise_on_error=False)
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise answer
-        return answers[-1]
+    def _digest(self, name: str) -> str:
+        if name not in self._digests:
+            self._digests[name] = script_digest(name)
+        return self._digests[name]
 
     def load_scripts(self) -> None:
         """Load every script into the server's cache, those that only workers run too."""
@@ -133,7 +132,7 @@ class Store:
             self.redis.set(f"{prefix}:{i}", memoryview(buffer[i * CHUNK : (i + 1) * CHUNK]), ex=seconds)  # type: ignore[arg-type]
         return chunks
 
-    def begin_blob(self, prefix: str, buffer: BlobBuffer, seconds: int) -> list[tuple[Any, ...]]:
+    def begin_blob(self, prefix: str, buffer: BlobBuffer, seconds: int) -> list[Command]:
         """As `write_blob`; a buffer of one chunk is not written yet: the command that does travels with a script."""
         if chunks_of(buffer.nbytes) > 1:
             self.write_blob(prefix, buffer, seconds)

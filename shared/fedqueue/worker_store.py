@@ -13,6 +13,7 @@ from fedqueue.errors import JobClosed, SignatureError
 from fedqueue.frame import Frame
 from fedqueue.messages import Ending, Order, Registration, Update, pack, read
 from fedqueue.payload import Codec
+from fedqueue.receiving import Command
 from fedqueue.signing import JOINED, LEFT, digest_of, peek
 from fedqueue.store import BlobBuffer, Store
 from fedqueue.trust import SiteTrust
@@ -170,7 +171,7 @@ class WorkerStore(Store):
         """Report that the attempt ends without an update; returns as `post` does."""
         return self._post(claim, "ended", ending.pack(), [], [])
 
-    def _post(self, claim: Claim, kind: str, body: bytes, chunks: list[str], first: Sequence[Sequence[Any]]) -> str:
+    def _post(self, claim: Claim, kind: str, body: bytes, chunks: list[str], first: Sequence[Command]) -> str:
         keys, job, client = self.keys, claim.job, claim.client
         body = self._sealed(kind, claim.client, [claim.job, claim.attempt, claim.version], body)
         reason: bytes = self.script(

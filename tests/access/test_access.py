@@ -12,7 +12,6 @@ import pytest
 import redis
 from acl_server import CLIENTS, AclServer, tagged
 
-from fedqueue import queueing
 from fedqueue.errors import ServerUnavailable
 from fedqueue.messages import Ending, Registration
 from fedqueue.outage import Patience, passing
@@ -43,16 +42,14 @@ def victim(guarded: AclServer, led: Any) -> Any:
     worker.register(Registration(client="c1", examples=10))
     for number in (1, 2):
         order = tagged(run, number, "c1")
-        run.coordinator.dispatch(order, number, 60)
-        queueing.Queues(run.client).enqueue(run.keys.queue("c1"), order)
+        run.dispatch_order(order, number)
         run.job = order.job
         claim = worker.claim(order.job, 60, "c1")
         if number == 1:
             assert post(worker, run, claim) == ""
             run.posted_job = order.job
     own = tagged(run, 3, "c0")
-    run.coordinator.dispatch(own, 3, 60)
-    queueing.Queues(run.client).enqueue(run.keys.queue("c0"), own)
+    run.dispatch_order(own, 3)
     run.own_job = own.job
     attacker = worker_store(guarded, "c0")
     attacker.join(["c0"], 60)
@@ -71,7 +68,7 @@ def test_worker_may_do_all_that_its_work_needs(guarded, led, client):
     assert worker.join([client], 60) == client
     assert worker.register(Registration(client=client, examples=10))
     order = tagged(run, 1, client)
-    run.coordinator.dispatch(order, 1, 60)
+    run.dispatch_order(order, 1)
     claim = worker.claim(order.job, 60, client)
     base = np.ones(run.manifest.nbytes, np.uint8)
     worker.fetch(claim.version, base)
@@ -84,7 +81,7 @@ def test_worker_may_do_all_that_its_work_needs(guarded, led, client):
     assert (entry.client, entry.job) == (client, order.job)
     assert run.publish(1, [entry]) == {1}
     second = tagged(run, 2, client)
-    run.coordinator.dispatch(second, 2, 60)
+    run.dispatch_order(second, 2)
     assert worker.end(worker.claim(second.job, 60, client), Ending(reason="returned")) == ""
     worker.leave([client])
     assert [e.kind for e in run.coordinator.unacknowledged()] == ["joined", "ended", "left"]
@@ -340,7 +337,7 @@ def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(star
     worker = WorkerStore(server.user("worker"), "sample", "worker-a")
     assert worker.join(CLIENTS, 60) == "c0"
     order = tagged(run, 1, "c0")
-    run.coordinator.dispatch(order, 1, 60)
+    run.dispatch_order(order, 1)
     assert post(worker, run, worker.claim(order.job, 60, "c0")) == ""
     with pytest.raises(redis.ResponseError, match=DENIED):
         worker.redis.set(run.keys.model(0) + ":0", "poison")

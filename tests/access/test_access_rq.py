@@ -59,7 +59,7 @@ def work(server: AclServer, run: Any, trainer: Trainer) -> list[str]:
 
 def enqueue(run: Any, number: int) -> str:
     order = tagged(run, number, "c0")
-    queueing.Queues(run.client).enqueue(run.keys.queue("c0"), order)
+    run.dispatch_order(order, number)
     return str(order.job)
 
 
@@ -102,7 +102,7 @@ def test_job_that_is_none_is_dropped_and_the_next_one_trained(guarded, led, what
 
 def test_job_of_another_client_in_its_queue_is_not_even_read(guarded, led):
     other, queue = tagged(led, 5, "c1"), led.keys.queue("c0")
-    queueing.Queues(led.client).enqueue(led.keys.queue("c1"), other)
+    led.dispatch_order(other, 5)
     guarded.user("admin").lpush(f"rq:queue:{queue}", other.job)
     job = enqueue(led, 1)
     first = work(guarded, led, Trainer())  # RQ's loop ends where it is denied something; a worker starts it again

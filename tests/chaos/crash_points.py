@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.store import BlobBuffer
+from fedqueue.receiving import Command
+from fedqueue.store import BlobBuffer, Call
 
 SERVICE = (
     "before dispatch",
-    "between dispatch and enqueue",
     "after load",
     "before commit",
     "after commit",
@@ -21,6 +21,7 @@ STORE = (
     "before commit.lua",
     "after commit.lua",
     "before dispatch.lua",
+    "after dispatch.lua",
     "before close.lua",
     "after close.lua",
     "after note.lua",
@@ -36,15 +37,17 @@ class StoreWithPoints(CoordinatorStore):
 
     at: Callable[[str], None] = staticmethod(lambda point: None)
 
-    def script(self, name: str, keys: list[str], args: list[Any], after: Sequence[Sequence[Any]] = ()) -> Any:
-        """What would travel with the script goes before it, one by one: a connection may break between any two."""
+    def scripts(self, calls: Sequence[Call], after: Sequence[Command] = ()) -> list[Any]:
+        """What travels together goes one by one here: a connection may break between any two."""
         for command in after:
             self.redis.execute_command(*command)
             self.at("between blobs")
-        self.at(f"before {name}.lua")
-        answer = super().script(name, keys, args)
-        self.at(f"after {name}.lua")
-        return answer
+        answers = []
+        for call in calls:
+            self.at(f"before {call[0]}.lua")
+            answers += super().scripts([call])
+            self.at(f"after {call[0]}.lua")
+        return answers
 
     def write_blob(self, prefix: str, buffer: BlobBuffer, seconds: int | None = None) -> int:
         chunks = super().write_blob(prefix, buffer, seconds)

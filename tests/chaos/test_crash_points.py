@@ -167,7 +167,7 @@ def test_coordinator_killed_at_any_passage_of_any_point_changes_no_bit(server_cl
 def test_two_coordinators_killed_one_after_the_other_change_no_bit(server_client, tmp_path):
     config = make_config(**MODES["fedbuff"])
     expected = essence(run_to_the_end(server_client, config, tmp_path / "whole", [])[0])
-    deaths = [("before commit.lua", 2), ("after commit.lua", 1), ("between dispatch and enqueue", 4), ("after load", 2)]
+    deaths = [("before commit.lua", 2), ("after commit.lua", 1), ("after dispatch.lua", 4), ("after load", 2)]
     for first, second in itertools.product(deaths, deaths):
         server_client.flushall()
         place = tmp_path / f"{first} {second}"

@@ -23,6 +23,7 @@ from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 
 from fedqueue import queueing
+from fedqueue.errors import Fenced, JobClosed
 from fedqueue.queueing import TRAIN, Serializer, TrainingJob, client_queue
 from fedqueue_worker.worker import TrainingWorker
 
@@ -142,7 +143,7 @@ def call(name, *args, instance=None, **kwargs):
 
 
 def test_enqueued_order_is_a_job_of_rq(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     queue = Queue(QUEUE, connection=redis_client, serializer=Serializer)
     assert (len(queue), queue.job_ids) == (1, ["sample-00000001"])
     assert QUEUE in {q.name for q in Queue.all(connection=redis_client, serializer=Serializer)}
@@ -153,34 +154,72 @@ def test_enqueued_order_is_a_job_of_rq(redis_client, run):
     assert job.description == "train c0 for sample"
 
 
+def test_record_of_a_job_is_what_rq_itself_would_have_written(redis_client, run):
+    run.dispatch(1)
+    key = TrainingJob.key_for("sample-00000001")
+    mine = redis_client.hgetall(key)
+    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    client_queue(redis_client, QUEUE).enqueue_call(
+        TRAIN, kwargs={"order": run.order(1).model_dump()}, job_id="sample-00000001", timeout=-1, result_ttl=0,
+        failure_ttl=queueing.FAILED_SECONDS, description="train c0 for sample",
+    )  # fmt: skip
+    times = {b"created_at", b"enqueued_at"}
+    theirs = {name: value for name, value in redis_client.hgetall(key).items() if value}
+    assert mine.keys() == theirs.keys() >= times
+    assert {n: v for n, v in mine.items() if n not in times} == {n: v for n, v in theirs.items() if n not in times}
+
+
 def test_queue_is_listed_once_for_all_its_jobs(redis_client, run):
     queues = queueing.Queues(redis_client)
     for number in (1, 2):
-        queues.enqueue(QUEUE, run.order(number))
+        run.coordinator.enqueue(queues.record(QUEUE, run.order(number)))
         redis_client.delete("rq:queues")
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001", "sample-00000002"]
     assert not redis_client.exists("rq:queues")
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(3))
+    queueing.Queues(redis_client).record(QUEUE, run.order(3))
     assert redis_client.smembers("rq:queues") == {b"rq:queue:" + QUEUE.encode()}
 
 
+def test_job_that_rq_has_lost_can_be_put_into_its_queue_again(redis_client, run):
+    run.dispatch(1)
+    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    for _ in range(2):
+        run.coordinator.enqueue(run.record(run.order(1)))
+    assert work(redis_client) == ["sample-00000001"]
+
+
+def test_scripts_that_a_restarted_server_does_not_know_are_loaded_and_none_is_left_out(redis_client, run):
+    redis_client.script_flush()
+    run.dispatch(1)
+    assert [job.job for job in run.coordinator.jobs()] == work(redis_client) == ["sample-00000001"]
+
+
+def test_what_a_deposed_coordinator_puts_into_a_queue_is_begun_by_nobody(redis_client, run):
+    redis_client.hset(run.keys.leader, "token", "another one's")
+    with pytest.raises(Fenced):
+        run.dispatch(1)
+    assert run.coordinator.jobs() == []
+    with pytest.raises(JobClosed):
+        run.worker().claim("sample-00000001", 60)
+
+
 def test_enqueueing_an_order_twice_is_one_job(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
+    run.dispatch(1)
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001"]
     assert work(redis_client) == ["sample-00000001"]
 
 
 def test_jobs_are_trained_in_the_order_of_the_queue_each_once(redis_client, run):
     for number in (3, 1, 2):
-        queueing.Queues(redis_client).enqueue(QUEUE, run.order(number))
+        run.dispatch(number)
     assert work(redis_client) == ["sample-00000003", "sample-00000001", "sample-00000002"]
     assert work(redis_client) == []
 
 
 def test_worker_with_several_queues_serves_them_all(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
-    queueing.Queues(redis_client).enqueue("fedqueue:sample:c1", run.order(2, "c1"))
+    run.dispatch(1)
+    run.dispatch(2, "c1")
     assert set(work(redis_client, queues=(QUEUE, "fedqueue:sample:c1"))) == {"sample-00000001", "sample-00000002"}
 
 
@@ -192,7 +231,7 @@ def rq_names(client):
 
 
 def test_trained_job_leaves_nothing_in_rq_but_the_queues_name(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     work(redis_client)
     assert rq_names(redis_client) == {"rq:queues"}
 
@@ -205,8 +244,8 @@ def test_job_that_the_coordinator_closed_meanwhile_leaves_nothing_in_rq(redis_cl
             super().train(order)
             queueing.forget(redis_client, QUEUE, order["job"])
 
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(2))
+    run.dispatch(1)
+    run.dispatch(2)
     assert work(redis_client, Closing()) == ["sample-00000001", "sample-00000002"]
     assert rq_names(redis_client) == {"rq:queues"}
 
@@ -221,7 +260,7 @@ def test_job_that_takes_long_is_shown_as_running(redis_client, run, duration):
             self.job = Job.fetch(order["job"], connection=redis_client, serializer=Serializer)
 
     looking = Looking()
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     work(redis_client, looking)
     seen = looking.state, looking.running, looking.job.get_status(refresh=False)
     assert seen == (("busy", ["sample-00000001"], "started") if duration == "long" else ("idle", [], "queued"))
@@ -230,7 +269,7 @@ def test_job_that_takes_long_is_shown_as_running(redis_client, run, duration):
 
 
 def test_short_job_that_fails_is_shown_as_failed_and_is_nowhere_else(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     work(redis_client, Recorder(RuntimeError("boom")))
     queue = client_queue(redis_client, QUEUE)
     assert queue.failed_job_registry.get_job_ids() == ["sample-00000001"]
@@ -246,7 +285,7 @@ def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(
             self.left = {name for name in rq_names(redis_client) if order["job"] in name}
 
     closed = Closed()
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     work(redis_client, closed)
     assert closed.left == set()
 
@@ -255,8 +294,8 @@ def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(
 
 
 def test_forgotten_job_is_neither_queued_nor_known(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(2))
+    run.dispatch(1)
+    run.dispatch(2)
     queueing.forget(redis_client, QUEUE, "sample-00000001")
     with pytest.raises(NoSuchJobError):
         Job.fetch("sample-00000001", connection=redis_client, serializer=Serializer)
@@ -271,15 +310,15 @@ def test_forgetting_an_unknown_job_takes_its_name_off_the_queue(redis_client):
 
 
 def test_forgotten_job_can_be_enqueued_again(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     queueing.forget(redis_client, QUEUE, "sample-00000001")
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     assert work(redis_client) == ["sample-00000001"]
 
 
 def test_forgetting_reaches_a_job_whose_worker_died_before_it_began(redis_client, run):
     """With one queue RQ moves a job to an intermediate list first; a worker that dies there leaves it."""
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     queue = client_queue(redis_client, QUEUE)
     redis_client.lmove(queue.key, queue.intermediate_queue_key)
     queueing.forget(redis_client, QUEUE, "sample-00000001")
@@ -290,7 +329,7 @@ def test_forgetting_reaches_a_job_whose_worker_died_training_it(redis_client, ru
     class Death(BaseException):
         pass
 
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     queue = client_queue(redis_client, QUEUE)
     cls = queueing.job_class(lambda order: None)
     worker = SimpleWorker([queue], connection=redis_client, job_class=cls, serializer=Serializer)
@@ -312,11 +351,11 @@ def test_forgetting_a_record_that_rq_cannot_read_deletes_it(redis_client):
 
 def test_deleting_a_queue_leaves_nothing_of_it(redis_client, run):
     for number in (1, 2, 3):
-        queueing.Queues(redis_client).enqueue(QUEUE, run.order(number))
+        run.dispatch(number)
     plant(redis_client, data=call("os.system", "true"))
-    queueing.Queues(redis_client).enqueue("fedqueue:sample:c1", run.order(4, "c1"))
+    run.dispatch(4, "c1")
     work(redis_client, Recorder(RuntimeError("planted and failed")))
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(5))
+    run.dispatch(5)
     queueing.delete_queue(redis_client, QUEUE)
     left = rq_names(redis_client)
     assert not [name for name in left if QUEUE in name]
@@ -361,7 +400,7 @@ PLANTED = {
 @pytest.mark.parametrize("what", PLANTED)
 def test_planted_job_executes_nothing_and_the_worker_goes_on_to_a_proper_one(redis_client, run, executed, what):
     plant(redis_client, **PLANTED[what])
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     trained = work(redis_client)
     assert trained[-1] == "sample-00000001"
     assert set(trained) <= {"planted", "sample-00000001"}
@@ -383,7 +422,7 @@ def test_foreign_function_is_refused_by_name(redis_client, name):
 
 def test_train_as_a_method_of_something_is_not_trained(redis_client, run):
     plant(redis_client, data=call(TRAIN, instance="os", order={"job": "planted"}))
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     assert work(redis_client) == ["sample-00000001"]
 
 
@@ -411,14 +450,14 @@ def test_planted_callbacks_and_webhooks_do_not_run(redis_client, executed, outco
 
 
 def test_planted_name_that_is_no_text_is_skipped(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"\xff\xfe")
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"not/a/job id")
     assert work(redis_client) == ["sample-00000001"]
 
 
 def test_planted_record_of_another_type_is_skipped(redis_client, run):
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     redis_client.set(TrainingJob.key_for("planted"), BOMB)
     redis_client.lpush(client_queue(redis_client, QUEUE).key, "planted")
     assert work(redis_client) == ["sample-00000001"]
@@ -427,7 +466,7 @@ def test_planted_record_of_another_type_is_skipped(redis_client, run):
 def test_planted_keys_that_break_the_bookkeeping_of_a_job_do_not_end_the_worker(redis_client, run):
     plant(redis_client)
     redis_client.set("rq:executions:planted", "where RQ expects a sorted set")
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     assert work(redis_client) == ["planted", "sample-00000001"]
     assert not redis_client.exists(TrainingJob.key_for("planted"))
 
@@ -446,7 +485,7 @@ def test_remote_commands_are_not_listened_to(redis_client, run):
             super().train(order)
             seen.append(redis_client.pubsub_numsub("rq:pubsub:sample-worker"))
 
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
+    run.dispatch(1)
     work(redis_client, Listening())
     assert [count for [(_, count)] in seen] == [0]
 
@@ -461,8 +500,8 @@ def test_worker_told_to_stop_between_jobs_takes_no_further_one(redis_client, run
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one changes nothing
 
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(1))
-    queueing.Queues(redis_client).enqueue(QUEUE, run.order(2))
+    run.dispatch(1)
+    run.dispatch(2)
     assert work(redis_client, Stopping()) == ["sample-00000001"]
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000002"]
 

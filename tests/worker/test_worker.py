@@ -11,7 +11,7 @@ import structlog
 import torch
 from torch.utils.data import TensorDataset
 
-from fedqueue import Task, queueing
+from fedqueue import Task
 from fedqueue.config import Config
 from fedqueue.errors import ClientTaken, ManifestMismatch
 from fedqueue.messages import Ending, read
@@ -65,7 +65,6 @@ def start(run, task, candidates=(("client-0",),), once=False, config: Config | N
 
 def enqueue(run, number=1, client="client-0"):
     run.dispatch(number, client)
-    queueing.Queues(run.client).enqueue(run.keys.queue(client), run.order(number, client))
 
 
 def kinds(run):
