@@ -13,10 +13,10 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Protocol
 
 import msgpack
 import numpy as np
@@ -220,41 +220,34 @@ class Frame:
     def read(self, model: torch.nn.Module) -> None:
         """Copy the module's tensors into the buffer."""
         state = model.state_dict()
-        for entry in self.manifest.entries:
-            self._view(entry).copy_(state[entry.name].detach().reshape(-1))
+        for entry, place in self._tensors:
+            place.copy_(state[entry.name])
 
     def write(self, model: torch.nn.Module) -> None:
         """Copy the buffer into the module's tensors, whatever their device and dtype."""
         state = model.state_dict()
         with torch.no_grad():
-            for entry in self.manifest.entries:
-                state[entry.name].copy_(self._view(entry).reshape(entry.shape))
+            for entry, place in self._tensors:
+                state[entry.name].copy_(place)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """A plain `state_dict`: fresh tensors of the model's own dtypes and shapes."""
-        return {e.name: self._view(e).reshape(e.shape).to(DTYPES[e.dtype], copy=True) for e in self.manifest.entries}
+        return {entry.name: place.to(DTYPES[entry.dtype], copy=True) for entry, place in self._tensors}
 
-    def _view(self, entry: Entry) -> torch.Tensor:
-        section = self.counters if entry.role == COUNTER else self.floats
-        return section[entry.offset : entry.offset + entry.length]
+    @cached_property
+    def _tensors(self) -> list[tuple[Entry, torch.Tensor]]:
+        """Every tensor as a view of its shape, made once: a worker goes through all of them twice in each job."""
+        sections = {PARAMETER: self.floats, BUFFER: self.floats, COUNTER: self.counters}
+        return [
+            (entry, sections[entry.role][entry.offset : entry.offset + entry.length].reshape(entry.shape))
+            for entry in self.manifest.entries
+        ]
 
 
 def make_update(local: Frame, base: Frame) -> Frame:
     """Turn `local`, a trained model, into its update against `base`, in place; returns `local`."""
     local.parameters.sub_(base.parameters)
     return local
-
-
-def frame_from_state_dict(manifest: Manifest, state: Mapping[str, Any]) -> Frame:
-    """A model frame from a plain `state_dict`; raises ManifestMismatch where names or shapes differ."""
-    if set(state) != {e.name for e in manifest.entries}:
-        raise ManifestMismatch("state_dict: its names differ from the manifest's")
-    frame = Frame(manifest)
-    for entry in manifest.entries:
-        if tuple(state[entry.name].shape) != entry.shape:
-            raise ManifestMismatch(f"state_dict: {entry.name} has shape {tuple(state[entry.name].shape)}")
-        frame._view(entry).copy_(state[entry.name].reshape(-1))
-    return frame
 
 
 def slices(length: int, piece: int) -> Iterator[slice]:

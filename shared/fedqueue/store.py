@@ -290,16 +290,6 @@ class Store:
         """A version as workers get it; raises WireError, too, where it is none."""
         return codec.decode(self.read_wire(version, codec)).whole()
 
-    def newest_model(self, codec: Codec) -> tuple[int, Frame]:
-        """The head and its version; reads again where it was replaced and deleted meanwhile."""
-        for _ in range(10):
-            version = self.info().version
-            try:
-                return version, self.read_model(version, codec)
-            except BlobMissing:
-                continue
-        raise BlobMissing(self.keys.model(version))
-
 
 def _part(key: str, start: int, place: BlobBuffer, chunk: int) -> Part:
     """What is read at once of a chunk of that size. At its end one byte more is asked for: it tells a larger one."""

@@ -136,8 +136,8 @@ def test_dethroned_leader_cannot_overwrite_the_version_of_its_successor(chunks, 
     successor.publish(1, good, np.frombuffer(b"good", np.uint8), [{"kind": "version"}], {}, [])
     with pytest.raises(Fenced):
         run.publish(1, state=b"evil")
-    version, model = successor.newest_model(Codec(run.manifest))
-    assert version == 1
+    assert successor.info().version == 1
+    model = successor.read_model(1, Codec(run.manifest))
     np.testing.assert_array_equal(model.buffer, good)
     assert successor.read_optimizer_state(1) == b"good"
 
@@ -370,8 +370,8 @@ def test_job_travels_from_dispatch_to_merge(chunks, run):
     assert [e.kind for e in run.coordinator.unacknowledged()] == ["joined"]
     assert [r["version"] for r in run.coordinator.ledger()] == [1]
     assert run.coordinator.read_optimizer_state(1) == b"momentum"
-    version, model = run.coordinator.newest_model(Codec(run.manifest))
-    assert version == 1
+    assert run.coordinator.info().version == 1
+    model = run.coordinator.read_model(1, Codec(run.manifest))
     np.testing.assert_array_equal(model.buffer, run.payload(1.0))
 
 
@@ -743,25 +743,6 @@ def test_optimizer_state_with_a_missing_chunk_is_an_error(chunks, run):
     run.client.delete(f"{run.keys.state(1)}:0")
     with pytest.raises(StoreError, match="version 1"):
         run.coordinator.read_optimizer_state(1)
-
-
-def test_newest_model_is_read_again_where_it_was_replaced_meanwhile(run, monkeypatch):
-    run.publish(1)
-    versions = iter([0, 1])
-    original = Store.info
-
-    def stale_at_first(self):
-        info = original(self)
-        return type(info)(**{**vars(info), "version": next(versions)})
-
-    monkeypatch.setattr(Store, "info", stale_at_first)
-    assert run.coordinator.newest_model(Codec(run.manifest))[0] == 1
-
-
-def test_newest_model_that_stays_missing_is_an_error(run):
-    run.client.delete(f"{run.keys.model(0)}:0")
-    with pytest.raises(BlobMissing):
-        run.coordinator.newest_model(Codec(run.manifest))
 
 
 def test_kept_payload_of_a_merged_update_is_moved_where_no_late_post_reaches_it(chunks, run):

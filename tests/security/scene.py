@@ -112,7 +112,7 @@ class Scene:
         return self.store.info().version
 
     def model(self) -> bytes:
-        return self.store.newest_model(Codec(self.manifest))[1].buffer.tobytes()
+        return self.store.read_model(self.version, Codec(self.manifest)).buffer.tobytes()
 
     def entries(self, client: str = "c0") -> list[tuple[bytes, dict[bytes, bytes]]]:
         return self.redis.xrange(self.keys.updates(client))  # type: ignore[return-value]

@@ -17,7 +17,6 @@ from fedqueue.frame import (
     Entry,
     Frame,
     Manifest,
-    frame_from_state_dict,
     make_update,
 )
 
@@ -170,21 +169,6 @@ def test_state_dict_is_plain_and_independent_of_the_frame():
     frame.floats.zero_()
     assert state["narrow"].tolist() == [1.5, -2.0]
     model.load_state_dict(state)
-
-
-def test_state_dict_makes_the_frame_again():
-    frame = frame_of(Mixed())
-    again = frame_from_state_dict(frame.manifest, frame.state_dict())
-    np.testing.assert_array_equal(again.buffer, frame.buffer)
-
-
-def test_state_dict_of_another_model_is_refused():
-    manifest = Manifest.of(norm_model())
-    state = norm_model().state_dict()
-    with pytest.raises(ManifestMismatch, match="names differ"):
-        frame_from_state_dict(manifest, {k: v for k, v in state.items() if k != "0.bias"})
-    with pytest.raises(ManifestMismatch, match=r"0\.bias has shape \(3,\)"):
-        frame_from_state_dict(manifest, {**state, "0.bias": torch.zeros(3)})
 
 
 def test_tied_weights_are_two_names_with_the_same_values():
