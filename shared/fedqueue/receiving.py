@@ -80,22 +80,22 @@ class Receiving:
         except BaseException:  # a signal handler may raise in the middle of it
             connection.disconnect()
             raise
-        return _placed(cast(bytes, connection.read_response()), into)
+        return cast(Answer, _placed(connection.read_response(), into))
 
 
-def _placed(got: bytes, into: memoryview | None) -> Answer:
-    if into is None or len(got) != into.nbytes:
+def _placed(got: Any, into: memoryview | None) -> Any:
+    if into is None or not isinstance(got, bytes) or len(got) != into.nbytes:
         return got
     into[:] = got
     return None
 
 
 def exchange(client: redis.Redis, commands: Sequence[Command], places: Sequence[memoryview | None] = ()) -> list[Any]:
-    """Send all of the commands at once; returns the answers, as the server gives them.
+    """Send all of the commands at once; returns the answers as the server gives them, errors among them.
 
-    Of an answer that is a string of just the size of its place that place is filled, and None stands for it. Raises
-    the first error among the answers. After a lost connection all are sent again, so they may be repeated. This is
-    redis-py's pipeline without what it does for others: telemetry, callbacks, the whole command in an error's text.
+    Of an answer that is a string of just the size of its place that place is filled, and None stands for it. After a
+    lost connection all are sent again, so they may be repeated. This is redis-py's pipeline without what it does for
+    others: telemetry, callbacks, the whole command in an error's text.
     """
     places = places or [None] * len(commands)
     pool = client.connection_pool
@@ -113,20 +113,25 @@ def exchange(client: redis.Redis, commands: Sequence[Command], places: Sequence[
 def get_parts(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
     """Read all of them in one exchange. None stands for one whose place is filled: it had just that size."""
     commands = [("GETRANGE", part.key, part.start, part.end) for part in parts]
-    return exchange(client, commands, [part.into for part in parts])
+    return checked(exchange(client, commands, [part.into for part in parts]))
+
+
+def checked(answers: list[Any]) -> list[Any]:
+    """The same answers; raises the first that is an error."""
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return answers
 
 
 def _exchanged(connection: Any, commands: Sequence[Command], places: Sequence[memoryview | None]) -> list[Any]:
     connection.send_packed_command(connection.pack_commands(commands))
     answers: list[Any] = []
-    first: redis.ResponseError | None = None
     for place in places:
         try:
             answers.append(connection.receive(place) if place else connection.read_response())
         except redis.ResponseError as error:  # the answers behind it have to be read, too
-            first = first or error
-    if first:
-        raise first
+            answers.append(error)
     return answers
 
 
@@ -135,7 +140,4 @@ def _copied(client: redis.Redis, commands: Sequence[Command], places: Sequence[m
     for command in commands:
         pipe.execute_command(*command)  # type: ignore[no-untyped-call]
     answers = pipe.execute(raise_on_error=False)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
     return [_placed(got, into) for got, into in zip(answers, places, strict=True)]

@@ -19,7 +19,7 @@ import redis
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
 from fedqueue.keys import RUNS, Keys
 from fedqueue.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
-from fedqueue.receiving import Answer, Command, Part, exchange, get_parts
+from fedqueue.receiving import Answer, Command, Part, checked, exchange, get_parts
 from fedqueue.signing import peek
 
 if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do without
@@ -89,26 +89,30 @@ class Store:
         self.keys = Keys(run)
         self._digests: dict[str, str] = {}
 
-    def script(self, name: str, keys: list[str], args: list[Any], after: Sequence[Command] = ()) -> Any:
-        """Run `scripts/NAME.lua`, atomically; `after` these commands, which travel with it."""
-        return self.scripts([(name, keys, args)], after)[-1]
+    def script(
+        self, name: str, keys: list[str], args: list[Any], first: Sequence[Command] = (), then: Sequence[Command] = ()
+    ) -> Any:
+        """Run `scripts/NAME.lua`, atomically. `first` and `then` are commands that travel before and behind it."""
+        return self.scripts([(name, keys, args)], first, then)[-1]
 
-    def scripts(self, calls: Sequence[Call], after: Sequence[Command] = ()) -> list[Any]:
+    def scripts(self, calls: Sequence[Call], first: Sequence[Command] = (), then: Sequence[Command] = ()) -> list[Any]:
         """Run several, each atomically, in one exchange; returns what they answer. Raises the first error among all.
 
-        A server that has been restarted knows no script. Who may load them does so here; a worker under access rules
-        may not, gets NoScriptError, and waits for its coordinator (`outage.py`). What came before is done again then.
+        Nobody looks at what `then` answers. A server that has been restarted knows no script. Who may load them does
+        so here, and all is done again; a worker under access rules may not, gets NoScriptError, and waits for its
+        coordinator (`outage.py`).
         """
-        commands = [*after, *(("EVALSHA", self._digest(name), len(keys), *keys, *args) for name, keys, args in calls)]
+        own = [("EVALSHA", self._digest(name), len(keys), *keys, *args) for name, keys, args in calls]
+        commands, wanted = [*first, *own, *then], slice(len(first) + len(own))
         try:
-            answers = exchange(self.redis, commands)
+            answers = checked(exchange(self.redis, commands)[wanted])
         except redis.exceptions.NoScriptError as missing:
             try:
                 self.load_scripts()
             except redis.exceptions.NoPermissionError:
                 raise missing from None
-            answers = exchange(self.redis, commands)
-        return answers[len(after) :]
+            answers = checked(exchange(self.redis, commands)[wanted])
+        return answers[len(first) :]
 
     def _digest(self, name: str) -> str:
         if name not in self._digests:

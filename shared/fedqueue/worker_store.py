@@ -157,21 +157,25 @@ class WorkerStore(Store):
             return update
         return update.model_copy(update={"digest": digest_of(payload)})
 
-    def post(self, claim: Claim, update: Update, payload: BlobBuffer) -> str:
-        """Store the payload, then append the update if the attempt still holds the job.
+    def post(self, claim: Claim, update: Update, payload: BlobBuffer, then: Sequence[Command] = ()) -> str:
+        """Store the payload, then append the update if the attempt still holds the job; `then` travels behind it.
 
         Returns an empty string, or why it was refused: `closed`, `replayed`, `attempt`, `payload` or `old_epoch`.
         """
         update = self.described(update, payload)
         prefix = self.keys.payload(claim.job, claim.attempt)
         chunks = [f"{prefix}:{i}" for i in range(update.chunks)]
-        return self._post(claim, "update", update.pack(), chunks, self.begin_blob(prefix, payload, PAYLOAD_SECONDS))
+        first = self.begin_blob(prefix, payload, PAYLOAD_SECONDS)
+        return self._post(claim, "update", update.pack(), chunks, first, then)
 
     def end(self, claim: Claim, ending: Ending) -> str:
         """Report that the attempt ends without an update; returns as `post` does."""
-        return self._post(claim, "ended", ending.pack(), [], [])
+        return self._post(claim, "ended", ending.pack(), [])
 
-    def _post(self, claim: Claim, kind: str, body: bytes, chunks: list[str], first: Sequence[Command]) -> str:
+    def _post(
+        self, claim: Claim, kind: str, body: bytes, chunks: list[str],
+        first: Sequence[Command] = (), then: Sequence[Command] = (),
+    ) -> str:  # fmt: skip
         keys, job, client = self.keys, claim.job, claim.client
         body = self._sealed(kind, claim.client, [claim.job, claim.attempt, claim.version], body)
         reason: bytes = self.script(
@@ -179,6 +183,7 @@ class WorkerStore(Store):
             [keys.job(job), keys.attempt(job), keys.site(client), keys.updates(client), keys.config, *chunks],
             [job, claim.attempt, kind, body, claim.epoch, keys.bell],
             first,
+            then,
         )
         return reason.decode()
 

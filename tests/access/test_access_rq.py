@@ -32,7 +32,7 @@ def _signal_handlers_restored() -> Iterator[None]:
 class Trainer:
     """Stands in for a round."""
 
-    interruptible = False
+    interruptible = closed = False
 
     def __init__(self, raises: Exception | None = None) -> None:
         self.jobs: list[str] = []

@@ -37,15 +37,15 @@ class StoreWithPoints(CoordinatorStore):
 
     at: Callable[[str], None] = staticmethod(lambda point: None)
 
-    def scripts(self, calls: Sequence[Call], after: Sequence[Command] = ()) -> list[Any]:
+    def scripts(self, calls: Sequence[Call], first: Sequence[Command] = (), then: Sequence[Command] = ()) -> list[Any]:
         """What travels together goes one by one here: a connection may break between any two."""
-        for command in after:
+        for command in first:
             self.redis.execute_command(*command)
             self.at("between blobs")
         answers = []
         for call in calls:
             self.at(f"before {call[0]}.lua")
-            answers += super().scripts([call])
+            answers += super().scripts([call], (), then)
             self.at(f"after {call[0]}.lua")
         return answers
 

@@ -34,7 +34,7 @@ _UNPICKLE = pickle.loads
 class Recorder:
     """Stands in for a round: records the orders that it is asked to train."""
 
-    interruptible = False
+    interruptible = closed = False
 
     def __init__(self, raises=None):
         self.orders, self._raises = [], raises

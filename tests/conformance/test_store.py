@@ -745,6 +745,15 @@ def test_optimizer_state_with_a_missing_chunk_is_an_error(chunks, run):
         run.coordinator.read_optimizer_state(1)
 
 
+def test_error_of_what_travels_behind_a_post_does_not_touch_the_post(run):
+    worker, payload = run.join(), run.payload()
+    run.client.set("text", "no list")
+    claim = worker.claim(run.dispatch(), 60)
+    assert worker.post(claim, run.update(payload), payload, [("LREM", "text", 1, "job"), ("DEL", "text")]) == ""
+    assert [entry.job for entry in run.updates()] == [claim.job]
+    assert not run.client.exists("text")
+
+
 def test_kept_payload_of_a_merged_update_is_moved_where_no_late_post_reaches_it(chunks, run):
     claim = run.posted()
     empty = np.zeros(0, np.uint8)

@@ -90,6 +90,23 @@ def test_worker_joins_registers_trains_and_leaves(fake_run, task):
     assert [(c.id, c.partition, c.partitions) for c in task.loaded] == [("client-0", 0, 8)]
 
 
+def test_job_that_ends_with_its_post_leaves_nothing_in_rq_and_is_counted(fake_run, task, monkeypatch):
+    """Its record goes with the post: what RQ does afterwards finds nothing to do."""
+    left, counted = [], []
+    original = worker_module.TrainingWorker.handle_job_success
+
+    def after_the_post(worker, job, **others):
+        left.extend(name for name in fake_run.contents() if job.id in name and name.startswith("rq:"))
+        left.extend(fake_run.client.lrange(f"rq:queue:{job.origin}:intermediate", 0, -1))
+        original(worker, job=job, **others)
+        counted.append(int(fake_run.client.hget(worker.key, "successful_job_count")))
+
+    monkeypatch.setattr(worker_module.TrainingWorker, "handle_job_success", after_the_post)
+    enqueue(fake_run)
+    start(fake_run, task, once=True)
+    assert (left, counted) == ([], [1])
+
+
 def test_worker_of_several_clients_loads_each_once_and_trains_for_all(fake_run, task):
     for number, client in ((1, "client-0"), (2, "client-3"), (3, "client-0")):
         enqueue(fake_run, number, client)

@@ -21,6 +21,7 @@ from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Ending, Order
 from fedqueue.outage import Patience
 from fedqueue.payload import downward, upward
+from fedqueue.receiving import Command
 from fedqueue.task import Progress, Task
 from fedqueue.worker_store import Claim, WorkerStore
 from fedqueue_worker.heartbeat import Heartbeat
@@ -64,6 +65,10 @@ class Round:
         self._policy, self._outbox = policy, outbox
         self._patience = Patience(lambda: self.told_to_stop)
         self.on_progress: Callable[[], None] = lambda: None
+        self.closing: Callable[[], list[Command]] = list
+        """The commands with which RQ's record of the job ends, if they may travel with the job's post."""
+        self.closed = False
+        """Whether they have: of the last job."""
         self.jobs = 0
         self.told_to_stop = False
         self.interruptible = False
@@ -79,6 +84,7 @@ class Round:
 
         Raises WireError for what is no order of the run's coordinator.
         """
+        self.closed = False
         wanted = self._patience.ride_out(lambda: self._store.open_order(order))
         if wanted.run != self._store.run or wanted.client not in self._data:
             raise WireError(f"order for client {wanted.client} of run {wanted.run}: not served here")
@@ -123,7 +129,9 @@ class Round:
         update = self._store.described(update, wire)
         self._outbox.posts(claim, update, wire)
         self._progress()
-        refused = self._patience.ride_out(lambda: self._store.post(claim, update, wire))
+        closing = self.closing()
+        refused = self._patience.ride_out(lambda: self._store.post(claim, update, wire, closing))
+        self.closed = bool(closing)
         if refused in ("", "replayed"):  # replayed: it was taken, and the answer was lost
             self._sender.accepted(order.client, self._local)
         if refused:

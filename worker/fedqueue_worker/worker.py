@@ -34,6 +34,7 @@ from fedqueue.keys import client_tag
 from fedqueue.messages import Registration
 from fedqueue.outage import Patience, passing
 from fedqueue.queueing import NoTimeout, Serializer, client_queue, forget, job_class
+from fedqueue.receiving import Command
 from fedqueue.store import RunInfo
 from fedqueue.task import Task
 from fedqueue.worker_store import WorkerStore
@@ -57,8 +58,9 @@ class TrainingWorker(SimpleWorker):
     def __init__(self, *args: Any, round: Round, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.round = round
-        round.on_progress = self._show_if_long
+        round.on_progress, round.closing = self._show_if_long, self._closing
         self._hidden: tuple[Job, Execution] | None = None  # what runs and is not shown yet
+        self._taken_from: Queue | None = None
         self._began = 0.0
         self._asked_for_suspension: datetime | None = None
 
@@ -84,6 +86,7 @@ class TrainingWorker(SimpleWorker):
 
     def execute_job(self, job: Job, queue: Queue) -> None:
         """As RQ's; a job that breaks RQ's own bookkeeping is dropped: RQ would end the process."""
+        self._taken_from = queue
         try:
             super().execute_job(job, queue)
         except Exception as error:
@@ -108,25 +111,39 @@ class TrainingWorker(SimpleWorker):
         self, job: Job, queue: Queue, started_job_registry: StartedJobRegistry, execution: Execution
     ) -> None:
         """In one step, where RQ takes ten: our jobs have no result, no dependents, no repeats."""
-        assert job.started_at
-        assert job.ended_at
         shown, self._hidden = self._hidden is None, None
+        if not shown:
+            self._state = WorkerStatus.IDLE
+        if self.round.closed:
+            return
         with self.connection.pipeline(transaction=shown) as pipeline:
             if shown:
                 self.set_state(WorkerStatus.IDLE, pipeline)
                 self.cleanup_execution(job, pipeline, execution)
-            else:
-                self._state = WorkerStatus.IDLE
-            self.increment_successful_job_count(pipeline=pipeline)
-            self.increment_total_working_time(job.ended_at - job.started_at, pipeline)
-            pipeline.delete(job.key)
-            pipeline.lrem(queue.intermediate_queue_key, 1, job.id)
+            for command in self._ending(job):
+                pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
             try:
                 pipeline.execute()
             except redis.ResponseError as error:  # RQ would call what was trained failed, and keep its record
                 if is_outage(error):
                     raise
                 self._drop(job.id, queue, error)
+
+    def _closing(self) -> list[Command]:
+        """A job that is not shown ends with its post: that is one exchange less for each."""
+        return self._ending(self._hidden[0]) if self._hidden else []
+
+    def _ending(self, job: Job) -> list[Command]:
+        """What RQ notes of a job that went well."""
+        assert self._taken_from
+        assert job.started_at
+        worked = ((job.ended_at or now()) - job.started_at).total_seconds()
+        return [
+            ("HINCRBY", self.key, "successful_job_count", 1),
+            ("HINCRBYFLOAT", self.key, "total_working_time", worked),
+            ("DEL", job.key),
+            ("LREM", self._taken_from.intermediate_queue_key, 1, job.id),
+        ]
 
     def handle_job_failure(self, job: Job, queue: Queue, *args: Any, **kwargs: Any) -> None:
         """As RQ's, of a job that is shown."""
