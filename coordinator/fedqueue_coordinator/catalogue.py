@@ -11,7 +11,7 @@ import torch
 
 from fedqueue.config import Config
 from fedqueue.errors import ConfigurationError
-from fedqueue.training import make_optimizer
+from fedqueue.training import make_optimizer, optimizer_class
 from fedqueue_coordinator.aggregation import Aggregator, fedasync, fedavg, fedbuff
 from fedqueue_coordinator.ca2fl import ca2fl
 from fedqueue_coordinator.fadas import fadas
@@ -92,9 +92,11 @@ def check_algorithms(config: Config) -> None:
 
     Raises ConfigurationError.
     """
-    parameters = [torch.nn.Parameter(torch.zeros(1))]
     training = config.training
-    make_optimizer(training.optimizer, parameters, training.learning_rate, training.options)
+    optimizer_class(training.optimizer)
+    if training.options:  # else there is nothing that could be wrong, and a coordinator needs no optimizer itself
+        parameters = [torch.nn.Parameter(torch.zeros(1))]
+        make_optimizer(training.optimizer, parameters, training.learning_rate, training.options)
     try_out(config.server_optimizer)
     make_aggregator(config)
 

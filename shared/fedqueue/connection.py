@@ -115,6 +115,47 @@ SENTINEL_PORT = 26379
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:\d+)?")
 
 
+class Pool(redis.ConnectionPool):
+    """Lends as redis-py's does, without counting each loan for telemetry and announcing it to listeners.
+
+    That, around each command, takes as long as sending it.
+    """
+
+    def get_connection(self, command_name: object = None, *keys: object, **options: object) -> Any:
+        self._checkpid()
+        with self._lock:
+            connection = self._available_connections.pop() if self._available_connections else self.make_connection()
+            self._in_use_connections.add(connection)
+        try:
+            connection.connect()
+            if _is_stale(connection):
+                connection.disconnect()
+                connection.connect()
+        except BaseException:
+            self.release(connection)
+            raise
+        return connection
+
+    def release(self, connection: Any) -> None:
+        self._checkpid()
+        with self._lock:
+            if connection not in self._in_use_connections:
+                return
+            if connection.pid != self.pid or connection.should_reconnect():
+                super().release(connection)  # after a fork, or one that is to be replaced: rare
+                return
+            self._in_use_connections.remove(connection)
+            self._available_connections.append(connection)
+
+
+def _is_stale(connection: Any) -> bool:
+    """Whether the server has closed it, or an answer is left of what was broken off."""
+    try:
+        return bool(connection.can_read())
+    except (redis.ConnectionError, redis.TimeoutError, OSError):
+        return True
+
+
 class SharedRetry(Retry):
     """One for all connections of a client (redis-py copies it into each), so that all of them can be told at once."""
 
@@ -157,7 +198,7 @@ def connect(url: str, retries: int = RETRIES, tls: Tls | None = None) -> redis.R
         known = ", ".join(f"{s}://" for s in (*SCHEMES, SENTINEL, TLS_SENTINEL))
         raise ConfigurationError("redis.url", scheme + "://…", f"one of {known}")
     try:
-        pool = redis.ConnectionPool.from_url(url, **options)
+        pool = Pool.from_url(url, **options)
     except ValueError:  # its message may hold the part of the URL that is the password
         accepted = "unix://[USER:PASSWORD@]PATH" if scheme == "unix" else f"{scheme}://[USER:PASSWORD@]HOST[:PORT][/DB]"
         raise ConfigurationError("redis.url", scheme + "://…", f"expected {accepted}, specials as %XX") from None

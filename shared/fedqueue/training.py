@@ -72,7 +72,17 @@ def make_optimizer(
 
     `key` is the section of the configuration that the name and the options come from.
     """
-    known: dict[str, Any] = {
+    kind = optimizer_class(name, key)
+    try:
+        made: torch.optim.Optimizer = kind(parameters, lr=learning_rate, **options)
+        return made
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"{key}.options", dict(options), f"torch.optim.{name}: {error}") from error
+
+
+def optimizer_class(name: str, key: str = "training") -> Any:
+    """The class in `torch.optim`. Making one of it imports a compiler of torch's: a second, and 70 MB for good."""
+    known = {
         n.lower(): c
         for n, c in vars(torch.optim).items()
         if inspect.isclass(c) and issubclass(c, torch.optim.Optimizer) and c is not torch.optim.Optimizer
@@ -80,11 +90,7 @@ def make_optimizer(
     if name.lower() not in known:
         option = "optimizer" if key == "training" else "name"
         raise ConfigurationError(f"{key}.{option}", name, f"known: {', '.join(sorted(known))}")
-    try:
-        made: torch.optim.Optimizer = known[name.lower()](parameters, lr=learning_rate, **options)
-        return made
-    except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{key}.options", dict(options), f"torch.optim.{name}: {error}") from error
+    return known[name.lower()]
 
 
 def _batches(data: Any, config: TrainingConfig) -> Iterator[Any]:

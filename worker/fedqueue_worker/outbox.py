@@ -53,8 +53,10 @@ class Outbox:
         if self._path is None:
             return
         line = {"at": self._clock().isoformat(timespec="milliseconds"), "what": what, "run": self._run, **fields}
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        with self._path.open("ab", buffering=0) as file:
+            whole = f"{json.dumps(line)}\n".encode()
+            if file.write(whole) != len(whole):
+                raise OSError(f"{self._path}: no room for a whole line")
 
 
 def _job(claim: Claim) -> dict[str, Any]:
