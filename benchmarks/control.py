@@ -26,8 +26,9 @@ MODES = {
 STEPS = {
     "wait for entries and read them": ("coordinator_store.py", "receive"),
     "open them: msgpack, signature, bounds": ("hearing.py", "hear"),
-    "dispatch: seal the order, one script": ("coordinator_store.py", "dispatch"),
-    "hand the order to RQ": ("service.py", "_enqueue"),
+    "seal the order": ("coordinator_store.py", "pack_order"),
+    "make RQ's record of it": ("queueing.py", "record"),
+    "open the job and put it into its queue": ("coordinator_store.py", "dispatch"),
     "read the payload, check its digest": ("coordinator_store.py", "read_payload"),
     "admit, weigh, merge, step": ("federation.py", "handle"),
     "publish: seal, blobs, one script": ("coordinator_store.py", "publish"),
