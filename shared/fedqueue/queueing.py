@@ -7,7 +7,7 @@ out, never retries it, and keeps no result.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from rq import Queue
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.timeouts import BaseDeathPenalty
+from rq.utils import now
 
 from fedqueue.errors import WireError
 from fedqueue.messages import MAX_MESSAGE, Order, pack, unpack
@@ -110,29 +111,40 @@ class Record:
     fields: list[Any]
 
 
+def queue_class(queues: Iterable[Queue]) -> type[Queue]:
+    """RQ's queues, of a worker that serves these: RQ makes one anew for each job that is taken."""
+    served = {queue.key: queue for queue in queues}
+
+    class Served(Queue):
+        @classmethod
+        def from_queue_key(cls, queue_key: str, *args: Any, **kwargs: Any) -> Queue:
+            return served[queue_key]
+
+    return Served
+
+
 class Queues:
     """The clients' queues, as their coordinator fills them."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
         self._listed: set[str] = set()
-
-    def record(self, queue: str, order: Order, sealed: bytes | None = None) -> Record:
-        """What RQ would write to enqueue the order, or its seal."""
-        job = TrainingJob.create(
+        self._job = TrainingJob.create(
             TRAIN,
-            kwargs={"order": order.model_dump() if sealed is None else sealed},
-            id=order.job,
             timeout=-1,
             result_ttl=0,
             failure_ttl=FAILED_SECONDS,
-            description=f"train {order.client} for {order.run}",
-            origin=queue,
             status=JobStatus.QUEUED,
             serializer=Serializer,
-            connection=self._client,
-        )
-        job.enqueued_at = job.created_at
+            connection=client,
+        )  # each one in its turn: making one takes as long as all the rest
+
+    def record(self, queue: str, order: Order, sealed: bytes | None = None) -> Record:
+        """What RQ would write to enqueue the order, or its seal."""
+        job = self._job
+        job.id, job.origin, job.description = order.job, queue, f"train {order.client} for {order.run}"
+        job.kwargs = {"order": order.model_dump() if sealed is None else sealed}
+        job.created_at = job.enqueued_at = now()
         fields = [item for name, value in job.to_dict().items() if value != "" for item in (name, value)]
         key = f"{Queue.redis_queue_namespace_prefix}{queue}"
         if queue not in self._listed:  # in RQ's list of queues: once is enough, RQ says it for each job

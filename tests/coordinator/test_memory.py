@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -91,3 +92,19 @@ def test_what_the_filter_holds_is_what_it_says(bounds, vectors):
         judging.admitted(frame.parameters, norm=3000.0)
         judging.committed(["client-0"])
     assert resident() - before == pytest.approx(vectors, abs=0.3)
+
+
+WITHOUT_A_COMPILER = """
+import subprocess
+import sys
+from fedqueue.config import parse_config
+from fedqueue_coordinator.catalogue import check_algorithms
+check_algorithms(parse_config({"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}}))
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_coordinator_of_plain_settings_imports_no_compiler():
+    """It takes 70 MB and a second, and every optimizer of torch's that is made brings it."""
+    told = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "False"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import redis
 import redis.connection
@@ -164,3 +166,60 @@ def test_real_server_is_reached_over_its_socket_and_binary_comes_back(server_cli
     server_client.set("blob", memoryview(blob))
     assert server_client.get("blob") == blob
     assert isinstance(server_client.connection_pool.get_connection(), redis.connection.UnixDomainSocketConnection)
+
+
+# The pool
+
+
+@pytest.mark.server
+def test_connection_that_the_server_has_closed_is_replaced_before_it_is_lent(server_client):
+    pool = server_client.connection_pool
+    first = pool.get_connection()
+    first.send_command("CLIENT", "ID")
+    number = first.read_response()
+    pool.release(first)
+    other = pool.get_connection(), pool.get_connection()
+    other[1].send_command("CLIENT", "KILL", "ID", number)
+    assert other[1].read_response() == 1
+    for lent in reversed(other):
+        pool.release(lent)
+    server_client.get_retry().update_retries(0)
+    assert [server_client.echo(text) for text in ("a", "b")] == [b"a", b"b"]
+
+
+@pytest.mark.server
+def test_answer_that_was_left_on_a_connection_is_not_taken_for_the_next_one(server_client):
+    pool = server_client.connection_pool
+    broken_off = pool.get_connection()
+    broken_off.send_command("ECHO", "of before")
+    assert broken_off.can_read(timeout=5)
+    pool.release(broken_off)
+    assert server_client.echo("mine") == b"mine"
+
+
+@pytest.mark.server
+def test_connection_is_lent_to_one_at_a_time_and_comes_back_once(server_client):
+    pool = server_client.connection_pool
+    first, second = pool.get_connection(), pool.get_connection()
+    assert first is not second
+    pool.release(first)
+    pool.release(first)
+    again = pool.get_connection(), pool.get_connection()
+    assert first in again
+    assert len({id(lent) for lent in (second, *again)}) == 3
+
+
+@pytest.mark.server
+def test_child_process_does_not_use_its_parents_connection(server_client):
+    server_client.ping()
+    pool = server_client.connection_pool
+    mine = pool.get_connection()
+    pool.release(mine)
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if pool.get_connection() is not mine and server_client.ping() else 1)
+        finally:
+            os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    assert server_client.ping()

@@ -33,7 +33,7 @@ from fedqueue.frame import Manifest
 from fedqueue.keys import client_tag
 from fedqueue.messages import Registration
 from fedqueue.outage import Patience, passing
-from fedqueue.queueing import NoTimeout, Serializer, client_queue, forget, job_class
+from fedqueue.queueing import NoTimeout, Serializer, client_queue, forget, job_class, queue_class
 from fedqueue.receiving import Command
 from fedqueue.store import RunInfo
 from fedqueue.task import Task
@@ -57,6 +57,7 @@ class TrainingWorker(SimpleWorker):
 
     def __init__(self, *args: Any, round: Round, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self.queue_class = queue_class(self.queues)
         self.round = round
         round.on_progress, round.closing = self._show_if_long, self._closing
         self._hidden: tuple[Job, Execution] | None = None  # what runs and is not shown yet
