@@ -176,6 +176,7 @@ def test_queue_is_listed_once_for_all_its_jobs(redis_client, run):
         redis_client.delete("rq:queues")
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001", "sample-00000002"]
     assert not redis_client.exists("rq:queues")
+    assert work(redis_client) == ["sample-00000001", "sample-00000002"]
     queueing.Queues(redis_client).record(QUEUE, run.order(3))
     assert redis_client.smembers("rq:queues") == {b"rq:queue:" + QUEUE.encode()}
 
