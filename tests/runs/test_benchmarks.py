@@ -65,7 +65,7 @@ def test_cost_of_an_update_is_told_step_by_step(tmp_path):
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert sum(row["shares"].values()) == pytest.approx(1)
     assert all(share > 0 for share in row["shares"].values())
-    assert "| hand the order to RQ |" in shown
+    assert "| open the job and put it into its queue |" in shown
 
 
 def test_merging_is_measured_for_every_encoding(tmp_path):
