@@ -140,14 +140,14 @@ class Queues:
         )  # each one in its turn: making one takes as long as all the rest
 
     def record(self, queue: str, order: Order, sealed: bytes | None = None) -> Record:
-        """What RQ would write to enqueue the order, or its seal."""
+        """What RQ would write to enqueue the order, or its seal; a queue is listed at its first one."""
         job = self._job
         job.id, job.origin, job.description = order.job, queue, f"train {order.client} for {order.run}"
         job.kwargs = {"order": order.model_dump() if sealed is None else sealed}
         job.created_at = job.enqueued_at = now()
         fields = [item for name, value in job.to_dict().items() if value != "" for item in (name, value)]
         key = f"{Queue.redis_queue_namespace_prefix}{queue}"
-        if queue not in self._listed:  # in RQ's list of queues: once is enough, RQ says it for each job
+        if queue not in self._listed:  # once is enough, RQ says it for each job
             self._client.sadd(Queue.redis_queues_keys, key)
             self._listed.add(queue)
         return Record(job.id, job.key, key, fields)

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -69,6 +70,7 @@ def number(text: bytes | None) -> int:
         return 0
 
 
+@cache
 def script_digest(name: str) -> str:
     """What Redis calls `scripts/NAME.lua`: SHA-1, in hex."""
     source = _SCRIPTS.joinpath(f"{name}.lua").read_text(encoding="utf-8")
@@ -87,7 +89,6 @@ class Store:
         self.redis = client
         self.run = run
         self.keys = Keys(run)
-        self._digests: dict[str, str] = {}
 
     def script(
         self, name: str, keys: list[str], args: list[Any], first: Sequence[Command] = (), then: Sequence[Command] = ()
@@ -102,7 +103,7 @@ class Store:
         so here, and all is done again; a worker under access rules may not, gets NoScriptError, and waits for its
         coordinator (`outage.py`).
         """
-        own = [("EVALSHA", self._digest(name), len(keys), *keys, *args) for name, keys, args in calls]
+        own = [("EVALSHA", script_digest(name), len(keys), *keys, *args) for name, keys, args in calls]
         commands, wanted = [*first, *own, *then], slice(len(first) + len(own))
         try:
             answers = checked(exchange(self.redis, commands)[wanted])
@@ -113,11 +114,6 @@ class Store:
                 raise missing from None
             answers = checked(exchange(self.redis, commands)[wanted])
         return answers[len(first) :]
-
-    def _digest(self, name: str) -> str:
-        if name not in self._digests:
-            self._digests[name] = script_digest(name)
-        return self._digests[name]
 
     def load_scripts(self) -> None:
         """Load every script into the server's cache, those that only workers run too."""

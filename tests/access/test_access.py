@@ -400,8 +400,8 @@ def test_worker_that_asks_for_another_client_is_told_what_its_user_may_serve(gua
     assert "\n" not in str(caught.value)
 
 
-def test_script_of_another_version_is_told_apart_from_an_outage(guarded, led):
+def test_script_of_another_version_is_told_apart_from_an_outage(guarded, led, monkeypatch):
     worker = worker_store(guarded, "c0")
-    worker._digests["heartbeat"] = "0" * 40
+    monkeypatch.setattr("fedqueue.store.script_digest", lambda name: "0" * 40)
     with pytest.raises(ServerUnavailable, match="version that wrote the rules"):
         Patience().ride_out(lambda: worker.heartbeat(["c0"], 60, None, True))
