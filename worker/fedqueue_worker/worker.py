@@ -250,8 +250,7 @@ class Worker:
             raise ConfigurationError("security.signatures", "off", f"run {info.run!r} is signed: its workers need keys")
         torch.set_num_threads(self.config.training.threads)
         model = self.task.model()
-        if type(self.task).fit is Task.fit:  # another one may need no optimizer
-            torch.optim.SGD(model.parameters(), lr=0.1)  # the first one imports for a second: now, not in a job
+        torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         try:
             Manifest.unpack(info.manifest).require(Manifest.of(model))
         except ManifestMismatch as error:
