@@ -125,13 +125,17 @@ def checked(answers: list[Any]) -> list[Any]:
 
 
 def _exchanged(connection: Any, commands: Sequence[Command], places: Sequence[memoryview | None]) -> list[Any]:
-    connection.send_packed_command(connection.pack_commands(commands))
     answers: list[Any] = []
-    for place in places:
-        try:
-            answers.append(connection.receive(place) if place else connection.read_response())
-        except redis.ResponseError as error:  # the answers behind it have to be read, too
-            answers.append(error)
+    try:
+        connection.send_packed_command(connection.pack_commands(commands))
+        for place in places:
+            try:
+                answers.append(connection.receive(place) if place else connection.read_response())
+            except redis.ResponseError as error:  # the answers behind it have to be read, too
+                answers.append(error)
+    except BaseException:  # or between two: the next command would get what is left
+        connection.disconnect()
+        raise
     return answers
 
 

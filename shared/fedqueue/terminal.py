@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from pathlib import Path
-from typing import TextIO
+from types import FrameType
+from typing import NoReturn, TextIO
 
 import typer
 
@@ -53,6 +55,15 @@ def main(app: typer.Typer) -> None:
 def _fail(message: str, code: int) -> None:
     print(f"fedqueue: {message}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
+
+
+def exit_at_once(signum: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler for a process that has nothing to give back yet.
+
+    It raises nothing: what a handler raises is lost where a finalizer or a weak reference's callback happens to run,
+    and each import runs one.
+    """
+    os._exit(DONE)
 
 
 def last_line(log: Path) -> str:

@@ -17,6 +17,7 @@ import rq.serializers
 import rq.utils
 import rq.webhook
 import structlog
+from redis.observability import recorder
 from rq import Queue, SimpleWorker
 from rq import Worker as RqWorker
 from rq.exceptions import NoSuchJobError, StopRequested
@@ -34,7 +35,7 @@ _UNPICKLE = pickle.loads
 class Recorder:
     """Stands in for a round: records the orders that it is asked to train."""
 
-    interruptible = closed = False
+    interruptible = closed = told_to_stop = False
 
     def __init__(self, raises=None):
         self.orders, self._raises = [], raises
@@ -512,6 +513,25 @@ def test_idle_worker_told_to_stop_stops_at_once_and_once(redis_client):
     with pytest.raises(StopRequested):
         worker.request_stop(signal.SIGTERM, None)
     worker.request_stop(signal.SIGTERM, None)
+
+
+@pytest.mark.timeout(30)
+def test_stop_that_is_lost_inside_redis_py_is_heard_while_the_worker_waits(redis_client, monkeypatch):
+    """A signal's exception is lost where redis-py asks, around each command, whether anybody wants its telemetry."""
+    asked, signals = recorder.get_observability_instance, [signal.SIGTERM]
+
+    def interrupted():
+        while signals:
+            os.kill(os.getpid(), signals.pop())
+        return asked()
+
+    worker = make_worker(redis_client, Recorder())
+    worker._install_signal_handlers()
+    monkeypatch.setattr(recorder, "get_observability_instance", interrupted)
+    with pytest.raises(StopRequested):
+        worker.dequeue_job_and_maintain_ttl(1)
+    assert not signals
+    assert worker.last_heartbeat is None, "it was heard in the wait, not on the way"
 
 
 # The serializer

@@ -12,7 +12,7 @@ from redis.connection import Connection
 
 from fedqueue import receiving
 from fedqueue.connection import connect
-from fedqueue.receiving import Part, Receiving, ReceivingParser, get_parts
+from fedqueue.receiving import Part, Receiving, ReceivingParser, exchange, get_parts
 
 
 class Wire:
@@ -101,6 +101,26 @@ def test_signal_in_the_middle_of_an_answer_leaves_no_half_read_connection(server
     assert client.ping() is True
     assert get_parts(client, [Part("part", 0, len(place) - 1, memoryview(place))]) == [None]
     assert place == bytes(range(256)) * 4000
+    client.close()
+
+
+@pytest.mark.server
+def test_signal_between_two_answers_leaves_none_for_the_next_command(server, server_client, monkeypatch):
+    client = connect(server.url)
+    cls, calls = client.connection_pool.connection_class, []
+    read_response = cls.read_response
+
+    def interrupted(self: Connection, *args: object, **kwargs: object) -> object:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return read_response(self, *args, **kwargs)
+
+    client.ping()
+    monkeypatch.setattr(cls, "read_response", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        exchange(client, [("ECHO", "1"), ("BLPOP", "nothing", "0.2")])  # whose answer is still to come
+    assert exchange(client, [("ECHO", "2")]) == [b"2"]
     client.close()
 
 

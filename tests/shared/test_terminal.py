@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -116,3 +117,25 @@ def test_exceptions_in_logs_show_no_variables():
         structlog.get_logger("fedqueue").exception("training failed")
     assert "ValueError: 6 columns" in stream.getvalue()
     assert "age 54" not in stream.getvalue().replace('"age 54"', "")
+
+
+LOST = """
+import os, signal, sys
+from fedqueue.terminal import exit_at_once
+class Finalized:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+handlers = {"raises": lambda *_: sys.exit(0), "ends": exit_at_once}
+signal.signal(signal.SIGTERM, handlers[sys.argv[1]])
+Finalized()
+sys.exit("it goes on")
+"""
+
+
+def test_signal_that_comes_inside_a_finalizer_ends_the_process_all_the_same():
+    ends, raises = (
+        subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, check=False)
+        for how in ("ends", "raises")
+    )
+    assert (ends.returncode, ends.stderr) == (0, b"")
+    assert raises.stderr.endswith(b"it goes on\n"), "or else there would be no need of it"

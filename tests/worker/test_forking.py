@@ -19,12 +19,16 @@ FAMILY = """
 import json, os, signal, sys, time, uuid
 from pathlib import Path
 import numpy as np, random
+from fedqueue_worker import forking
 from fedqueue_worker.forking import fork
 from fedqueue_worker.worker import new_token
 logs, until = Path(sys.argv[1]), sys.argv[2]
+forking.GRACE_SECONDS = 1
 number = fork(3, logs)
+if until == "killed" and number == 1:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(json.dumps([number, os.getpid(), new_token(), random.random(), np.random.random()]), flush=True)
-if until == "signal":
+if until != "end":
     while True:
         time.sleep(0.1)
 if number == 1:
@@ -90,6 +94,14 @@ def test_killed_child_is_reported_and_sigterm_to_the_parent_ends_the_others(fami
     _, err = parent.communicate(timeout=60)
     assert (parent.returncode, err) == (1, ""), "what was told to end is no news"
     assert not any(map(alive, pids))
+
+
+def test_child_that_does_not_end_when_it_is_told_to_is_killed_in_the_end(family):
+    parent, children = family("killed")
+    parent.send_signal(signal.SIGTERM)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (1, "")
+    assert not any(alive(child[1]) for child in children)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")

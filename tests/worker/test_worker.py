@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 
 import numpy as np
 import pytest
+import redis
 import structlog
 import torch
 from torch.utils.data import TensorDataset
@@ -239,6 +241,45 @@ def test_worker_told_to_stop_while_it_waits_for_the_run_exits_0(fake_client, fak
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
     assert not ended.value.code
+
+
+def lost_signal(*args):
+    """SIGTERM, as it is when it comes inside a finalizer: what its handler raises is dropped."""
+    with contextlib.suppress(BaseException):
+        terminate()
+
+
+@pytest.mark.timeout(30)
+def test_stop_that_is_lost_while_it_loads_its_data_is_heard_before_the_first_job(fake_run, task):
+    task.while_loading = lost_signal
+    enqueue(fake_run)
+    assert start(fake_run, task) == "stopped"
+    assert kinds(fake_run) == ["joined", "left"]
+    assert fake_run.coordinator.open_jobs() == 1
+
+
+@pytest.mark.timeout(30)
+def test_stop_that_is_lost_while_it_waits_for_the_run_is_heard_at_the_next_turn(
+    fake_client, fake_run, task, monkeypatch
+):
+    monkeypatch.setattr(worker_module.time, "sleep", lost_signal)
+    with pytest.raises(SystemExit) as ended:
+        Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
+    assert not ended.value.code
+
+
+@pytest.mark.timeout(30)
+def test_stop_between_two_of_rq_s_loops_starts_no_further_one(fake_run, task, monkeypatch, logs):
+    """The first loop is broken off in the middle of a job, so that RQ's worker still seems to be busy."""
+    monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", broken_off)
+    monkeypatch.setattr(worker_module.Patience, "wait", lost_signal)
+    enqueue(fake_run)
+    assert start(fake_run, task) == "stopped"
+    assert [entry["event"] for entry in logs].count("RQ's loop is started again") == 1
+
+
+def broken_off(*args):
+    raise redis.ConnectionError("gone")
 
 
 def test_data_that_cannot_be_loaded_ends_the_worker_politely(fake_run, task):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.terminal import configure_logging
+from fedqueue.terminal import configure_logging, exit_at_once
 from fedqueue.terminal import main as run_app
 
 if TYPE_CHECKING:
@@ -62,8 +61,8 @@ def worker(
     from fedqueue.config import load_config
 
     configure_logging()
-    for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker takes jobs, and has handlers of its own
-        signal.signal(signum, lambda *_: sys.exit(0))
+    for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker has handlers of its own
+        signal.signal(signum, exit_at_once)
     settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
     candidates = choose_candidates(settings, client or [], partition or [])
     url = settings.redis.address(redis)

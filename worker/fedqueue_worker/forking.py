@@ -8,9 +8,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import numpy as np
@@ -18,10 +17,11 @@ import structlog
 import torch
 
 from fedqueue.entrypoint import import_entrypoint
-from fedqueue.terminal import DONE, FAILED, configure_logging, last_line
+from fedqueue.terminal import DONE, FAILED, configure_logging, exit_at_once, last_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of Linux
+GRACE_SECONDS = 30  # to hand back its job; then a child that was told to end is killed
 
 
 def preload(entrypoint: str, folder: Path) -> None:
@@ -45,8 +45,9 @@ def preload(entrypoint: str, folder: Path) -> None:
 def fork(count: int, logs: Path | None) -> int:
     """The number of the worker that this process is from now on: `count` children return, this process never does.
 
-    It passes SIGTERM and SIGINT on, reports a child that ends by itself, and exits with the worst exit code once all
-    have ended. A child gets SIGTERM when this process dies. With `logs`, child i writes to logs/worker-i.log.
+    It passes SIGTERM and SIGINT on, kills what has not ended GRACE_SECONDS later, reports a child that ends by itself,
+    and exits with the worst exit code once all have ended. A child gets SIGTERM when this process dies. With `logs`,
+    child i writes to logs/worker-i.log.
     """
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def fork(count: int, logs: Path | None) -> int:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return number
         children[child] = number
-    return _supervise(children, logs, before)
+    return _supervise(children, logs)
 
 
 def log_of(logs: Path | None, number: int) -> Path | None:
@@ -73,7 +74,7 @@ def log_of(logs: Path | None, number: int) -> Path | None:
 def _begin(parent: int, log: Path | None) -> None:
     """In a child: what must not be its siblings' too."""
     for signum in SIGNALS:
-        signal.signal(signum, lambda *_: sys.exit(DONE))
+        signal.signal(signum, exit_at_once)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
@@ -87,27 +88,39 @@ def _begin(parent: int, log: Path | None) -> None:
     np.random.seed()  # as in a process of its own; Python's generator does that itself, torch's is seeded for each job
 
 
-def _supervise(children: dict[int, int], logs: Path | None, mask: Iterable[int]) -> NoReturn:
+def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
+    """Signals are waited for and not handled: one that came just before a blocking call would not interrupt it."""
     running, told, worst = dict(children), False, DONE
+    watched = {*SIGNALS, signal.SIGCHLD, signal.SIGALRM}
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # what is ignored cannot be waited for
+    signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    while True:
+        for pid, code in _ended(running):
+            number = running.pop(pid)
+            worst = max(worst, code if code >= 0 else FAILED)
+            if not told:
+                log = log_of(logs, number)
+                said = f": {last_line(log)}" if log else ""
+                print(f"worker {number} (pid {pid}) ended with {code}{said}", file=sys.stderr, flush=True)  # noqa: T201
+        if not running:
+            sys.exit(worst)
+        signum = signal.sigwait(watched)
+        if signum in SIGNALS:
+            told = True
+            signal.alarm(GRACE_SECONDS)
+            _send(signal.SIGTERM, running)
+        elif signum == signal.SIGALRM:
+            _send(signal.SIGKILL, running)
 
-    def pass_on(signum: int, frame: FrameType | None) -> None:
-        nonlocal told
-        told = True
-        for pid in running:
-            os.kill(pid, signal.SIGTERM)
 
-    for signum in SIGNALS:
-        signal.signal(signum, pass_on)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    while running:
-        pid, status = os.waitpid(-1, 0)
-        number = running.pop(pid, None)
-        if number is None:
-            continue  # a process that the task's module started
-        code = os.waitstatus_to_exitcode(status)
-        worst = max(worst, code if code >= 0 else FAILED)
-        if not told:
-            log = log_of(logs, number)
-            said = f": {last_line(log)}" if log else ""
-            print(f"worker {number} (pid {pid}) ended with {code}{said}", file=sys.stderr, flush=True)  # noqa: T201
-    sys.exit(worst)
+def _ended(running: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Those that have ended, with their exit codes; what the task's module has started is not ours to wait for."""
+    for pid in list(running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            yield pid, os.waitstatus_to_exitcode(status)
+
+
+def _send(signum: signal.Signals, running: Iterable[int]) -> None:
+    for pid in running:
+        os.kill(pid, signum)

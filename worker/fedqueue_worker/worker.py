@@ -37,6 +37,7 @@ from fedqueue.queueing import NoTimeout, Serializer, client_queue, forget, job_c
 from fedqueue.receiving import Command
 from fedqueue.store import RunInfo
 from fedqueue.task import Task
+from fedqueue.terminal import DONE
 from fedqueue.worker_store import WorkerStore
 from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.outbox import SILENT, Outbox
@@ -197,13 +198,22 @@ class TrainingWorker(SimpleWorker):
             super().set_state(state, pipeline)
 
     def heartbeat(self, timeout: int | None = None, pipeline: Pipeline | None = None) -> None:
-        """As RQ's, which beats four times for each job: of those apart from a pipeline, one is enough now and then."""
+        """As RQ's, which beats four times for each job: of those apart from a pipeline, one is enough now and then.
+
+        RQ calls it in each turn of its wait for a job: a stop that was not heard in the last one is heard here.
+        """
+        if pipeline is None and self.round.told_to_stop:
+            raise StopRequested
         if pipeline is not None or self.last_heartbeat is None or now() - self.last_heartbeat > RQ_HEARTBEAT:
             super().heartbeat(timeout, pipeline)
 
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """SIGTERM or SIGINT: hand back the job at once, or stop waiting for one."""
-        if self._stop_requested:
+        """SIGTERM or SIGINT: hand back the job at once, or stop waiting for one.
+
+        What is raised here may be lost (redis-py's telemetry, for one, drops all that is raised inside it), so it is
+        noted as well.
+        """
+        if self.round.told_to_stop:
             return  # it is on its way out
         self._stop_requested = self.round.told_to_stop = True
         hurry(self.connection)
@@ -230,6 +240,7 @@ class Worker:
         self.clients: list[str] = []
         self.ended_because = ""
         self._heartbeat: Heartbeat | None = None
+        self._told_to_leave = False
 
     def run(self, candidates: Sequence[Sequence[str]], once: bool = False) -> str:
         """Serve one client of each list of candidates until the run ends or a signal comes; returns why it ended.
@@ -239,7 +250,8 @@ class Worker:
         where this site does not agree to the task.
         """
         self.policy.agree_to_task(self.config.task.entrypoint)
-        signal.signal(signal.SIGTERM, _leave)  # until RQ's own handler: while it waits, joins and loads data
+        for signum in (signal.SIGTERM, signal.SIGINT):  # until RQ's own: while it waits, joins and loads data
+            signal.signal(signum, self._leave)
         info = self._wait_for_the_run()
         if info.state != "running":
             return f"the run has ended: {info.stopped_because}"
@@ -285,8 +297,8 @@ class Worker:
         return self.ended_because or "stopped"
 
     def _wait_for_the_run(self) -> RunInfo:
-        said, patience = False, Patience()
-        while True:
+        said, patience = False, Patience(lambda: self._told_to_leave)
+        while not self._told_to_leave:
             try:
                 info = patience.ride_out(self.store.info)
             except RunNotFound:
@@ -297,10 +309,11 @@ class Worker:
                 log.info("waiting for a coordinator to start the run", run=self.store.run)
                 said = True
             time.sleep(0.2)
+        raise SystemExit(DONE)
 
     def _join(self, candidates: Sequence[Sequence[str]], lease_seconds: float) -> list[str]:
         clients: list[str] = []
-        patience = Patience()
+        patience = Patience(lambda: self._told_to_leave)
         for options in candidates:
             free = [c for c in options if c not in clients]
             client = patience.ride_out(lambda free=free: self.store.join(free, lease_seconds))  # type: ignore[misc]
@@ -316,24 +329,23 @@ class Worker:
 
     def _work(self, round_: Round, once: bool) -> None:
         """RQ's loop; started again where an outage in the middle of its bookkeeping ended it."""
+        round_.told_to_stop = self._told_to_leave
         patience = Patience()
-        while True:
-            try:
-                worker = self._make_rq_worker(round_)
-                worker.work(
-                    logging_level="WARNING",
-                    max_jobs=1 if once else None,
-                    dequeue_strategy=DequeueStrategy.ROUND_ROBIN,
-                )
-            except redis.RedisError as error:
-                if round_.told_to_stop:  # nothing more can be said to a server that is away
+        with contextlib.suppress(StopRequested):  # between two of RQ's loops
+            while not round_.told_to_stop:
+                interrupted: redis.RedisError = redis.ConnectionError("RQ's loop has ended by itself")
+                try:
+                    self._make_rq_worker(round_).work(
+                        logging_level="WARNING",
+                        max_jobs=1 if once else None,
+                        dequeue_strategy=DequeueStrategy.ROUND_ROBIN,
+                    )
+                except redis.RedisError as error:
+                    interrupted = error
+                if round_.told_to_stop or (once and round_.jobs):  # nothing more can be said to a server that is away
                     return
-                patience.wait(error)
-                continue
-            if round_.told_to_stop or (once and round_.jobs):
-                return
-            log.warning("RQ's loop has ended by itself: starting it again")
-            patience.wait(redis.ConnectionError("RQ's loop was interrupted"))
+                log.warning("RQ's loop is started again", because=str(interrupted))
+                patience.wait(interrupted)
 
     def _make_rq_worker(self, round_: Round) -> TrainingWorker:
         connection = self.store.redis
@@ -348,6 +360,12 @@ class Worker:
             round=round_,
         )
 
+    def _leave(self, signum: int, frame: FrameType | None) -> None:
+        """SIGTERM or SIGINT before the first job; noted as well, since what is raised may be lost in a finalizer."""
+        if not self._told_to_leave:
+            self._told_to_leave = True
+            raise SystemExit(DONE)
+
     def _go(self, because: str) -> None:
         """Called by the heartbeat: stop as on SIGTERM, so that whatever waits is interrupted."""
         self.ended_because = because
@@ -358,10 +376,6 @@ class Worker:
 
 def is_outage(error: Exception) -> bool:
     return isinstance(error, redis.RedisError) and bool(passing(error))
-
-
-def _leave(signum: int, frame: FrameType | None) -> None:
-    raise SystemExit(0)
 
 
 def new_token() -> str:
