@@ -32,7 +32,7 @@ def _signal_handlers_restored() -> Iterator[None]:
 class Trainer:
     """Stands in for a round."""
 
-    interruptible = closed = False
+    interruptible = closed = told_to_stop = False
 
     def __init__(self, raises: Exception | None = None) -> None:
         self.jobs: list[str] = []
