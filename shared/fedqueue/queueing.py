@@ -9,14 +9,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import redis
 from rq import Queue
 from rq.exceptions import InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.timeouts import BaseDeathPenalty
-from rq.utils import now
+from rq.utils import as_text, now
 
 from fedqueue.errors import WireError
 from fedqueue.messages import MAX_MESSAGE, Order, pack, unpack
@@ -76,25 +76,37 @@ class TrainingJob(Job):
     def restore(self, raw_data: Mapping[bytes, bytes]) -> Any:
         """As RQ's, which inflates what it finds; raises WireError for what would become larger than a message."""
         for field in (b"data", b"exc_info"):
-            if inflates_beyond(raw_data.get(field, b""), MAX_MESSAGE):
-                raise WireError(f"job {self.id}: {field.decode()} inflates to more than {MAX_MESSAGE} bytes")
+            self._inflated(field.decode(), raw_data.get(field, b""))
         return super().restore(raw_data)
+
+    def _inflated(self, field: str, data: bytes) -> bytes:
+        try:
+            inflated = zlib.decompressobj().decompress(data, MAX_MESSAGE + 1)
+        except zlib.error:  # not compressed: RQ takes it as it is
+            return data
+        if len(inflated) > MAX_MESSAGE:
+            raise WireError(f"job {self.id}: {field} inflates to more than {MAX_MESSAGE} bytes")
+        return inflated
 
     def send_webhooks(self, *args: Any, **kwargs: Any) -> None:
         """A job cannot make a worker call an address."""
 
 
-def inflates_beyond(data: bytes, limit: int) -> bool:
-    """Whether zlib would make more than `limit` bytes of it; no more than these are made to find out."""
-    try:
-        return len(zlib.decompressobj().decompress(data, limit + 1)) > limit
-    except zlib.error:  # not compressed: RQ takes it as it is
-        return False
+class TakenJob(TrainingJob):
+    """A job as its worker reads it: whose queue it came from, and what is to be called. Nothing else in it counts."""
+
+    def refresh(self) -> None:
+        """Raises NoSuchJobError where there is no record, or one without a call."""
+        record = cast(dict[bytes, bytes], self.connection.hgetall(self.key))
+        if b"data" not in record:
+            raise NoSuchJobError(f"no such job: {self.id}")
+        self.origin, self.data = as_text(record.get(b"origin", b"")), self._inflated("data", record[b"data"])
+        self.failure_ttl = FAILED_SECONDS
 
 
-def job_class(train: Callable[..., Any]) -> type[TrainingJob]:
+def job_class(train: Callable[..., Any]) -> type[TakenJob]:
     """The job class of one worker: `TRAIN` calls `train`, any other name is refused."""
-    return type("TrainingJob", (TrainingJob,), {"allowed": {TRAIN: train}})
+    return type("TakenJob", (TakenJob,), {"allowed": {TRAIN: train}})
 
 
 def client_queue(client: redis.Redis, name: str, cls: type[Job] = TrainingJob) -> Queue:

@@ -411,6 +411,13 @@ def test_planted_job_executes_nothing_and_the_worker_goes_on_to_a_proper_one(red
     assert len(client_queue(redis_client, QUEUE).started_job_registry) == 0
 
 
+def test_worker_reads_nothing_of_a_record_but_what_is_to_be_called(redis_client):
+    plant(
+        redis_client, created_at="yesterday", timeout="soon", status="none", dependency_ids="{", failure_ttl="-9" * 30
+    )
+    assert work(redis_client) == ["planted"]
+
+
 @pytest.mark.parametrize("name", ["os.system", "builtins.eval", "fedqueue_worker.round.Round.train", TRAIN + "x", ""])
 def test_foreign_function_is_refused_by_name(redis_client, name):
     plant(redis_client, data=call(name))
