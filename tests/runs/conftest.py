@@ -148,6 +148,15 @@ def alive(pid: int) -> bool:
         return False
 
 
+def wait_until_ended(pids: list[int]) -> None:
+    """All of these processes; a failure names those that are left."""
+    try:
+        wait_until(lambda: not any(map(alive, pids)), "its processes end")
+    except AssertionError as error:
+        left = {pid: Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ") for pid in pids if alive(pid)}
+        raise AssertionError(f"{error}; left: {left}") from None
+
+
 def read_results(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     summary = json.loads((folder / "summary.json").read_text())
     ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]

@@ -12,7 +12,7 @@ import torch
 from retrace import retrace
 from safetensors.torch import load_file
 
-from conftest import alive, descendants, read_results, wait_until, worker_pids
+from conftest import alive, descendants, read_results, wait_until, wait_until_ended, worker_pids
 from fedqueue.config import load_config
 from fedqueue.task import load_task
 
@@ -109,7 +109,7 @@ def test_workers_and_server_end_when_the_runner_is_killed(config, start, tmp_pat
     assert set(workers) < set(offspring)
     program.send(signal.SIGKILL)
     program.wait()
-    wait_until(lambda: not any(map(alive, offspring)), "the runner's children end")
+    wait_until_ended(offspring)
 
 
 def test_run_fails_with_the_reason_when_every_client_s_task_raises(config, start, tmp_path):
@@ -151,7 +151,7 @@ def test_run_that_died_or_was_interrupted_goes_on_with_resume(config, start, tmp
     offspring = descendants(first.process.pid)
     first.send(how)
     first.wait()
-    wait_until(lambda: not any(map(alive, offspring)), "its processes end")
+    wait_until_ended(offspring)
     second = start(
         "fedqueue_coordinator", "run", "--resume", "out", "--set", "stop.versions=0", "--set", "stop.seconds=1"
     )
