@@ -1,10 +1,10 @@
-"""What merging one update costs beside the machine's own triad, for each encoding: parameters per second over triad's.
+"""What merging one update costs, for each encoding: parameters per second over the machine's own triad, and float32.
 
     python benchmarks/merge.py [--quick] [--repeats 5] [--json FILE]
 
 Triad is `torch.add(a, b, out=c)` over float32 arrays larger than the cache: 12 bytes move for each element. A merge
 adds a decoded update with its weight to the accumulator: for float32 that is the same traffic. One thread, as the
-coordinator has by default; the two take turns.
+coordinator has by default; the three take turns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from crew import spread
 
 from fedqueue.compression_config import CompressionConfig
 from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
-from fedqueue.payload import upward
+from fedqueue.payload import Codec, upward
+from fedqueue.store import BlobBuffer
 from fedqueue_coordinator.aggregation import Contribution, fedbuff
 from fedqueue_coordinator.staleness import constant
 
@@ -42,31 +43,40 @@ def measure(name: str, length: int, repeats: int) -> dict[str, Any]:
     torch.manual_seed(0)
     frame.parameters.normal_()
     codec = upward(CompressionConfig(up=name, k=0.01), manifest)
-    wire = codec.encode(frame, 1)
+    wire, plain = codec.encode(frame, 1), Codec(manifest)
     aggregator = fedbuff(2, constant())
     accumulator = aggregator.init(manifest)
     a, b, c = (torch.rand(length) for _ in range(3))
 
-    def merge() -> None:
+    def merge(codec: Codec, wire: BlobBuffer) -> None:
         accumulator.updates = 1  # not the first of its buffer: it is added
         aggregator.add(accumulator, Contribution(codec.decode(wire), 1, 0), frame)
 
-    merge()
+    merge(codec, wire)
     torch.add(a, b, out=c)
-    ratios, rates = [], []
+    over_triad, over_float32, rates = [], [], []
     for _ in range(repeats):
         triad = statistics.median(seconds(lambda: torch.add(a, b, out=c)) for _ in range(5))
-        merged = statistics.median(seconds(merge) for _ in range(5))
-        ratios.append(triad / merged)
+        merged = statistics.median(seconds(lambda: merge(codec, wire)) for _ in range(5))
+        float32 = statistics.median(seconds(lambda: merge(plain, frame.buffer)) for _ in range(5))
+        over_triad.append(triad / merged)
+        over_float32.append(float32 / merged)
         rates.append(length / merged / 1e6)
-    return {"encoding": name, "megabytes": wire.nbytes / 1e6, "ratios": ratios, "per_second": rates}
+    return {
+        "encoding": name,
+        "megabytes": wire.nbytes / 1e6,
+        "per_second": rates,
+        "over_triad": over_triad,
+        "over_float32": over_float32,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| update | MB | million parameters/s | over triad |", "|---|---|---|---|"]
+    lines = ["| update | MB | million parameters/s | over triad | over float32 |", "|---|---|---|---|---|"]
     for row in rows:
         name = f"{row['encoding']}{', 1 %' if row['encoding'] in ('topk', 'randomk') else ''}"
-        lines.append(f"| {name} | {row['megabytes']:g} | {spread(row['per_second'], 0)} | {spread(row['ratios'])} |")
+        figures = spread(row["per_second"], 0), spread(row["over_triad"]), spread(row["over_float32"])
+        lines.append(f"| {name} | {row['megabytes']:.3g} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 

@@ -155,18 +155,10 @@ def fedavg(cohort_size: int) -> Aggregator:
 
 
 def accumulate(acc: Accumulator, update: Contribution, weight: float) -> None:
-    """Add one update with its weight: one pass over its pieces, decoded on the way, without a whole temporary."""
+    """Add one update with its weight: one pass over it, decoded on the way, without a whole temporary."""
     delta, first = update.delta, acc.updates == 0
     edge = len(acc.floats) - len(delta.buffers)
-    for number, (where, values) in enumerate(delta.pieces()):
-        if isinstance(where, slice) and first:
-            torch.mul(values, weight, out=acc.floats[where])
-        elif isinstance(where, slice):
-            acc.floats[where].add_(values, alpha=weight)
-        else:
-            if first and number == 0:
-                acc.floats[:edge].zero_()
-            acc.floats.index_add_(0, where, values, alpha=weight)
+    delta.add_to(acc.floats[:edge], weight, first)
     if first:
         torch.mul(delta.buffers, weight, out=acc.floats[edge:])
         acc.counters.copy_(delta.counters)

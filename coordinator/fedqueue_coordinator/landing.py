@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import numpy as np
+import torch
 
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.frame import Delta
@@ -26,6 +27,9 @@ class Landing:
     def __init__(self, aggregator: Aggregator, accumulator: Accumulator, codec: Codec) -> None:
         self._aggregator, self._accumulator, self._codec = aggregator, accumulator, codec
         self._beside = np.empty(0, np.uint8)
+        if codec.encoding and aggregator.takes_pieces:
+            # An update of no parameters: its loop is compiled now, and not while the first update waits.
+            codec.encoding.add(np.zeros(codec.encoding.size(0), np.uint8), torch.empty(0), 1.0, True)
 
     def receive(self, store: CoordinatorStore, load: Load) -> Delta:
         """The update; it is valid until it is merged or rejected.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from fedqueue.errors import FedqueueError, SignatureError, StoreError
-from fedqueue.frame import PIECE, Frame, Manifest, Piece, align, slices
+from fedqueue.frame import PIECE, Frame, Manifest, Piece, add_pieces, align, slices
 from fedqueue.signing import new_digest
 from fedqueue.store import BlobBuffer
 
@@ -45,6 +45,9 @@ class Streamed:
                 raise Torn(f"the payload changed while it was merged: {error}") from error
             raise
         self._sound = True
+
+    def add_to(self, into: torch.Tensor, weight: float, first: bool) -> None:
+        add_pieces(self.pieces(), into, weight, first)
 
     def whole(self) -> Frame:
         frame = Frame(self.manifest, np.empty(self.manifest.nbytes, np.uint8))

@@ -13,7 +13,8 @@ Stochastic rounding: q = ⌊x / s + u⌋ with u uniform from [0, 1), so that E[s
 would be unbiased, but what was left out comes back with the client's next delta (`feedback.py`), and then the scaling
 would count it twice (Stich et al., arXiv 1809.07599, §2).
 
-Decoding goes piece by piece, so that whoever merges needs no second model in memory.
+Decoding goes piece by piece, and merging decodes and adds in one pass (`fused.py`): neither needs a second model in
+memory.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +56,11 @@ class Encoding:
     Parameters in no piece are 0. The values of a piece are overwritten by the next. Raises WireError for bytes that
     nothing encodes to; values that are not finite are for the receiver to find.
     """
+    add: Callable[[Bytes, torch.Tensor, float, bool], None]
+    """Bytes, the sum `into`, float32 [n], weight, first → into += weight · x, or into = weight · x.
+
+    What `pieces` says, but in one pass. Raises as it does, with what came before that added.
+    """
     sparse: bool = False
 
 
@@ -64,12 +71,15 @@ def _narrow(name: str, dtype: torch.dtype) -> Encoding:
     def encode(x: torch.Tensor, data: Bytes, seed: int) -> None:
         torch.from_numpy(data).view(dtype).copy_(x)
 
+    def add(data: Bytes, into: torch.Tensor, weight: float, first: bool) -> None:
+        _fused(name)(into.numpy(), data.view(np.uint16), weight, first)
+
     def pieces(data: Bytes, n: int) -> Iterator[Piece]:
         narrow, scratch = torch.from_numpy(data).view(dtype), torch.empty(min(n, PIECE))
         for part in slices(n, PIECE):
             yield part, scratch[: part.stop - part.start].copy_(narrow[part])
 
-    return Encoding(name, 2, lambda n: 2 * n, encode, pieces)
+    return Encoding(name, 2, lambda n: 2 * n, encode, pieces, add)
 
 
 def float16(config: CompressionConfig) -> Encoding:
@@ -119,7 +129,11 @@ def int8(config: CompressionConfig) -> Encoding:
             rows.mul_(scales[part.start // block :][: len(rows)].unsqueeze(1))
             yield part, values
 
-    return Encoding("int8", 1, lambda n: n + 4 * -(-n // block), encode, pieces)
+    def add(data: Bytes, into: torch.Tensor, weight: float, first: bool) -> None:
+        scales, levels = split(data, len(into))
+        _fused("int8")(into.numpy(), levels.numpy(), scales.numpy(), block, weight, first)
+
+    return Encoding("int8", 1, lambda n: n + 4 * -(-n // block), encode, pieces, add)
 
 
 # Few parameters, exactly
@@ -160,7 +174,13 @@ def topk(config: CompressionConfig) -> Encoding:
                 raise WireError(f"topk: position {position} of {n} parameters")
             yield torch.from_numpy(positions), torch.from_numpy(values[part])
 
-    return Encoding("topk", 4, lambda n: 8 * _count(config.k, n), encode, pieces, sparse=True)
+    def add(data: Bytes, into: torch.Tensor, weight: float, first: bool) -> None:
+        if first:
+            into.zero_()
+        if not _fused("topk")(into.numpy(), *split(data), weight):
+            raise WireError(f"topk: a position comes twice, or is not one of {len(into)} parameters")
+
+    return Encoding("topk", 4, lambda n: 8 * _count(config.k, n), encode, pieces, add, sparse=True)
 
 
 def randomk(config: CompressionConfig) -> Encoding:
@@ -184,7 +204,14 @@ def randomk(config: CompressionConfig) -> Encoding:
         for part, positions in _drawn(int(data[:8].view(np.uint64)[0]), len(values), n):
             yield torch.from_numpy(positions), torch.from_numpy(values[part])
 
-    return Encoding("randomk", 4, lambda n: 8 + 4 * _count(config.k, n), encode, pieces, sparse=True)
+    def add(data: Bytes, into: torch.Tensor, weight: float, first: bool) -> None:
+        if first:
+            into.zero_()
+        for positions, values in pieces(data, len(into)):
+            assert isinstance(positions, torch.Tensor)
+            into.index_add_(0, positions, values, alpha=weight)
+
+    return Encoding("randomk", 4, lambda n: 8 + 4 * _count(config.k, n), encode, pieces, add, sparse=True)
 
 
 def largest(x: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
@@ -204,6 +231,12 @@ def _drawn(seed: int, count: int, n: int) -> Iterator[tuple[slice, npt.NDArray[n
         lengths = np.diff(edges).astype(np.uint64)
         drawn = np.asarray(generator.random_raw(len(lengths)), np.uint64) % lengths
         yield part, edges[:-1] + drawn.astype(np.int64)
+
+
+def _fused(name: str) -> Callable[..., Any]:
+    from fedqueue.fused import kernel  # numba: for those who merge, and late
+
+    return kernel(name)
 
 
 def _all_finite(x: torch.Tensor) -> bool:

@@ -185,6 +185,12 @@ class Delta(Protocol):
         Raises WireError where the encoded bytes are none; one that is read from Redis meanwhile, StoreError, too.
         """
 
+    def add_to(self, into: torch.Tensor, weight: float, first: bool) -> None:
+        """into += weight · the parameters, or with `first` into = weight · them; `into` float32 [parameters].
+
+        One pass without a second model's memory. Raises as `pieces`, with a part of it added.
+        """
+
     def whole(self) -> Frame:
         """All of it as a frame; the same object where it is one."""
 
@@ -210,6 +216,9 @@ class Frame:
     def pieces(self) -> Iterator[Piece]:
         for where in slices(len(self.parameters), PIECE):
             yield where, self.parameters[where]
+
+    def add_to(self, into: torch.Tensor, weight: float, first: bool) -> None:
+        add_pieces(self.pieces(), into, weight, first)
 
     def whole(self) -> Frame:
         return self
@@ -248,6 +257,15 @@ def make_update(local: Frame, base: Frame) -> Frame:
     """Turn `local`, a trained model, into its update against `base`, in place; returns `local`."""
     local.parameters.sub_(base.parameters)
     return local
+
+
+def add_pieces(pieces: Iterator[Piece], into: torch.Tensor, weight: float, first: bool) -> None:
+    """What `Delta.add_to` does, for pieces that are slices."""
+    for where, values in pieces:
+        if first:
+            torch.mul(values, weight, out=into[where])
+        else:
+            into[where].add_(values, alpha=weight)
 
 
 def slices(length: int, piece: int) -> Iterator[slice]:

@@ -105,6 +105,9 @@ class Encoded:
     def pieces(self) -> Iterator[Piece]:
         return self._encoding.pieces(self.head, self.manifest.parameters)
 
+    def add_to(self, into: torch.Tensor, weight: float, first: bool) -> None:
+        self._encoding.add(self.head, into, weight, first)
+
     def whole(self) -> Frame:
         frame = Frame(self.manifest)
         for where, values in self.pieces():

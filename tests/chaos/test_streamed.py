@@ -13,15 +13,21 @@ from scripted_run import make_config, run_to_the_end
 
 import fedqueue.frame
 from fedqueue import read_ahead
+from fedqueue.compression_config import CompressionConfig
 from fedqueue.errors import BlobMissing, SignatureError
 from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.fused import kernel
+from fedqueue.payload import upward
 from fedqueue.read_ahead import ReadAhead
 from fedqueue_coordinator import landing, streamed
 from fedqueue_coordinator.aggregation import Contribution, fedbuff
 from fedqueue_coordinator.audit import audit, ok, read_books
 from fedqueue_coordinator.results import write_results
+from fedqueue_coordinator.robust import Rule, norm_clipping, robust_fedbuff
+from fedqueue_coordinator.staleness import constant
 from fedqueue_coordinator.streamed import Streamed, Torn
 
+CLIPPED = robust_fedbuff(2, constant(), Rule("norm_clipping", weigh=norm_clipping(1.0)))
 FEDBUFF = {"aggregation": {"mode": "fedbuff", "buffer_size": 3}, "stop": {"versions": 3}}
 
 
@@ -164,3 +170,12 @@ def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_othe
     assert torn[0]["job"] not in merged
     write_results(tmp_path, config, result)
     assert ok(audit(read_books(str(tmp_path), "")))
+
+
+@pytest.mark.parametrize(("aggregator", "compiled"), [(fedbuff(2, constant()), 1), (CLIPPED, 0)])
+def test_coordinator_compiles_its_loop_before_the_first_update_comes(aggregator, compiled):
+    """Where updates are kept as frames, none is added while it is encoded, and nothing is compiled."""
+    manifest = manifest_of(40, 3, 1)
+    kernel.cache_clear()
+    landing.Landing(aggregator, aggregator.init(manifest), upward(CompressionConfig(up="int8"), manifest))
+    assert kernel.cache_info().currsize == compiled

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -232,6 +234,58 @@ def test_delta_that_is_not_finite_arrives_as_one_wherever_it_is(name, lossless, 
 
 def test_half_precision_overflows_to_infinity():
     assert np.isinf(sent([70_000.0, 1.0], "float16")).tolist() == [True, False]
+
+
+# Adding in one pass
+
+
+@each_name
+@given(values=moderate, weight=st.floats(-4, 4, width=32), first=st.booleans(), seed=st.integers(0, 2**53))
+def test_adding_is_decoding_weighing_and_adding_each_rounded_to_float32(name, values, weight, first, seed):
+    """The oracle is numpy's float32 arithmetic, which rounds each operation; torch's own additions may fuse two."""
+    frame = frame_of(values)
+    encoded = codec_of(frame, name, block=16, k=0.3)
+    update = encoded.decode(encoded.encode(frame, seed))
+    before = np.random.default_rng(seed).normal(size=len(values)).astype(np.float32)
+    into = torch.from_numpy(before.copy())
+    update.add_to(into, weight, first)
+    weighed = np.float32(weight) * update.whole().parameters.numpy()
+    expected = weighed if first else before + weighed
+    if name in ("float32", "randomk"):
+        np.testing.assert_allclose(into.numpy(), expected, rtol=2.0**-22, atol=2.0**-22 * np.abs(weighed).max())
+    else:
+        np.testing.assert_array_equal(into.numpy(), expected)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
+def test_each_number_of_sixteen_bits_is_widened_exactly(name, dtype):
+    bits = np.arange(2**16, dtype=np.uint16)
+    into = torch.zeros(2**16)
+    ENCODINGS[name](CompressionConfig()).add(bits.view(np.uint8), into, 1.0, True)
+    expected = torch.from_numpy(bits).view(dtype).float()
+    torch.testing.assert_close(into, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(torch.signbit(into), torch.signbit(expected))
+
+
+@pytest.mark.parametrize(("place", "step"), [(1, 0), (0, 21), (2, 2**32 - 1), (3, 2)])
+def test_position_that_repeats_or_lies_outside_is_not_added(place, step):
+    frame = frame_of(np.arange(20) + 1.0)
+    codec = codec_of(frame, "topk", k=0.2)
+    wire = codec.encode(frame, 0)
+    wire[:16].view(np.uint32)[place] = step
+    room = torch.zeros(60)
+    with pytest.raises(WireError, match="twice, or is not one of 20"):
+        codec.decode(wire).add_to(room[20:40], 1.0, False)
+    assert not room[:20].any()
+    assert not room[40:].any()
+    assert np.count_nonzero(room) == place
+
+
+def test_only_who_merges_encoded_updates_imports_the_compiler():
+    modules = "sys, fedqueue.payload, fedqueue_worker.worker, fedqueue_coordinator.service"
+    program = [sys.executable, "-c", f"import {modules}; print('numba' in sys.modules)"]
+    says = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
+    assert says.stdout.strip() == "False"
 
 
 # Sizes
