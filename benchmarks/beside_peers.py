@@ -5,8 +5,10 @@
 
 A server and clients in processes of their own, on this machine. Sizes: 4 clients whose training is instant, the model
 plus a little noise. Digits: 8 clients, Dirichlet 0.3, five local epochs and a sleep of 0.05 s (four clients) to 2 s;
-seconds from the first merged update to 95 % on a central test set. The systems take turns. A peer that is not
-installed is skipped with the reason. What is measured replaces that system's figures in FILE, and leaves the others'.
+seconds from the first merged update to 95 % on a central test set. Peaks of memory are of the largest process of a
+kind: what is resident, and that without what others count for of the pages they have in common. The systems take
+turns. A peer that is not installed is skipped with the reason. What is measured replaces that system's figures in
+FILE, and leaves the others'.
 """
 
 from __future__ import annotations
@@ -48,22 +50,30 @@ SETTINGS = {
     "fedasync": ["aggregation.mode=fedasync"],
     "fedbuff": ["aggregation.mode=fedbuff", f"aggregation.buffer_size={work.BUFFER}"],
 }
+PEAKS = {
+    "peak MiB, server / client / Redis": ("server", "client", "redis"),
+    "the same, shared memory in parts": ("server_own", "client_own"),
+}
 Row = dict[str, Any]
 
 
 def measure_size(name: str, nbytes: int, seconds: float, at_least: int) -> Row:
     system, mode = CONTENDERS[name]
     if system == "fedqueue":
-        with crew(nbytes, CLIENTS, SETTINGS[mode]) as running:
-            figures = running.measure(seconds, at_least)
-        peaks = figures.coordinator_peak, figures.worker_peak, figures.server_peak
+        with crew(nbytes, CLIENTS, SETTINGS[mode], forked=True) as running:
+            found = running.measure(seconds, at_least)
         return {
-            "rate": figures.per_second,
-            **dict(zip(("server", "client", "redis"), (p / MIB for p in peaks), strict=True)),
+            "rate": found.per_second,
+            "server": found.coordinator_peak / MIB,
+            "client": found.worker_peak / MIB,
+            "redis": found.server_peak / MIB,
+            "server_own": (found.coordinator_peak - found.coordinator_shared) / MIB,
+            "client_own": (found.worker_peak - found.worker_shared) / MIB,
         }
     with tempfile.TemporaryDirectory() as folder, SYSTEMS[system](Work(nbytes, CLIENTS, mode), Path(folder)) as running:
-        found = rate(running, 2 * CLIENTS, seconds, 2 * CLIENTS if system == "flower" else at_least, LIMIT["sizes"])
-        return {"rate": found, "server": running.peak_mib("server"), "client": running.peak_mib("client")}
+        reached = rate(running, 2 * CLIENTS, seconds, 2 * CLIENTS if system == "flower" else at_least, LIMIT["sizes"])
+        peaks = {role: running.peak_mib(role) for role in ("server", "client")}
+        return {"rate": reached, **peaks, **{f"{role}_own": running.own_mib(role) for role in peaks}}
 
 
 def measure_digits(name: str, seed: int) -> Row:
@@ -108,8 +118,11 @@ def table(record: Row) -> str:
         head = " | ".join(f"{point / 1e6:g} MB" for point in points)
         lines += [f"| updates/s | {head} |", "|---" * (len(points) + 1) + "|"]
         lines += [_line(name, [_cell(rows.get(str(p), []), "rate") for p in points]) for name, rows in sizes.items()]
-        lines += ["", f"| peak MiB, server / client / Redis | {head} |", "|---" * (len(points) + 1) + "|"]
-        lines += [_line(name, [_peaks(rows.get(str(p), [])) for p in points]) for name, rows in sizes.items()]
+        for title, roles in PEAKS.items():
+            lines += ["", f"| {title} | {head} |", "|---" * (len(points) + 1) + "|"]
+            lines += [
+                _line(name, [_peaks(rows.get(str(p), []), roles) for p in points]) for name, rows in sizes.items()
+            ]
     if digits := record.get("digits"):
         seeds = sorted({int(seed) for rows in digits.values() for seed in rows})
         lines += ["", _line("seconds to 95 %", [f"seed {seed}" for seed in seeds]), "|---" * (len(seeds) + 1) + "|"]
@@ -131,10 +144,10 @@ def _cell(found: list[Row | str], key: str, digits: int = 2) -> str:
     return failures[0] if failures else "not reached" if found else "–"
 
 
-def _peaks(found: list[Row | str]) -> str:
-    rows = [row for row in found if isinstance(row, dict) and "server" in row]
-    roles = [role for role in ("server", "client", "redis") if rows and role in rows[0]]
-    return " / ".join(f"{max(row[role] for row in rows):.0f}" for role in roles) or "–"
+def _peaks(found: list[Row | str], roles: tuple[str, ...]) -> str:
+    rows = [row for row in found if isinstance(row, dict)]
+    present = [role for role in roles if rows and role in rows[0]]
+    return " / ".join(f"{max(row[role] for row in rows):.0f}" for role in present) or "–"
 
 
 def main() -> None:

@@ -60,6 +60,9 @@ class Figures:
     worker_peak: int
     """Of the largest worker."""
     server_peak: int
+    coordinator_shared: int
+    """Of its resident bytes, what other processes that have them too count for."""
+    worker_shared: int
 
     @property
     def per_second(self) -> float:
@@ -85,6 +88,7 @@ class Crew:
         return Figures(
             took, updates, coordinator, sum(workers), server,
             peak_bytes(self.coordinator), max(map(peak_bytes, self.workers)), peak_bytes(self.server.process.pid),
+            shared_bytes(self.coordinator), max(map(shared_bytes, self.workers)),
         )  # fmt: skip
 
     def _merged(self) -> int:
@@ -178,6 +182,13 @@ def cpu_seconds(pid: int) -> float:
 
 def peak_bytes(pid: int) -> int:
     return _status(pid, "VmHWM")
+
+
+def shared_bytes(pid: int) -> int:
+    """Resident bytes less the proportional share: each page counts for as much as processes have it."""
+    rows = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
+    found = {row[0]: int(row[1]) * 1024 for row in rows}
+    return found["Rss:"] - found["Pss:"]
 
 
 def resident_bytes(pid: int) -> int:

@@ -5,7 +5,9 @@
 The relay is a loop of bare redis-py against the same kind of server, with as many processes, that does what one update
 must do and nothing else: each of four workers fetches a model of M bytes and stores a delta of M bytes, a coordinator
 reads it back and stores a model of M bytes. It neither checks, merges, leases nor records anything. fedqueue runs with
-four workers whose training is instant. Relay and fedqueue take turns, so that a change of the machine meets both.
+four workers whose training is instant. The processes of both are forked from one, as those of `fedqueue run` are: what
+they have in common is in the processor's caches once. Relay and fedqueue take turns, so that a change of the machine
+meets both.
 """
 
 from __future__ import annotations
@@ -35,18 +37,18 @@ MODES = {
 
 def relay(nbytes: int, seconds: float, at_least: int) -> float:
     """Updates per second of the bare loop."""
-    spawn = multiprocessing.get_context("spawn")
+    fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         server = EmbeddedServer(Path(folder) / "redis")
-        stop = spawn.Event()
+        stop = fork.Event()
         try:
             Store(connect(server.url), "relay").write_blob("model", np.ones(nbytes, np.uint8))
             workers = [
-                spawn.Process(target=_relay_worker, args=(server.url, nbytes, i, stop), daemon=True)
+                fork.Process(target=_relay_worker, args=(server.url, nbytes, i, stop), daemon=True)
                 for i in range(WORKERS)
             ]
-            passed = spawn.Value("q", 0)
-            workers.append(spawn.Process(target=_relay_coordinator, args=(server.url, nbytes, passed, stop)))
+            passed = fork.Value("q", 0)
+            workers.append(fork.Process(target=_relay_coordinator, args=(server.url, nbytes, passed, stop)))
             for worker in workers:
                 worker.start()
             _until(lambda: passed.value >= 2 * WORKERS)
@@ -92,7 +94,7 @@ def measure(nbytes: int, modes: list[str], repeats: int, seconds: float, at_leas
     for _ in range(repeats):
         for row in rows:
             row["relay"].append(relay(nbytes, seconds, at_least))
-            with crew(nbytes, WORKERS, MODES[row["mode"]]) as running:
+            with crew(nbytes, WORKERS, MODES[row["mode"]], forked=True) as running:
                 row["fedqueue"].append(running.measure(seconds, at_least).per_second)
     for row in rows:
         row["ratios"] = [f / r for f, r in zip(row["fedqueue"], row["relay"], strict=True)]

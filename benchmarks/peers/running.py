@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from crew import peak_bytes
+from crew import peak_bytes, shared_bytes
 
 MIB = 1024 * 1024
 
@@ -29,6 +29,7 @@ class Cast:
     _below: dict[tuple[int, int], str] = field(default_factory=dict)  # of theirs too: (process, when it began)
     _logs: dict[int, Path] = field(default_factory=dict)
     _peaks: dict[str, int] = field(default_factory=dict)
+    _shared: dict[str, int] = field(default_factory=dict)
     _processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _ended: threading.Event = field(default_factory=threading.Event)
 
@@ -46,7 +47,11 @@ class Cast:
         return process
 
     def watch(self) -> None:
-        """Note the largest process of each role, until the end: some live for one message only."""
+        """Note the largest process of each role, until the end: some live for one message only.
+
+        What it shares is looked at rarely: that goes through all of its memory.
+        """
+        due: dict[tuple[int, int], float] = {}
         while not self._ended.wait(0.1):
             present = dict(_present())
             for pid, (_, began) in present.items():
@@ -54,6 +59,9 @@ class Cast:
                     self._below[pid, began] = role  # for good: some outlive their parents
                     with contextlib.suppress(OSError, StopIteration):
                         self._peaks[role] = max(self._peaks.get(role, 0), peak_bytes(pid))
+                        if time.monotonic() >= due.setdefault((pid, began), time.monotonic() + 2.0):
+                            due[pid, began] = time.monotonic() + 10.0
+                            self._shared[role] = max(self._shared.get(role, 0), shared_bytes(pid))
 
     def _role(self, pid: int, present: Mapping[int, tuple[int, int]]) -> str:
         while pid in present:
@@ -78,6 +86,10 @@ class Cast:
 
     def peak_mib(self, role: str) -> float:
         return self._peaks.get(role, 0) / MIB
+
+    def own_mib(self, role: str) -> float:
+        """The peak, without what other processes count for of the memory that they share with it, at most."""
+        return (self._peaks.get(role, 0) - self._shared.get(role, 0)) / MIB
 
     def end(self) -> None:
         """End all of them, and what they have started; not what has got one of their numbers since."""

@@ -1,4 +1,6 @@
-"""Who is who: Ed25519 keys (RFC 8032, out of `cryptography`), and the files in which they lie.
+"""Who is who: Ed25519 keys (RFC 8032), and the files in which they lie.
+
+libsodium signs and verifies, in half the time of OpenSSL; `cryptography` reads and writes the files.
 
 A private key is a PEM file that nobody but its owner may read. A public key is one line, `ed25519 BASE64`; a file of
 public keys holds one or more of them, so that a key can be replaced while what the old one signed is on its way.
@@ -16,15 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
+import nacl.signing
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+from nacl.exceptions import BadSignatureError
 
 from fedqueue.errors import ConfigurationError
 
@@ -49,8 +47,8 @@ class PublicKey:
     def holds(self, signature: bytes, message: bytes) -> bool:
         """Whether this key's owner signed `message`."""
         try:
-            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, message)
-        except (InvalidSignature, ValueError):
+            nacl.signing.VerifyKey(self.raw).verify(message, signature)
+        except (BadSignatureError, ValueError):
             return False
         return True
 
@@ -63,7 +61,8 @@ class SigningKey:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        self.public = PublicKey.of(key.public_key().public_bytes(Encoding.Raw, PublicFormat.Raw))
+        self.public = PublicKey.of(key.public_key().public_bytes_raw())
+        self._signer = nacl.signing.SigningKey(key.private_bytes_raw())
 
     @classmethod
     def generate(cls) -> SigningKey:
@@ -71,7 +70,7 @@ class SigningKey:
 
     def sign(self, message: bytes) -> bytes:
         """64 bytes; the same message gives the same signature."""
-        return self._key.sign(message)
+        return self._signer.sign(message).signature
 
     def save(self, path: Path) -> None:
         """Write it to `path`, mode 0600, in one step; a file that is there is replaced."""
