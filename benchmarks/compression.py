@@ -7,8 +7,8 @@ rounding are those of a real run, and a seed gives the same bits again. Each job
 
 Speed: one thread, vectors of normal random numbers; each measurement takes turns with float32's, and the ratio is the
 median over the turns, so that a change of the machine meets both. Encoding and merging (decoding and adding to the
-accumulator) are counted in the thread's own time; "from Redis" is the coordinator's whole way, in the clock's: reading
-the payload from a server on this machine, its norm, and merging.
+accumulator) are counted in the thread's own time, nanoseconds for each parameter; "from Redis" is the coordinator's
+whole way, in the clock's: reading the payload from a server on this machine, its norm, and merging.
 """
 
 from __future__ import annotations
@@ -55,15 +55,18 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"up": "randomk", "down": "bfloat16", "k": 0.1},
 )
 TIMED: tuple[dict[str, Any], ...] = (
+    {"up": "float32"},
     {"up": "float16"},
     {"up": "bfloat16"},
     {"up": "int8"},
     {"up": "topk", "k": 0.1},
     {"up": "topk", "k": 0.01},
+    {"up": "randomk", "k": 0.1},
     {"up": "randomk", "k": 0.01},
     {"up": "float32", "up_lossless": "zstd"},
     {"up": "bfloat16", "up_lossless": "zstd"},
     {"up": "int8", "up_lossless": "zstd"},
+    {"up": "topk", "k": 0.1, "up_lossless": "zstd"},
     {"up": "topk", "k": 0.01, "up_lossless": "zstd"},
 )
 
@@ -153,15 +156,20 @@ def name_of(compression: dict[str, Any], direction: str) -> str:
     return name + (" + zstd" if compression.get(f"{direction}_lossless") == "zstd" else "")
 
 
-def digits_table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| up | down | bytes up | down | both | accuracy | points lost |", "|---|---|---|---|---|---|---|"]
+def digits_table(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
+    lines = [
+        "| up | down | bytes up | down | both | encode, ns | merge, ns | accuracy | points lost |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    speeds = {name_of(row["compression"], "up"): f"{row['encode_ns']:.2f} | {row['merge_ns']:.2f}" for row in timed}
     best = statistics.mean(rows[0]["accuracy"])
     for row in rows:
-        mean = statistics.mean(row["accuracy"])
+        mean, up = statistics.mean(row["accuracy"]), name_of(row["compression"], "up")
         spread = f"{mean * 100:.2f} % ({min(row['accuracy']) * 100:.1f} to {max(row['accuracy']) * 100:.1f})"
         lines.append(
-            f"| {name_of(row['compression'], 'up')} | {name_of(row['compression'], 'down')} | {row['up'] * 100:.1f} % "
-            f"| {row['down'] * 100:.1f} % | {row['both'] * 100:.1f} % | {spread} | {(best - mean) * 100:+.2f} |"
+            f"| {up} | {name_of(row['compression'], 'down')} | {row['up'] * 100:.1f} % "
+            f"| {row['down'] * 100:.1f} % | {row['both'] * 100:.1f} % | {speeds.get(up, '– | –')} "
+            f"| {spread} | {(best - mean) * 100:+.2f} |"
         )
     return "\n".join(lines)
 
@@ -188,18 +196,13 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=400)
     parser.add_argument("--parameters", type=int, default=25_000_000, help="of the vectors that are timed")
     parser.add_argument("--turns", type=int, default=15, help="measurements of each speed")
-    parser.add_argument("--only", choices=["digits", "speed"], help="one of the two tables")
+    parser.add_argument("--only", choices=["digits", "speed"], help="without the speeds, or nothing but them")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     if options.quick:
         options.seeds, options.updates, options.parameters, options.turns = 1, 16, 100_000, 1
     torch.set_num_threads(1)
     rows, timed = [], []
-    if options.only != "speed":
-        for row in ROWS[:1] + ROWS[5:6] if options.quick else ROWS:
-            rows.append(digits(row, options.seeds, options.updates))
-            print(digits_table(rows).splitlines()[-1], flush=True)
-        print(digits_table(rows))
     if options.only != "digits":
         with tempfile.TemporaryDirectory() as folder:
             server = EmbeddedServer(Path(folder) / "redis")
@@ -209,6 +212,11 @@ def main() -> None:
             finally:
                 server.stop()
         print(speed_table(timed))
+    if options.only != "speed":
+        for row in ROWS[:1] + ROWS[5:6] if options.quick else ROWS:
+            rows.append(digits(row, options.seeds, options.updates))
+            print(digits_table(rows, timed).splitlines()[-1], flush=True)
+        print(digits_table(rows, timed))
     if options.json:
         options.json.write_text(json.dumps({"digits": rows, "speed": timed}, indent=2) + "\n")
 

@@ -36,7 +36,7 @@ STEPS = {
 
 
 def measure(mode: str, seconds: float, at_least: int) -> dict[str, float]:
-    with crew(BYTES, WORKERS, MODES[mode]) as running:
+    with crew(BYTES, WORKERS, MODES[mode], forked=True) as running:
         figures = running.measure(seconds, at_least)
     return {
         "per_second": figures.per_second,
@@ -50,7 +50,7 @@ def shares(mode: str, seconds: float, at_least: int) -> dict[str, float]:
     """Step → its part of the CPU time that the coordinator's main thread took in its loop."""
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profile"
-        with crew(BYTES, WORKERS, MODES[mode], profile=profile) as running:
+        with crew(BYTES, WORKERS, MODES[mode], profile=profile, forked=True) as running:
             running.measure(seconds, at_least)
         times = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
     cumulative = {(Path(file).name, name): entry[3] for (file, _, name), entry in times.items()}

@@ -28,7 +28,7 @@ def measure(nbytes: int, repeats: int, seconds: float, at_least: int) -> dict[st
     cpu: dict[str, list[tuple[float, float]]] = {kind: [] for kind in SETTINGS}
     for _ in range(repeats):
         for kind, settings in SETTINGS.items():
-            with crew(nbytes, WORKERS, ["aggregation.mode=fedasync", *settings]) as running:
+            with crew(nbytes, WORKERS, ["aggregation.mode=fedasync", *settings], forked=True) as running:
                 figures = running.measure(seconds, at_least)
             row[kind].append(figures.per_second)
             cpu[kind].append((figures.coordinator_cpu / figures.updates, figures.worker_cpu / figures.updates))

@@ -15,7 +15,7 @@ import structlog
 import torch
 from hypothesis import settings
 
-from fedqueue.config import TrainingConfig, parse_config
+from fedqueue.config import parse_config
 from fedqueue.connection import connect
 from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.entries import Entry
@@ -24,6 +24,7 @@ from fedqueue.frame import Frame, Manifest
 from fedqueue.messages import Order, Registration, Update
 from fedqueue.queueing import Queues, Record
 from fedqueue.store import chunks_of
+from fedqueue.training_config import TrainingConfig
 from fedqueue.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.embedded import EmbeddedServer
 

@@ -15,7 +15,8 @@ import pytest
 import typer
 import yaml
 
-from fedqueue.config import ENVIRONMENT_PREFIX, load_config
+from fedqueue.config import load_config
+from fedqueue.sections import ENVIRONMENT_PREFIX
 from fedqueue.store import CHUNK
 from fedqueue_coordinator.access import COORDINATOR, POOL
 from fedqueue_coordinator.access_files import ACL_FILE, PASSWORD_FILE, SERVER_FOLDER, write_split_access

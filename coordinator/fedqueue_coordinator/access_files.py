@@ -9,10 +9,11 @@ from urllib.parse import SplitResult, urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedqueue.config import ClientId, RunName, load_config
+from fedqueue.config import load_config
 from fedqueue.connection import SCHEMES, without_password
 from fedqueue.errors import ConfigurationError
 from fedqueue.identity import write_private
+from fedqueue.sections import ClientId, RunName
 from fedqueue_coordinator.access import ADMIN, acl_file, users
 
 ACL_FILE = "users.acl"

@@ -21,9 +21,9 @@ import safetensors.numpy
 import structlog
 from pydantic import BaseModel, ConfigDict
 
-from fedqueue.config import ClientId, RunName
 from fedqueue.errors import StoreError, WireError
 from fedqueue.messages import Natural, unpack
+from fedqueue.sections import ClientId, RunName
 from fedqueue.store import BlobBuffer
 from fedqueue_coordinator.federation import Federation
 

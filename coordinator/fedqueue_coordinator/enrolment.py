@@ -12,9 +12,9 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from fedqueue.authority import CLIENTS, COORDINATOR_KEY, REVOKED
-from fedqueue.config import ClientId
 from fedqueue.errors import ConfigurationError
 from fedqueue.identity import PublicKey, SigningKey, read_public_keys, read_signing_key, write_public_keys
+from fedqueue.sections import ClientId
 from fedqueue.trust import COORDINATOR, COORDINATOR_PUBLIC, KEY_SUFFIX
 
 SITES = "sites"

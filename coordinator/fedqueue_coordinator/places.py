@@ -10,9 +10,10 @@ from typing import Any
 
 import redis
 
-from fedqueue.config import ENVIRONMENT_PREFIX, RedisConfig
 from fedqueue.connection import TLS_SCHEMES, connect
 from fedqueue.errors import ServerUnavailable
+from fedqueue.redis_config import RedisConfig
+from fedqueue.sections import ENVIRONMENT_PREFIX
 from fedqueue.tls import Tls
 
 RUNS_FOLDER = Path("runs")

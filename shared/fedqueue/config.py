@@ -14,35 +14,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from fedqueue.aggregation_config import MODES, AggregationConfig, ServerOptimizerConfig
 from fedqueue.compression_config import CompressionConfig
 from fedqueue.dispatch_config import DispatchConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue.keys import CLIENT_ID, RUN_NAME
-from fedqueue.passwords import refuse_password, with_password
-from fedqueue.sections import Count, NonNegative, Positive, Section
+from fedqueue.passwords import refuse_password
+from fedqueue.redis_config import RedisConfig
+from fedqueue.sections import ENVIRONMENT_PREFIX, ClientId, Count, NonNegative, Positive, RunName, Section
 from fedqueue.task import Client
-from fedqueue.tls import Tls
-
-ENVIRONMENT_PREFIX = "FEDQUEUE_"
-
-
-def _run_name(name: str) -> str:
-    if not RUN_NAME.fullmatch(name):
-        raise ValueError("1 to 64 letters, digits, '_' and '-', the first a letter or digit")
-    return name
-
-
-def _client_id(client: str) -> str:
-    if not CLIENT_ID.fullmatch(client):
-        raise ValueError("1 to 64 letters, digits, '_', '.' and '-', the first a letter or digit")
-    return client
-
-
-RunName = Annotated[str, AfterValidator(_run_name)]
-ClientId = Annotated[str, AfterValidator(_client_id)]
+from fedqueue.training_config import TrainingConfig
 
 
 class TaskConfig(Section):
@@ -50,34 +32,6 @@ class TaskConfig(Section):
     """`path/to/task.py:Class`, relative to the configuration file, or `package.module:Class`."""
     options: dict[str, Any] = {}
     """Keyword arguments of the task's constructor."""
-
-
-class RedisConfig(Section):
-    url: str = Field(default="", exclude=True, repr=False)  # it may hold a password: a dump for others has it not
-    """`redis://…`, `rediss://…` or `unix://…`; empty: `fedqueue run` starts an embedded server."""
-    ca_file: str = Field(default="", exclude=True)
-    """`rediss://`: PEM file of the authorities that may have signed the server's certificate; empty: the system's."""
-    cert_file: str = Field(default="", exclude=True)
-    """`rediss://`: PEM file of this machine's own certificate, where the server asks for one."""
-    key_file: str = Field(default="", exclude=True)
-    """`rediss://`: PEM file of the key of `cert_file`."""
-    password_file: str = Field(default="", exclude=True)
-    """A file with the password for `url`, or for --redis URL, so that no URL has to hold it."""
-    retention_hours: NonNegative = 24.0
-    """How long the model, the ledger and the configuration of an ended run stay in Redis."""
-
-    def address(self, given: str = "") -> str:
-        """`url`, or the one `given` on a command line, with the password of `password_file` in it.
-
-        Raises ConfigurationError where the given one holds a password: the arguments of a process are for all to see.
-        """
-        refuse_password("--redis", given)
-        return with_password(given or self.url, self.password_file)
-
-    @property
-    def tls(self) -> Tls:
-        """Raises ConfigurationError where one of `cert_file` and `key_file` lacks the other."""
-        return Tls(self.ca_file, self.cert_file, self.key_file)
 
 
 class ClientsConfig(Section):
@@ -109,27 +63,6 @@ class ClientsConfig(Section):
         if client in self.ids:
             return Client(client, self.ids.index(client), len(self.ids))
         return Client(client)
-
-
-class TrainingConfig(Section):
-    """Settings of the local training; they travel with each job."""
-
-    optimizer: str = "sgd"
-    """A `torch.optim` optimizer by name: sgd, adam, adamw, adagrad, rmsprop, …"""
-    learning_rate: Positive = 0.1
-    options: dict[str, float | int | bool] = {}
-    """Further keyword arguments of the optimizer, such as momentum or weight_decay."""
-    batch_size: Count = 32
-    epochs: Count = 1
-    """Passes over the client's data per job."""
-    steps: int = Field(default=0, ge=0)
-    """Batches per job instead of `epochs`; 0: epochs count."""
-    proximal_mu: NonNegative = 0.0
-    """FedProx: adds μ/2 · ‖x − x_base‖² to the loss (arXiv 1812.06127, eq. 2)."""
-    device: str = "auto"
-    """A torch device; `auto` takes CUDA where there is one."""
-    threads: Count = 1
-    """torch threads per worker process; several workers on one machine fight over more."""
 
 
 class AdmissionConfig(Section):

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgpack
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedqueue.config import ClientId, RunName, TrainingConfig
 from fedqueue.errors import WireError
+from fedqueue.sections import ClientId, RunName
+from fedqueue.training_config import TrainingConfig
 
 MAX_MESSAGE = 64 * 1024  # bytes
 MAX_RECORD = 16 * 1024 * 1024  # bytes of what only coordinators write: a ledger record, totals, a configuration

@@ -17,7 +17,7 @@ from fedqueue.errors import TaskError
 if TYPE_CHECKING:
     import torch
 
-    from fedqueue.config import TrainingConfig
+    from fedqueue.training_config import TrainingConfig
 
 Progress = Callable[[], None]
 """Call it after each batch: it renews the job's lease, and raises `JobClosed` when the work is no longer wanted."""

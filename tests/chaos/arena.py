@@ -15,9 +15,9 @@ from fleet import Fleet, Member
 from tcp_proxy import TcpProxy
 from tcp_server import PASSWORD, TcpServer
 
-from fedqueue.config import ENVIRONMENT_PREFIX
 from fedqueue.connection import connect
 from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.sections import ENVIRONMENT_PREFIX
 from fedqueue_coordinator.audit import Books, read_books
 from fedqueue_coordinator.enrolment import enroll_missing
 

@@ -23,7 +23,7 @@ import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedqueue.compression_config import CompressionConfig
-from fedqueue.config import TrainingConfig, parse_config
+from fedqueue.config import parse_config
 from fedqueue.entries import Entry
 from fedqueue.errors import ConfigurationError, FedqueueError, StoreError, WireError
 from fedqueue.frame import Frame, Manifest
@@ -33,6 +33,7 @@ from fedqueue.payload import upward
 from fedqueue.queueing import Serializer, TrainingJob
 from fedqueue.signing import ORDER, Charter, Scope, Seal, VersionRecord, digest_of, seal, unseal
 from fedqueue.store import plain_json
+from fedqueue.training_config import TrainingConfig
 from fedqueue_coordinator.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 PER_BYTE = 200

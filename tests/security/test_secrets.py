@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import redis
 
-from fedqueue.config import RedisConfig, load_config
+from fedqueue.config import load_config
 from fedqueue.errors import ConfigurationError
 from fedqueue.identity import SigningKey
+from fedqueue.redis_config import RedisConfig
 from fedqueue_coordinator.embedded import EmbeddedServer
 
 PASSWORD = "planted-s3cret-%-of-redis"

@@ -9,10 +9,10 @@ import pytest
 import structlog
 from test_round import Site, frame_of
 
-from fedqueue.config import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.messages import Ending, Update, read
 from fedqueue.signing import digest_of
+from fedqueue.training_config import TrainingConfig
 from fedqueue_worker.outbox import Outbox, open_outbox
 from fedqueue_worker.policy import ANYTHING, Policy, load_policy
 from fedqueue_worker.round import Round

@@ -114,7 +114,7 @@ def choose_candidates(config: Config, clients: list[str], partitions: list[str])
     """For each client to serve, the identities it may take; without options, one free partition."""
     from pydantic import TypeAdapter, ValidationError
 
-    from fedqueue.config import ClientId
+    from fedqueue.sections import ClientId
 
     ids = list(config.clients.ids)
     candidates = []
