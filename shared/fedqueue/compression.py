@@ -103,6 +103,12 @@ def int8(config: CompressionConfig) -> Encoding:
         edge = 4 * -(-n // block)
         return torch.from_numpy(data[:edge].view(np.float32)), torch.from_numpy(data[edge:].view(np.int8))
 
+    def checked(data: Bytes, n: int) -> tuple[torch.Tensor, torch.Tensor]:
+        scales, levels = split(data, n)
+        if len(scales) and float(scales.min()) < 0:
+            raise WireError("int8: a scale is negative")
+        return scales, levels
+
     def encode(x: torch.Tensor, data: Bytes, seed: int) -> None:
         scales, levels = split(data, len(x))
         generator = np.random.Generator(np.random.SFC64(seed))
@@ -119,9 +125,7 @@ def int8(config: CompressionConfig) -> Encoding:
             levels[part].copy_(rows.floor_().clamp_(-LEVELS, LEVELS).view(-1)[:length])
 
     def pieces(data: Bytes, n: int) -> Iterator[Piece]:
-        scales, levels = split(data, n)
-        if len(scales) and float(scales.min()) < 0:
-            raise WireError("int8: a scale is negative")
+        scales, levels = checked(data, n)
         scratch = torch.zeros(min(piece, len(scales) * block))
         for part in slices(n, piece):
             values = scratch[: part.stop - part.start].copy_(levels[part])
@@ -130,7 +134,7 @@ def int8(config: CompressionConfig) -> Encoding:
             yield part, values
 
     def add(data: Bytes, into: torch.Tensor, weight: float, first: bool) -> None:
-        scales, levels = split(data, len(into))
+        scales, levels = checked(data, len(into))
         _fused("int8")(into.numpy(), levels.numpy(), scales.numpy(), block, weight, first)
 
     return Encoding("int8", 1, lambda n: n + 4 * -(-n // block), encode, pieces, add)

@@ -281,6 +281,26 @@ def test_position_that_repeats_or_lies_outside_is_not_added(place, step):
     assert np.count_nonzero(room) == place
 
 
+@pytest.mark.parametrize("name", ["int8", "topk"])
+@given(data=st.binary(min_size=48, max_size=48) | st.lists(st.integers(0, 9), min_size=48, max_size=48).map(bytes))
+def test_whatever_the_bytes_adding_refuses_what_decoding_refuses_and_stays_in_its_room(name, data):
+    frame = frame_of(np.zeros(20), 0, 0)
+    codec = codec_of(frame, name, k=0.3, block=16)
+    wire = np.frombuffer(data, np.uint8)[: codec.nbytes].copy()
+    room, refusals = torch.zeros(60), []
+    update = codec.decode(wire)
+    for use in (update.whole, lambda: update.add_to(room[20:40], 1.0, True)):
+        try:
+            use()
+        except WireError:
+            refusals.append(use)
+    assert len(refusals) in (0, 2)
+    assert not room[:20].any()
+    assert not room[40:].any()
+    if not refusals:
+        np.testing.assert_array_equal(room[20:40].numpy(), update.whole().parameters.numpy())
+
+
 def test_only_who_merges_encoded_updates_imports_the_compiler():
     modules = "sys, fedqueue.payload, fedqueue_worker.worker, fedqueue_coordinator.service"
     program = [sys.executable, "-c", f"import {modules}; print('numba' in sys.modules)"]
