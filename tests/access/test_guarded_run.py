@@ -28,6 +28,8 @@ names = ["north", "site.example.org"]
 minimum = 2
 [aggregation]
 buffer_size = 2
+[compression]
+up = "int8"  # merged by a compiled loop: its compiler unpickles nothing either
 [stop]
 versions = 8
 """
