@@ -72,14 +72,18 @@ def enroll(
     coordinator_key(folder)
     site = site or folder / SITES / client
     before = read_public_keys(place) if rotate else []
+    key = None
     if public:
         new = read_public_keys(public, "--public")[:1]
     else:
         key = SigningKey.generate()
-        key.save(site / f"{client}{KEY_SUFFIX}")
         new = [key.public]
     write_public_keys(site / COORDINATOR_PUBLIC, read_public_keys(folder / COORDINATOR_PUBLIC))
+    if key and not rotate:  # whoever is enrolled has a key
+        key.save(site / f"{client}{KEY_SUFFIX}")
     write_public_keys(place, [*new, *before][:KEPT])
+    if key and rotate:  # a worker signs with its new key at once, so it is known before
+        key.save(site / f"{client}{KEY_SUFFIX}")
     return site
 
 

@@ -40,6 +40,22 @@ def test_rotation_keeps_the_former_key_and_no_older_one(tmp_path):
     assert ids(tmp_path / "clients" / "north.pub") == [keys[2]]
 
 
+def test_new_key_counts_before_the_site_has_it_and_a_first_one_not_before(tmp_path, monkeypatch):
+    """A worker signs with a new key as soon as it lies there; a death in between leaves nobody enrolled without one."""
+    known, save = [], SigningKey.save
+    place = tmp_path / "clients" / "c0.pub"
+
+    def saved(self, path):
+        known.append(place.exists() and self.public in read_public_keys(place))
+        save(self, path)
+
+    enroll_missing(tmp_path, [])  # the coordinator's own key
+    monkeypatch.setattr(SigningKey, "save", saved)
+    enroll(tmp_path, "c0")
+    enroll(tmp_path, "c0", rotate=True)
+    assert known == [False, True]
+
+
 def test_key_that_a_site_made_itself_is_taken_and_no_private_one_is_made(tmp_path):
     own = SigningKey.generate()
     write_public_keys(tmp_path / "sent.pub", [own.public])
