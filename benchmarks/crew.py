@@ -181,22 +181,26 @@ def cpu_seconds(pid: int) -> float:
 
 
 def peak_bytes(pid: int) -> int:
-    return _status(pid, "VmHWM")
+    return _bytes_of(pid, "status", "VmHWM")
 
 
 def shared_bytes(pid: int) -> int:
-    """Resident bytes less the proportional share: each page counts for as much as processes have it."""
-    rows = [line.split() for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]]
-    found = {row[0]: int(row[1]) * 1024 for row in rows}
-    return found["Rss:"] - found["Pss:"]
+    """Of its resident bytes, what other processes that have them too count for."""
+    return resident_bytes(pid) - proportional_bytes(pid)
+
+
+def proportional_bytes(pid: int) -> int:
+    """Resident bytes, each page in as many parts as processes have it."""
+    return _bytes_of(pid, "smaps_rollup", "Pss")
 
 
 def resident_bytes(pid: int) -> int:
-    return _status(pid, "VmRSS")
+    return _bytes_of(pid, "status", "VmRSS")
 
 
-def _status(pid: int, name: str) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+def _bytes_of(pid: int, file: str, name: str) -> int:
+    """The bytes of a line `NAME: N kB`."""
+    lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import msgpack
 import redis
-from crew import cpu_seconds, spread
+from crew import cpu_seconds, proportional_bytes, spread
 
 from fedqueue.connection import connect
 from fedqueue.keys import Keys
@@ -33,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "digits" / "federation.toml"
 COMMANDS = (["--help"], ["runs"], ["status", "--run", "digits"])
 LIMIT_SECONDS = 120.0
+MIB = 1024 * 1024
 
 
 def first_update(workers: int, config: Path) -> dict[str, float]:
@@ -52,7 +53,7 @@ def first_update(workers: int, config: Path) -> dict[str, float]:
             seconds = time.monotonic() - start
             pids = below(process.pid)
             cpu = sum(cpu_seconds(pid) for pid in [process.pid, *pids])
-            sizes = {pid: pss(pid) for pid in [process.pid, *pids]}
+            sizes = {pid: proportional_bytes(pid) / MIB for pid in [process.pid, *pids]}
             forked = [pid for pid in pids if len(below(pid)) == 0 and b"fedqueue_worker" in cmdline(pid)]
         finally:
             process.send_signal(signal.SIGINT)
@@ -86,12 +87,6 @@ def below(pid: int) -> list[int]:
 
 def cmdline(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
-
-
-def pss(pid: int) -> float:
-    """MiB of memory, what is shared counted in parts."""
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("Pss:"))
 
 
 def answer(arguments: list[str]) -> dict[str, float]:
