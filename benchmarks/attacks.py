@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from fedqueue.config import Config, parse_config
-from fedqueue.frame import Frame, Manifest, make_update
-from fedqueue.messages import Update
-from fedqueue.store import chunks_of
+from fedqueue.config.loading import Config, parse_config
+from fedqueue.protocol.messages import Update
 from fedqueue.task import Task, load_task
-from fedqueue_coordinator.events import (
+from fedqueue.tensors.frame import Frame, Manifest, make_update
+from fedqueue.transport.store import chunks_of
+from fedqueue_coordinator.core.events import (
     Action,
     ClientJoined,
     Commit,
@@ -36,7 +36,7 @@ from fedqueue_coordinator.events import (
     UpdateArrived,
     UpdateLoaded,
 )
-from fedqueue_coordinator.federation import Federation
+from fedqueue_coordinator.core.federation import Federation
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 CLIENTS, BUFFER, HOSTILE = 10, 10, (1, 3)

@@ -25,18 +25,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedqueue.compression_config import CompressionConfig
-from fedqueue.config import Config, load_config
-from fedqueue.connection import connect
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
-from fedqueue.payload import Codec, upward
-from fedqueue.store import BlobBuffer
+from fedqueue.config.compression import CompressionConfig
+from fedqueue.config.loading import Config, load_config
 from fedqueue.task import load_task
-from fedqueue_coordinator.admission import admit_frame
-from fedqueue_coordinator.aggregation import Accumulator, Contribution, accumulate
-from fedqueue_coordinator.embedded import EmbeddedServer
-from fedqueue_coordinator.simulation import Job, Simulation, Sites, Speeds
+from fedqueue.tensors.codec import Codec, upward
+from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.transport.connection import connect
+from fedqueue.transport.store import BlobBuffer
+from fedqueue_coordinator.algorithms.aggregator import Accumulator, Contribution, accumulate
+from fedqueue_coordinator.core.admission import admit_frame
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from fedqueue_coordinator.simulation.virtual_clock import Job, Simulation, Sites, Speeds
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 SPEEDS = Speeds(batch_seconds=0.01, jitter=0.3)

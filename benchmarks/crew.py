@@ -19,11 +19,11 @@ from pathlib import Path
 import msgpack
 import redis
 
-from fedqueue.connection import connect
-from fedqueue.store import Store
-from fedqueue_coordinator import processes
-from fedqueue_coordinator.embedded import EmbeddedServer
-from fedqueue_coordinator.enrolment import enroll_missing
+from fedqueue.transport.connection import connect
+from fedqueue.transport.store import Store
+from fedqueue_coordinator.operator import child_processes
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 TICK = os.sysconf("SC_CLK_TCK")
 START_SECONDS = 120.0
@@ -129,8 +129,8 @@ def crew(
 
         def start(module: str, *arguments: str, program: Sequence[str] = ()) -> int:
             command = [sys.executable, *(program or ("-m", module)), *arguments, *sets]
-            process = processes.start(command, folder / f"{module}.log", environment)
-            stack.callback(processes.stop, [process])
+            process = child_processes.start(command, folder / f"{module}.log", environment)
+            stack.callback(child_processes.stop, [process])
             return process.pid
 
         profiled = [str(Path(__file__).parent / "profiled.py"), str(profile)] if profile else []

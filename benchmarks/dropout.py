@@ -29,17 +29,17 @@ from typing import Any
 import torch
 
 from fedqueue import Fit, Task
-from fedqueue.config import Config, load_config
-from fedqueue.connection import connect
-from fedqueue.coordinator_store import CoordinatorStore, new_owner
+from fedqueue.config.loading import Config, load_config
 from fedqueue.errors import ClientTaken
 from fedqueue.task import load_task
 from fedqueue.terminal import configure_logging
-from fedqueue.worker_store import WorkerStore
-from fedqueue_coordinator.embedded import EmbeddedServer
-from fedqueue_coordinator.service import Coordinator
-from fedqueue_coordinator.summary import Result, summarize
-from fedqueue_worker.worker import Worker, new_token
+from fedqueue.transport.connection import connect
+from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_coordinator.core.run_summary import Result, summarize
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
+from fedqueue_coordinator.service.coordinator import Coordinator
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
+from fedqueue_worker.process import Worker, new_token
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits" / "federation.toml"
 JOB_SECONDS = 4.0

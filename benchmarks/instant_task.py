@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from fedqueue import Client, Fit, Progress, Task
-from fedqueue.training_config import TrainingConfig
+from fedqueue.config.training import TrainingConfig
 
 ARRAYS = 10
 

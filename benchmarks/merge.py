@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from crew import spread
 
-from fedqueue.compression_config import CompressionConfig
-from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
-from fedqueue.payload import Codec, upward
-from fedqueue.store import BlobBuffer
-from fedqueue_coordinator.aggregation import Contribution, fedbuff
-from fedqueue_coordinator.staleness import constant
+from fedqueue.config.compression import CompressionConfig
+from fedqueue.tensors.codec import Codec, upward
+from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.transport.store import BlobBuffer
+from fedqueue_coordinator.algorithms.aggregator import Contribution, fedbuff
+from fedqueue_coordinator.algorithms.staleness import constant
 
 ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk", "randomk")
 LENGTH = 25_000_000  # 100 MB as float32

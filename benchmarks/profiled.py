@@ -9,7 +9,7 @@ import cProfile
 import sys
 import time
 
-from fedqueue_coordinator.cli import main
+from fedqueue_coordinator.cli.main import main
 
 if __name__ == "__main__":
     out = sys.argv.pop(1)

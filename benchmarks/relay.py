@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 from crew import crew, size_options, spread
 
-from fedqueue.connection import connect
-from fedqueue.store import Store
-from fedqueue_coordinator.embedded import EmbeddedServer
+from fedqueue.transport.connection import connect
+from fedqueue.transport.store import Store
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 WORKERS = 4
 SIZES = (100_000, 1_000_000, 10_000_000, 100_000_000)

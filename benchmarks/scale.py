@@ -21,8 +21,8 @@ from typing import Any
 
 from crew import Crew, cpu_seconds, crew, resident_bytes
 
-from fedqueue.messages import Registration
-from fedqueue.worker_store import WorkerStore
+from fedqueue.protocol.messages import Registration
+from fedqueue.transport.worker_store import WorkerStore
 
 BYTES = 1_000
 SETTINGS = ["aggregation.mode=fedasync", "aggregation.mixing=delta", "security.signatures=off"]

@@ -26,8 +26,8 @@ import msgpack
 import redis
 from crew import cpu_seconds, proportional_bytes, spread
 
-from fedqueue.connection import connect
-from fedqueue.keys import Keys
+from fedqueue.protocol.keys import Keys
+from fedqueue.transport.connection import connect
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "digits" / "federation.toml"

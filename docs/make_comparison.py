@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedqueue.config import load_config
+from fedqueue.config.loading import load_config
 from fedqueue.errors import ConfigurationError
 
 DOCS = Path(__file__).parent

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from fedqueue.config import Config
+from fedqueue.config.loading import Config
 
 PAGE = Path(__file__).with_name("configuration.md")
 

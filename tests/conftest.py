@@ -15,18 +15,18 @@ import structlog
 import torch
 from hypothesis import settings
 
-from fedqueue.config import parse_config
-from fedqueue.connection import connect
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.entries import Entry
+from fedqueue.config.loading import parse_config
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ServerUnavailable
-from fedqueue.frame import Frame, Manifest
-from fedqueue.messages import Order, Registration, Update
-from fedqueue.queueing import Queues, Record
-from fedqueue.store import chunks_of
-from fedqueue.training_config import TrainingConfig
-from fedqueue.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.embedded import EmbeddedServer
+from fedqueue.protocol.messages import Order, Registration, Update
+from fedqueue.protocol.stream_entry import Entry
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.transport.connection import connect
+from fedqueue.transport.rq_jobs import Queues, Record
+from fedqueue.transport.store import chunks_of
+from fedqueue.transport.worker_store import Claim, WorkerStore
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 torch.set_num_threads(1)
 # CI tries the same examples each time: what it finds is about the change; whoever runs the tests by hand explores.

@@ -15,12 +15,12 @@ import pytest
 import typer
 import yaml
 
-from fedqueue.config import load_config
-from fedqueue.sections import ENVIRONMENT_PREFIX
-from fedqueue.store import CHUNK
-from fedqueue_coordinator.access import COORDINATOR, POOL
-from fedqueue_coordinator.access_files import ACL_FILE, PASSWORD_FILE, SERVER_FOLDER, write_split_access
-from fedqueue_coordinator.cli import app as coordinator_app
+from fedqueue.config.loading import load_config
+from fedqueue.config.sections import ENVIRONMENT_PREFIX
+from fedqueue.transport.store import CHUNK
+from fedqueue_coordinator.cli.main import app as coordinator_app
+from fedqueue_coordinator.operator.access.acl_files import ACL_FILE, PASSWORD_FILE, SERVER_FOLDER, write_split_access
+from fedqueue_coordinator.operator.access.rules import COORDINATOR, POOL
 from fedqueue_worker.cli import app as worker_app
 
 ROOT = Path(__file__).parents[1]

@@ -35,15 +35,15 @@ def test_every_link_to_a_file_leads_to_one(page):
 
 def test_protocol_names_every_script_and_every_key():
     protocol = (ROOT / "PROTOCOL.md").read_text()
-    for script in (ROOT / "shared" / "fedqueue" / "scripts").glob("*.lua"):
+    for script in (ROOT / "shared" / "fedqueue" / "transport" / "scripts").glob("*.lua"):
         assert f"`{script.stem}`" in protocol, script.stem
-    keys = (ROOT / "shared" / "fedqueue" / "keys.py").read_text()
+    keys = (ROOT / "shared" / "fedqueue" / "protocol" / "keys.py").read_text()
     for name in re.findall(r'self\._key\(f?"(\w+)', keys):
         assert re.search(rf"`{name}[`:]", protocol), name
 
 
 def test_every_script_says_its_keys_arguments_and_answer():
-    for script in (ROOT / "shared" / "fedqueue" / "scripts").glob("*.lua"):
+    for script in (ROOT / "shared" / "fedqueue" / "transport" / "scripts").glob("*.lua"):
         text = script.read_text()
         head = "\n".join(line for line in text.splitlines() if line.startswith("--"))
         body = "\n".join(line for line in text.splitlines() if not line.startswith("--"))

@@ -8,7 +8,7 @@ import torch
 import work
 
 from fedqueue import Client, Fit, Progress, Task
-from fedqueue.training_config import TrainingConfig
+from fedqueue.config.training import TrainingConfig
 
 
 class PeerTask(Task):

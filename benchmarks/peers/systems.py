@@ -13,11 +13,11 @@ from pathlib import Path
 from peers.environments import APPFL, FLOWER, HERE
 from peers.running import Cast, cast, free_port
 
-from fedqueue.connection import connect
 from fedqueue.errors import RunNotFound
-from fedqueue.store import Store
-from fedqueue_coordinator.embedded import EmbeddedServer
-from fedqueue_coordinator.enrolment import enroll_missing
+from fedqueue.transport.connection import connect
+from fedqueue.transport.store import Store
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 PYPROJECT = """
 [build-system]

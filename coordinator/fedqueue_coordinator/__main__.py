@@ -1,5 +1,5 @@
 """`python -m fedqueue_coordinator` is `fedqueue`."""
 
-from fedqueue_coordinator.cli import main
+from fedqueue_coordinator.cli.main import main
 
 main()

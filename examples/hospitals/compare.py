@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from task import MODELS, HospitalRows, HospitalsTask
 from torch.utils.data import ConcatDataset
 
-from fedqueue.config import Config, load_config
+from fedqueue.config.loading import Config, load_config
 from fedqueue.training import train
 
 CONFIG = Path(__file__).with_name("federation.toml")

@@ -18,8 +18,8 @@ import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
 from fedqueue import Client, Fit, Progress, Task
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
-from fedqueue.training_config import TrainingConfig
 
 HOSPITALS = {
     "cleveland": "Cleveland",

@@ -1,7 +1,7 @@
 """An aggregation of your own: a buffer's mean with momentum that forgets faster the staler the buffer is."""
 
-from fedqueue.config import Config
-from fedqueue_coordinator.aggregation import Aggregator, fedbuff
+from fedqueue.config.loading import Config
+from fedqueue_coordinator.algorithms.aggregator import Aggregator, fedbuff
 
 
 def heavy_ball(config: Config, momentum: float = 0.9) -> Aggregator:

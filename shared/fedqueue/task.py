@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedqueue.entrypoint import import_entrypoint
+from fedqueue.config.entrypoint import import_entrypoint
 from fedqueue.errors import TaskError
 
 if TYPE_CHECKING:
     import torch
 
-    from fedqueue.training_config import TrainingConfig
+    from fedqueue.config.training import TrainingConfig
 
 Progress = Callable[[], None]
 """Call it after each batch: it renews the job's lease, and raises `JobClosed` when the work is no longer wanted."""

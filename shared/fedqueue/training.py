@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue.task import Fit, Progress, Task
-from fedqueue.training_config import TrainingConfig
 
 
 def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> Fit:

@@ -8,12 +8,12 @@ from typing import Any
 
 import redis
 
-from fedqueue.connection import connect
-from fedqueue.keys import client_tag
-from fedqueue.outage import Patience
-from fedqueue_coordinator import processes
-from fedqueue_coordinator.access_files import ACL_FILE, write_access
-from fedqueue_coordinator.embedded import find_server
+from fedqueue.protocol.keys import client_tag
+from fedqueue.transport.connection import connect
+from fedqueue.transport.retry import Patience
+from fedqueue_coordinator.operator import child_processes
+from fedqueue_coordinator.operator.access.acl_files import ACL_FILE, write_access
+from fedqueue_coordinator.operator.embedded_server import find_server
 
 CLIENTS = ["c0", "c1", "x-c0", "site.example.org"]
 
@@ -35,11 +35,11 @@ class AclServer:
         self._start()
 
     def restart(self) -> None:
-        processes.stop([self.process])
+        child_processes.stop([self.process])
         self._start()
 
     def _start(self) -> None:
-        self.process = processes.start(self._command, self.folder / "server.log")
+        self.process = child_processes.start(self._command, self.folder / "server.log")
         Patience(given_up=lambda: self.process.poll() is not None).ride_out(self.user("admin").ping)
 
     def user(self, name: str) -> redis.Redis:
@@ -54,7 +54,7 @@ class AclServer:
         return [f"{row['username'].decode()}: {row['object'].decode()}" for row in rows]
 
     def stop(self) -> None:
-        processes.stop([self.process])
+        child_processes.stop([self.process])
         self._socket_folder.cleanup()
 
 

@@ -13,11 +13,11 @@ import redis
 from acl_server import CLIENTS, AclServer, tagged
 
 from fedqueue.errors import ServerUnavailable
-from fedqueue.messages import Ending, Registration
-from fedqueue.outage import Patience, passing
-from fedqueue.store import Store, script_digest
-from fedqueue.worker_store import SCRIPTS, WorkerStore
-from fedqueue_coordinator.embedded import find_server
+from fedqueue.protocol.messages import Ending, Registration
+from fedqueue.transport.retry import Patience, passing
+from fedqueue.transport.store import Store, script_digest
+from fedqueue.transport.worker_store import SCRIPTS, WorkerStore
+from fedqueue_coordinator.operator.embedded_server import find_server
 
 pytestmark = pytest.mark.server
 
@@ -402,6 +402,6 @@ def test_worker_that_asks_for_another_client_is_told_what_its_user_may_serve(gua
 
 def test_script_of_another_version_is_told_apart_from_an_outage(guarded, led, monkeypatch):
     worker = worker_store(guarded, "c0")
-    monkeypatch.setattr("fedqueue.store.script_digest", lambda name: "0" * 40)
+    monkeypatch.setattr("fedqueue.transport.store.script_digest", lambda name: "0" * 40)
     with pytest.raises(ServerUnavailable, match="version that wrote the rules"):
         Patience().ride_out(lambda: worker.heartbeat(["c0"], 60, None, True))

@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.access_files import chosen_clients, write_access, write_split_access
-from fedqueue_coordinator.cli import app
+from fedqueue_coordinator.cli.main import app
+from fedqueue_coordinator.operator.access.acl_files import chosen_clients, write_access, write_split_access
 
 SERVER = "redis://redis.example.org:6380"
 

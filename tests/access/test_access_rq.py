@@ -13,10 +13,10 @@ import pytest
 import structlog
 from acl_server import AclServer, tagged
 
-from fedqueue import queueing
-from fedqueue.keys import client_tag
-from fedqueue.queueing import TRAIN, Serializer, client_queue, job_class
-from fedqueue_worker.worker import TrainingWorker
+from fedqueue.protocol.keys import client_tag
+from fedqueue.transport import rq_jobs
+from fedqueue.transport.rq_jobs import TRAIN, Serializer, client_queue, job_class
+from fedqueue_worker.process import TrainingWorker
 
 pytestmark = pytest.mark.server
 
@@ -74,9 +74,9 @@ def test_job_is_taken_and_told_of(guarded, led, error):
 
 def test_job_that_the_coordinator_takes_back_is_not_trained(guarded, led):
     job = enqueue(led, 1)
-    queueing.forget(led.client, led.keys.queue("c0"), job)
+    rq_jobs.forget(led.client, led.keys.queue("c0"), job)
     assert work(guarded, led, Trainer()) == []
-    queueing.delete_queue(led.client, led.keys.queue("c0"))
+    rq_jobs.delete_queue(led.client, led.keys.queue("c0"))
     assert guarded.denied() == []
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from acl_server import AclServer
 
-from fedqueue.store import Store
-from fedqueue_coordinator.enrolment import enroll_missing
+from fedqueue.transport.store import Store
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 

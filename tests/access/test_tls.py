@@ -14,12 +14,12 @@ from cryptography import x509
 from tls_proxy import TlsProxy
 from typer.testing import CliRunner
 
-from fedqueue.connection import check, connect
+from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, ServerUnavailable
-from fedqueue.tls import Tls
-from fedqueue_coordinator import certificates
-from fedqueue_coordinator.certificates import write_certificates
-from fedqueue_coordinator.cli import app
+from fedqueue.transport.connection import check, connect
+from fedqueue_coordinator.cli.main import app
+from fedqueue_coordinator.operator.access import certificates
+from fedqueue_coordinator.operator.access.certificates import write_certificates
 
 pytestmark = pytest.mark.server
 

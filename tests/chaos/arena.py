@@ -15,11 +15,11 @@ from fleet import Fleet, Member
 from tcp_proxy import TcpProxy
 from tcp_server import PASSWORD, TcpServer
 
-from fedqueue.connection import connect
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.sections import ENVIRONMENT_PREFIX
-from fedqueue_coordinator.audit import Books, read_books
-from fedqueue_coordinator.enrolment import enroll_missing
+from fedqueue.config.sections import ENVIRONMENT_PREFIX
+from fedqueue.transport.connection import connect
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.operator.audit.audit import Books, read_books
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 RUN = "chaos"
 LEASE_SECONDS, LEADER_SECONDS = 2.0, 1.0

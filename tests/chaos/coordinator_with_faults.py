@@ -11,8 +11,9 @@ from typing import Any
 import crash_points
 import skewed_time
 
-import fedqueue.coordinator_store
-from fedqueue_coordinator import cli, service
+import fedqueue_coordinator.service.coordinator_store
+from fedqueue_coordinator.cli import main as cli
+from fedqueue_coordinator.service import coordinator
 
 NO_POINT = -1
 
@@ -40,8 +41,8 @@ def main(arguments: list[str], log: Path, wall: Any, monotonic: Any, armed: Any)
     skewed_time.follow(wall, monotonic)
     harm = SelfHarm(armed)
     crash_points.StoreWithPoints.at = staticmethod(harm)
-    fedqueue.coordinator_store.CoordinatorStore = crash_points.StoreWithPoints  # type: ignore[misc]
-    service.Coordinator = functools.partial(service.Coordinator, at=harm)  # type: ignore[assignment, misc]
-    fedqueue.coordinator_store.new_owner = lambda: f"pid-{os.getpid()}"
+    fedqueue_coordinator.service.coordinator_store.CoordinatorStore = crash_points.StoreWithPoints  # type: ignore[misc]
+    coordinator.Coordinator = functools.partial(coordinator.Coordinator, at=harm)  # type: ignore[assignment, misc]
+    fedqueue_coordinator.service.coordinator_store.new_owner = lambda: f"pid-{os.getpid()}"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()

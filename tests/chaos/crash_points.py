@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.receiving import Command
-from fedqueue.store import BlobBuffer, Call
+from fedqueue.transport.store import BlobBuffer, Call
+from fedqueue.transport.zero_copy import Command
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 SERVICE = (
     "before dispatch",

@@ -11,8 +11,8 @@ import numpy as np
 from arena import LEADER_SECONDS, LEASE_SECONDS, Chaos
 from fleet import Member
 
-from fedqueue.messages import Update
-from fedqueue.worker_store import Claim, WorkerStore
+from fedqueue.protocol.messages import Update
+from fedqueue.transport.worker_store import Claim, WorkerStore
 
 DENSE = ("before commit.lua", "before dispatch.lua", "between blobs", "after load", "after commit.lua")
 NEEDS_HAND_BACK = ("before close", "after note.lua", "before close.lua")

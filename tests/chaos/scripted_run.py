@@ -17,13 +17,13 @@ import torch
 from crash_points import StoreWithPoints
 
 from fedqueue import Client, Task
-from fedqueue.config import Config, parse_config
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.entries import Entry
-from fedqueue.frame import Frame, Manifest
-from fedqueue.messages import Ending, Registration, Update
-from fedqueue.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.service import Coordinator, Result
+from fedqueue.config.loading import Config, parse_config
+from fedqueue.protocol.messages import Ending, Registration, Update
+from fedqueue.protocol.stream_entry import Entry
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.transport.worker_store import Claim, WorkerStore
+from fedqueue_coordinator.service.coordinator import Coordinator, Result
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 CLIENTS = ("a", "b", "c")
 AHEAD = 2  # a worker claims its job so many posts before its own, so that updates are stale

@@ -24,7 +24,7 @@ from fleet import warm_up
 from schedule import schedule
 
 from fedqueue.errors import FedqueueError
-from fedqueue_coordinator.audit import Check, audit, ok, read_books
+from fedqueue_coordinator.operator.audit.audit import Check, audit, ok, read_books
 
 AUDIT_EVERY = 60.0  # seconds between audits of the run while it goes on
 

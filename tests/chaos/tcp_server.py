@@ -10,8 +10,8 @@ from pathlib import Path
 import redis
 
 from fedqueue.terminal import last_line
-from fedqueue_coordinator import processes
-from fedqueue_coordinator.embedded import find_server
+from fedqueue_coordinator.operator import child_processes
+from fedqueue_coordinator.operator.embedded_server import find_server
 
 PASSWORD = "swordfish"
 START_SECONDS = 20.0
@@ -56,7 +56,7 @@ class TcpServer:
 
     def start(self) -> None:
         arguments = [word for key, value in self._options.items() for word in (f"--{key}", value)]
-        self.process = processes.start([find_server(), *arguments], self.folder / "server.log")
+        self.process = child_processes.start([find_server(), *arguments], self.folder / "server.log")
         deadline = time.monotonic() + START_SECONDS
         with self.client() as client:
             while True:
@@ -73,4 +73,4 @@ class TcpServer:
         self.process.wait()
 
     def stop(self) -> None:
-        processes.stop([self.process])
+        child_processes.stop([self.process])

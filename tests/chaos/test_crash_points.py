@@ -17,11 +17,11 @@ import pytest
 import redis
 from scripted_run import Killed, make_config, run_to_the_end
 
-from fedqueue.config import Config
-from fedqueue.keys import job_without_tag
-from fedqueue_coordinator.audit import audit, ok, read_books
-from fedqueue_coordinator.results import write_results
-from fedqueue_coordinator.service import Result
+from fedqueue.config.loading import Config
+from fedqueue.protocol.keys import job_without_tag
+from fedqueue_coordinator.operator.audit.audit import audit, ok, read_books
+from fedqueue_coordinator.operator.results import write_results
+from fedqueue_coordinator.service.coordinator import Result
 
 MODES: dict[str, dict[str, Any]] = {
     "fedbuff": {
@@ -84,7 +84,7 @@ def audited(result: Result, config: Config, folder: Path) -> None:
 
 def write_results_without_picture(folder: Path, config: Config, result: Result) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedqueue_coordinator.report.draw_report", lambda *_: None)
+        patch.setattr("fedqueue_coordinator.operator.reports.run.draw_report", lambda *_: None)
         write_results(folder, config, result)
 
 

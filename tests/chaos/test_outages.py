@@ -17,14 +17,14 @@ from fleet import Member, warm_up
 from tcp_proxy import TcpProxy
 from tcp_server import TcpServer
 
-import fedqueue.store
-from fedqueue.connection import connect
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.messages import Update
-from fedqueue.outage import Patience
-from fedqueue.store import chunks_of
-from fedqueue.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.audit import audit, ok, read_books
+import fedqueue.transport.store
+from fedqueue.protocol.messages import Update
+from fedqueue.transport.connection import connect
+from fedqueue.transport.retry import Patience
+from fedqueue.transport.store import chunks_of
+from fedqueue.transport.worker_store import Claim, WorkerStore
+from fedqueue_coordinator.operator.audit.audit import audit, ok, read_books
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(240)]
 
@@ -182,7 +182,7 @@ def test_read_only_replica_is_waited_for_until_it_is_promoted(tmp_path: Path) ->
 
 @pytest.mark.parametrize("direction", ["post", "fetch"])
 def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(tmp_path, monkeypatch, direction):
-    monkeypatch.setattr(fedqueue.store, "CHUNK", 1_000_000)
+    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 1_000_000)
     server = TcpServer(tmp_path)
     proxy = TcpProxy(server.port)
     client = connect(server.url_through(proxy.port))

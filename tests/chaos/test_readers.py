@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import fedqueue.store
+import fedqueue.transport.store
 from fedqueue.errors import BlobMissing
 
 CHUNKS = 9
@@ -14,7 +14,7 @@ NEWER = 20
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedqueue.store, "CHUNK", 8)  # of 72 bytes
+    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 8)  # of 72 bytes
 
 
 @pytest.mark.usefixtures("small_chunks")

@@ -11,21 +11,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_run import make_config, run_to_the_end
 
-import fedqueue.frame
-from fedqueue import read_ahead
-from fedqueue.compression_config import CompressionConfig
+import fedqueue.tensors.frame
+from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import BlobMissing, SignatureError
-from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
-from fedqueue.fused import kernel
-from fedqueue.payload import upward
-from fedqueue.read_ahead import ReadAhead
-from fedqueue_coordinator import landing, streamed
-from fedqueue_coordinator.aggregation import Contribution, fedbuff
-from fedqueue_coordinator.audit import audit, ok, read_books
-from fedqueue_coordinator.results import write_results
-from fedqueue_coordinator.robust import Rule, norm_clipping, robust_fedbuff
-from fedqueue_coordinator.staleness import constant
-from fedqueue_coordinator.streamed import Streamed, Torn
+from fedqueue.tensors.codec import upward
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.kernels import kernel
+from fedqueue.transport import read_ahead
+from fedqueue.transport.read_ahead import ReadAhead
+from fedqueue_coordinator.algorithms.aggregator import Contribution, fedbuff
+from fedqueue_coordinator.algorithms.robust import Rule, norm_clipping, robust_fedbuff
+from fedqueue_coordinator.algorithms.staleness import constant
+from fedqueue_coordinator.operator.audit.audit import audit, ok, read_books
+from fedqueue_coordinator.operator.results import write_results
+from fedqueue_coordinator.service import payload_reader, streaming_payload
+from fedqueue_coordinator.service.streaming_payload import Streamed, Torn
 
 CLIPPED = robust_fedbuff(2, constant(), Rule("norm_clipping", weigh=norm_clipping(1.0)))
 FEDBUFF = {"aggregation": {"mode": "fedbuff", "buffer_size": 3}, "stop": {"versions": 3}}
@@ -57,7 +57,7 @@ def test_streamed_update_is_the_frame_and_merges_to_the_same_bits(parameters, bu
     manifest = manifest_of(parameters, buffers, counters)
     frame, first = frame_of(manifest, 1), frame_of(manifest, 2)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fedqueue.frame, streamed):
+        for module in (fedqueue.tensors.frame, streaming_payload):
             patch.setattr(module, "PIECE", piece)
         sent = Streamed(manifest, reader(frame.buffer), hashlib.sha256(frame.buffer).hexdigest())
         assert bytes(sent.whole().buffer) == bytes(frame.buffer)
@@ -109,7 +109,7 @@ def test_payload_that_goes_away_is_missing_in_the_first_pass_and_torn_in_a_later
 @pytest.fixture
 def streaming(monkeypatch):
     """Every plain payload that finds the accumulator taken is streamed; the list says how many passes there were."""
-    monkeypatch.setattr(landing, "CHUNK", 0)
+    monkeypatch.setattr(payload_reader, "CHUNK", 0)
     passes: list[Streamed] = []
     pieces = Streamed.pieces
 
@@ -177,5 +177,5 @@ def test_coordinator_compiles_its_loop_before_the_first_update_comes(aggregator,
     """Where updates are kept as frames, none is added while it is encoded, and nothing is compiled."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()
-    landing.Landing(aggregator, aggregator.init(manifest), upward(CompressionConfig(up="int8"), manifest))
+    payload_reader.Landing(aggregator, aggregator.init(manifest), upward(CompressionConfig(up="int8"), manifest))
     assert kernel.cache_info().currsize == compiled

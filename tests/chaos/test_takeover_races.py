@@ -8,12 +8,12 @@ import pytest
 import redis
 from scripted_run import EXAMPLES, Killed, SmallTask, Workers, lead, make_config
 
-from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import Fenced
-from fedqueue.frame import Frame, Manifest
-from fedqueue.messages import Registration, Update
-from fedqueue.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.lead import KeepLead
+from fedqueue.protocol.messages import Registration, Update
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.transport.worker_store import Claim, WorkerStore
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from fedqueue_coordinator.service.leader_election import KeepLead
 
 
 def post(worker: WorkerStore, claim: Claim) -> str:

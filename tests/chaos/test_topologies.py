@@ -11,11 +11,11 @@ import pytest
 import redis
 from tcp_server import PASSWORD, TcpServer, free_port
 
-from fedqueue.connection import connect
-from fedqueue.messages import Ending
-from fedqueue.outage import Patience
-from fedqueue_coordinator import processes
-from fedqueue_coordinator.embedded import find_server
+from fedqueue.protocol.messages import Ending
+from fedqueue.transport.connection import connect
+from fedqueue.transport.retry import Patience
+from fedqueue_coordinator.operator import child_processes
+from fedqueue_coordinator.operator.embedded_server import find_server
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
@@ -80,12 +80,12 @@ def watched(tmp_path: Path) -> Iterator[tuple[str, TcpServer, TcpServer]]:
         f"sentinel auth-pass fed {PASSWORD}\nsentinel down-after-milliseconds fed 1000\n"
         "sentinel failover-timeout fed 3000\n"
     )
-    sentinel = processes.start([find_server(), str(settings), "--sentinel"], tmp_path / "sentinel.log")
+    sentinel = child_processes.start([find_server(), str(settings), "--sentinel"], tmp_path / "sentinel.log")
     asked = redis.Redis(port=port)
     wait_until(lambda: _knows_a_replica(asked), "the sentinel knows the replica")
     asked.close()
     yield f"sentinel://:{PASSWORD}@127.0.0.1:{port}/fed", primary, replica
-    processes.stop([sentinel])
+    child_processes.stop([sentinel])
     replica.stop()
     primary.stop()
 

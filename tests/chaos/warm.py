@@ -9,10 +9,10 @@ import torch
 
 skewed_time.install()
 for _module in (
-    "fedqueue_coordinator.live",
-    "fedqueue_coordinator.local",
-    "fedqueue_coordinator.results",
-    "fedqueue_worker.worker",
+    "fedqueue_coordinator.operator.progress_view",
+    "fedqueue_coordinator.operator.local_run",
+    "fedqueue_coordinator.operator.results",
+    "fedqueue_worker.process",
     "coordinator_with_faults",
     "worker_with_skew",
 ):

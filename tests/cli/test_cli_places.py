@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fedqueue.store import Store
-from fedqueue_coordinator import cli, places
+from fedqueue.transport.store import Store
+from fedqueue_coordinator.cli import main as cli
+from fedqueue_coordinator.operator import run_locations
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,7 @@ def folder(monkeypatch, tmp_path):
     """Nothing is found by accident: neither a server on the usual port nor a run of whoever runs the tests."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(places, "DEFAULT_URL", f"unix://{tmp_path}/none.sock")
+    monkeypatch.setattr(run_locations, "DEFAULT_URL", f"unix://{tmp_path}/none.sock")
     return tmp_path
 
 
@@ -237,7 +238,7 @@ def lean(what, without):
 import fedqueue
 fedqueue.Task, fedqueue.Client, fedqueue.Fit
 lean("import fedqueue", HEAVY | {"redis", "pydantic", "typer"})
-from fedqueue_coordinator.cli import app
+from fedqueue_coordinator.cli.main import app
 from fedqueue_worker.cli import app as worker
 def call(app, *arguments, without):
     try:
@@ -249,8 +250,8 @@ call(app, "--help", without=HEAVY | {"redis", "cryptography", "pydantic"})
 for words in (["run", "--help"], ["init", "fresh"]):  # typer takes pydantic for the types of options
     call(app, *words, without=HEAVY | {"redis", "cryptography"})
 call(worker, "--help", without=HEAVY | {"redis", "cryptography"})
-call(app, "runs", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config"})
-call(app, "status", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config"})
+call(app, "runs", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config.loading"})
+call(app, "status", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config.loading"})
 """
 
 

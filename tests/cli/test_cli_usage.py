@@ -10,7 +10,7 @@ import pytest
 
 import fedqueue
 from fedqueue.terminal import main as run_app
-from fedqueue_coordinator import cli
+from fedqueue_coordinator.cli import main as cli
 from fedqueue_worker import cli as worker_cli
 
 COMMANDS = ("run", "coordinator", "status", "runs", "export", "audit", "init")
@@ -22,7 +22,7 @@ def call(monkeypatch, capsys, tmp_path):
     """Exit code, stdout and stderr of the command line with these arguments, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("fedqueue_coordinator.places.DEFAULT_URL", f"unix://{tmp_path}/none.sock")
+    monkeypatch.setattr("fedqueue_coordinator.operator.run_locations.DEFAULT_URL", f"unix://{tmp_path}/none.sock")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fedqueue", *map(str, arguments)])

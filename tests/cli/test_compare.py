@@ -12,11 +12,13 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner
 
-from fedqueue.config import load_config
+from fedqueue.config.loading import load_config
 from fedqueue.errors import ConfigurationError, TaskError
-from fedqueue_coordinator.cli import app
-from fedqueue_coordinator.compare_command import RunProgress, describe
-from fedqueue_coordinator.comparison import (
+from fedqueue_coordinator.cli.main import app
+from fedqueue_coordinator.core.run_summary import Result
+from fedqueue_coordinator.operator.compare import RunProgress, describe
+from fedqueue_coordinator.operator.reports.comparison import draw, markdown, rows, spread
+from fedqueue_coordinator.simulation.compare import (
     TUNING_SEEDS,
     Contender,
     Outcome,
@@ -29,9 +31,7 @@ from fedqueue_coordinator.comparison import (
     grid,
     outcome_of,
 )
-from fedqueue_coordinator.comparison_report import draw, markdown, rows, spread
-from fedqueue_coordinator.simulation import Speeds
-from fedqueue_coordinator.summary import Result
+from fedqueue_coordinator.simulation.virtual_clock import Speeds
 
 TASK = Path(__file__).parents[1] / "runs" / "toy_task.py"
 TARGET = {"accuracy": 0.9}

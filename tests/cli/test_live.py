@@ -8,11 +8,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedqueue.config import parse_config
-from fedqueue.frame import Frame, Manifest
-from fedqueue_coordinator.events import ClientJoined, Evaluated
-from fedqueue_coordinator.federation import Federation
-from fedqueue_coordinator.live import BARS, LINE_SECONDS, REFRESH_SECONDS, LiveView, sparkline
+from fedqueue.config.loading import parse_config
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue_coordinator.core.events import ClientJoined, Evaluated
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.operator.progress_view import BARS, LINE_SECONDS, REFRESH_SECONDS, LiveView, sparkline
 
 CONFIG = parse_config(
     {

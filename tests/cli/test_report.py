@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from fedqueue.config import parse_config
-from fedqueue.frame import Frame, Manifest
-from fedqueue_coordinator.report import draw_report
-from fedqueue_coordinator.results import FILES, write_results
-from fedqueue_coordinator.service import Result
-from fedqueue_coordinator.summary import summarize
+from fedqueue.config.loading import parse_config
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue_coordinator.core.run_summary import summarize
+from fedqueue_coordinator.operator.reports.run import draw_report
+from fedqueue_coordinator.operator.results import FILES, write_results
+from fedqueue_coordinator.service.coordinator import Result
 
 
 def line(job, client, at, staleness=0):

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 
-from fedqueue.config import load_config
-from fedqueue.frame import Manifest
+from fedqueue.config.loading import load_config
 from fedqueue.task import Client, load_task
-from fedqueue_coordinator import cli
-from fedqueue_coordinator.scaffold import FILES
+from fedqueue.tensors.frame import Manifest
+from fedqueue_coordinator.cli import main as cli
+from fedqueue_coordinator.operator.scaffold import FILES
 
 
 @pytest.fixture

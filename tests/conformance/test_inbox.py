@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedqueue.inbox import LONGEST_NAME, Inbox
+from fedqueue_coordinator.service.inbox import LONGEST_NAME, Inbox
 
 
 def test_report_of_a_worker_ends_the_wait_for_it(run):

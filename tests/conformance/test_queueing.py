@@ -23,10 +23,10 @@ from rq import Worker as RqWorker
 from rq.exceptions import NoSuchJobError, StopRequested
 from rq.job import Job
 
-from fedqueue import queueing
 from fedqueue.errors import Fenced, JobClosed
-from fedqueue.queueing import TRAIN, Serializer, TrainingJob, client_queue
-from fedqueue_worker.worker import TrainingWorker
+from fedqueue.transport import rq_jobs
+from fedqueue.transport.rq_jobs import TRAIN, Serializer, TrainingJob, client_queue
+from fedqueue_worker.process import TrainingWorker
 
 QUEUE = "fedqueue:sample:c0"
 _UNPICKLE = pickle.loads
@@ -72,7 +72,7 @@ def _nothing_is_unpickled(monkeypatch):
 @pytest.fixture(autouse=True, params=["short", "long"])
 def duration(request, monkeypatch):
     """Of every job; a long one is shown by RQ's tools while it runs, after its first progress."""
-    monkeypatch.setattr("fedqueue_worker.worker.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
+    monkeypatch.setattr("fedqueue_worker.process.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
     return request.param
 
 
@@ -108,7 +108,7 @@ BOMB = pickle.dumps(Bomb())  # made before pickle is taken away
 
 
 def make_worker(client, recorder, queues=(QUEUE,)):
-    cls = queueing.job_class(recorder.train)
+    cls = rq_jobs.job_class(recorder.train)
     return TrainingWorker(
         [client_queue(client, name, cls) for name in queues],
         name="sample-worker",
@@ -159,10 +159,10 @@ def test_record_of_a_job_is_what_rq_itself_would_have_written(redis_client, run)
     run.dispatch(1)
     key = TrainingJob.key_for("sample-00000001")
     mine = redis_client.hgetall(key)
-    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     client_queue(redis_client, QUEUE).enqueue_call(
         TRAIN, kwargs={"order": run.order(1).model_dump()}, job_id="sample-00000001", timeout=-1, result_ttl=0,
-        failure_ttl=queueing.FAILED_SECONDS, description="train c0 for sample",
+        failure_ttl=rq_jobs.FAILED_SECONDS, description="train c0 for sample",
     )  # fmt: skip
     times = {b"created_at", b"enqueued_at"}
     theirs = {name: value for name, value in redis_client.hgetall(key).items() if value}
@@ -171,20 +171,20 @@ def test_record_of_a_job_is_what_rq_itself_would_have_written(redis_client, run)
 
 
 def test_queue_is_listed_once_for_all_its_jobs(redis_client, run):
-    queues = queueing.Queues(redis_client)
+    queues = rq_jobs.Queues(redis_client)
     for number in (1, 2):
         run.coordinator.enqueue(queues.record(QUEUE, run.order(number)))
         redis_client.delete("rq:queues")
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001", "sample-00000002"]
     assert not redis_client.exists("rq:queues")
     assert work(redis_client) == ["sample-00000001", "sample-00000002"]
-    queueing.Queues(redis_client).record(QUEUE, run.order(3))
+    rq_jobs.Queues(redis_client).record(QUEUE, run.order(3))
     assert redis_client.smembers("rq:queues") == {b"rq:queue:" + QUEUE.encode()}
 
 
 def test_job_that_rq_has_lost_can_be_put_into_its_queue_again(redis_client, run):
     run.dispatch(1)
-    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     for _ in range(2):
         run.coordinator.enqueue(run.record(run.order(1)))
     assert work(redis_client) == ["sample-00000001"]
@@ -244,7 +244,7 @@ def test_job_that_the_coordinator_closed_meanwhile_leaves_nothing_in_rq(redis_cl
     class Closing(Recorder):
         def train(self, order):
             super().train(order)
-            queueing.forget(redis_client, QUEUE, order["job"])
+            rq_jobs.forget(redis_client, QUEUE, order["job"])
 
     run.dispatch(1)
     run.dispatch(2)
@@ -282,7 +282,7 @@ def test_short_job_that_fails_is_shown_as_failed_and_is_nowhere_else(redis_clien
 def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(redis_client, run):
     class Closed(Recorder):
         def train(self, order):
-            queueing.forget(redis_client, QUEUE, order["job"])
+            rq_jobs.forget(redis_client, QUEUE, order["job"])
             super().train(order)
             self.left = {name for name in rq_names(redis_client) if order["job"] in name}
 
@@ -298,7 +298,7 @@ def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(
 def test_forgotten_job_is_neither_queued_nor_known(redis_client, run):
     run.dispatch(1)
     run.dispatch(2)
-    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     with pytest.raises(NoSuchJobError):
         Job.fetch("sample-00000001", connection=redis_client, serializer=Serializer)
     assert work(redis_client) == ["sample-00000002"]
@@ -307,13 +307,13 @@ def test_forgotten_job_is_neither_queued_nor_known(redis_client, run):
 def test_forgetting_an_unknown_job_takes_its_name_off_the_queue(redis_client):
     queue = client_queue(redis_client, QUEUE)
     redis_client.rpush(queue.key, "sample-00000007", "sample-00000008")
-    queueing.forget(redis_client, QUEUE, "sample-00000007")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000007")
     assert queue.job_ids == ["sample-00000008"]
 
 
 def test_forgotten_job_can_be_enqueued_again(redis_client, run):
     run.dispatch(1)
-    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     run.dispatch(1)
     assert work(redis_client) == ["sample-00000001"]
 
@@ -323,7 +323,7 @@ def test_forgetting_reaches_a_job_whose_worker_died_before_it_began(redis_client
     run.dispatch(1)
     queue = client_queue(redis_client, QUEUE)
     redis_client.lmove(queue.key, queue.intermediate_queue_key)
-    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     assert rq_names(redis_client) == {"rq:queues"}
 
 
@@ -333,21 +333,21 @@ def test_forgetting_reaches_a_job_whose_worker_died_training_it(redis_client, ru
 
     run.dispatch(1)
     queue = client_queue(redis_client, QUEUE)
-    cls = queueing.job_class(lambda order: None)
+    cls = rq_jobs.job_class(lambda order: None)
     worker = SimpleWorker([queue], connection=redis_client, job_class=cls, serializer=Serializer)
     job = queue.fetch_job("sample-00000001")
     redis_client.lmove(queue.key, queue.intermediate_queue_key)
     worker.prepare_execution(job)
     worker.prepare_job_execution(job)
     assert len(queue.started_job_registry) == 1
-    queueing.forget(redis_client, QUEUE, "sample-00000001")
+    rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     assert len(queue.started_job_registry) == 0
     assert not redis_client.exists(TrainingJob.key_for("sample-00000001"))
 
 
 def test_forgetting_a_record_that_rq_cannot_read_deletes_it(redis_client):
     plant(redis_client, status="no such status")
-    queueing.forget(redis_client, QUEUE, "planted")
+    rq_jobs.forget(redis_client, QUEUE, "planted")
     assert rq_names(redis_client) == set()
 
 
@@ -358,7 +358,7 @@ def test_deleting_a_queue_leaves_nothing_of_it(redis_client, run):
     run.dispatch(4, "c1")
     work(redis_client, Recorder(RuntimeError("planted and failed")))
     run.dispatch(5)
-    queueing.delete_queue(redis_client, QUEUE)
+    rq_jobs.delete_queue(redis_client, QUEUE)
     left = rq_names(redis_client)
     assert not [name for name in left if QUEUE in name]
     assert redis_client.smembers("rq:queues") == {b"rq:queue:fedqueue:sample:c1"}
@@ -418,11 +418,13 @@ def test_worker_reads_nothing_of_a_record_but_what_is_to_be_called(redis_client)
     assert work(redis_client) == ["planted"]
 
 
-@pytest.mark.parametrize("name", ["os.system", "builtins.eval", "fedqueue_worker.round.Round.train", TRAIN + "x", ""])
+@pytest.mark.parametrize(
+    "name", ["os.system", "builtins.eval", "fedqueue_worker.job_runner.Round.train", TRAIN + "x", ""]
+)
 def test_foreign_function_is_refused_by_name(redis_client, name):
     plant(redis_client, data=call(name))
-    job = queueing.job_class(print).fetch("planted", connection=redis_client, serializer=Serializer)
-    with pytest.raises(Exception, match=r"allowed: fedqueue_worker\.round\.train"):
+    job = rq_jobs.job_class(print).fetch("planted", connection=redis_client, serializer=Serializer)
+    with pytest.raises(Exception, match=r"allowed: fedqueue_worker\.job_runner\.train"):
         _ = job.func
     bare = TrainingJob.fetch("planted", connection=redis_client, serializer=Serializer)
     with pytest.raises(Exception, match="allowed: nothing"):
@@ -436,10 +438,10 @@ def test_train_as_a_method_of_something_is_not_trained(redis_client, run):
 
 
 def test_refused_job_is_visible_as_failed_for_a_while(redis_client, executed):
-    plant(redis_client, data=call("os.system", "true"), failure_ttl=queueing.FAILED_SECONDS)
+    plant(redis_client, data=call("os.system", "true"), failure_ttl=rq_jobs.FAILED_SECONDS)
     work(redis_client)
     assert client_queue(redis_client, QUEUE).failed_job_registry.get_job_ids() == ["planted"]
-    assert 0 < redis_client.ttl(TrainingJob.key_for("planted")) <= queueing.FAILED_SECONDS
+    assert 0 < redis_client.ttl(TrainingJob.key_for("planted")) <= rq_jobs.FAILED_SECONDS
 
 
 @pytest.mark.parametrize("outcome", [None, RuntimeError("boom")], ids=["success", "failure"])

@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 import redis
 
-import fedqueue.store
-from fedqueue.connection import connect
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.entries import Entry
+import fedqueue.transport.store
 from fedqueue.errors import BlobMissing, Fenced, JobClosed, RunNotFound, StoreError
-from fedqueue.keys import RUNS
-from fedqueue.messages import Ending, Order, Registration, read
-from fedqueue.payload import Codec
-from fedqueue.store import Store, list_runs
+from fedqueue.protocol.keys import RUNS
+from fedqueue.protocol.messages import Ending, Order, Registration, read
+from fedqueue.protocol.stream_entry import Entry
+from fedqueue.tensors.codec import Codec
+from fedqueue.transport.connection import connect
+from fedqueue.transport.store import Store, list_runs
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
 @pytest.fixture(params=[1, 4], ids=["one chunk", "several chunks"])
 def chunks(request, monkeypatch):
     """How many chunks a model of the sample run spans."""
     if request.param > 1:
-        monkeypatch.setattr(fedqueue.store, "CHUNK", 20)  # of 72 bytes
+        monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 20)  # of 72 bytes
     return request.param
 
 
@@ -676,7 +676,7 @@ def test_commit_whose_staged_chunks_expired_is_refused_before_anything_changes(c
 
 
 def test_with_many_open_jobs_it_is_looked_in_every_so_many_commits_what_they_hold(run, monkeypatch):
-    monkeypatch.setattr("fedqueue.coordinator_store.LOOKED_AT", 2)
+    monkeypatch.setattr("fedqueue_coordinator.service.coordinator_store.LOOKED_AT", 2)
     worker = run.join()
     claims = [worker.claim(run.dispatch(number), 60) for number in (1, 2, 3, 4, 5)]
     stored = [run.publish(version) for version in range(1, 7)]
@@ -809,8 +809,8 @@ def test_update_of_an_epoch_that_is_gone_is_refused_by_that_name(run):
 
 @pytest.mark.parametrize("nbytes", [0, 1, 15, 16, 17, 32, 33])
 def test_blob_of_any_size_comes_back_from_its_chunks(run, monkeypatch, nbytes):
-    monkeypatch.setattr(fedqueue.store, "CHUNK", 16)
-    monkeypatch.setattr(fedqueue.store, "READ", 7)
+    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.transport.store, "READ", 7)
     blob = np.arange(nbytes, dtype=np.uint8)
     assert run.coordinator.write_blob("fedqueue:{sample}:blob", blob) == -(-nbytes // 16)
     into = np.full(nbytes, 255, np.uint8)
@@ -819,8 +819,8 @@ def test_blob_of_any_size_comes_back_from_its_chunks(run, monkeypatch, nbytes):
 
 
 def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
-    monkeypatch.setattr(fedqueue.store, "CHUNK", 16)
-    monkeypatch.setattr(fedqueue.store, "READ", 7)
+    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.transport.store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
     run.client.delete("fedqueue:{sample}:blob:1")
     with pytest.raises(BlobMissing, match="blob:1"):
@@ -829,8 +829,8 @@ def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
 
 @pytest.mark.parametrize("size", [39, 41])
 def test_blob_of_another_size_is_refused(run, monkeypatch, size):
-    monkeypatch.setattr(fedqueue.store, "CHUNK", 16)
-    monkeypatch.setattr(fedqueue.store, "READ", 7)
+    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.transport.store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(size, np.uint8))
     with pytest.raises(StoreError, match="expected 8"):
         run.coordinator.read_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
@@ -852,9 +852,9 @@ def test_of_a_blob_that_is_too_large_no_more_than_one_byte_too_many_is_read(run,
 def test_embedded_server_takes_no_value_larger_than_a_chunk(server_client):
     with pytest.raises(redis.RedisError):
         connect("unix://" + server_client.connection_pool.connection_kwargs["path"], retries=0).set(
-            "blob", bytes(fedqueue.store.CHUNK + 1)
+            "blob", bytes(fedqueue.transport.store.CHUNK + 1)
         )
-    assert server_client.set("blob", bytes(fedqueue.store.CHUNK))
+    assert server_client.set("blob", bytes(fedqueue.transport.store.CHUNK))
     server_client.delete("blob")
 
 

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from fedqueue.config import Config, parse_config
-from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
-from fedqueue.messages import Update
-from fedqueue_coordinator.events import (
+from fedqueue.config.loading import Config, parse_config
+from fedqueue.protocol.messages import Update
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue_coordinator.core.events import (
     Action,
     ClientJoined,
     ClientLeft,
@@ -31,9 +31,9 @@ from fedqueue_coordinator.events import (
     UpdateLoaded,
     UpdateUnreadable,
 )
-from fedqueue_coordinator.federation import Federation
-from fedqueue_coordinator.ledger import abandoned_record
-from fedqueue_coordinator.totals import Totals
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.ledger_records import abandoned_record
+from fedqueue_coordinator.core.run_counters import Totals
 
 MANIFEST = Manifest(
     (

@@ -7,11 +7,11 @@ import math
 import pytest
 from builders import EXAMPLES, MANIFEST, make_frame, make_header, of_kind, same_bits, start
 
-from fedqueue.messages import pack
-from fedqueue.payload import Codec
-from fedqueue_coordinator import admission
-from fedqueue_coordinator.admission import Inadmissible, admit_frame, admit_header
-from fedqueue_coordinator.events import Close, Dispatch, Load, Note, Stop, UpdateArrived
+from fedqueue.protocol.messages import pack
+from fedqueue.tensors.codec import Codec
+from fedqueue_coordinator.core import admission
+from fedqueue_coordinator.core.admission import Inadmissible, admit_frame, admit_header
+from fedqueue_coordinator.core.events import Close, Dispatch, Load, Note, Stop, UpdateArrived
 
 VERSION, MAX_STALENESS = 5, 3
 

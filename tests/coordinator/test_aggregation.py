@@ -7,13 +7,13 @@ import oracle
 import pytest
 from builders import make_config, make_frame
 
-from fedqueue.aggregation_config import MODES, ServerOptimizerConfig
-from fedqueue.compression_config import DENSE, SPARSE, CompressionConfig
-from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
-from fedqueue.payload import upward
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import AGGREGATORS, make_aggregator
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
+from fedqueue.config.aggregation import MODES, ServerOptimizerConfig
+from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
+from fedqueue.tensors.codec import upward
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.registry import AGGREGATORS, make_aggregator
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 
 FUNCTIONS = sorted(oracle.STALENESS)
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 from builders import MANIFEST, make_config, make_frame
 
-from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import RunNotFound
-from fedqueue.frame import Frame
-from fedqueue_coordinator.audit import Books, audit, ok, read_books
-from fedqueue_coordinator.replay import replay
+from fedqueue.tensors.frame import Frame
+from fedqueue_coordinator.operator.audit.audit import Books, audit, ok, read_books
+from fedqueue_coordinator.operator.audit.replay import replay
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
 def job(number: int, epoch: int = 0) -> str:
@@ -152,7 +152,7 @@ def test_replay_finds_another_payload_another_weight_and_another_model(run):
 
 def test_audit_of_a_name_that_is_neither_a_run_nor_a_folder_says_so(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedqueue_coordinator.audit.servers", lambda url: [])
+    monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit.servers", lambda url: [])
     with pytest.raises(RunNotFound):
         read_books("nothing", "")
 
@@ -171,6 +171,8 @@ def test_code_that_a_configuration_in_redis_names_is_not_run(fake_client, monkey
     assert store.lead(60)
     store.create(config.model_dump_json(), MANIFEST, 0, config.clients.ids)
     store.publish(0, make_frame().buffer, np.empty(0, np.uint8), [], {}, [])
-    monkeypatch.setattr("fedqueue_coordinator.audit.servers", lambda url: [SimpleNamespace(client=fake_client)])
+    monkeypatch.setattr(
+        "fedqueue_coordinator.operator.audit.audit.servers", lambda url: [SimpleNamespace(client=fake_client)]
+    )
     (replayed_,) = [check for check in audit(read_books(config.name, "")) if "same bits" in check.says]
     assert "audit the folder of the run's results" in replayed_.skipped

@@ -9,12 +9,12 @@ from builders import Died, make_config, make_frame, same_bits, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.aggregation_config import ServerOptimizerConfig
+from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import make_aggregator
-from fedqueue_coordinator.replay import replay
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.registry import make_aggregator
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from fedqueue_coordinator.operator.audit.replay import replay
 
 CLIENTS = ("client-0", "client-1", "client-2", "client-3")
 values = st.floats(-100, 100, width=32)

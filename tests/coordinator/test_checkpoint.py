@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from fedqueue.errors import StoreError
-from fedqueue_coordinator.checkpoint import Checkpoint, Checkpointer, load_checkpoint, save_checkpoint
+from fedqueue_coordinator.service.checkpoint import Checkpoint, Checkpointer, load_checkpoint, save_checkpoint
 
 CHECKPOINT = Checkpoint(
     run="toy",
@@ -67,7 +67,7 @@ def test_write_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatc
     def die(*arguments):
         raise OSError("disk full")
 
-    monkeypatch.setattr("fedqueue_coordinator.checkpoint.os.fsync", die)
+    monkeypatch.setattr("fedqueue_coordinator.service.checkpoint.os.fsync", die)
     checkpointer = Checkpointer(path, seconds=10)
     checkpointer.start(replace(CHECKPOINT, version=8), now=10)
     checkpointer.join()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from builders import of_kind, same_bits, start
 
-from fedqueue_coordinator.events import Close, Commit, Dispatch
+from fedqueue_coordinator.core.events import Close, Commit, Dispatch
 
 FIVE = ("a", "b", "c", "d", "e")
 ROUND = {"mode": "fedavg", "cohort_size": 3}

@@ -9,10 +9,10 @@ from builders import make_config, of_kind, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.dispatch_config import CompassConfig
+from fedqueue.config.dispatch import CompassConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.compass import Compass
-from fedqueue_coordinator.events import Dispatch
+from fedqueue_coordinator.core.events import Dispatch
+from fedqueue_coordinator.core.fedcompass import Compass
 
 CONFIG = CompassConfig(min_steps=20, max_steps=100, latest_factor=1.5)
 GROUPED = {"mode": "fedbuff", "staleness": {"function": "constant"}}

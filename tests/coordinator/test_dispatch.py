@@ -6,9 +6,9 @@ from collections import Counter
 
 from builders import of_kind, start
 
-from fedqueue.keys import job_name
-from fedqueue_coordinator.dispatch import Backoff, IdlePool
-from fedqueue_coordinator.events import Dispatch
+from fedqueue.protocol.keys import job_name
+from fedqueue_coordinator.core.dispatch import Backoff, IdlePool
+from fedqueue_coordinator.core.events import Dispatch
 
 
 def pool(*clients):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from fedqueue.authority import load_authority
 from fedqueue.errors import ConfigurationError, NotEnrolled
-from fedqueue.identity import SigningKey, read_public_keys, read_signing_key, write_public_keys
-from fedqueue.trust import load_site_trust
-from fedqueue_coordinator.enrolment import enroll, enroll_missing, revoke
+from fedqueue.protocol.coordinator_identity import load_authority
+from fedqueue.protocol.key_files import SigningKey, read_public_keys, read_signing_key, write_public_keys
+from fedqueue.protocol.site_identity import load_site_trust
+from fedqueue_coordinator.operator.access.enrolment import enroll, enroll_missing, revoke
 
 
 def ids(path):

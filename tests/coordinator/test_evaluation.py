@@ -8,10 +8,10 @@ import pytest
 import torch
 from builders import of_kind, start
 
-from fedqueue.frame import Frame, Manifest
 from fedqueue.task import Task
-from fedqueue_coordinator.evaluation import Evaluator, evaluate
-from fedqueue_coordinator.events import Commit, Evaluate, Evaluated
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue_coordinator.core.events import Commit, Evaluate, Evaluated
+from fedqueue_coordinator.service.evaluator import Evaluator, evaluate
 
 CPU = torch.device("cpu")
 

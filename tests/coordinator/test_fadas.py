@@ -8,11 +8,11 @@ import pytest
 import torch
 from builders import make_config, make_frame
 
-from fedqueue.aggregation_config import ServerOptimizerConfig
+from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import make_aggregator
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.registry import make_aggregator
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 
 
 def fadas(buffer_size=2, **options):

@@ -9,9 +9,9 @@ import oracle
 import pytest
 from builders import EXAMPLES, MANIFEST, Died, make_config, make_frame, make_header, of_kind, same_bits, start
 
-from fedqueue.keys import client_tag
-from fedqueue_coordinator.events import ClientJoined, Close, Commit, Dispatch, JobEnded, Load, Note, Stop
-from fedqueue_coordinator.federation import Federation
+from fedqueue.protocol.keys import client_tag
+from fedqueue_coordinator.core.events import ClientJoined, Close, Commit, Dispatch, JobEnded, Load, Note, Stop
+from fedqueue_coordinator.core.federation import Federation
 
 FUNCTIONS = sorted(oracle.STALENESS)
 FEDASYNC = {"mode": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.launch import Launch, read_launch, write_launch
+from fedqueue_coordinator.operator.launch_record import Launch, read_launch, write_launch
 
 LAUNCH = Launch(Path("/somewhere/federation.toml"), ["training.epochs=2"], 3)
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from fedqueue import Task
-from fedqueue.config import parse_config
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue.entries import Entry
+from fedqueue.config.loading import parse_config
 from fedqueue.errors import RunExists, RunLost
-from fedqueue_coordinator.checkpoint import FILE, load_checkpoint
-from fedqueue_coordinator.lead import take_the_lead
-from fedqueue_coordinator.service import Coordinator
+from fedqueue.protocol.stream_entry import Entry
+from fedqueue_coordinator.service.checkpoint import FILE, load_checkpoint
+from fedqueue_coordinator.service.coordinator import Coordinator
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from fedqueue_coordinator.service.leader_election import take_the_lead
 
 
 class Losing(CoordinatorStore):

@@ -10,9 +10,9 @@ from builders import Died, make_frame, same_bits, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.aggregation_config import ServerOptimizerConfig
+from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.learning_rates import learning_rates
+from fedqueue_coordinator.algorithms.learning_rates import learning_rates
 
 
 def rates(count, name="", rate=0.5, made=0, **options):

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from fedqueue.aggregation_config import FilterConfig
-from fedqueue.config import parse_config
-from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import make_aggregator
-from fedqueue_coordinator.outliers import OutlierFilter
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
+from fedqueue.config.aggregation import FilterConfig
+from fedqueue.config.loading import parse_config
+from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.registry import make_aggregator
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from fedqueue_coordinator.core.outlier_filter import OutlierFilter
 
 LENGTH = 9_000_000  # 36 MB: what is larger than 32 MB, malloc gives back at once
 MANIFEST = Manifest((Entry("w", "float32", (LENGTH,), 0, LENGTH, PARAMETER),))
@@ -97,8 +97,8 @@ def test_what_the_filter_holds_is_what_it_says(bounds, vectors):
 WITHOUT_A_COMPILER = """
 import subprocess
 import sys
-from fedqueue.config import parse_config
-from fedqueue_coordinator.catalogue import check_algorithms
+from fedqueue.config.loading import parse_config
+from fedqueue_coordinator.algorithms.registry import check_algorithms
 check_algorithms(parse_config({"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}}))
 print("torch._dynamo" in sys.modules)
 """

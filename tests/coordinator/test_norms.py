@@ -7,11 +7,11 @@ import math
 import pytest
 from builders import make_config, start
 
-from fedqueue_coordinator.admission import Inadmissible
-from fedqueue_coordinator.dispatch import Backoff
-from fedqueue_coordinator.events import UpdateArrived
-from fedqueue_coordinator.federation import Federation
-from fedqueue_coordinator.norms import FEWEST, NormLimit
+from fedqueue_coordinator.core.admission import Inadmissible
+from fedqueue_coordinator.core.dispatch import Backoff
+from fedqueue_coordinator.core.events import UpdateArrived
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.norm_limit import FEWEST, NormLimit
 
 
 def limit(accepted=(), **admission):

@@ -9,10 +9,10 @@ from builders import Died, make_config, of_kind, same_bits, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.aggregation_config import FilterConfig
-from fedqueue_coordinator.admission import Inadmissible
-from fedqueue_coordinator.events import Close, Dispatch
-from fedqueue_coordinator.outliers import DIRECTION, NORM, OutlierFilter
+from fedqueue.config.aggregation import FilterConfig
+from fedqueue_coordinator.core.admission import Inadmissible
+from fedqueue_coordinator.core.events import Close, Dispatch
+from fedqueue_coordinator.core.outlier_filter import DIRECTION, NORM, OutlierFilter
 
 FILTER = {"norm_factor": 3.0, "min_cosine": -0.2, "warmup": 3, "window": 4, "strikes": 2, "quarantine_seconds": 30}
 AGGREGATION = {

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from builders import Died, Run, make_config, make_frame, same_bits
 
-from fedqueue.config import load_config, parse_config
+from fedqueue.config.loading import load_config, parse_config
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.catalogue import check_algorithms, make_aggregator
-from fedqueue_coordinator.replay import replay
-from fedqueue_coordinator.staleness import make_staleness
+from fedqueue_coordinator.algorithms.registry import check_algorithms, make_aggregator
+from fedqueue_coordinator.algorithms.staleness import make_staleness
+from fedqueue_coordinator.operator.audit.replay import replay
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_algorithm"
 
@@ -89,7 +89,7 @@ def test_run_by_the_example_is_replayed_to_the_same_bits():
 
 
 ADDS = """
-from fedqueue_coordinator.aggregation import Aggregator, fedbuff
+from fedqueue_coordinator.algorithms.aggregator import Aggregator, fedbuff
 
 def Mine(config, size=None, base=False):
     mean = fedbuff(size or config.buffer_size, lambda tau: 1.0)

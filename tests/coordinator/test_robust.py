@@ -12,14 +12,14 @@ from builders import make_config, make_frame, same_bits, start
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedqueue.aggregation_config import RobustConfig, ServerOptimizerConfig
+from fedqueue.config.aggregation import RobustConfig, ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import make_aggregator
-from fedqueue_coordinator.geometry import BLOCK, inner_product, squared_distances
-from fedqueue_coordinator.robust import RULES
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
+from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.deterministic_reductions import BLOCK, inner_product, squared_distances
+from fedqueue_coordinator.algorithms.registry import make_aggregator
+from fedqueue_coordinator.algorithms.robust import RULES
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 
 ROBUST = sorted(set(RULES) - {"mean"})
 K, F = 7, 2

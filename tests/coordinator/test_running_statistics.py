@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from builders import make_config, make_frame, same_bits, start
 
-from fedqueue.aggregation_config import ServerOptimizerConfig
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import make_aggregator
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
+from fedqueue.config.aggregation import ServerOptimizerConfig
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.registry import make_aggregator
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 
 
 def merge(choice, model, *contributions, **aggregation):

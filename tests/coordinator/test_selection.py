@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.signing import packed
-from fedqueue_coordinator.selection import SELECTIONS, Known, draw, make_selection
-from fedqueue_coordinator.totals import Totals
-from fedqueue_coordinator.turns import Turns
+from fedqueue.protocol.signed_envelope import packed
+from fedqueue_coordinator.core.fair_share import Turns
+from fedqueue_coordinator.core.run_counters import Totals
+from fedqueue_coordinator.core.selection import SELECTIONS, Known, draw, make_selection
 
 CLIENTS = ("a", "b", "c", "d")
 ADDED = {"mode": "fedasync", "alpha": 1.0, "mixing": "delta"}

@@ -10,12 +10,12 @@ from builders import make_frame, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.aggregation_config import ServerOptimizerConfig
+from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError, StoreError
-from fedqueue.frame import PARAMETER, Entry, Frame, Manifest
-from fedqueue_coordinator.aggregation import Step
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
-from fedqueue_coordinator.server_state import save_state
+from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue_coordinator.algorithms.aggregator import Step
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from fedqueue_coordinator.core.server_state import save_state
 
 START = [0.5, -2.0]
 DELTAS = [[1.0, -0.5], [0.25, 2.0], [-3.0, 0.125], [0.0, 1.0], [1e-3, -40.0]]

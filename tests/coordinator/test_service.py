@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from fedqueue import Task
-from fedqueue.config import parse_config
-from fedqueue.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service import Coordinator
+from fedqueue.config.loading import parse_config
+from fedqueue_coordinator.service.coordinator import Coordinator
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
 class Line(Task):

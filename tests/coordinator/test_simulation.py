@@ -9,18 +9,18 @@ from builders import same_bits
 from torch.utils.data import TensorDataset
 
 from fedqueue import Client, Task
-from fedqueue.attempt import attempt
-from fedqueue.config import parse_config
-from fedqueue.coordinator_store import CoordinatorStore
+from fedqueue.config.loading import parse_config
 from fedqueue.errors import RunFailed
-from fedqueue.feedback import Sender
-from fedqueue.frame import Frame, Manifest
-from fedqueue.messages import Order, Registration, read
-from fedqueue.payload import downward, upward
-from fedqueue.worker_store import WorkerStore
-from fedqueue_coordinator.replay import REPLAY_FOLDER, replay_folder
-from fedqueue_coordinator.service import Coordinator
-from fedqueue_coordinator.simulation import Simulation, Sites, Speeds
+from fedqueue.local_update import attempt
+from fedqueue.protocol.messages import Order, Registration, read
+from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.error_feedback import Sender
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER, replay_folder
+from fedqueue_coordinator.service.coordinator import Coordinator
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from fedqueue_coordinator.simulation.virtual_clock import Simulation, Sites, Speeds
 
 SECOND = Speeds(batch_seconds=1.0)
 

@@ -7,8 +7,8 @@ import math
 import pytest
 from oracle import STALENESS
 
-from fedqueue.aggregation_config import StalenessConfig
-from fedqueue_coordinator.staleness import SMALLEST, constant, exponential, hinge, make_staleness, polynomial
+from fedqueue.config.aggregation import StalenessConfig
+from fedqueue_coordinator.algorithms.staleness import SMALLEST, constant, exponential, hinge, make_staleness, polynomial
 
 FUNCTIONS = sorted(STALENESS)
 

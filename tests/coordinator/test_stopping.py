@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from builders import of_kind, start
 
-from fedqueue.config import StopConfig
-from fedqueue_coordinator.events import Close, Evaluated, Stop
-from fedqueue_coordinator.stopping import lower_is_better, stop_reason, target_reached
+from fedqueue.config.loading import StopConfig
+from fedqueue_coordinator.core.events import Close, Evaluated, Stop
+from fedqueue_coordinator.core.stop_conditions import lower_is_better, stop_reason, target_reached
 
 
 @pytest.mark.parametrize(

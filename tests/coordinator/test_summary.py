@@ -6,7 +6,7 @@ from collections import Counter
 
 from builders import start
 
-from fedqueue_coordinator.summary import summarize
+from fedqueue_coordinator.core.run_summary import summarize
 
 
 def merged(client, staleness):

@@ -10,12 +10,12 @@ import torch
 from sklearn.datasets import load_digits
 
 from fedqueue import Client
-from fedqueue.config import load_config
+from fedqueue.config.loading import load_config
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 from fedqueue.partition import split
 from fedqueue.task import load_task
 from fedqueue.training import train
-from fedqueue.training_config import TrainingConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "digits"
 CLIENTS = [Client(f"client-{i}", i, 8) for i in range(8)]

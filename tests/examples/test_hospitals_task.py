@@ -12,10 +12,10 @@ from sklearn.metrics import roc_auc_score
 from torch.utils.data import TensorDataset
 
 from fedqueue import Client
-from fedqueue.config import load_config
+from fedqueue.config.loading import load_config
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 from fedqueue.task import load_task
-from fedqueue.training_config import TrainingConfig
 
 FOLDER = Path(__file__).parents[2] / "examples" / "hospitals"
 example = sys.modules[type(load_task("task.py:HospitalsTask", {}, FOLDER)).__module__]

@@ -22,19 +22,19 @@ import redis
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedqueue.compression_config import CompressionConfig
-from fedqueue.config import parse_config
-from fedqueue.entries import Entry
+from fedqueue.config.compression import CompressionConfig
+from fedqueue.config.loading import parse_config
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, FedqueueError, StoreError, WireError
-from fedqueue.frame import Frame, Manifest
-from fedqueue.identity import SigningKey, read_public_keys
-from fedqueue.messages import Ending, Evaluation, Order, Registration, Update, read, unpack_record
-from fedqueue.payload import upward
-from fedqueue.queueing import Serializer, TrainingJob
-from fedqueue.signing import ORDER, Charter, Scope, Seal, VersionRecord, digest_of, seal, unseal
-from fedqueue.store import plain_json
-from fedqueue.training_config import TrainingConfig
-from fedqueue_coordinator.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fedqueue.protocol.key_files import SigningKey, read_public_keys
+from fedqueue.protocol.messages import Ending, Evaluation, Order, Registration, Update, read, unpack_record
+from fedqueue.protocol.signed_envelope import ORDER, Charter, Scope, Seal, VersionRecord, digest_of, seal, unseal
+from fedqueue.protocol.stream_entry import Entry
+from fedqueue.tensors.codec import upward
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.transport.rq_jobs import Serializer, TrainingJob
+from fedqueue.transport.store import plain_json
+from fedqueue_coordinator.service.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 
 PER_BYTE = 200
 CONSTANT = 2**20  # bytes: 64 KiB inflated, a traceback, an error's text

@@ -9,11 +9,11 @@ from builders import make_config, make_frame, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.aggregation_config import ServerOptimizerConfig, StalenessConfig
-from fedqueue_coordinator.aggregation import Contribution
-from fedqueue_coordinator.catalogue import make_aggregator
-from fedqueue_coordinator.server_optimizer import ServerOptimizer
-from fedqueue_coordinator.staleness import make_staleness
+from fedqueue.config.aggregation import ServerOptimizerConfig, StalenessConfig
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.registry import make_aggregator
+from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from fedqueue_coordinator.algorithms.staleness import make_staleness
 
 values = st.floats(-1000, 1000, width=32)
 variances = st.floats(2.0**-30, 2.0**30, width=32)

@@ -21,9 +21,9 @@ import decoders
 from decoders import DECODERS, Decoder, ToShow, check
 
 from fedqueue.errors import StoreError, WireError
-from fedqueue.frame import MAX_DIMENSIONS, MAX_MANIFEST, Manifest
-from fedqueue.messages import MAX_DEPTH, MAX_MESSAGE, MAX_RECORD, unpack, unpack_record
-from fedqueue.store import plain_json
+from fedqueue.protocol.messages import MAX_DEPTH, MAX_MESSAGE, MAX_RECORD, unpack, unpack_record
+from fedqueue.tensors.frame import MAX_DIMENSIONS, MAX_MANIFEST, Manifest
+from fedqueue.transport.store import plain_json
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 FOUND = sorted(path for path in CORPUS.rglob("*") if path.is_file() and path.suffix != ".md")

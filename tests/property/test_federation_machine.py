@@ -17,9 +17,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedqueue_coordinator.events import Commit, Dispatch, Evaluate, Evaluated, JobEnded, Note, Tick, UpdateArrived
-from fedqueue_coordinator.selection import SELECTIONS
-from fedqueue_coordinator.summary import summarize
+from fedqueue_coordinator.core.events import Commit, Dispatch, Evaluate, Evaluated, JobEnded, Note, Tick, UpdateArrived
+from fedqueue_coordinator.core.run_summary import summarize
+from fedqueue_coordinator.core.selection import SELECTIONS
 
 CLIENTS = ("c0", "c1", "c2", "c3")
 MAX_STALENESS = 4

@@ -17,8 +17,8 @@ import pytest
 import redis
 
 from fedqueue.errors import RunNotFound
-from fedqueue_coordinator.embedded import EmbeddedServer
-from fedqueue_coordinator.enrolment import enroll_missing
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 TASK = Path(__file__).parent / "toy_task.py"
 PATIENCE = 240.0  # seconds; a loaded machine imports torch slowly

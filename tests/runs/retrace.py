@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from fedqueue.attempt import attempt
-from fedqueue.config import Config
-from fedqueue.frame import Frame, Manifest
+from fedqueue.config.loading import Config
+from fedqueue.local_update import attempt
 from fedqueue.task import Task
-from fedqueue_coordinator.dispatch import make_order
-from fedqueue_coordinator.events import Commit, Dispatch, Load, UpdateArrived, UpdateLoaded
-from fedqueue_coordinator.federation import Federation
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue_coordinator.core.dispatch import make_order
+from fedqueue_coordinator.core.events import Commit, Dispatch, Load, UpdateArrived, UpdateLoaded
+from fedqueue_coordinator.core.federation import Federation
 
 
 def retrace(config: Config, task: Task, ledger: Sequence[Mapping[str, Any]]) -> Frame:

@@ -13,7 +13,7 @@ from retrace import retrace
 from safetensors.torch import load_file
 
 from conftest import alive, descendants, read_results, wait_until, wait_until_ended, worker_pids
-from fedqueue.config import load_config
+from fedqueue.config.loading import load_config
 from fedqueue.task import load_task
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]

@@ -12,11 +12,11 @@ import pytest
 from test_local_runs import check_agreement
 
 from conftest import client_of, read_results, wait_until
-from fedqueue.identity import read_public_keys
-from fedqueue.messages import read
-from fedqueue.signing import Seal
-from fedqueue.store import Store
-from fedqueue_coordinator.enrolment import enroll, revoke
+from fedqueue.protocol.key_files import read_public_keys
+from fedqueue.protocol.messages import read
+from fedqueue.protocol.signed_envelope import Seal
+from fedqueue.transport.store import Store
+from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 

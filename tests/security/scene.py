@@ -11,19 +11,19 @@ import redis
 import torch
 
 from fedqueue import Client, Task
-from fedqueue.authority import Authority, load_authority
-from fedqueue.config import parse_config
-from fedqueue.coordinator_store import CoordinatorStore, new_owner
-from fedqueue.entries import Entry
-from fedqueue.frame import Frame, Manifest
-from fedqueue.keys import Keys
-from fedqueue.messages import Registration, Update
-from fedqueue.payload import Codec
-from fedqueue.store import Store
-from fedqueue.trust import load_site_trust
-from fedqueue.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.enrolment import enroll_missing
-from fedqueue_coordinator.service import Coordinator
+from fedqueue.config.loading import parse_config
+from fedqueue.protocol.coordinator_identity import Authority, load_authority
+from fedqueue.protocol.keys import Keys
+from fedqueue.protocol.messages import Registration, Update
+from fedqueue.protocol.site_identity import load_site_trust
+from fedqueue.protocol.stream_entry import Entry
+from fedqueue.tensors.codec import Codec
+from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.transport.store import Store
+from fedqueue.transport.worker_store import Claim, WorkerStore
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.service.coordinator import Coordinator
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
 
 RUN = "scene"
 EXAMPLES = 10

@@ -7,10 +7,10 @@ import pytest
 from scene import RUN, Scene
 from typer.testing import CliRunner
 
-from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import SignatureError
-from fedqueue_coordinator.audit import _books_of_store, audit, ok
-from fedqueue_coordinator.cli import app
+from fedqueue_coordinator.cli.main import app
+from fedqueue_coordinator.operator.audit.audit import _books_of_store, audit, ok
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from scene import RUN, Scene
 
-from fedqueue.coordinator_store import CoordinatorStore
 from fedqueue.errors import SignatureError, StoreError
-from fedqueue.frame import Frame
-from fedqueue.payload import Encoded, downward, upward
-from fedqueue_coordinator.audit import _books_of_store, audit, ok
-from fedqueue_coordinator.audit_signatures import verify_model
-from fedqueue_coordinator.export import _newest
-from fedqueue_coordinator.server_state import MODEL, load_state
+from fedqueue.tensors.codec import Encoded, downward, upward
+from fedqueue.tensors.frame import Frame
+from fedqueue_coordinator.core.server_state import MODEL, load_state
+from fedqueue_coordinator.operator.audit.audit import _books_of_store, audit, ok
+from fedqueue_coordinator.operator.audit.signatures import verify_model
+from fedqueue_coordinator.operator.export import _newest
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 SMALL = {"up": "int8", "up_lossless": "zstd", "down": "bfloat16", "down_lossless": "zstd", "block": 16}
 

@@ -14,11 +14,11 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from scene import RUN, Scene
 
 from fedqueue.errors import NotEnrolled, SignatureError, StoreError, WireError
-from fedqueue.identity import SigningKey
-from fedqueue.messages import Order, read
-from fedqueue.queueing import Serializer, TrainingJob
-from fedqueue.signing import ORDER, Seal, seal
-from fedqueue_coordinator.enrolment import enroll, revoke
+from fedqueue.protocol.key_files import SigningKey
+from fedqueue.protocol.messages import Order, read
+from fedqueue.protocol.signed_envelope import ORDER, Seal, seal
+from fedqueue.transport.rq_jobs import Serializer, TrainingJob
+from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 
 
 @pytest.fixture

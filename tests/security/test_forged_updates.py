@@ -10,11 +10,11 @@ import pytest
 from scene import EXAMPLES, RUN, Scene
 
 from fedqueue.errors import ConfigurationError, SignatureError
-from fedqueue.identity import SigningKey
-from fedqueue.messages import Ending, Registration, read
-from fedqueue.signing import JOINED, LEFT, UPDATE, Scope, Seal, seal, unseal
-from fedqueue.worker_store import WorkerStore
-from fedqueue_coordinator.enrolment import enroll, revoke
+from fedqueue.protocol.key_files import SigningKey
+from fedqueue.protocol.messages import Ending, Registration, read
+from fedqueue.protocol.signed_envelope import JOINED, LEFT, UPDATE, Scope, Seal, seal, unseal
+from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 from fedqueue_worker.heartbeat import Heartbeat
 
 

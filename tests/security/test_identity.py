@@ -7,7 +7,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.identity import PublicKey, SigningKey
+from fedqueue.protocol.key_files import PublicKey, SigningKey
 
 SEED, PUBLIC, SIGNATURE = (
     # RFC 8032, section 7.1, test 3; the message is af82

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import redis
 
-from fedqueue.config import load_config
+from fedqueue.config.loading import load_config
+from fedqueue.config.redis import RedisConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue.identity import SigningKey
-from fedqueue.redis_config import RedisConfig
-from fedqueue_coordinator.embedded import EmbeddedServer
+from fedqueue.protocol.key_files import SigningKey
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 PASSWORD = "planted-s3cret-%-of-redis"
 TASK = Path(__file__).parents[1] / "runs" / "toy_task.py"

@@ -14,14 +14,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_st
 
-from fedqueue import compression
-from fedqueue.compression import ENCODINGS
-from fedqueue.compression_config import DENSE, SPARSE, CompressionConfig
+from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.errors import WireError
-from fedqueue.feedback import Sender
-from fedqueue.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
-from fedqueue.messages import Update
-from fedqueue.payload import Codec, Encoded, downward, upward
+from fedqueue.protocol.messages import Update
+from fedqueue.tensors import encodings
+from fedqueue.tensors.codec import Codec, Encoded, downward, upward
+from fedqueue.tensors.encodings import ENCODINGS
+from fedqueue.tensors.error_feedback import Sender
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
 
 NAMES = (*DENSE, *SPARSE)
 each_codec = pytest.mark.parametrize("lossless", ["none", "zstd"])
@@ -69,7 +69,7 @@ def worst(name, values, block=16, k=0.3):
             return np.maximum(x * 2.0**-8, 2.0**-134)
         case "int8":
             padded = np.concatenate([x, np.zeros(-len(x) % block)]).reshape(-1, block)
-            scale = np.maximum(padded.max(axis=1) / 127, compression.TINY)
+            scale = np.maximum(padded.max(axis=1) / 127, encodings.TINY)
             return np.repeat(scale, block)[: len(x)] * (1 + 2.0**-16)
     return x
 
@@ -111,7 +111,7 @@ def test_encoding_spans_pieces_without_a_seam(name, monkeypatch):
     """More elements than a piece, in no multiple of it or of a block."""
     values = np.random.default_rng(0).normal(size=1003).astype(np.float32)
     whole = sent(values, name, block=32, k=0.1)
-    monkeypatch.setattr(compression, "PIECE", 64)
+    monkeypatch.setattr(encodings, "PIECE", 64)
     pieces = sent(values, name, block=32, k=0.1)
     assert (np.abs(pieces - values) <= worst(name, values, block=32)).all()
     if name != "int8":  # whose random numbers are drawn by piece
@@ -159,7 +159,7 @@ def test_block_of_zeros_and_of_the_smallest_numbers_is_sent_within_its_bound():
     assert not decoded[:16].any()
     frame = frame_of([0.0] * 16)
     assert codec_of(frame, "int8", block=16).encode(frame, 0)[:4].view(np.float32)[0] > 0, "nothing is divided by 0"
-    assert np.abs(decoded[16:]).max() <= 2 * compression.TINY
+    assert np.abs(decoded[16:]).max() <= 2 * encodings.TINY
 
 
 def test_negative_scale_is_malformed():
@@ -302,7 +302,7 @@ def test_whatever_the_bytes_adding_refuses_what_decoding_refuses_and_stays_in_it
 
 
 def test_only_who_merges_encoded_updates_imports_the_compiler():
-    modules = "sys, fedqueue.payload, fedqueue_worker.worker, fedqueue_coordinator.service"
+    modules = "sys, fedqueue.tensors.codec, fedqueue_worker.process, fedqueue_coordinator.service.coordinator"
     program = [sys.executable, "-c", f"import {modules}; print('numba' in sys.modules)"]
     says = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
     assert says.stdout.strip() == "False"
@@ -426,5 +426,5 @@ def test_pieces_take_no_second_model(name):
     tracemalloc.stop()
     assert peak < 4 * n / 2
     assert largest in (n, math.ceil(0.01 * n))
-    assert all(values.numel() <= compression.PIECE for _, values in encoded.pieces()) or name == "float32"
+    assert all(values.numel() <= encodings.PIECE for _, values in encoded.pieces()) or name == "float32"
     assert set(ENCODINGS) == set(NAMES) - {"float32"}

@@ -7,10 +7,10 @@ import re
 import pytest
 from pydantic import ValidationError
 
-from fedqueue.config import Config, load_config, parse_config
+from fedqueue.config.loading import Config, load_config, parse_config
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue.task import Client
-from fedqueue.training_config import TrainingConfig
 
 MINIMAL = {"task": {"entrypoint": "task.py:T"}, "stop": {"versions": 1}}
 

@@ -10,10 +10,10 @@ import redis.connection
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue import connection
-from fedqueue.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, hurry, without_password
+from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, FedqueueError, ServerUnavailable
-from fedqueue.tls import Tls
+from fedqueue.transport import connection
+from fedqueue.transport.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, hurry, without_password
 
 SECRET = "hunter2"
 

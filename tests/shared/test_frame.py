@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fedqueue.errors import ManifestMismatch, WireError
-from fedqueue.frame import (
+from fedqueue.tensors.frame import (
     BUFFER,
     COUNTER,
     DTYPES,

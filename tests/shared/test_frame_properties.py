@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from fedqueue.errors import WireError
-from fedqueue.frame import DTYPES, ROLES, Frame, Manifest, make_update
+from fedqueue.tensors.frame import DTYPES, ROLES, Frame, Manifest, make_update
 
 FLOATS = [d for d in DTYPES.values() if d.is_floating_point]
 COUNTS = [d for d in DTYPES.values() if not d.is_floating_point]

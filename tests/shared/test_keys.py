@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fedqueue.keys import CLIENT_ID, RUN_NAME, Keys, client_tag, job_name, job_without_tag
+from fedqueue.protocol.keys import CLIENT_ID, RUN_NAME, Keys, client_tag, job_name, job_without_tag
 
 
 def all_keys(run: str) -> dict[str, str]:

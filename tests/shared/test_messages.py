@@ -8,8 +8,9 @@ import msgpack
 import pytest
 from pydantic import ValidationError
 
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
-from fedqueue.messages import (
+from fedqueue.protocol.messages import (
     MAX_MESSAGE,
     MAX_METRICS,
     Ending,
@@ -21,7 +22,6 @@ from fedqueue.messages import (
     read,
     unpack,
 )
-from fedqueue.training_config import TrainingConfig
 
 UPDATE = {"examples": 10, "encoding": "float32", "nbytes": 64, "chunks": 1, "metrics": {"loss": 0.5}, "seconds": 1.5}
 ORDER = {"run": "r", "job": "r-1", "client": "c", "seed": 3, "training": TrainingConfig().model_dump()}

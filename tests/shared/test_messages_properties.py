@@ -6,9 +6,9 @@ import msgpack
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
-from fedqueue.messages import Ending, Evaluation, Message, Order, Registration, Update, pack, read, unpack
-from fedqueue.training_config import TrainingConfig
+from fedqueue.protocol.messages import Ending, Evaluation, Message, Order, Registration, Update, pack, read, unpack
 
 KINDS = (Update, Order, Registration, Ending, Evaluation)
 kinds = st.sampled_from(KINDS)

@@ -7,7 +7,7 @@ import redis
 from redis import exceptions
 
 from fedqueue.errors import ServerUnavailable
-from fedqueue.outage import FIRST_SECONDS, LONGEST_SECONDS, Patience, passing
+from fedqueue.transport.retry import FIRST_SECONDS, LONGEST_SECONDS, Patience, passing
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue import read_ahead, store
 from fedqueue.errors import BlobMissing
-from fedqueue.read_ahead import ReadAhead
-from fedqueue.store import Store
+from fedqueue.transport import read_ahead, store
+from fedqueue.transport.read_ahead import ReadAhead
+from fedqueue.transport.store import Store
 
 
 def blob(number: int, nbytes: int = 40) -> np.ndarray:

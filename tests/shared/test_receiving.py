@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from redis.connection import Connection
 
-from fedqueue import receiving
-from fedqueue.connection import connect
-from fedqueue.receiving import Part, Receiving, ReceivingParser, exchange, get_parts
+from fedqueue.transport import zero_copy
+from fedqueue.transport.connection import connect
+from fedqueue.transport.zero_copy import Part, Receiving, ReceivingParser, exchange, get_parts
 
 
 class Wire:
@@ -63,7 +63,7 @@ def test_place_of_an_answer_of_its_size_is_filled_without_a_copy():
 
 def test_end_of_the_connection_in_the_middle_of_an_answer_is_an_error_and_closes_it():
     connection = WireConnection(Wire(answer(bytes(500))[:300], []))
-    with pytest.raises(redis.ConnectionError, match=receiving.CLOSED):
+    with pytest.raises(redis.ConnectionError, match=zero_copy.CLOSED):
         connection.receive(memoryview(bytearray(500)))
     assert connection._sock is None
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fedqueue import Client, Fit, Task
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 from fedqueue.task import load_task
-from fedqueue.training_config import TrainingConfig
 
 SOURCE = """
 from fedqueue import Task

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, JobClosed
 from fedqueue.task import Task
 from fedqueue.training import choose_device, make_optimizer, train
-from fedqueue.training_config import TrainingConfig
 
 
 class Weight(torch.nn.Module):

@@ -19,11 +19,11 @@ FAMILY = """
 import json, os, signal, sys, time, uuid
 from pathlib import Path
 import numpy as np, random
-from fedqueue_worker import forking
-from fedqueue_worker.forking import fork
-from fedqueue_worker.worker import new_token
+from fedqueue_worker import prefork
+from fedqueue_worker.prefork import fork
+from fedqueue_worker.process import new_token
 logs, until = Path(sys.argv[1]), sys.argv[2]
-forking.GRACE_SECONDS = 1
+prefork.GRACE_SECONDS = 1
 number = fork(3, logs)
 if until == "killed" and number == 1:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

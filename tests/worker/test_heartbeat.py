@@ -9,8 +9,8 @@ import redis
 import structlog
 
 from fedqueue.errors import ClientTaken, JobClosed
-from fedqueue.messages import Registration
-from fedqueue.worker_store import Claim
+from fedqueue.protocol.messages import Registration
+from fedqueue.transport.worker_store import Claim
 from fedqueue_worker.heartbeat import Heartbeat
 
 STALL = 30.0

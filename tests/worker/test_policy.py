@@ -9,13 +9,13 @@ import pytest
 import structlog
 from test_round import Site, frame_of
 
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
-from fedqueue.messages import Ending, Update, read
-from fedqueue.signing import digest_of
-from fedqueue.training_config import TrainingConfig
-from fedqueue_worker.outbox import Outbox, open_outbox
+from fedqueue.protocol.messages import Ending, Update, read
+from fedqueue.protocol.signed_envelope import digest_of
+from fedqueue_worker.egress_log import Outbox, open_outbox
+from fedqueue_worker.job_runner import Round
 from fedqueue_worker.policy import ANYTHING, Policy, load_policy
-from fedqueue_worker.round import Round
 
 
 @pytest.fixture(autouse=True)

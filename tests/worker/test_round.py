@@ -12,16 +12,16 @@ import structlog
 import torch
 
 from fedqueue import Fit, Task
-from fedqueue.attempt import presentable
-from fedqueue.compression_config import CompressionConfig
+from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import WireError
-from fedqueue.frame import Frame
-from fedqueue.messages import MAX_METRICS, Ending, Update, read
-from fedqueue.payload import upward
-from fedqueue_worker import round as round_module
+from fedqueue.local_update import presentable
+from fedqueue.protocol.messages import MAX_METRICS, Ending, Update, read
+from fedqueue.tensors.codec import upward
+from fedqueue.tensors.frame import Frame
+from fedqueue_worker import job_runner as round_module
+from fedqueue_worker.egress_log import Outbox
 from fedqueue_worker.heartbeat import Heartbeat
-from fedqueue_worker.outbox import Outbox
-from fedqueue_worker.round import NONE, HandBack, Round, describe, slowed
+from fedqueue_worker.job_runner import NONE, HandBack, Round, describe, slowed
 
 
 @pytest.fixture(autouse=True)

@@ -14,12 +14,12 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fedqueue import Task
-from fedqueue.config import Config
+from fedqueue.config.loading import Config
 from fedqueue.errors import ClientTaken, ManifestMismatch
-from fedqueue.messages import Ending, read
-from fedqueue.worker_store import WorkerStore
-from fedqueue_worker import worker as worker_module
-from fedqueue_worker.worker import Worker, new_token
+from fedqueue.protocol.messages import Ending, read
+from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_worker import process as worker_module
+from fedqueue_worker.process import Worker, new_token
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from fedqueue.config import parse_config
+from fedqueue.config.loading import parse_config
 from fedqueue.errors import ConfigurationError
 from fedqueue_worker import cli
 from fedqueue_worker.cli import choose_candidates
@@ -117,7 +117,7 @@ def test_wrong_usage_is_exit_code_2(call, arguments):
 
 
 def test_server_that_does_not_answer_is_one_line_and_exit_code_1(call, path, tmp_path, monkeypatch):
-    from fedqueue import connection
+    from fedqueue.transport import connection
 
     monkeypatch.setattr(connection, "RETRIES", 0)
     monkeypatch.setattr(connection.connect, "__defaults__", (0, None))

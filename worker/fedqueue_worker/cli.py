@@ -13,7 +13,7 @@ from fedqueue.terminal import configure_logging, exit_at_once
 from fedqueue.terminal import main as run_app
 
 if TYPE_CHECKING:
-    from fedqueue.config import Config
+    from fedqueue.config.loading import Config
 
 app = typer.Typer(
     add_completion=False,
@@ -58,7 +58,7 @@ def worker(
     Waits for the run to start, joins it as one or more clients, and trains the jobs that the coordinator puts into
     their queues, until the run ends or SIGTERM comes (then the present job is handed back).
     """
-    from fedqueue.config import load_config
+    from fedqueue.config.loading import load_config
 
     configure_logging()
     for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker has handlers of its own
@@ -70,18 +70,18 @@ def worker(
         raise ConfigurationError("redis.url", "", "is required: set it, or pass --redis URL")
     folder = config.resolve().parent
     if processes > 1 or logs:
-        from fedqueue_worker.forking import fork, preload
+        from fedqueue_worker.prefork import fork, preload
 
         preload(settings.task.entrypoint, folder)
         number = fork(count := min(processes, len(candidates)), logs)
         candidates = candidates[number::count]
 
-    from fedqueue.connection import check, connect
     from fedqueue.task import load_task
-    from fedqueue.worker_store import WorkerStore
-    from fedqueue_worker.outbox import open_outbox
+    from fedqueue.transport.connection import check, connect
+    from fedqueue.transport.worker_store import WorkerStore
+    from fedqueue_worker.egress_log import open_outbox
     from fedqueue_worker.policy import ANYTHING, load_policy
-    from fedqueue_worker.worker import Worker, new_token
+    from fedqueue_worker.process import Worker, new_token
 
     connection = connect(url, tls=settings.redis.tls)
     security, token = settings.security, new_token()
@@ -89,7 +89,7 @@ def worker(
     agreed = load_policy(terms) if terms else ANYTHING
     trust = None
     if security.signatures == "required":
-        from fedqueue.trust import load_site_trust
+        from fedqueue.protocol.site_identity import load_site_trust
 
         trust = load_site_trust(Path(security.keys), settings.name, token)
         candidates = [only_with_keys(options, trust.clients, security.keys) for options in candidates]
@@ -114,7 +114,7 @@ def choose_candidates(config: Config, clients: list[str], partitions: list[str])
     """For each client to serve, the identities it may take; without options, one free partition."""
     from pydantic import TypeAdapter, ValidationError
 
-    from fedqueue.sections import ClientId
+    from fedqueue.config.sections import ClientId
 
     ids = list(config.clients.ids)
     candidates = []

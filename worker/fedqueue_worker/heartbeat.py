@@ -14,8 +14,8 @@ import redis
 import structlog
 
 from fedqueue.errors import ClientTaken, JobClosed, SignatureError
-from fedqueue.messages import Registration
-from fedqueue.worker_store import Claim, WorkerStore
+from fedqueue.protocol.messages import Registration
+from fedqueue.transport.worker_store import Claim, WorkerStore
 
 log = structlog.get_logger("fedqueue.worker")
 

@@ -18,9 +18,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
-from fedqueue.messages import Update
-from fedqueue.training_config import TrainingConfig
+from fedqueue.protocol.messages import Update
 
 Limit = Annotated[int, Field(ge=1)]
 

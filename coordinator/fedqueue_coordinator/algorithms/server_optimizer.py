@@ -1,0 +1,85 @@
+"""The server's step: a `torch.optim` optimizer over the flat parameters, with −Δ̄ as gradient.
+
+Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295. SGD at rate 1 without momentum is x ← x + Δ̄, which
+is added directly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fedqueue.config.aggregation import ServerOptimizerConfig
+from fedqueue.errors import ConfigurationError, StoreError
+from fedqueue.tensors.frame import Frame
+from fedqueue.training import make_optimizer
+from fedqueue_coordinator.algorithms.aggregator import Step
+from fedqueue_coordinator.algorithms.learning_rates import learning_rates
+
+
+class ServerOptimizer:
+    """Steps `model` in place; its state can be saved and restored bit for bit."""
+
+    def __init__(self, config: ServerOptimizerConfig, model: Frame, version: int = 0) -> None:
+        """`version` is that of `model`: the schedule of the learning rate goes on from there."""
+        try_out(config)
+        self._rates = learning_rates(config, version)
+        self._model = model
+        self._optimizer: torch.optim.Optimizer | None = None
+        if is_plain(config):
+            return
+        self._parameter = torch.nn.Parameter(model.parameters)  # shares the frame's memory
+        self._optimizer = make_optimizer(
+            config.name, [self._parameter], config.learning_rate, config.options, key="server_optimizer"
+        )
+
+    def step(self, step: Step) -> None:
+        """Apply one version's step; `step.delta` is consumed."""
+        rate = next(self._rates)
+        if self._optimizer:
+            self._optimizer.param_groups[0]["lr"] = rate
+            self._parameter.grad = step.delta.neg_()
+            self._optimizer.step()
+            self._parameter.grad = None
+        else:
+            self._model.parameters.add_(step.delta, alpha=rate)
+        self._model.buffers.copy_(step.buffers)
+        self._model.counters.copy_(step.counters)
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The optimizer's tensors (momentum, second moments, step count), not copied."""
+        state = self._optimizer.state.get(self._parameter, {}) if self._optimizer else {}
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+    def restore(self, state: Mapping[str, torch.Tensor]) -> None:
+        """The inverse of `state`; raises StoreError where it is one of another model."""
+        for value in state.values():
+            if not self._optimizer or value.numel() not in (1, self._parameter.numel()):
+                raise StoreError("the server optimizer's state does not fit the model")
+        if self._optimizer and state:
+            self._optimizer.state[self._parameter] = dict(state)
+
+
+def is_plain(config: ServerOptimizerConfig) -> bool:
+    """Whether the step is x ← x + ηΔ̄: SGD's own bits, in one pass, and without importing any optimizer."""
+    return config.name.lower() == "sgd" and not config.options
+
+
+def try_out(config: ServerOptimizerConfig) -> None:
+    """One step on a parameter of its own: what needs a closure or sparse gradients is to be told before the run.
+
+    Raises ConfigurationError, for the schedule of the learning rate too.
+    """
+    next(learning_rates(config))
+    if is_plain(config):
+        return
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    parameter.grad = torch.zeros(1)
+    optimizer = make_optimizer(config.name, [parameter], config.learning_rate, config.options, key="server_optimizer")
+    try:
+        optimizer.step()
+    except (TypeError, RuntimeError) as error:
+        accepted = f"an optimizer that steps by dense gradients alone, such as sgd, adam or adagrad ({error})"
+        raise ConfigurationError("server_optimizer.name", config.name, accepted) from error

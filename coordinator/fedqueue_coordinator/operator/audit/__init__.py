@@ -1,0 +1,1 @@
+"""Checks what a run wrote down against the invariants."""

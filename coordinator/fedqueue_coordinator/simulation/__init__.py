@@ -1,0 +1,1 @@
+"""A federation under a virtual clock."""

@@ -1,0 +1,1 @@
+"""The configuration of a run: its sections, and how they are read."""

@@ -1,0 +1,1 @@
+"""What crosses Redis: messages, keys, stream entries, signatures."""

@@ -1,0 +1,1 @@
+"""A model as one flat frame, and its encodings on the wire."""

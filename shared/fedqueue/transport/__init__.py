@@ -1,0 +1,1 @@
+"""Access to Redis and RQ: connections, blobs, scripts, jobs."""
