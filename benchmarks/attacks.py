@@ -97,7 +97,7 @@ class Sites:
         self.hostile = set(config.clients.ids[:hostile])
         torch.manual_seed(config.seed)
         self._module = task.model()
-        first = Frame(Manifest.of(self._module))
+        first = Frame(Manifest.from_module(self._module))
         first.read(self._module)
         self.federation = Federation(config, first, evaluates=False)
         self._versions = {0: first.copy()}
@@ -137,7 +137,7 @@ class Sites:
         if job.client in self.hostile:
             ATTACKS[self.attack](update)
         nbytes = update.buffer.nbytes
-        header = Update(examples=fit.examples, nbytes=nbytes, chunks=chunks_of(nbytes), seconds=0.0)
+        header = Update(examples=fit.num_examples, nbytes=nbytes, chunks=chunks_of(nbytes), seconds=0.0)
         arrived = UpdateArrived(entry, job.name, 1, job.client, job.base, header.pack())
         for load in self._tell(arrived):
             self._tell(UpdateLoaded(load, update, base))

@@ -29,17 +29,17 @@ from fedqueue.config.compression import CompressionConfig
 from fedqueue.config.loading import Config, load_config
 from fedqueue.task import load_task
 from fedqueue.tensors.codec import Codec, upward
-from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue.transport.connection import connect
 from fedqueue.transport.store import BlobBuffer
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Contribution, accumulate
 from fedqueue_coordinator.core.admission import admit_frame
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.simulation.virtual_clock import Job, Simulation, Sites, Speeds
+from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Job, Simulation, TimingModel
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
-SPEEDS = Speeds(batch_seconds=0.01, jitter=0.3)
+SPEEDS = TimingModel(batch_seconds=0.01, jitter=0.3)
 ROWS: tuple[dict[str, Any], ...] = (
     {},
     {"up_lossless": "zstd", "down_lossless": "zstd"},
@@ -89,7 +89,7 @@ def digits(compression: dict[str, Any], seeds: int, updates: int) -> dict[str, A
     """Accuracy of each seed, and the bytes of a job's fetch and post, as shares of float32's."""
     base = load_config(DIGITS / "federation.toml", ["evaluation.every=0", "stop.target={}"], environment={})
     task = load_task(base.task.entrypoint, base.task.options, DIGITS)
-    sites = Sites(task)
+    sites = ClientDatasets(task)
     accuracies, up, down = [], 0.0, 0.0
     for seed in range(seeds):
         tree = {**base.model_dump(), "seed": seed, "compression": compression, "stop": {"updates": updates}}
@@ -103,7 +103,7 @@ def digits(compression: dict[str, Any], seeds: int, updates: int) -> dict[str, A
 
 def speed(compression: dict[str, Any], parameters: int, turns: int, store: CoordinatorStore) -> dict[str, Any]:
     """Nanoseconds per parameter (the median), and ratios to float32's of the same turn (the median of those)."""
-    manifest = Manifest((Entry("w", "float32", (parameters,), 0, parameters, PARAMETER),))
+    manifest = Manifest((TensorSpec("w", "float32", (parameters,), 0, parameters, PARAMETER),))
     frame = Frame(manifest)
     frame.parameters.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.01)
     codec = upward(CompressionConfig(**compression), manifest)

@@ -28,14 +28,14 @@ from typing import Any
 
 import torch
 
-from fedqueue import Fit, Task
+from fedqueue import Task, TrainResult
 from fedqueue.config.loading import Config, load_config
 from fedqueue.errors import ClientTaken
 from fedqueue.task import load_task
 from fedqueue.terminal import configure_logging
 from fedqueue.transport.connection import connect
 from fedqueue.transport.worker_store import WorkerStore
-from fedqueue_coordinator.core.run_summary import Result, summarize
+from fedqueue_coordinator.core.run_summary import RunResult, summarize
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
@@ -62,7 +62,7 @@ def measure(dying: float, seed: int, limit: str) -> dict[str, Any]:
     return figures(dying, seed, config, result)
 
 
-def figures(dying: float, seed: int, config: Config, result: Result) -> dict[str, Any]:
+def figures(dying: float, seed: int, config: Config, result: RunResult) -> dict[str, Any]:
     """Counted from the first arrival on: the workers' start is not what is measured."""
     summary = summarize(config.name, config.aggregation.mode, seed, "", result.ledger, result.refused)
     arrivals = [line["at"] for r in result.ledger if r["kind"] == "version" for line in r["merged"]]
@@ -137,7 +137,7 @@ def mortal(task: Any, dying: float) -> Any:
     chance = random.Random()
     fit = task.fit
 
-    def mortal_fit(model: Any, data: Any, config: Any, progress: Callable[[], None]) -> Fit:
+    def mortal_fit(model: Any, data: Any, config: Any, progress: Callable[[], None]) -> TrainResult:
         batches = config.epochs * -(-len(data) // config.batch_size)
         dies_at = chance.randrange(batches) if chance.random() < dying else -1
         done = 0

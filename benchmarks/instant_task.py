@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from fedqueue import Client, Fit, Progress, Task
+from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.training import TrainingConfig
 
 ARRAYS = 10
@@ -22,9 +22,9 @@ class InstantTask(Task):
     def train_data(self, client: Client) -> Any:
         return [client.id]
 
-    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> Fit:
+    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> TrainResult:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1e-4)
         progress()
-        return Fit(1)
+        return TrainResult(1)

@@ -22,7 +22,7 @@ from crew import spread
 
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.tensors.codec import Codec, upward
-from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue.transport.store import BlobBuffer
 from fedqueue_coordinator.algorithms.aggregator import Contribution, fedbuff
 from fedqueue_coordinator.algorithms.staleness import constant
@@ -38,7 +38,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def measure(name: str, length: int, repeats: int) -> dict[str, Any]:
-    manifest = Manifest((Entry("w", "float32", (length,), 0, length, PARAMETER),))
+    manifest = Manifest((TensorSpec("w", "float32", (length,), 0, length, PARAMETER),))
     frame = Frame(manifest)
     torch.manual_seed(0)
     frame.parameters.normal_()

@@ -31,7 +31,7 @@ class Data:
     speeds: dict[str, tuple[str, ...]]
     tuned: dict[str, dict[str, str]]
     """Split → mode → settings that were chosen for it; a mode without any takes fedbuff's."""
-    compass: str
+    fedcompass: str
     cohort: str
 
 
@@ -60,7 +60,7 @@ DATA = {
             "Dirichlet 0.3": rates(fedavg=0.6, fedasync=0.6, fedbuff=0.6, ca2fl=0.6, fadas_step=0.01),
             "IID": rates(fedavg=1, fedasync=1, fedbuff=0.6, ca2fl=0.6, fadas_step=0.01),
         },
-        compass="dispatch.compass.min_steps=10 dispatch.compass.max_steps=50",
+        fedcompass="dispatch.compass.min_steps=10 dispatch.compass.max_steps=50",
         cohort="aggregation.cohort_size=6 dispatch.over_selection=1.3",
     ),
     "hospitals": Data(
@@ -82,7 +82,7 @@ DATA = {
             "each hospital its own rows": rates(fedavg=0.2, fedasync=0.05, fedbuff=0.1, ca2fl=0.2, fadas_step=0.01),
             "all rows dealt out at random": rates(fedavg=0.2, fedasync=0.2, fedbuff=0.2, ca2fl=0.2, fadas_step=0.03),
         },
-        compass="dispatch.compass.min_steps=4 dispatch.compass.max_steps=20",
+        fedcompass="dispatch.compass.min_steps=4 dispatch.compass.max_steps=20",
         cohort="aggregation.cohort_size=3 dispatch.over_selection=1.3",
     ),
 }  # fmt: skip
@@ -137,21 +137,21 @@ def known(data: Data, mode: str) -> bool:
     return True
 
 
-def contenders(data: Data, split: str) -> Iterator[str]:
+def variants(data: Data, split: str) -> Iterator[str]:
     """Every mode there is, and two ways to schedule, as variants with the settings that were chosen for them."""
     tuned = data.tuned[split]
     for mode in ("fedavg", "fedasync", "fedbuff", "fadas", "ca2fl"):
         if known(data, mode):
             yield f"{mode}: aggregation.mode={mode} {tuned.get(mode, tuned['fedbuff'])}"
-    compass = f"dispatch.schedule=compass {data.compass}"
-    yield f"fedbuff+compass: aggregation.mode=fedbuff {compass} {tuned['fedbuff']}"
+    fedcompass = f"dispatch.schedule=compass {data.compass}"
+    yield f"fedbuff+compass: aggregation.mode=fedbuff {fedcompass} {tuned['fedbuff']}"
     yield f"fedavg+over: aggregation.mode=fedavg {data.cohort} {tuned['fedavg']}"
 
 
 def command(data: Data, split: str, speeds: str) -> list[str]:
     """The arguments of `fedqueue`."""
-    variants = [word for variant in contenders(data, split) for word in ("--variant", variant)]
-    return ["compare", data.config, *data.common, *data.splits[split], *data.speeds[speeds], *variants]
+    words = [word for variant in variants(data, split) for word in ("--variant", variant)]
+    return ["compare", data.config, *data.common, *data.splits[split], *data.speeds[speeds], *words]
 
 
 def table(arguments: list[str], folder: Path) -> str:

@@ -19,10 +19,10 @@ from fedqueue.config.loading import parse_config
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ServerUnavailable
 from fedqueue.protocol.messages import Order, Registration, Update
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.connection import connect
-from fedqueue.transport.rq_jobs import Queues, Record
+from fedqueue.transport.rq_jobs import Queues, RqJobRecord
 from fedqueue.transport.store import chunks_of
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
@@ -98,7 +98,7 @@ class SampleRun:
         tree = {"name": name, "task": {"entrypoint": "task.py:T"}, "stop": {"versions": 99}, **sections}
         self.config = parse_config(tree)
         self.module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
-        self.manifest = Manifest.of(self.module)
+        self.manifest = Manifest.from_module(self.module)
         self.coordinator = CoordinatorStore(client, name, "owner-a")
         self.keys = self.coordinator.keys
         assert self.coordinator.lead(60)
@@ -128,9 +128,9 @@ class SampleRun:
         packed = self.coordinator.pack_order(order)
         self.coordinator.dispatch(order, packed, self.record(order), number, lease)
 
-    def record(self, order: Order) -> Record:
-        sealed = self.coordinator.pack_order(order) if self.coordinator.authority else None
-        return Queues(self.client).record(self.keys.queue(order.client), order, sealed)
+    def record(self, order: Order) -> RqJobRecord:
+        envelope = self.coordinator.pack_order(order) if self.coordinator.identity else None
+        return Queues(self.client).record(self.keys.queue(order.client), order, envelope)
 
     def payload(self, value: float = 1.0) -> Any:
         frame = Frame(self.manifest)
@@ -152,14 +152,14 @@ class SampleRun:
         assert self.post(worker, claim) == ""
         return claim
 
-    def publish(self, version: int, merged: list[Entry] | None = None, state: bytes = b"") -> set[int]:
+    def publish(self, version: int, merged: list[StreamEntry] | None = None, state: bytes = b"") -> set[int]:
         records = [{"kind": "version", "version": version, "merged": []}] if version else []
         model = self.payload(float(version))
         return self.coordinator.publish(
             version, model, np.frombuffer(state, np.uint8), records, {"updates": version}, merged or []
         )
 
-    def updates(self) -> list[Entry]:
+    def updates(self) -> list[StreamEntry]:
         return [e for e in self.coordinator.unacknowledged() if e.kind == "update"]
 
     def names(self) -> set[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import work
 
-from fedqueue import Client, Fit, Progress, Task
+from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.training import TrainingConfig
 
 
@@ -27,16 +27,16 @@ class PeerTask(Task):
     def test_data(self) -> Any:
         return self.digits
 
-    def examples(self, data: Any) -> int:
+    def num_examples(self, data: Any) -> int:
         return len(data[1])
 
     def evaluate(self, model: torch.nn.Module, data: Any) -> dict[str, float]:
         return {"accuracy": data.accuracy(model)}
 
-    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> Fit:
+    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> TrainResult:
         if self.digits:
             work.train(model, data, self.number)
         else:
             work.train_at_once(model)
         progress()
-        return Fit(len(data[1]))
+        return TrainResult(len(data[1]))

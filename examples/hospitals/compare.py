@@ -32,7 +32,7 @@ from fedqueue.training import train
 CONFIG = Path(__file__).with_name("federation.toml")
 METRICS = ("accuracy", "auc")
 
-Result = dict[str, dict[str, float]]
+RunResult = dict[str, dict[str, float]]
 """Metric → hospital, or "mean" of the four → value."""
 
 
@@ -53,7 +53,7 @@ class Setting:
         clients = [config.clients.client(name) for name in config.clients.ids]
         return cls(overrides, config, task, {client.id: task.train_data(client) for client in clients})
 
-    def test(self, model_of: Callable[[str], torch.nn.Module]) -> Result:
+    def test(self, model_of: Callable[[str], torch.nn.Module]) -> RunResult:
         """The metrics of each hospital's model on its own held-out rows."""
         tested = {name: self.task.evaluate(model_of(name), rows.test) for name, rows in self.rows.items()}
         result = {metric: {name: tested[name][metric] for name in tested} for metric in METRICS}
@@ -71,7 +71,7 @@ class Setting:
 def main() -> None:
     arguments = parse_arguments()
     torch.set_num_threads(1)  # small models: a second thread slows them down
-    results: dict[str, list[dict[str, Result]]] = {}
+    results: dict[str, list[dict[str, RunResult]]] = {}
     for model in arguments.models:
         for seed in range(arguments.seeds):
             results.setdefault(model, []).append(compare(Setting.of(model, seed)))
@@ -84,7 +84,7 @@ def main() -> None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
-def compare(setting: Setting) -> dict[str, Result]:
+def compare(setting: Setting) -> dict[str, RunResult]:
     """The three figures of one seed, and what a hospital's model is worth in the three others."""
     federated, updates = federation(setting)
     epochs = round(updates * setting.config.training.epochs / len(setting.rows))  # passes over an average row
@@ -98,7 +98,7 @@ def compare(setting: Setting) -> dict[str, Result]:
     }
 
 
-def elsewhere(setting: Setting, alone: Mapping[str, torch.nn.Module]) -> Result:
+def elsewhere(setting: Setting, alone: Mapping[str, torch.nn.Module]) -> RunResult:
     """The mean over the models of the other hospitals, each tested on this one's held-out rows."""
     names = list(alone)
     after = {name: names[i + 1 :] + names[:i] for i, name in enumerate(names)}
@@ -118,7 +118,7 @@ def federation(setting: Setting) -> tuple[torch.nn.Module, int]:
     return model, summary["updates_merged"]
 
 
-def table(model: str, metric: str, runs: list[dict[str, Result]]) -> Table:
+def table(model: str, metric: str, runs: list[dict[str, RunResult]]) -> Table:
     """Mean ± standard deviation over the seeds; the last row is paired, seed by seed."""
     columns = list(runs[0]["alone"][metric])
     shown = Table(f"{model}, {metric}", *columns, box=box.MARKDOWN)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 
-from fedqueue import Client, Fit, Progress, Task
+from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 
@@ -103,12 +103,14 @@ class HospitalsTask(Task):
             metrics["auc"] = auc(score(model, rows), ill.numpy())
         return metrics
 
-    def fit(self, model: torch.nn.Module, data: HospitalRows, config: TrainingConfig, progress: Progress) -> Fit:
+    def fit(
+        self, model: torch.nn.Module, data: HospitalRows, config: TrainingConfig, progress: Progress
+    ) -> TrainResult:
         """Train as `[training]` says; the metrics add what the federation's model, as it came, is worth here."""
         arrived = self.evaluate(model, data.test)
         fit = super().fit(model, data, config, progress)
         tested = {f"test_{name}": value for name, value in arrived.items()}
-        return Fit(fit.examples, {**fit.metrics, **tested, "test_examples": len(data.test)})
+        return TrainResult(fit.num_examples, {**fit.metrics, **tested, "test_examples": len(data.test)})
 
 
 def score(model: torch.nn.Module, rows: torch.Tensor) -> npt.NDArray[np.float32]:

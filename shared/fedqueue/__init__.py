@@ -5,8 +5,8 @@ Importing this package does not import torch.
 """
 
 from fedqueue.errors import FedqueueError
-from fedqueue.task import Client, Fit, Progress, Task
+from fedqueue.task import Client, Progress, Task, TrainResult
 
 __version__ = "0.1.0"
 
-__all__ = ["Client", "FedqueueError", "Fit", "Progress", "Task", "__version__"]
+__all__ = ["Client", "FedqueueError", "Progress", "Task", "TrainResult", "__version__"]

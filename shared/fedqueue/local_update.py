@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from fedqueue.protocol.messages import MAX_METRICS, Order, Update
-from fedqueue.task import Fit, Progress, Task
+from fedqueue.task import Progress, Task, TrainResult
 from fedqueue.tensors.frame import Frame, make_update
 from fedqueue.training import set_seed
 from fedqueue.transport.store import chunks_of
 
 
-def attempt(
+def compute_update(
     task: Task, model: torch.nn.Module, data: Any, order: Order, base: Frame, local: Frame, progress: Progress
 ) -> Update:
     """Train the order from `base`: `local` becomes the update's frame, and the answer is its header.
@@ -32,15 +32,15 @@ def attempt(
     local.read(model)
     payload = make_update(local, base).buffer
     return Update(
-        examples=int(fit.examples),  # a task may count with numpy
+        examples=int(fit.num_examples),  # a task may count with numpy
         nbytes=payload.nbytes,
         chunks=chunks_of(payload.nbytes),
-        metrics=presentable(fit),
+        metrics=reportable_metrics(fit),
         seconds=seconds,
     )
 
 
-def presentable(fit: Fit) -> dict[str, float]:
+def reportable_metrics(fit: TrainResult) -> dict[str, float]:
     """The metrics that may leave: plain finite numbers under short names, at most MAX_METRICS of them."""
     pairs = ((str(name)[:64], float(value)) for name, value in fit.metrics.items())
     return dict([(name, value) for name, value in pairs if math.isfinite(value)][:MAX_METRICS])

@@ -33,10 +33,10 @@ class Client:
 
 
 @dataclass(frozen=True)
-class Fit:
+class TrainResult:
     """What a local training reports beside the model: counts and averages, never rows of data."""
 
-    examples: int
+    num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -83,7 +83,7 @@ class Task:
             raise TaskError("test_data() is empty: return None where there is nothing to evaluate on")
         return {"loss": loss / seen, "accuracy": correct / seen}
 
-    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> Fit:
+    def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> TrainResult:
         """Train `model` in place on `data`; by default mini-batch training as `[training]` says.
 
         An override calls `progress()` after each batch, and returns how many examples it trained on.
@@ -92,11 +92,11 @@ class Task:
 
         return train(self, model, data, config, progress)
 
-    def examples(self, data: Any) -> int:
+    def num_examples(self, data: Any) -> int:
         """How many examples `data` holds: the weight of this client where weights are by examples."""
         if isinstance(data, Sized):
             return len(data)
-        raise TaskError(f"{type(data).__name__} has no len(): override Task.examples(self, data) to count it")
+        raise TaskError(f"{type(data).__name__} has no len(): override Task.num_examples(self, data) to count it")
 
 
 def load_task(entrypoint: str, options: Mapping[str, Any], folder: Path) -> Task:

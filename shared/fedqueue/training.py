@@ -11,10 +11,10 @@ import torch
 
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue.task import Fit, Progress, Task
+from fedqueue.task import Progress, Task, TrainResult
 
 
-def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> Fit:
+def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> TrainResult:
     """Train `model` in place on `data` (a map-style Dataset); metrics: mean training `loss` over the batches.
 
     With `proximal_mu` > 0, each batch's loss is that of FedProx (arXiv 1812.06127, eq. 2): f(x) + μ/2 · ‖x − x_b‖²,
@@ -36,7 +36,7 @@ def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig,
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         progress()
-    return Fit(task.examples(data), {"loss": total / batches} if batches else {})
+    return TrainResult(task.num_examples(data), {"loss": total / batches} if batches else {})
 
 
 def set_seed(seed: int) -> None:

@@ -10,7 +10,7 @@ import redis
 
 from fedqueue.protocol.keys import client_tag
 from fedqueue.transport.connection import connect
-from fedqueue.transport.retry import Patience
+from fedqueue.transport.retry import RedisRetry
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.access.acl_files import ACL_FILE, write_access
 from fedqueue_coordinator.operator.embedded_server import find_server
@@ -40,7 +40,7 @@ class AclServer:
 
     def _start(self) -> None:
         self.process = child_processes.start(self._command, self.folder / "server.log")
-        Patience(given_up=lambda: self.process.poll() is not None).ride_out(self.user("admin").ping)
+        RedisRetry(given_up=lambda: self.process.poll() is not None).call(self.user("admin").ping)
 
     def user(self, name: str) -> redis.Redis:
         return connect(self.urls[name], retries=0)

@@ -14,7 +14,7 @@ from acl_server import CLIENTS, AclServer, tagged
 
 from fedqueue.errors import ServerUnavailable
 from fedqueue.protocol.messages import Ending, Registration
-from fedqueue.transport.retry import Patience, passing
+from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue.transport.store import Store, script_digest
 from fedqueue.transport.worker_store import SCRIPTS, WorkerStore
 from fedqueue_coordinator.operator.embedded_server import find_server
@@ -177,7 +177,9 @@ def test_worker_may_not(guarded, victim, deed):
     assert victim.contents() == before
 
 
-@pytest.mark.parametrize("script", ["commit", "dispatch", "close", "note", "end", "leader", "lapsed", "bury"])
+@pytest.mark.parametrize(
+    "script", ["commit", "dispatch", "close", "ack", "end_run", "leader", "find_expired", "expire_client"]
+)
 def test_worker_may_not_run_a_script_of_the_coordinators(guarded, victim, script):
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("worker-c0").evalsha(script_digest(script), 1, victim.keys.leader, "1")
@@ -240,7 +242,7 @@ def test_garbage_in_a_workers_own_records_neither_stops_nor_slows_the_coordinato
     for field in ("alive", "job", "registration", "refused:closed", "refused:closed "):
         attacker.hset(run.keys.site("c0"), field, value)
     attacker.xadd(run.keys.updates("c0"), {"kind": "update", "job": run.job, "attempt": value, "base": value})
-    run.coordinator.lapsed()
+    run.coordinator.find_expired()
     run.coordinator.alive_clients()
     assert set(run.coordinator.registrations()) == {"c1"}
     run.coordinator.refused()
@@ -248,7 +250,7 @@ def test_garbage_in_a_workers_own_records_neither_stops_nor_slows_the_coordinato
     forged = [e for e in run.updates() if e.client == "c0"]
     assert [(e.client, e.job) for e in forged] == [("c0", run.job)], "it is known who says so"
     run.publish(1)
-    run.coordinator.bury("c0")
+    run.coordinator.expire_client("c0")
     run.coordinator.close(run.own_job, {"kind": "abandoned"}, 1)
     assert run.own_job not in [job.job for job in run.coordinator.jobs()]
 
@@ -266,7 +268,7 @@ def test_worker_waits_for_its_coordinator_where_the_scripts_are_gone(guarded, vi
     worker = worker_store(guarded, "c0")
     with pytest.raises(redis.exceptions.NoScriptError) as caught:
         worker.heartbeat(["c0"], 60, None, True)
-    assert "waiting for the coordinator" in passing(caught.value)
+    assert "waiting for the coordinator" in transient_reason(caught.value)
     victim.coordinator.renew_lead(60)
     assert worker.heartbeat(["c0"], 60, None, True).run_state == "running"
 
@@ -294,7 +296,7 @@ VIEWER_MAY_NOT: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     "read a queue": lambda v: ("LRANGE", "rq:queue:" + v.keys.queue("c1"), 0, -1),
     "write": lambda v: ("HSET", v.keys.head, "version", 9),
     "write the ledger": lambda v: ("XADD", v.keys.ledger, "*", "record", "x"),
-    "run a script": lambda v: ("EVALSHA", script_digest("lapsed"), 2, v.keys.jobs, v.keys.clients, "a", "b"),
+    "run a script": lambda v: ("EVALSHA", script_digest("find_expired"), 2, v.keys.jobs, v.keys.clients, "a", "b"),
     "flush": lambda v: ("FLUSHALL",),
     "list keys": lambda v: ("KEYS", "*"),
     "configure": lambda v: ("CONFIG", "GET", "*"),
@@ -396,7 +398,7 @@ def test_worker_that_asks_for_another_client_is_told_what_its_user_may_serve(gua
     """As `--partition auto` does."""
     worker = worker_store(guarded, "c1")
     with pytest.raises(ServerUnavailable, match=r"Redis refuses: .*serves its own client only.*--client") as caught:
-        Patience().ride_out(lambda: worker.join(CLIENTS, 60))
+        RedisRetry().call(lambda: worker.join(CLIENTS, 60))
     assert "\n" not in str(caught.value)
 
 
@@ -404,4 +406,4 @@ def test_script_of_another_version_is_told_apart_from_an_outage(guarded, led, mo
     worker = worker_store(guarded, "c0")
     monkeypatch.setattr("fedqueue.transport.store.script_digest", lambda name: "0" * 40)
     with pytest.raises(ServerUnavailable, match="version that wrote the rules"):
-        Patience().ride_out(lambda: worker.heartbeat(["c0"], 60, None, True))
+        RedisRetry().call(lambda: worker.heartbeat(["c0"], 60, None, True))

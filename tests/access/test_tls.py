@@ -230,12 +230,12 @@ def test_command_adds_a_client_to_a_ca_that_is_there_and_refuses_no_days(tmp_pat
         return CliRunner().invoke(app, ["certs", str(tmp_path / "c"), *words])
 
     assert certs("--client", "north").exit_code == 0
-    authority = (tmp_path / "c" / "ca.pem").read_bytes()
+    identity = (tmp_path / "c" / "ca.pem").read_bytes()
     assert certs("--client", "south").exit_code == 0
-    assert (tmp_path / "c" / "ca.pem").read_bytes() == authority
+    assert (tmp_path / "c" / "ca.pem").read_bytes() == identity
     for name in ("north", "south", "server"):
         issued = x509.load_pem_x509_certificate((tmp_path / "c" / f"{name}.pem").read_bytes())
-        issued.verify_directly_issued_by(x509.load_pem_x509_certificate(authority))
+        issued.verify_directly_issued_by(x509.load_pem_x509_certificate(identity))
     refused = certs("--days", "0").exception
     assert isinstance(refused, ConfigurationError)
     assert str(refused) == "--days = 0: must be at least 1"

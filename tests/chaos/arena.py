@@ -18,7 +18,7 @@ from tcp_server import PASSWORD, TcpServer
 from fedqueue.config.sections import ENVIRONMENT_PREFIX
 from fedqueue.transport.connection import connect
 from fedqueue_coordinator.operator.access.enrolment import enroll_missing
-from fedqueue_coordinator.operator.audit.audit import Books, read_books
+from fedqueue_coordinator.operator.audit.audit import AuditInput, read_audit_input
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 RUN = "chaos"
@@ -110,12 +110,12 @@ class Chaos:
                 raise Lost(f"not within {seconds:.0f} s: {what}; logs in {self.folder / 'logs'}")
             self.tick()
 
-    def books(self) -> Books:
+    def audit_input(self) -> AuditInput:
         """What the run has written down so far, read as an operator would have it read."""
         variable = f"{ENVIRONMENT_PREFIX}REDIS__URL"
         os.environ[variable] = self.server.url
         try:
-            return read_books(self.store.run, "")
+            return read_audit_input(self.store.run, "")
         finally:
             del os.environ[variable]
 

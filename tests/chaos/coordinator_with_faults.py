@@ -42,7 +42,7 @@ def main(arguments: list[str], log: Path, wall: Any, monotonic: Any, armed: Any)
     harm = SelfHarm(armed)
     crash_points.StoreWithPoints.at = staticmethod(harm)
     fedqueue_coordinator.service.coordinator_store.CoordinatorStore = crash_points.StoreWithPoints  # type: ignore[misc]
-    coordinator.Coordinator = functools.partial(coordinator.Coordinator, at=harm)  # type: ignore[assignment, misc]
+    coordinator.Coordinator = functools.partial(coordinator.Coordinator, failpoint=harm)  # type: ignore[assignment, misc]
     fedqueue_coordinator.service.coordinator_store.new_owner = lambda: f"pid-{os.getpid()}"
     signal.signal(signal.SIGINT, signal.default_int_handler)
     cli.main()

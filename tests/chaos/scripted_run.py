@@ -19,10 +19,10 @@ from crash_points import StoreWithPoints
 from fedqueue import Client, Task
 from fedqueue.config.loading import Config, parse_config
 from fedqueue.protocol.messages import Ending, Registration, Update
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.service.coordinator import Coordinator, Result
+from fedqueue_coordinator.service.coordinator import Coordinator, RunResult
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 CLIENTS = ("a", "b", "c")
@@ -65,7 +65,7 @@ class Workers:
         self._store, self._together = WorkerStore(client, config.name, "workers"), together
         self._claims: dict[str, Claim] = {}
         self._versions = config.stop.versions
-        self._manifest = Manifest.of(SmallTask().model())
+        self._manifest = Manifest.from_module(SmallTask().model())
         for name in CLIENTS:
             self._store.join([name], 3600)
             self._store.register(Registration(client=name, examples=EXAMPLES))
@@ -124,7 +124,7 @@ class Mortal(StoreWithPoints):
 
     workers: Workers
 
-    def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
+    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         self.workers.act()
         self.at("before receive")
         return super().receive(0.001, count)
@@ -153,14 +153,16 @@ def lead(client: redis.Redis, workers: Workers | None, config: Config, folder: P
         now += 1.0  # so that a rest is over by the next tick
         return now
 
-    coordinator = Coordinator(config, SmallTask(), store, folder, clock=clock, sleep=lambda seconds: None, at=hook)
+    coordinator = Coordinator(
+        config, SmallTask(), store, folder, clock=clock, sleep=lambda seconds: None, failpoint=hook
+    )
     store.workers = workers or Workers(client, config)
     return coordinator.run()
 
 
 def run_to_the_end(
     client: redis.Redis, config: Config, folder: Path, deaths: list[Callable[[str], None]], together: int = 1
-) -> tuple[Result, int]:
+) -> tuple[RunResult, int]:
     """Coordinators one after another, the first ones with a death of their own; returns how many of them died."""
     workers = Workers(client, config, together)
     died = 0
@@ -179,9 +181,11 @@ def _state(client: redis.Redis, config: Config) -> str:
     return (client.hget(f"fedqueue:{{{config.name}}}:config", "state") or b"").decode()  # type: ignore[union-attr]
 
 
-def _ended(store: CoordinatorStore) -> Result:
+def _ended(store: CoordinatorStore) -> RunResult:
     """What Redis keeps of a run whose coordinator died after it had ended it."""
     info = store.info()
     frame = Frame(Manifest.unpack(info.manifest))
     store.read_blob(store.keys.model(info.version), frame.buffer)
-    return Result(info.version, frame, info.stopped_because, False, store.ledger(), store.refused(), store.job_number())
+    return RunResult(
+        info.version, frame, info.stopped_because, False, store.ledger(), store.refused(), store.job_number()
+    )

@@ -24,7 +24,7 @@ from fleet import warm_up
 from schedule import schedule
 
 from fedqueue.errors import FedqueueError
-from fedqueue_coordinator.operator.audit.audit import Check, audit, ok, read_books
+from fedqueue_coordinator.operator.audit.audit import Check, audit, ok, read_audit_input
 
 AUDIT_EVERY = 60.0  # seconds between audits of the run while it goes on
 
@@ -96,8 +96,8 @@ def survive(folder: Path, seconds: float, seed: int, names: list[str]) -> Report
         _audit_running(chaos, report, "running")
         _count(chaos, report)
         results = chaos.end()
-        report.checks["in Redis"] = audit(chaos.books())
-        report.checks["results"] = audit(read_books(str(results), ""))
+        report.checks["in Redis"] = audit(chaos.audit_input())
+        report.checks["results"] = audit(read_audit_input(str(results), ""))
         _count(chaos, report)
     except Lost as error:
         report.problems.append(str(error))
@@ -131,10 +131,10 @@ def _harm(chaos: Chaos, together: tuple[str, ...], report: Report) -> None:
 
 def _audit_running(chaos: Chaos, report: Report, when: str) -> None:
     """The audit of a run that goes on: as an operator would start it, and while nobody moves."""
-    report.checks[f"{when}, live"] = audit(chaos.books())
+    report.checks[f"{when}, live"] = audit(chaos.audit_input())
     chaos.fleet.stop_all()
     try:
-        report.checks[when] = audit(chaos.books())
+        report.checks[when] = audit(chaos.audit_input())
     finally:
         chaos.fleet.continue_all()
 
@@ -144,7 +144,7 @@ def _look_at_the_wreck(chaos: Chaos, report: Report) -> None:
     chaos.fleet.kill()
     try:
         _count(chaos, report)
-        report.checks["after the loss"] = audit(chaos.books())
+        report.checks["after the loss"] = audit(chaos.audit_input())
     except (FedqueueError, redis.RedisError) as error:
         report.problems.append(f"no audit after the loss: {error}")
 

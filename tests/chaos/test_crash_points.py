@@ -19,9 +19,9 @@ from scripted_run import Killed, make_config, run_to_the_end
 
 from fedqueue.config.loading import Config
 from fedqueue.protocol.keys import job_without_tag
-from fedqueue_coordinator.operator.audit.audit import audit, ok, read_books
+from fedqueue_coordinator.operator.audit.audit import audit, ok, read_audit_input
 from fedqueue_coordinator.operator.results import write_results
-from fedqueue_coordinator.service.coordinator import Result
+from fedqueue_coordinator.service.coordinator import RunResult
 
 MODES: dict[str, dict[str, Any]] = {
     "fedbuff": {
@@ -63,7 +63,7 @@ class Script:
             raise Killed(point)
 
 
-def essence(result: Result) -> tuple[bytes, list[Any]]:
+def essence(result: RunResult) -> tuple[bytes, list[Any]]:
     """The bits of the model, and the ledger without what may differ."""
 
     def plain(value: Any) -> Any:
@@ -76,13 +76,13 @@ def essence(result: Result) -> tuple[bytes, list[Any]]:
     return result.model.buffer.tobytes(), [plain(r) for r in result.ledger if r.get("reason") != "run_ended"]
 
 
-def audited(result: Result, config: Config, folder: Path) -> None:
+def audited(result: RunResult, config: Config, folder: Path) -> None:
     write_results_without_picture(folder, config, result)
-    checks = audit(read_books(str(folder), ""))
+    checks = audit(read_audit_input(str(folder), ""))
     assert ok(checks), checks
 
 
-def write_results_without_picture(folder: Path, config: Config, result: Result) -> None:
+def write_results_without_picture(folder: Path, config: Config, result: RunResult) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fedqueue_coordinator.operator.reports.run.draw_report", lambda *_: None)
         write_results(folder, config, result)

@@ -20,10 +20,10 @@ from tcp_server import TcpServer
 import fedqueue.transport.store
 from fedqueue.protocol.messages import Update
 from fedqueue.transport.connection import connect
-from fedqueue.transport.retry import Patience
+from fedqueue.transport.retry import RedisRetry
 from fedqueue.transport.store import chunks_of
 from fedqueue.transport.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.operator.audit.audit import audit, ok, read_books
+from fedqueue_coordinator.operator.audit.audit import audit, ok, read_audit_input
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(240)]
@@ -47,7 +47,7 @@ def deaths(chaos: Chaos) -> list[int]:
 def check_books(chaos: Chaos) -> None:
     chaos.fleet.stop_all()
     try:
-        checks = audit(chaos.books())
+        checks = audit(chaos.audit_input())
     finally:
         chaos.fleet.continue_all()
     assert ok(checks), checks
@@ -154,7 +154,7 @@ def test_redis_that_has_lost_everything_gets_a_new_epoch_from_the_checkpoint(cha
     assert any(r.get("reason") == "epoch_lost" for r in ledger)
     check_books(chaos)
     results = chaos.end()  # also a run whose first epoch's payloads are gone can be ended
-    assert ok(audit(read_books(str(results), "")))
+    assert ok(audit(read_audit_input(str(results), "")))
 
 
 def test_read_only_replica_is_waited_for_until_it_is_promoted(tmp_path: Path) -> None:
@@ -190,14 +190,14 @@ def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(tmp_path, monkeyp
         store = WorkerStore(client, "run", "worker")
         sent = np.random.default_rng(0).integers(0, 256, 3_500_000).astype(np.uint8)
         received = np.zeros_like(sent)
-        patience = Patience()
+        retry = RedisRetry()
         for cut in (10, 700_000, 1_000_050, 2_200_000, 3_400_000):
             proxy.cut_after(cut if direction == "post" else sent.nbytes * 2)
-            chunks = patience.ride_out(lambda: store.write_blob("blob", sent))
+            chunks = retry.call(lambda: store.write_blob("blob", sent))
             assert chunks == chunks_of(sent.nbytes) == 4
             if direction == "fetch":
                 proxy.cut_after(cut)
-            patience.ride_out(lambda: store.read_blob("blob", received))
+            retry.call(lambda: store.read_blob("blob", received))
             assert np.array_equal(sent, received)
         assert proxy.cuts == 5
     finally:

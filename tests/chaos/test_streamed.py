@@ -15,17 +15,17 @@ import fedqueue.tensors.frame
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import BlobMissing, SignatureError
 from fedqueue.tensors.codec import upward
-from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue.tensors.kernels import kernel
 from fedqueue.transport import read_ahead
 from fedqueue.transport.read_ahead import ReadAhead
 from fedqueue_coordinator.algorithms.aggregator import Contribution, fedbuff
 from fedqueue_coordinator.algorithms.robust import Rule, norm_clipping, robust_fedbuff
 from fedqueue_coordinator.algorithms.staleness import constant
-from fedqueue_coordinator.operator.audit.audit import audit, ok, read_books
+from fedqueue_coordinator.operator.audit.audit import audit, ok, read_audit_input
 from fedqueue_coordinator.operator.results import write_results
 from fedqueue_coordinator.service import payload_reader, streaming_payload
-from fedqueue_coordinator.service.streaming_payload import Streamed, Torn
+from fedqueue_coordinator.service.streaming_payload import PayloadChanged, StreamedPayload
 
 CLIPPED = robust_fedbuff(2, constant(), Rule("norm_clipping", weigh=norm_clipping(1.0)))
 FEDBUFF = {"aggregation": {"mode": "fedbuff", "buffer_size": 3}, "stop": {"versions": 3}}
@@ -34,7 +34,7 @@ FEDBUFF = {"aggregation": {"mode": "fedbuff", "buffer_size": 3}, "stop": {"versi
 def manifest_of(parameters: int, buffers: int, counters: int) -> Manifest:
     rows = [("w", "float32", 0, parameters, PARAMETER), ("b", "float32", parameters, buffers, BUFFER)]
     entries = [*rows, ("c", "int64", 0, counters, COUNTER)]
-    return Manifest(tuple(Entry(name, dtype, (n,), offset, n, role) for name, dtype, offset, n, role in entries))
+    return Manifest(tuple(TensorSpec(name, dtype, (n,), offset, n, role) for name, dtype, offset, n, role in entries))
 
 
 def frame_of(manifest: Manifest, seed: int) -> Frame:
@@ -59,7 +59,7 @@ def test_streamed_update_is_the_frame_and_merges_to_the_same_bits(parameters, bu
     with pytest.MonkeyPatch.context() as patch:
         for module in (fedqueue.tensors.frame, streaming_payload):
             patch.setattr(module, "PIECE", piece)
-        sent = Streamed(manifest, reader(frame.buffer), hashlib.sha256(frame.buffer).hexdigest())
+        sent = StreamedPayload(manifest, reader(frame.buffer), hashlib.sha256(frame.buffer).hexdigest())
         assert bytes(sent.whole().buffer) == bytes(frame.buffer)
         aggregator, model = fedbuff(2, lambda tau: 0.7), frame_of(manifest, 3)
         sums = []
@@ -78,13 +78,13 @@ def test_first_pass_refuses_what_was_not_signed_and_later_ones_what_has_changed(
         forged = buffer.copy()
         forged[place] ^= 1
         with pytest.raises(SignatureError):
-            list(Streamed(manifest, reader(forged), hashlib.sha256(buffer).hexdigest()).pieces())
+            list(StreamedPayload(manifest, reader(forged), hashlib.sha256(buffer).hexdigest()).pieces())
     changing = buffer.copy()
-    update = Streamed(manifest, reader(changing))
+    update = StreamedPayload(manifest, reader(changing))
     list(update.pieces())
     list(update.pieces())
     changing[5] ^= 1
-    with pytest.raises(Torn):
+    with pytest.raises(PayloadChanged):
         list(update.pieces())
 
 
@@ -97,12 +97,12 @@ def test_payload_that_goes_away_is_missing_in_the_first_pass_and_torn_in_a_later
             raise BlobMissing("payload:0")
         reader(buffer)(start, into, whole)
 
-    sound, fresh = Streamed(manifest, read), Streamed(manifest, read)
+    sound, fresh = StreamedPayload(manifest, read), StreamedPayload(manifest, read)
     list(sound.pieces())
     there[0] = False
     with pytest.raises(BlobMissing):
         list(fresh.pieces())
-    with pytest.raises(Torn, match="payload:0"):
+    with pytest.raises(PayloadChanged, match="payload:0"):
         list(sound.pieces())
 
 
@@ -110,14 +110,14 @@ def test_payload_that_goes_away_is_missing_in_the_first_pass_and_torn_in_a_later
 def streaming(monkeypatch):
     """Every plain payload that finds the accumulator taken is streamed; the list says how many passes there were."""
     monkeypatch.setattr(payload_reader, "CHUNK", 0)
-    passes: list[Streamed] = []
-    pieces = Streamed.pieces
+    passes: list[StreamedPayload] = []
+    pieces = StreamedPayload.pieces
 
     def counted(self):
         passes.append(self)
         return pieces(self)
 
-    monkeypatch.setattr(Streamed, "pieces", counted)
+    monkeypatch.setattr(StreamedPayload, "pieces", counted)
     return passes
 
 
@@ -149,7 +149,7 @@ def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_othe
 ):
     config = make_config(**FEDBUFF)
     changed: list[str] = []
-    pieces = Streamed.pieces
+    pieces = StreamedPayload.pieces
 
     def tampered(self):
         if streaming.count(self) == 1 and len(streaming) > 4 and not changed:  # its check is done
@@ -158,7 +158,7 @@ def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_othe
             changed.append(key)
         return pieces(self)
 
-    monkeypatch.setattr(Streamed, "pieces", tampered)
+    monkeypatch.setattr(StreamedPayload, "pieces", tampered)
     result, _ = run_to_the_end(redis_client, config, tmp_path, [])
     assert changed
     torn = [record for record in result.ledger if record.get("reason") == "tampered"]
@@ -169,7 +169,7 @@ def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_othe
     assert len(merged) == len(set(merged)) == 9
     assert torn[0]["job"] not in merged
     write_results(tmp_path, config, result)
-    assert ok(audit(read_books(str(tmp_path), "")))
+    assert ok(audit(read_audit_input(str(tmp_path), "")))
 
 
 @pytest.mark.parametrize(("aggregator", "compiled"), [(fedbuff(2, constant()), 1), (CLIPPED, 0)])
@@ -177,5 +177,5 @@ def test_coordinator_compiles_its_loop_before_the_first_update_comes(aggregator,
     """Where updates are kept as frames, none is added while it is encoded, and nothing is compiled."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()
-    payload_reader.Landing(aggregator, aggregator.init(manifest), upward(CompressionConfig(up="int8"), manifest))
+    payload_reader.PayloadReader(aggregator, aggregator.init(manifest), upward(CompressionConfig(up="int8"), manifest))
     assert kernel.cache_info().currsize == compiled

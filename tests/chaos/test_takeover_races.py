@@ -13,11 +13,11 @@ from fedqueue.protocol.messages import Registration, Update
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.leader_election import KeepLead
+from fedqueue_coordinator.service.leader_election import LeaseRenewal
 
 
 def post(worker: WorkerStore, claim: Claim) -> str:
-    payload = Frame(Manifest.of(SmallTask().model())).buffer
+    payload = Frame(Manifest.from_module(SmallTask().model())).buffer
     return worker.post(claim, Update(examples=EXAMPLES, nbytes=payload.nbytes, chunks=1, seconds=0.1), payload)
 
 
@@ -91,13 +91,13 @@ class Renewals:
 
 def test_lead_is_renewed_while_the_main_thread_is_busy_also_after_an_outage():
     renewals = Renewals(None, redis.ConnectionError("gone"), None)
-    with KeepLead(renewals, 0.01):
+    with LeaseRenewal(renewals, 0.01):
         assert renewals.enough.wait(10)
 
 
 def test_lead_that_another_one_has_is_not_renewed_again():
     renewals = Renewals(Fenced("another one leads"))
-    with KeepLead(renewals, 0.01) as keeping:
+    with LeaseRenewal(renewals, 0.01) as keeping:
         assert renewals.enough.wait(10)
         keeping._thread.join(10)
         assert not keeping._thread.is_alive()

@@ -13,7 +13,7 @@ from tcp_server import PASSWORD, TcpServer, free_port
 
 from fedqueue.protocol.messages import Ending
 from fedqueue.transport.connection import connect
-from fedqueue.transport.retry import Patience
+from fedqueue.transport.retry import RedisRetry
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.embedded_server import find_server
 
@@ -57,15 +57,15 @@ def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster, new_run):
     entry = run.coordinator.unacknowledged()[-1]
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 1, entry.id)
     run.coordinator.renew_lead(60)
-    assert run.coordinator.lapsed() == ([], [])
-    run.coordinator.bury("c0")
+    assert run.coordinator.find_expired() == ([], [])
+    run.coordinator.expire_client("c0")
     worker.leave(["c0"])
     for entry in run.coordinator.unacknowledged():
-        run.coordinator.note(entry.id, None)
+        run.coordinator.ack(entry.id, None)
     run.coordinator.end("all done", 60, 1)
     assert [r["kind"] for r in run.coordinator.ledger()] == ["version", "abandoned"]
-    slots = {cluster.execute_command("CLUSTER", "KEYSLOT", key) for key in cluster.scan_iter(run.keys.pattern)}
-    assert len(slots) == 1
+    scheduler = {cluster.execute_command("CLUSTER", "KEYSLOT", key) for key in cluster.scan_iter(run.keys.pattern)}
+    assert len(scheduler) == 1
 
 
 @pytest.fixture
@@ -104,8 +104,8 @@ def test_run_goes_on_at_the_replica_that_sentinel_promotes(watched, new_run):
     claim = worker.claim(run.dispatch(), 60)
     assert run.client.wait(1, 10_000) == 1, "the replica has it"
     primary.kill()
-    patience = Patience()
-    assert patience.ride_out(lambda: run.post(worker, claim)) == ""
-    assert patience.ride_out(lambda: run.publish(1, run.updates())) == {1}
+    retry = RedisRetry()
+    assert retry.call(lambda: run.post(worker, claim)) == ""
+    assert retry.call(lambda: run.publish(1, run.updates())) == {1}
     assert replica.client().info("replication")["role"] == "master"
     assert run.coordinator.info().version == 1

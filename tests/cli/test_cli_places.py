@@ -51,7 +51,7 @@ def live(server_client, new_run):
         "sample-00000002", {"kind": "abandoned", "reason": "failed", "client": "c0", "error": "E: no"}, 1
     )
     run.coordinator.report("evaluated", b"")
-    run.coordinator.note(
+    run.coordinator.ack(
         run.coordinator.unacknowledged()[-1].id, {"kind": "evaluation", "version": 2, "metrics": {"accuracy": 0.5}}
     )
     run.dispatch(3)
@@ -236,7 +236,7 @@ def lean(what, without):
     heavy = without & set(sys.modules)
     assert not heavy, f"{what} imports {heavy}"
 import fedqueue
-fedqueue.Task, fedqueue.Client, fedqueue.Fit
+fedqueue.Task, fedqueue.Client, fedqueue.TrainResult
 lean("import fedqueue", HEAVY | {"redis", "pydantic", "typer"})
 from fedqueue_coordinator.cli.main import app
 from fedqueue_worker.cli import app as worker

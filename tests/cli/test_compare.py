@@ -15,23 +15,23 @@ from typer.testing import CliRunner
 from fedqueue.config.loading import load_config
 from fedqueue.errors import ConfigurationError, TaskError
 from fedqueue_coordinator.cli.main import app
-from fedqueue_coordinator.core.run_summary import Result
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.compare import RunProgress, describe
 from fedqueue_coordinator.operator.reports.comparison import draw, markdown, rows, spread
 from fedqueue_coordinator.simulation.compare import (
     TUNING_SEEDS,
-    Contender,
     Outcome,
     Point,
     Setup,
+    Variant,
     best,
     compare,
-    contenders,
-    dealt_speeds,
+    dealt_timings,
     grid,
+    make_variants,
     outcome_of,
 )
-from fedqueue_coordinator.simulation.virtual_clock import Speeds
+from fedqueue_coordinator.simulation.virtual_clock import TimingModel
 
 TASK = Path(__file__).parents[1] / "runs" / "toy_task.py"
 TARGET = {"accuracy": 0.9}
@@ -49,7 +49,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def setup_of(path, *overrides, updates=16):
-    return Setup(path, overrides, Speeds(batch_seconds=1.0), updates)
+    return Setup(path, overrides, TimingModel(batch_seconds=1.0), updates)
 
 
 def nothing(name, federation):
@@ -104,7 +104,7 @@ def test_terminal_shows_which_run_is_on_and_how_it_goes(path):
     console = Console(file=screen, force_terminal=True, width=120)
     setup = setup_of(path)
     with RunProgress(console, 5) as progress:
-        outcome = setup.run(contenders("fedbuff")[0], 0, {}, progress.update)
+        outcome = setup.run(make_variants("fedbuff")[0], 0, {}, progress.update)
         progress.say(describe(outcome))
     assert "run 1 of 5: fedbuff, seed 0" in screen.getvalue()
     assert "accuracy" in screen.getvalue()
@@ -115,28 +115,28 @@ def test_terminal_shows_which_run_is_on_and_how_it_goes(path):
 
 
 def test_variant_is_a_contender_with_settings_of_its_own():
-    assert contenders("fedavg", ['big buffer: aggregation.mode=fedbuff "task.options={a = 1}"']) == [
-        Contender("fedavg", ("aggregation.mode=fedavg",)),
-        Contender("big buffer", ("aggregation.mode=fedbuff", "task.options={a = 1}")),
+    assert make_variants("fedavg", ['big buffer: aggregation.mode=fedbuff "task.options={a = 1}"']) == [
+        Variant("fedavg", ("aggregation.mode=fedavg",)),
+        Variant("big buffer", ("aggregation.mode=fedbuff", "task.options={a = 1}")),
     ]
 
 
 def test_without_modes_there_are_three_or_just_the_variants():
-    assert [c.name for c in contenders("")] == ["fedavg", "fedasync", "fedbuff"]
-    assert [c.name for c in contenders("", ["x: seed=1"])] == ["x"]
+    assert [c.name for c in make_variants("")] == ["fedavg", "fedasync", "fedbuff"]
+    assert [c.name for c in make_variants("", ["x: seed=1"])] == ["x"]
     with pytest.raises(ConfigurationError, match="names no mode"):
-        contenders(" , ")
+        make_variants(" , ")
 
 
 def test_speeds_are_dealt_out_in_turn(path):
-    config = load_config(path, dealt_speeds(load_config(path), "1:2:4"))
+    config = load_config(path, dealt_timings(load_config(path), "1:2:4"))
     assert config.clients.slowdown == {"client-0": 1.0, "client-1": 2.0, "client-2": 4.0, "client-3": 1.0}
 
 
 def test_target_does_not_end_a_run_and_every_mode_is_measured_after_as_many_updates(path):
     setup = setup_of(path)
     every = {}
-    for contender in contenders("fedavg,fedasync,fedbuff"):
+    for contender in make_variants("fedavg,fedasync,fedbuff"):
         config = setup.config(contender, 0, {})
         assert not config.stop.target
         assert config.stop.updates == 16
@@ -145,22 +145,22 @@ def test_target_does_not_end_a_run_and_every_mode_is_measured_after_as_many_upda
 
 
 def test_updates_per_run_are_fifty_a_client_unless_the_configuration_or_the_command_says_otherwise(path):
-    (contender,) = contenders("fedbuff")
+    (contender,) = make_variants("fedbuff")
     assert setup_of(path, updates=0).config(contender, 0, {}).stop.updates == 200
     assert setup_of(path, "stop.updates=7", updates=0).config(contender, 0, {}).stop.updates == 7
     assert setup_of(path, "stop.updates=7", updates=5).config(contender, 0, {}).stop.updates == 5
 
 
 def test_seed_goes_to_further_keys_too(path):
-    setup = Setup(path, (), Speeds(), 8, ("task.options.batch_seconds",))
-    config = setup.config(contenders("fedbuff")[0], 3, {"training.learning_rate": "0.25"})
+    setup = Setup(path, (), TimingModel(), 8, ("task.options.batch_seconds",))
+    config = setup.config(make_variants("fedbuff")[0], 3, {"training.learning_rate": "0.25"})
     assert (config.seed, config.task.options["batch_seconds"], config.training.learning_rate) == (3, 3, 0.25)
 
 
 def test_task_without_test_data_cannot_be_compared(path):
     setup = setup_of(path, f"task.entrypoint={Path(__file__).parent / 'untested_task.py'}:UntestedTask")
     with pytest.raises(TaskError, match="test_data"):
-        setup.run(contenders("fedbuff")[0], 0, {}, nothing)
+        setup.run(make_variants("fedbuff")[0], 0, {}, nothing)
 
 
 # Tuning
@@ -175,7 +175,7 @@ def test_grid_is_every_combination():
 
 def chosen(path, tune):
     """The setting with which the comparison itself is run, after the trials."""
-    outcomes = list(compare(setup_of(path), contenders("fedbuff"), 2, grid([tune]), nothing))
+    outcomes = list(compare(setup_of(path), make_variants("fedbuff"), 2, grid([tune]), nothing))
     assert [o.seed for o in outcomes if o.seed in TUNING_SEEDS] == [*TUNING_SEEDS] * (1 + tune.count(","))
     first, second = outcomes[-2:]
     assert (first.seed, second.seed) == (0, 1)
@@ -223,7 +223,7 @@ def test_outcome_says_when_the_target_was_first_met_and_what_was_lost():
         evaluation(2, 4.0, 0.85),
         {"kind": "abandoned", "reason": "run_ended", "seconds": 4.0},
     ]
-    outcome = outcome_of(Result(2, None, "", False, ledger, {}, 6), "m", 7, {}, TARGET, ["a", "b", "c"])
+    outcome = outcome_of(RunResult(2, None, "", False, ledger, {}, 6), "m", 7, {}, TARGET, ["a", "b", "c"])
     assert outcome.reached == Point(2.0, 2, {"accuracy": 0.92})
     assert outcome.final == Point(4.0, 4, {"accuracy": 0.85})
     assert (outcome.updates, outcome.versions, outcome.seconds, outcome.staleness) == (4, 2, 4.0, 1.5)

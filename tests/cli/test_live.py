@@ -26,7 +26,7 @@ CONFIG = parse_config(
 
 @pytest.fixture
 def federation():
-    return Federation(CONFIG, Frame(Manifest.of(torch.nn.Linear(2, 1))))
+    return Federation(CONFIG, Frame(Manifest.from_module(torch.nn.Linear(2, 1))))
 
 
 def view(terminal: bool, quiet: bool = False) -> tuple[LiveView, io.StringIO]:

@@ -15,8 +15,8 @@ from fedqueue.config.loading import parse_config
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue_coordinator.core.run_summary import summarize
 from fedqueue_coordinator.operator.reports.run import draw_report
-from fedqueue_coordinator.operator.results import FILES, write_results
-from fedqueue_coordinator.service.coordinator import Result
+from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_results
+from fedqueue_coordinator.service.coordinator import RunResult
 
 
 def line(job, client, at, staleness=0):
@@ -91,14 +91,14 @@ def test_drawing_leaves_the_settings_of_matplotlib_as_they_were(tmp_path):
 
 def test_results_are_four_files_that_agree(tmp_path):
     ledger = ledger_of(4)
-    manifest = Manifest.of(torch.nn.Linear(2, 1))
+    manifest = Manifest.from_module(torch.nn.Linear(2, 1))
     model = Frame(manifest)
     model.parameters.fill_(0.5)
     config = parse_config({"name": "digits", "task": {"entrypoint": "t:T"}, "stop": {"versions": 5}})
-    fields = {"jobs_dispatched": 23} if "jobs_dispatched" in Result.__dataclass_fields__ else {}
-    result = Result(5, model, "versions = 5 reached", False, ledger, {"closed": 0, "replayed": 2}, **fields)
+    fields = {"jobs_dispatched": 23} if "jobs_dispatched" in RunResult.__dataclass_fields__ else {}
+    result = RunResult(5, model, "versions = 5 reached", False, ledger, {"closed": 0, "replayed": 2}, **fields)
     summary = write_results(tmp_path / "out", config, result)
-    assert set(FILES) <= {path.name for path in (tmp_path / "out").iterdir()}
+    assert set(RESULT_FILENAMES) <= {path.name for path in (tmp_path / "out").iterdir()}
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == summary
     assert [json.loads(row) for row in (tmp_path / "out" / "ledger.jsonl").read_text().splitlines()] == ledger
     assert load_file(tmp_path / "out" / "model.safetensors")["weight"].unique().tolist() == [0.5]

@@ -11,7 +11,7 @@ from fedqueue.config.loading import load_config
 from fedqueue.task import Client, load_task
 from fedqueue.tensors.frame import Manifest
 from fedqueue_coordinator.cli import main as cli
-from fedqueue_coordinator.operator.scaffold import FILES
+from fedqueue_coordinator.operator.scaffold import SCAFFOLD_FILENAMES
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_three_files_are_written_and_the_next_command_is_shown(init, tmp_path):
     code, out, err = init("mine")
     assert (code, err) == (0, "")
     assert out == "Try it:  fedqueue run mine/federation.toml\n"
-    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(FILES)
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(SCAFFOLD_FILENAMES)
 
 
 def test_what_is_written_loads_and_learns(init, tmp_path):
@@ -44,12 +44,12 @@ def test_what_is_written_loads_and_learns(init, tmp_path):
     task = load_task(config.task.entrypoint, config.task.options, path.parent)
     torch.manual_seed(0)
     model = task.model()
-    Manifest.of(model)
+    Manifest.from_module(model)
     shares = [task.train_data(config.clients.client(c)) for c in config.clients.ids]
     assert not torch.equal(shares[0].tensors[0], shares[1].tensors[0]), "each client has data of its own"
     before = task.evaluate(model, task.test_data())
     for share in shares:
-        assert task.fit(model, share, config.training, lambda: None).examples == len(share)
+        assert task.fit(model, share, config.training, lambda: None).num_examples == len(share)
     after = task.evaluate(model, task.test_data())
     assert after["loss"] < before["loss"]
     assert after["accuracy"] > 0.85
@@ -62,7 +62,7 @@ def test_client_of_its_own_data_works_too(init, tmp_path):
     assert len(task.train_data(Client("guest")))
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", SCAFFOLD_FILENAMES)
 def test_folder_that_holds_one_of_the_files_is_left_as_it_is(init, tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("precious")

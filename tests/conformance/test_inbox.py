@@ -42,7 +42,7 @@ def test_only_the_streams_that_were_rung_for_are_read(run, monkeypatch):
 def test_ring_in_vain_reads_nothing_and_remembers_nothing(run):
     run.coordinator.unacknowledged()
     for name in (b"", b"\xff", b"somewhere else", run.keys.updates("nobody").encode(), b"x" * (10 * LONGEST_NAME)):
-        run.client.publish(run.keys.bell, name)
+        run.client.publish(run.keys.wakeup, name)
     assert run.coordinator.receive(0.0) == []
     assert run.coordinator._inbox._last == {}
 

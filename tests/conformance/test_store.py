@@ -16,7 +16,7 @@ import fedqueue.transport.store
 from fedqueue.errors import BlobMissing, Fenced, JobClosed, RunNotFound, StoreError
 from fedqueue.protocol.keys import RUNS
 from fedqueue.protocol.messages import Ending, Order, Registration, read
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import Codec
 from fedqueue.transport.connection import connect
 from fedqueue.transport.store import Store, list_runs
@@ -112,7 +112,7 @@ STALE_WRITES = {
     "dispatch": lambda run, entry: run.dispatch(9),
     "publish": lambda run, entry: run.publish(1, [entry]),
     "close": lambda run, entry: run.coordinator.close(entry.job, {"kind": "rejected"}, 1, entry.id),
-    "note": lambda run, entry: run.coordinator.note(entry.id, {"kind": "evaluation"}),
+    "note": lambda run, entry: run.coordinator.ack(entry.id, {"kind": "evaluation"}),
     "end": lambda run, entry: run.coordinator.end("whim", 60, 1),
 }
 
@@ -238,7 +238,7 @@ def test_end_is_safe_to_repeat(run):
 def test_ended_run_keeps_the_head_and_the_versions_that_are_asked_for(run):
     """A job that was open had held its base: closed without a commit after it, it must not leave it behind."""
     run.join()
-    run.coordinator.hold_version(0)
+    run.coordinator.pin_version(0)
     run.posted(1)
     run.publish(1)
     claim = run.worker().claim(run.dispatch(2), 60)
@@ -308,17 +308,17 @@ def test_leaving_with_no_client_says_nothing(run):
 def test_silent_client_lapses_and_is_buried_once_nobody_speaks_for_it(run):
     run.join("c0", lease=0)
     run.join("c1", "worker-b", lease=60)
-    assert run.coordinator.lapsed() == ([], ["c0"])
+    assert run.coordinator.find_expired() == ([], ["c0"])
     assert run.coordinator.alive_clients() == ["c1"]
-    assert run.coordinator.bury("c0")
-    assert run.coordinator.lapsed() == ([], [])
+    assert run.coordinator.expire_client("c0")
+    assert run.coordinator.find_expired() == ([], [])
     assert run.worker().heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
 
 
 def test_client_that_came_back_is_not_buried(run):
     worker = run.join("c0", lease=0)
     worker.heartbeat(["c0"], 60, None, True)
-    assert not run.coordinator.bury("c0")
+    assert not run.coordinator.expire_client("c0")
     assert run.coordinator.alive_clients() == ["c0"]
 
 
@@ -333,7 +333,7 @@ def test_dispatched_job_is_open_assigned_and_leased(run):
     assert read(Order, listed.order) == run.order(1)
     assert run.coordinator.open_jobs() == 1
     assert run.coordinator.job_number() == 1
-    assert run.coordinator.lapsed() == ([], [])
+    assert run.coordinator.find_expired() == ([], [])
 
 
 def test_dispatch_repeated_changes_nothing(run):
@@ -398,9 +398,9 @@ def test_claim_takes_the_newest_version_and_renews_the_lease(run):
     run.join()
     job = run.dispatch(lease=0)
     run.publish(1)
-    assert run.coordinator.lapsed()[0] == [job]
+    assert run.coordinator.find_expired()[0] == [job]
     assert run.worker().claim(job, 60).version == 1
-    assert run.coordinator.lapsed()[0] == []
+    assert run.coordinator.find_expired()[0] == []
 
 
 def test_second_attempt_takes_the_job_from_the_first(chunks, run):
@@ -470,14 +470,14 @@ def test_heartbeat_keeps_clients_alive_and_renews_the_present_job(run):
     claim = worker.claim(run.dispatch(), 0)
     pulse = worker.heartbeat(["c0"], 60, claim, progressing=True)
     assert (pulse.run_state, pulse.holds_job, pulse.lost_clients) == ("running", True, ())
-    assert run.coordinator.lapsed() == ([], [])
+    assert run.coordinator.find_expired() == ([], [])
 
 
 def test_heartbeat_without_progress_lets_the_lease_of_the_job_run_out(run):
     worker = run.join()
     claim = worker.claim(run.dispatch(), 0)
     assert worker.heartbeat(["c0"], 60, claim, progressing=False).holds_job
-    assert run.coordinator.lapsed() == ([claim.job], [])
+    assert run.coordinator.find_expired() == ([claim.job], [])
 
 
 def test_busy_worker_renews_the_jobs_that_wait_for_it_and_an_idle_one_does_not(run):
@@ -486,9 +486,9 @@ def test_busy_worker_renews_the_jobs_that_wait_for_it_and_an_idle_one_does_not(r
     claim = worker.claim(run.dispatch(1, "c0"), 60)
     waiting = run.dispatch(2, "c1", lease=0)
     worker.heartbeat(["c0", "c1"], 60, None, True)
-    assert run.coordinator.lapsed()[0] == [waiting]
+    assert run.coordinator.find_expired()[0] == [waiting]
     worker.heartbeat(["c0", "c1"], 60, claim, progressing=False)
-    assert run.coordinator.lapsed()[0] == []
+    assert run.coordinator.find_expired()[0] == []
 
 
 def test_heartbeat_does_not_renew_a_job_that_another_attempt_holds(run):
@@ -496,7 +496,7 @@ def test_heartbeat_does_not_renew_a_job_that_another_attempt_holds(run):
     first = worker.claim(run.dispatch(), 60)
     run.worker("worker-b").claim(first.job, 0)
     assert not worker.heartbeat(["c0"], 60, first, True).holds_job
-    assert run.coordinator.lapsed()[0] == [first.job]
+    assert run.coordinator.find_expired()[0] == [first.job]
 
 
 def test_heartbeat_names_clients_that_another_worker_serves_by_now(run):
@@ -588,15 +588,15 @@ def test_note_acknowledges_an_entry_once_with_its_record(run):
     run.coordinator.report("evaluated", b"body")
     [entry] = run.coordinator.receive(0.001)
     assert (entry.kind, entry.body) == ("evaluated", b"body")
-    assert run.coordinator.note(entry.id, {"kind": "evaluation"})
-    assert not run.coordinator.note(entry.id, {"kind": "evaluation"})
+    assert run.coordinator.ack(entry.id, {"kind": "evaluation"})
+    assert not run.coordinator.ack(entry.id, {"kind": "evaluation"})
     assert run.coordinator.ledger() == [{"kind": "evaluation"}]
 
 
 def test_note_without_a_record_only_acknowledges(run):
     run.coordinator.report("evaluated", b"")
     [entry] = run.coordinator.receive(0.001)
-    assert run.coordinator.note(entry.id, None)
+    assert run.coordinator.ack(entry.id, None)
     assert run.coordinator.ledger() == []
     assert run.coordinator.unacknowledged() == []
 
@@ -878,7 +878,7 @@ def test_unacknowledged_entries_are_read_again_in_order_and_what_follows_is_not(
     first = run.coordinator.receive(0.001)
     assert [e.kind for e in first] == ["joined", "update", "update", "update"]
     assert run.coordinator.receive(0.001) == []
-    run.coordinator.note(first[0].id, None)
+    run.coordinator.ack(first[0].id, None)
     run.publish(1, [first[2]])
 
     successor = dethroned(run)
@@ -900,7 +900,9 @@ def test_waiting_for_entries_ends_when_the_time_is_over(run):
 
 
 def test_entry_with_garbage_in_its_fields_is_still_an_entry():
-    entry = Entry.of("c0", (b"1-1", {b"kind": b"\xff\xfe", b"attempt": b"many", b"base": b"", b"\xff": b""}))
+    entry = StreamEntry.from_fields(
+        "c0", (b"1-1", {b"kind": b"\xff\xfe", b"attempt": b"many", b"base": b"", b"\xff": b""})
+    )
     assert (entry.id, entry.attempt, entry.base, entry.job, entry.body) == ("1-1@c0", 0, -1, "", b"")
 
 

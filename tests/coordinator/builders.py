@@ -10,8 +10,9 @@ import numpy as np
 
 from fedqueue.config.loading import Config, parse_config
 from fedqueue.protocol.messages import Update
-from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue_coordinator.core.events import (
+    Acknowledge,
     Action,
     ClientJoined,
     ClientLeft,
@@ -24,7 +25,6 @@ from fedqueue_coordinator.core.events import (
     JobLapsed,
     JobStays,
     Load,
-    Note,
     Stop,
     Tick,
     UpdateArrived,
@@ -33,14 +33,14 @@ from fedqueue_coordinator.core.events import (
 )
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.ledger_records import abandoned_record
-from fedqueue_coordinator.core.run_counters import Totals
+from fedqueue_coordinator.core.run_counters import RunCounters
 
 MANIFEST = Manifest(
     (
-        Entry("weight", "float32", (2,), 0, 2, PARAMETER),
-        Entry("running_mean", "float32", (1,), 2, 1, BUFFER),
-        Entry("running_var", "float32", (1,), 3, 1, BUFFER),
-        Entry("steps", "int64", (), 0, 1, COUNTER),
+        TensorSpec("weight", "float32", (2,), 0, 2, PARAMETER),
+        TensorSpec("running_mean", "float32", (1,), 2, 1, BUFFER),
+        TensorSpec("running_var", "float32", (1,), 3, 1, BUFFER),
+        TensorSpec("steps", "int64", (), 0, 1, COUNTER),
     )
 )
 EXAMPLES = 10
@@ -105,7 +105,7 @@ class Committed:
             self.version,
             job_number,
             self.optimizer_state,
-            Totals.of(self.totals, ledger, config.dispatch.share_window),
+            RunCounters.from_ledger(self.totals, ledger, config.dispatch.share_window),
             evaluates,
         )
 
@@ -267,8 +267,8 @@ class Run:
         """Another federation in the state in which the present one began."""
         committed, job_number, jobs, registered, last_jobs = self._began
         federation = committed.federation(self.config, job_number, self._evaluates, self._ledger_before)
-        federation.adopt(jobs, registered, last_jobs)
-        federation.recall(self._ledger_before, federation.totals.seconds)
+        federation.restore_jobs(jobs, registered, last_jobs)
+        federation.restore_quarantines(self._ledger_before, federation.totals.seconds)
         return federation
 
     def _append(self, event: Event) -> str:
@@ -311,7 +311,7 @@ class Run:
                     self._ended(job, record["reason"])
                     self.unacknowledged.pop(entry, None)
                     self.ledger.append(dict(record))
-                case Note(entry, record):
+                case Acknowledge(entry, record):
                     self.unacknowledged.pop(entry, None)
                     self.ledger += [dict(record)] if record else []
                 case Evaluate(version):

@@ -11,7 +11,7 @@ from fedqueue.protocol.messages import pack
 from fedqueue.tensors.codec import Codec
 from fedqueue_coordinator.core import admission
 from fedqueue_coordinator.core.admission import Inadmissible, admit_frame, admit_header
-from fedqueue_coordinator.core.events import Close, Dispatch, Load, Note, Stop, UpdateArrived
+from fedqueue_coordinator.core.events import Acknowledge, Close, Dispatch, Load, Stop, UpdateArrived
 
 VERSION, MAX_STALENESS = 5, 3
 
@@ -192,7 +192,7 @@ def test_update_of_no_open_job_is_noted_and_changes_no_slot():
     before = dict(run.federation.open_jobs)
     for job, client in (("run-99999999", "c0"), (run.job_of("c1"), "c0"), (run.job_of("c0"), "stranger")):
         (note,) = run.tell(UpdateArrived("9-0", job, 1, client, 0, make_header()))
-        assert isinstance(note, Note)
+        assert isinstance(note, Acknowledge)
         assert (note.record["reason"], note.record["job"], note.entry) == ("unknown_job", job, "9-0")
     assert run.federation.open_jobs == before
     assert run.federation.rejected == {"unknown_job": 3}
@@ -223,7 +223,7 @@ def test_update_after_the_end_is_acknowledged_and_not_merged():
     run = start("c0", "c1")
     job = run.job_of("c0")
     run.stop()
-    assert run.tell(UpdateArrived("9-0", job, 1, "c0", 0, make_header())) == [Note("9-0", None)]
+    assert run.tell(UpdateArrived("9-0", job, 1, "c0", 0, make_header())) == [Acknowledge("9-0", None)]
     assert run.endings[job] == "run_ended"
     assert (run.federation.version, run.x) == (0, 0.0)
 

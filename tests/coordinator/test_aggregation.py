@@ -10,7 +10,7 @@ from builders import make_config, make_frame
 from fedqueue.config.aggregation import MODES, ServerOptimizerConfig
 from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.tensors.codec import upward
-from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import AGGREGATORS, make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
@@ -282,9 +282,9 @@ def test_every_mode_of_the_configuration_has_an_aggregator():
 
 LONG = Manifest(
     (
-        Entry("w", "float32", (300_000,), 0, 300_000, PARAMETER),
-        Entry("v", "float32", (2,), 300_000, 2, BUFFER),
-        Entry("n", "int64", (), 0, 1, COUNTER),
+        TensorSpec("w", "float32", (300_000,), 0, 300_000, PARAMETER),
+        TensorSpec("v", "float32", (2,), 300_000, 2, BUFFER),
+        TensorSpec("n", "int64", (), 0, 1, COUNTER),
     )
 )
 

@@ -14,7 +14,7 @@ from builders import MANIFEST, make_config, make_frame
 
 from fedqueue.errors import RunNotFound
 from fedqueue.tensors.frame import Frame
-from fedqueue_coordinator.operator.audit.audit import Books, audit, ok, read_books
+from fedqueue_coordinator.operator.audit.audit import AuditInput, audit, ok, read_audit_input
 from fedqueue_coordinator.operator.audit.replay import replay
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
@@ -32,7 +32,7 @@ def lost(name: str) -> dict:
     return {"kind": "abandoned", "job": name, "client": "c", "reason": "lapsed", "error": ""}
 
 
-RIGHT = Books(
+RIGHT = AuditInput(
     run="run",
     ledger=[
         version(1, job(1), job(2)),
@@ -49,9 +49,9 @@ RIGHT = Books(
 )
 
 
-def problems(books: Books) -> dict[str, list[str]]:
+def problems(audit_input: AuditInput) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for check in audit(books):
+    for check in audit(audit_input):
         found.setdefault(check.name, []).extend(check.problems)
     return found
 
@@ -75,27 +75,28 @@ def test_books_that_are_right_pass():
     ],
 )
 def test_each_violation_is_found_and_named(name, change, says):
-    books = deepcopy(RIGHT)
-    change(books)
-    assert says in problems(books)[name]
+    audit_input = deepcopy(RIGHT)
+    change(audit_input)
+    assert says in problems(audit_input)[name]
 
 
 def test_jobs_of_another_epoch_are_counted_from_where_it_started():
     ledger = [version(1, job(1)), lost(job(2))]
     epoch = {"kind": "epoch", "epoch": 1, "version": 1, "job_number": 2, "seconds": 1.0}
-    books = replace(
+    audit_input = replace(
         RIGHT, ledger=[*ledger, epoch, version(2, job(3, 1), token=1)], dispatched=3, unfinished={}, posted_entries=[]
     )
-    assert ok(audit(books)), problems(books)
+    assert ok(audit(audit_input)), problems(audit_input)
     assert (
-        "job run-e1-00000003 was dispatched and has vanished" in problems(replace(books, ledger=[*ledger, epoch]))["I1"]
+        "job run-e1-00000003 was dispatched and has vanished"
+        in problems(replace(audit_input, ledger=[*ledger, epoch]))["I1"]
     )
 
 
 def test_refused_entries_that_are_of_no_job_end_none():
     refused = {"kind": "rejected", "job": "", "client": "c", "reason": "forged"}  # a registration, say
-    books = replace(RIGHT, ledger=[*RIGHT.ledger, refused, refused])
-    assert ok(audit(books)), problems(books)
+    audit_input = replace(RIGHT, ledger=[*RIGHT.ledger, refused, refused])
+    assert ok(audit(audit_input)), problems(audit_input)
 
 
 def test_refused_forgery_is_no_ending_of_a_job():
@@ -154,14 +155,14 @@ def test_audit_of_a_name_that_is_neither_a_run_nor_a_folder_says_so(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit.servers", lambda url: [])
     with pytest.raises(RunNotFound):
-        read_books("nothing", "")
+        read_audit_input("nothing", "")
 
 
 def test_audit_reads_the_results_of_a_folder(tmp_path):
     (tmp_path / "ledger.jsonl").write_text("\n".join(json.dumps(r) for r in [version(1, job(1)), lost(job(2))]))
     (tmp_path / "summary.json").write_text(json.dumps({"run": "run", "jobs_dispatched": 3, "versions": 1}))
-    books = read_books(str(tmp_path), "")
-    assert problems(books)["I1"] == ["job run-00000003 was dispatched and has vanished"]
+    audit_input = read_audit_input(str(tmp_path), "")
+    assert problems(audit_input)["I1"] == ["job run-00000003 was dispatched and has vanished"]
 
 
 def test_code_that_a_configuration_in_redis_names_is_not_run(fake_client, monkeypatch):
@@ -174,5 +175,5 @@ def test_code_that_a_configuration_in_redis_names_is_not_run(fake_client, monkey
     monkeypatch.setattr(
         "fedqueue_coordinator.operator.audit.audit.servers", lambda url: [SimpleNamespace(client=fake_client)]
     )
-    (replayed_,) = [check for check in audit(read_books(config.name, "")) if "same bits" in check.says]
+    (replayed_,) = [check for check in audit(read_audit_input(config.name, "")) if "same bits" in check.says]
     assert "audit the folder of the run's results" in replayed_.skipped

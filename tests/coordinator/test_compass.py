@@ -9,144 +9,144 @@ from builders import make_config, of_kind, start
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.config.dispatch import CompassConfig
+from fedqueue.config.dispatch import FedCompassConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.core.events import Dispatch
-from fedqueue_coordinator.core.fedcompass import Compass
+from fedqueue_coordinator.core.fedcompass import FedCompass
 
-CONFIG = CompassConfig(min_steps=20, max_steps=100, latest_factor=1.5)
+CONFIG = FedCompassConfig(min_steps=20, max_steps=100, latest_factor=1.5)
 GROUPED = {"mode": "fedbuff", "staleness": {"function": "constant"}}
 
 
 def compass_of(**seconds):
     """A scheduler that knows how long a step takes each client."""
-    return Compass(CONFIG, dict(seconds))
+    return FedCompass(CONFIG, dict(seconds))
 
 
 # The arithmetic
 
 
 def test_first_job_has_the_fewest_steps_and_shows_the_speed():
-    compass = compass_of()
-    assert compass.assign("a", 10.0) == 20
-    assert compass.arrived("a", 14.0)  # alone
-    assert not compass.groups
-    compass.assign("a", 14.0)
-    assert compass.groups[0].expected == 14.0 + 100 * 0.2
+    fedcompass = compass_of()
+    assert fedcompass.assign("a", 10.0) == 20
+    assert fedcompass.arrived("a", 14.0)  # alone
+    assert not fedcompass.groups
+    fedcompass.assign("a", 14.0)
+    assert fedcompass.groups[0].expected == 14.0 + 100 * 0.2
 
 
 def test_first_of_all_gets_the_most_steps_and_a_group_of_its_own():
-    compass = compass_of(a=0.1)
-    assert compass.assign("a", 5.0) == 100
-    (group,) = compass.groups
+    fedcompass = compass_of(a=0.1)
+    assert fedcompass.assign("a", 5.0) == 100
+    (group,) = fedcompass.groups
     assert (group.expected, group.latest) == (15.0, 20.0)
 
 
 def test_client_joins_the_group_with_as_many_steps_as_it_can_be_on_time_with():
-    compass = compass_of(a=0.1, b=0.3)
-    compass.assign("a", 0.0)  # arrives at 10
-    assert compass.assign("b", 1.0) == 30  # ⌊9 / 0.3⌋
-    (group,) = compass.groups
+    fedcompass = compass_of(a=0.1, b=0.3)
+    fedcompass.assign("a", 0.0)  # arrives at 10
+    assert fedcompass.assign("b", 1.0) == 30  # ⌊9 / 0.3⌋
+    (group,) = fedcompass.groups
     assert group.training == {"a", "b"}
 
 
 def test_of_several_groups_it_takes_the_one_with_the_most_steps():
-    compass = compass_of(a=0.1, b=0.2, c=0.21)
-    compass.assign("b", 0.0)  # arrives at 20
-    compass.assign("a", 0.0)  # could take 200 steps to be there at 20: a group of its own, at 10
-    assert [group.expected for group in compass.groups] == [20.0, 10.0]
-    assert compass.assign("c", 0.0) == 95  # ⌊20 / 0.21⌋, and not ⌊10 / 0.21⌋
+    fedcompass = compass_of(a=0.1, b=0.2, c=0.21)
+    fedcompass.assign("b", 0.0)  # arrives at 20
+    fedcompass.assign("a", 0.0)  # could take 200 steps to be there at 20: a group of its own, at 10
+    assert [group.expected for group in fedcompass.groups] == [20.0, 10.0]
+    assert fedcompass.assign("c", 0.0) == 95  # ⌊20 / 0.21⌋, and not ⌊10 / 0.21⌋
 
 
 def test_fast_client_that_finds_no_group_opens_one_that_meets_the_next_turn_of_another():
-    compass = compass_of(slow=1.0, fast=0.2)
-    compass.assign("slow", 0.0)  # alone: 100 steps, expected at 100, at the latest at 150
+    fedcompass = compass_of(slow=1.0, fast=0.2)
+    fedcompass.assign("slow", 0.0)  # alone: 100 steps, expected at 100, at the latest at 150
     # at 240 the group's latest, 150, and 100 steps of its fastest, 100 s more, are 10 s away: 50 steps of 0.2 s
-    compass.groups[0].latest = 241.0
-    compass.groups[0].expected = 200.0
-    compass._step_seconds["slow"] = 0.09
-    assert compass.assign("fast", 240.0) == 50  # ⌊(241 + 0.09 · 100 − 240) / 0.2⌋
-    assert compass.groups[1].expected == pytest.approx(250.0)
+    fedcompass.groups[0].latest = 241.0
+    fedcompass.groups[0].expected = 200.0
+    fedcompass._step_seconds["slow"] = 0.09
+    assert fedcompass.assign("fast", 240.0) == 50  # ⌊(241 + 0.09 · 100 − 240) / 0.2⌋
+    assert fedcompass.groups[1].expected == pytest.approx(250.0)
 
 
 def test_client_too_slow_for_any_group_gets_the_fewest_steps():
-    compass = compass_of(fast=0.01, slow=1.0)
-    compass.assign("fast", 0.0)
-    assert compass.assign("slow", 0.0) == 20
-    assert [group.expected for group in compass.groups] == [1.0, 20.0]
+    fedcompass = compass_of(fast=0.01, slow=1.0)
+    fedcompass.assign("fast", 0.0)
+    assert fedcompass.assign("slow", 0.0) == 20
+    assert [group.expected for group in fedcompass.groups] == [1.0, 20.0]
 
 
 def test_speed_is_averaged_with_what_was_known():
     seconds = {"a": 0.1}
-    compass = Compass(CONFIG, seconds)
-    compass.assign("a", 0.0)
-    compass.arrived("a", 20.0)  # 0.2 s a step
+    fedcompass = FedCompass(CONFIG, seconds)
+    fedcompass.assign("a", 0.0)
+    fedcompass.arrived("a", 20.0)  # 0.2 s a step
     assert seconds["a"] == pytest.approx(0.1 + 0.9 * 0.1)
 
 
 def test_group_ends_when_all_have_come():
-    compass = compass_of(a=0.1, b=0.3)
-    compass.assign("a", 0.0)
-    compass.assign("b", 0.0)
-    assert not compass.arrived("a", 10.0)
-    assert compass.waits("a")
-    assert compass.close_groups(10.0) == []
-    compass.arrived("b", 10.5)
-    assert compass.close_groups(10.5) == ["a", "b"]
-    assert not compass.groups
-    assert not compass.waits("a")
+    fedcompass = compass_of(a=0.1, b=0.3)
+    fedcompass.assign("a", 0.0)
+    fedcompass.assign("b", 0.0)
+    assert not fedcompass.arrived("a", 10.0)
+    assert fedcompass.waits("a")
+    assert fedcompass.close_groups(10.0) == []
+    fedcompass.arrived("b", 10.5)
+    assert fedcompass.close_groups(10.5) == ["a", "b"]
+    assert not fedcompass.groups
+    assert not fedcompass.waits("a")
 
 
 def test_group_ends_at_its_latest_arrival_and_who_comes_later_waits_for_nobody():
-    compass = compass_of(a=0.1, b=0.3)
-    compass.assign("a", 0.0)
-    compass.assign("b", 0.0)
-    compass.arrived("a", 10.0)
-    assert compass.next_deadline() == 15.0
-    assert compass.close_groups(14.9) == []
-    assert compass.close_groups(15.0) == ["a"]
-    assert not compass.arrived("b", 16.0)
-    assert not compass.waits("b")
-    assert compass.next_deadline() is None
+    fedcompass = compass_of(a=0.1, b=0.3)
+    fedcompass.assign("a", 0.0)
+    fedcompass.assign("b", 0.0)
+    fedcompass.arrived("a", 10.0)
+    assert fedcompass.next_deadline() == 15.0
+    assert fedcompass.close_groups(14.9) == []
+    assert fedcompass.close_groups(15.0) == ["a"]
+    assert not fedcompass.arrived("b", 16.0)
+    assert not fedcompass.waits("b")
+    assert fedcompass.next_deadline() is None
 
 
 def test_group_that_loses_its_last_missing_member_ends():
-    compass = compass_of(a=0.1, b=0.3)
-    compass.assign("a", 0.0)
-    compass.assign("b", 0.0)
-    compass.arrived("a", 10.0)
-    compass.lost("b")
-    assert compass.close_groups(10.0) == ["a"]
+    fedcompass = compass_of(a=0.1, b=0.3)
+    fedcompass.assign("a", 0.0)
+    fedcompass.assign("b", 0.0)
+    fedcompass.arrived("a", 10.0)
+    fedcompass.lost("b")
+    assert fedcompass.close_groups(10.0) == ["a"]
 
 
 @given(st.lists(st.floats(0.001, 10.0), min_size=1, max_size=8), st.lists(st.integers(0, 7), max_size=40))
 def test_steps_are_within_bounds_and_members_are_expected_at_the_same_time(speeds, order):
     """Whatever the speeds and the order in which clients come and go."""
-    compass = Compass(CONFIG, {f"c{i}": seconds for i, seconds in enumerate(speeds)})
+    fedcompass = FedCompass(CONFIG, {f"c{i}": seconds for i, seconds in enumerate(speeds)})
     now, out = 0.0, {}
     for i in order:
         client = f"c{i % len(speeds)}"
         if client in out:
             now = max(now, out.pop(client))
-            compass.arrived(client, now)
-        elif not compass.waits(client):
-            seconds = compass._step_seconds[client]
-            steps = compass.assign(client, now)
+            fedcompass.arrived(client, now)
+        elif not fedcompass.waits(client):
+            seconds = fedcompass._step_seconds[client]
+            steps = fedcompass.assign(client, now)
             assert 20 <= steps <= 100
-            group = next(group for group in compass.groups if client in group.training)
+            group = next(group for group in fedcompass.groups if client in group.training)
             arrives = now + steps * seconds
             assert arrives <= group.expected * (1 + 1e-9)
             assert arrives + seconds > group.expected * (1 - 1e-9)  # one step more would be too late
             assert group.expected <= group.latest
             out[client] = arrives
-        compass.close_groups(now)
+        fedcompass.close_groups(now)
 
 
 # In a federation
 
 
-def grouped(*clients, **compass):
-    dispatch = {"schedule": "compass", "compass": {"min_steps": 10, "max_steps": 40, **compass}}
+def grouped(*clients, **fedcompass):
+    dispatch = {"schedule": "compass", "compass": {"min_steps": 10, "max_steps": 40, **fedcompass}}
     return start(*clients, aggregation=GROUPED, clients={"count": len(clients)}, dispatch=dispatch)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from fedqueue.errors import ConfigurationError, NotEnrolled
-from fedqueue.protocol.coordinator_identity import load_authority
+from fedqueue.protocol.coordinator_identity import load_coordinator_identity
 from fedqueue.protocol.key_files import SigningKey, read_public_keys, read_signing_key, write_public_keys
-from fedqueue.protocol.site_identity import load_site_trust
+from fedqueue.protocol.site_identity import load_site_identity
 from fedqueue_coordinator.operator.access.enrolment import enroll, enroll_missing, revoke
 
 
@@ -22,7 +22,7 @@ def test_site_gets_its_key_and_the_coordinators_public_one_and_nothing_else(tmp_
     assert (tmp_path / "coordinator.key").stat().st_mode & 0o777 == 0o600
     assert ids(tmp_path / "clients" / "north.pub") == [read_signing_key(site / "north.key").public.id]
     assert ids(site / "coordinator.pub") == [read_signing_key(tmp_path / "coordinator.key").public.id]
-    assert load_site_trust(site, "run", "session").clients == ["north"]
+    assert load_site_identity(site, "run", "session").clients == ["north"]
 
 
 def test_coordinators_key_stays_when_more_sites_are_enrolled(tmp_path):
@@ -67,12 +67,12 @@ def test_key_that_a_site_made_itself_is_taken_and_no_private_one_is_made(tmp_pat
 def test_revoked_client_stays_out_when_all_are_enrolled_and_comes_back_by_name(tmp_path):
     enroll(tmp_path, "north")
     revoke(tmp_path, "north")
-    authority = load_authority(tmp_path, "run")
+    identity = load_coordinator_identity(tmp_path, "run")
     with pytest.raises(NotEnrolled, match="client north was revoked"):
-        authority.open("update", "north", [], b"")
+        identity.open("update", "north", [], b"")
     assert enroll_missing(tmp_path, ["north"]) == []
     enroll(tmp_path, "north")
-    assert authority.is_enrolled("north")
+    assert identity.is_enrolled("north")
 
 
 @pytest.mark.parametrize(
@@ -83,8 +83,11 @@ def test_revoked_client_stays_out_when_all_are_enrolled_and_comes_back_by_name(t
         (lambda f: enroll(f, "../x"), "CLIENT = '../x': 1 to 64 letters"),
         (lambda f: enroll(f, "coordinator"), "CLIENT = 'coordinator': another name"),
         (lambda f: revoke(f, "south"), "CLIENT = 'south': is not enrolled"),
-        (lambda f: load_authority(f / "no", "run"), "holds no coordinator.key; `fedqueue enroll` makes keys"),
-        (lambda f: load_site_trust(f, "run", "s"), "holds no CLIENT.key"),
+        (
+            lambda f: load_coordinator_identity(f / "no", "run"),
+            "holds no coordinator.key; `fedqueue enroll` makes keys",
+        ),
+        (lambda f: load_site_identity(f, "run", "s"), "holds no CLIENT.key"),
         (lambda f: read_public_keys(f / "coordinator.key"), "expected lines `ed25519 BASE64` of 32-byte keys"),
     ],
 )
@@ -97,7 +100,7 @@ def test_mistake_names_what_is_wrong_and_what_to_do(tmp_path, act, message):
 
 def test_damaged_public_key_is_not_the_end_of_everybody_elses_run(tmp_path):
     enroll(tmp_path, "north")
-    authority = load_authority(tmp_path, "run")
+    identity = load_coordinator_identity(tmp_path, "run")
     (tmp_path / "clients" / "north.pub").write_text("ed25519 nonsense\n")
     with pytest.raises(NotEnrolled):
-        authority.open("update", "north", [], b"")
+        identity.open("update", "north", [], b"")

@@ -32,7 +32,7 @@ class WeightTask(Task):
 
 
 def weighing(value):
-    frame = Frame(Manifest.of(WeightTask().model()))
+    frame = Frame(Manifest.from_module(WeightTask().model()))
     frame.parameters.fill_(value)
     return frame
 

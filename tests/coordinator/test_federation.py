@@ -10,7 +10,7 @@ import pytest
 from builders import EXAMPLES, MANIFEST, Died, make_config, make_frame, make_header, of_kind, same_bits, start
 
 from fedqueue.protocol.keys import client_tag
-from fedqueue_coordinator.core.events import ClientJoined, Close, Commit, Dispatch, JobEnded, Load, Note, Stop
+from fedqueue_coordinator.core.events import Acknowledge, ClientJoined, Close, Commit, Dispatch, JobEnded, Load, Stop
 from fedqueue_coordinator.core.federation import Federation
 
 FUNCTIONS = sorted(oracle.STALENESS)
@@ -335,7 +335,7 @@ def test_ending_of_a_job_that_was_taken_back_is_acknowledged_and_counts_nothing(
     run = start("c0")
     job = run.job_of("c0")
     run.leave("c0")
-    assert run.tell(JobEnded("9-0", job, "c0", "failed", "late")) == [Note("9-0", None)]
+    assert run.tell(JobEnded("9-0", job, "c0", "failed", "late")) == [Acknowledge("9-0", None)]
     assert run.federation.abandoned == {"returned": 1}
     run.join("c0")
     assert run.has_job("c0")  # and it need not rest

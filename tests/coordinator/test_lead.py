@@ -12,11 +12,11 @@ import torch
 from fedqueue import Task
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import RunExists, RunLost
-from fedqueue.protocol.stream_entry import Entry
-from fedqueue_coordinator.service.checkpoint import FILE, load_checkpoint
+from fedqueue.protocol.stream_entry import StreamEntry
+from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME, load_checkpoint
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.leader_election import take_the_lead
+from fedqueue_coordinator.service.leader_election import acquire_leadership
 
 
 class Losing(CoordinatorStore):
@@ -46,43 +46,43 @@ class Patient:
 
 def take(run, store, checkpoint, known=False, standby=True, waits=100):
     patient = Patient(waits)
-    return take_the_lead(store, run.config, checkpoint, known, standby, patient.stopped, patient.sleep)
+    return acquire_leadership(store, run.config, checkpoint, known, standby, patient.stopped, patient.sleep)
 
 
 def test_run_that_goes_between_two_questions_of_a_standby_is_not_begun_anew(run, tmp_path):
     run.coordinator.release_lead()
     standby = Losing(run.client, run.name, "standby")
-    assert not take(run, standby, tmp_path / FILE)
+    assert not take(run, standby, tmp_path / CHECKPOINT_FILENAME)
     assert CoordinatorStore(run.client, run.name, "another").lead(60), "the lead is free for whoever has the checkpoint"
 
 
 def test_standby_with_the_checkpoint_leads_a_run_that_is_gone(run, tmp_path):
     run.coordinator.release_lead()
-    (tmp_path / FILE).touch()
-    assert take(run, Losing(run.client, run.name, "standby"), tmp_path / FILE)
+    (tmp_path / CHECKPOINT_FILENAME).touch()
+    assert take(run, Losing(run.client, run.name, "standby"), tmp_path / CHECKPOINT_FILENAME)
 
 
 @pytest.mark.parametrize(("known", "leads"), [(False, True), (True, False)])
 def test_empty_server_is_for_whoever_has_never_seen_the_run(run, tmp_path, known, leads):
     run.client.flushall()
     fresh = CoordinatorStore(run.client, run.name, "fresh")
-    assert take(run, fresh, tmp_path / FILE, known, standby=False, waits=1) == leads
+    assert take(run, fresh, tmp_path / CHECKPOINT_FILENAME, known, standby=False, waits=1) == leads
 
 
 def test_fresh_standby_leaves_an_empty_server_to_others_for_one_lease(run, tmp_path):
     run.client.flushall()
     fresh = CoordinatorStore(run.client, run.name, "fresh")
-    assert not take(run, fresh, tmp_path / FILE, waits=15)
-    assert take(run, fresh, tmp_path / FILE, waits=25)
+    assert not take(run, fresh, tmp_path / CHECKPOINT_FILENAME, waits=15)
+    assert take(run, fresh, tmp_path / CHECKPOINT_FILENAME, waits=25)
 
 
 def test_without_standby_a_lost_run_and_a_led_one_are_told_apart(run, tmp_path):
     another = CoordinatorStore(run.client, run.name, "another")
     with pytest.raises(RunExists, match="is led by another coordinator"):
-        take(run, another, tmp_path / FILE, standby=False)
+        take(run, another, tmp_path / CHECKPOINT_FILENAME, standby=False)
     run.client.flushall()
     with pytest.raises(RunLost, match=r"'sample'.*checkpoint\.safetensors.*start it again"):
-        take(run, another, tmp_path / FILE, known=True, standby=False)
+        take(run, another, tmp_path / CHECKPOINT_FILENAME, known=True, standby=False)
 
 
 class Line(Task):
@@ -95,7 +95,7 @@ class Scripted(CoordinatorStore):
 
     steps: list[Callable[[], object]]
 
-    def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
+    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         self.steps.pop(0)()
         return []
 
@@ -151,5 +151,5 @@ def test_checkpoint_is_not_overwritten_by_what_is_left_of_a_lost_run(redis_clien
     coordinator = coordinator_of(redis_client, tmp_path, write_down, *idle, seconds=2, store_class=Forgetful)
     coordinator.run()
     assert coordinator.store.reads > 2
-    assert load_checkpoint(tmp_path / FILE).epoch == coordinator.store.info().epoch == 1
+    assert load_checkpoint(tmp_path / CHECKPOINT_FILENAME).epoch == coordinator.store.info().epoch == 1
     assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation", "epoch"]

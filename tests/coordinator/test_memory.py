@@ -12,14 +12,14 @@ import pytest
 
 from fedqueue.config.aggregation import FilterConfig
 from fedqueue.config.loading import parse_config
-from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.core.outlier_filter import OutlierFilter
 
 LENGTH = 9_000_000  # 36 MB: what is larger than 32 MB, malloc gives back at once
-MANIFEST = Manifest((Entry("w", "float32", (LENGTH,), 0, LENGTH, PARAMETER),))
+MANIFEST = Manifest((TensorSpec("w", "float32", (LENGTH,), 0, LENGTH, PARAMETER),))
 K = 3
 
 

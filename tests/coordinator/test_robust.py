@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedqueue.config.aggregation import RobustConfig, ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.deterministic_reductions import BLOCK, inner_product, squared_distances
 from fedqueue_coordinator.algorithms.registry import make_aggregator
@@ -233,7 +233,7 @@ def test_a_whole_run_merges_by_the_rule():
 
 
 def long_frame(length, seed):
-    manifest = Manifest((Entry("w", "float32", (length,), 0, length, PARAMETER),))
+    manifest = Manifest((TensorSpec("w", "float32", (length,), 0, length, PARAMETER),))
     frame = Frame(manifest)
     frame.floats.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=length).astype(np.float32)))
     return frame

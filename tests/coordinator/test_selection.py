@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.signed_envelope import packed
-from fedqueue_coordinator.core.fair_share import Turns
-from fedqueue_coordinator.core.run_counters import Totals
-from fedqueue_coordinator.core.selection import SELECTIONS, Known, draw, make_selection
+from fedqueue_coordinator.core.fair_share import FairShare
+from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.selection import SELECTIONS, ClientStats, draw, make_selection
 
 CLIENTS = ("a", "b", "c", "d")
 ADDED = {"mode": "fedasync", "alpha": 1.0, "mixing": "delta"}
@@ -22,7 +22,7 @@ ADDED = {"mode": "fedasync", "alpha": 1.0, "mixing": "delta"}
 
 def known(examples=(), last_merged=(), last_job=()):
     merged = dict(last_merged)
-    return Known(dict(examples), lambda client: merged.get(client, -1), dict(last_job))
+    return ClientStats(dict(examples), lambda client: merged.get(client, -1), dict(last_job))
 
 
 # Selections
@@ -198,8 +198,8 @@ def test_ledger_says_each_client_s_share_of_the_last_versions():
 
 
 def test_totals_keep_no_more_versions_than_the_window():
-    config, totals = make_config(dispatch={"share_window": 3}), Totals()
-    turns = Turns(config, totals)
+    config, totals = make_config(dispatch={"share_window": 3}), RunCounters()
+    turns = FairShare(config, totals)
     for version in range(1, 10):
         turns.committed(version, ["a", "b"], float(version))
     assert len(totals.recent) == 3
@@ -210,16 +210,16 @@ def test_totals_keep_no_more_versions_than_the_window():
     versions=st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), max_size=12), window=st.integers(1, 5)
 )
 def test_totals_are_counted_anew_from_what_is_committed_and_the_ledger(versions, window):
-    totals, ledger = Totals(), []
+    totals, ledger = RunCounters(), []
     for version, clients in enumerate(versions, 1):
         totals.commit(version, clients, window, version / 3)
         lines = [{"client": client} for client in clients]
         ledger += [{"kind": "version", "version": version, "merged": lines}, {"kind": "abandoned", "client": "a"}]
-    assert Totals.of(totals.committed(), ledger, window) == totals
+    assert RunCounters.from_ledger(totals.committed(), ledger, window) == totals
 
 
 def test_what_is_committed_does_not_grow_with_the_clients_that_contribute():
-    totals = Totals()
+    totals = RunCounters()
     for version in range(1, 1001):
         totals.commit(version, [f"client-{version}"], 100, 1.0)
     assert len(packed(totals.committed())) < 100

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError, StoreError
-from fedqueue.tensors.frame import PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Step
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.core.server_state import save_state
@@ -69,7 +69,7 @@ def test_plain_step_has_the_bits_of_torch_s_sgd(rows, rate):
     parameter = torch.nn.Parameter(start.clone())
     sgd = torch.optim.SGD([parameter], lr=rate)
     length = len(rows)
-    model = Frame(Manifest((Entry("w", "float32", (length,), 0, length, PARAMETER),)))
+    model = Frame(Manifest((TensorSpec("w", "float32", (length,), 0, length, PARAMETER),)))
     model.parameters.copy_(start)
     server = ServerOptimizer(ServerOptimizerConfig(learning_rate=rate), model)
     for delta in deltas:

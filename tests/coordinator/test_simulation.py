@@ -11,18 +11,18 @@ from torch.utils.data import TensorDataset
 from fedqueue import Client, Task
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import RunFailed
-from fedqueue.local_update import attempt
+from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Order, Registration, read
 from fedqueue.tensors.codec import downward, upward
-from fedqueue.tensors.error_feedback import Sender
+from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER, replay_folder
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.simulation.virtual_clock import Simulation, Sites, Speeds
+from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
-SECOND = Speeds(batch_seconds=1.0)
+SECOND = TimingModel(batch_seconds=1.0)
 
 
 class PointsTask(Task):
@@ -70,7 +70,7 @@ def make_config(names=("a", "b"), **sections):
 
 
 def simulate(config, speeds=SECOND, task=None):
-    simulation = Simulation(config, Sites(task or PointsTask()), speeds)
+    simulation = Simulation(config, ClientDatasets(task or PointsTask()), speeds)
     return simulation, simulation.run()
 
 
@@ -94,7 +94,7 @@ def test_arrivals_and_staleness_are_those_reckoned_by_hand():
 def test_base_is_the_newest_version_when_training_begins_and_not_when_the_job_is_dispatched():
     """An order is 2 s on its way: a's second one, sent at 5 s, finds at 7 s the version that b made at 6 s."""
     config = make_config(clients={"slowdown": {"b": 4 / 3}})
-    _, result = simulate(config, Speeds(batch_seconds=1.0, job_seconds=2.0))
+    _, result = simulate(config, TimingModel(batch_seconds=1.0, job_seconds=2.0))
     assert rows(result, "client", "at", "base")[:3] == [("a", 5.0, 0), ("b", 6.0, 0), ("a", 10.0, 2)]
 
 
@@ -114,7 +114,7 @@ def test_limit_of_seconds_counts_virtual_seconds():
 def test_same_configuration_gives_the_same_run_and_another_seed_another_one():
     def run(seed):
         config = make_config(seed=seed, aggregation={"mode": "fedbuff", "buffer_size": 2}, stop={"versions": 5})
-        return simulate(config, Speeds(batch_seconds=1.0, jitter=0.3), PointsTask(tested=True))[1]
+        return simulate(config, TimingModel(batch_seconds=1.0, jitter=0.3), PointsTask(tested=True))[1]
 
     first, second, other = run(3), run(3), run(4)
     assert first.ledger == second.ledger
@@ -124,13 +124,13 @@ def test_same_configuration_gives_the_same_run_and_another_seed_another_one():
 
 
 def test_sites_that_have_served_another_run_change_nothing():
-    sites = Sites(PointsTask())
+    sites = ClientDatasets(PointsTask())
     runs = [Simulation(make_config(), sites, SECOND).run() for _ in range(2)]
     assert same_bits(runs[0].model, runs[1].model)
 
 
 def test_noise_has_median_one_and_the_spread_that_was_asked_for():
-    speeds = Speeds(batch_seconds=1.0, jitter=0.2)
+    speeds = TimingModel(batch_seconds=1.0, jitter=0.2)
     logs = np.log([speeds.training_seconds(1, 1.0, seed) for seed in range(4000)])
     assert abs(logs.mean()) < 0.02
     assert abs(logs.std() - 0.2) < 0.01
@@ -189,7 +189,7 @@ class Workers(CoordinatorStore):
         self.config, self.task, self.trace = config, task, list(trace)
         self.worker = WorkerStore(self.redis, self.run, "worker")
         self.training, self.left = {}, {}
-        self.sender = None
+        self.feedback = None
         self.joined = False
         self.now = 0.0
 
@@ -204,7 +204,7 @@ class Workers(CoordinatorStore):
                 continue
             if what == "arrives":
                 assert self.worker.post(*self.training.pop(job)) == ""
-                self.sender.accepted(*self.left.pop(job))
+                self.feedback.accepted(*self.left.pop(job))
             break
         return super().receive(0.001, count)
 
@@ -217,16 +217,16 @@ class Workers(CoordinatorStore):
 
     def _train(self, job):
         model = self.task.model()
-        manifest = Manifest.of(model)
+        manifest = Manifest.from_module(model)
         order = read(Order, next(j.order for j in self.jobs() if j.job == job))
         claim = self.worker.claim(job, 3600)
         base, local = Frame(manifest), Frame(manifest)
         down, up = (of(self.config.compression, manifest) for of in (downward, upward))
         self.worker.fetch_model(claim.version, down, base)
         data = self.task.train_data(self.config.clients.client(order.client))
-        update = attempt(self.task, model, data, order, base, local, lambda: None)
-        self.sender = self.sender or Sender(up)
-        self.training[job] = claim, *self.sender.encode(order.client, local, update, order.seed)
+        update = compute_update(self.task, model, data, order, base, local, lambda: None)
+        self.feedback = self.feedback or ErrorFeedback(up)
+        self.training[job] = claim, *self.feedback.encode(order.client, local, update, order.seed)
         self.left[job] = order.client, local
 
 
@@ -272,7 +272,7 @@ def test_simulation_gives_the_bits_of_the_real_coordinator_with_the_same_arrival
         ledger={"keep_payloads": True},
     )  # fmt: skip
     task = PointsTask()
-    simulation, simulated = simulate(config, Speeds(batch_seconds=1.0, jitter=0.2), task)
+    simulation, simulated = simulate(config, TimingModel(batch_seconds=1.0, jitter=0.2), task)
     store = Workers(redis_client, config.name, "owner")
     store.begin(config, task, simulation.trace)
     clock = {"clock": lambda: store.now, "sleep": lambda seconds: None}

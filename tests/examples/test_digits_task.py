@@ -106,7 +106,7 @@ def test_both_models_learn_from_one_clients_images(model, learning_rate):
     config = TrainingConfig(learning_rate=learning_rate, epochs=10, device="cpu")
     fit = train(task, network, task.train_data(CLIENTS[0]), config, lambda: None)
     after = task.evaluate(network, task.test_data())
-    assert fit.examples == 180
+    assert fit.num_examples == 180
     assert after["loss"] < before["loss"]
     assert after["accuracy"] > 0.7 > before["accuracy"]
 

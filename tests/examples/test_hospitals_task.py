@@ -147,7 +147,7 @@ def test_both_models_train_and_report_counted_metrics(model, hospital):
     arrived = task.evaluate(network, data.test)
     fit = task.fit(network, data, TRAINING, lambda: steps.append(1))
     assert len(steps) == TRAINING.epochs * -(-len(data) // TRAINING.batch_size)
-    assert fit.examples == len(data)
+    assert fit.num_examples == len(data)
     assert set(fit.metrics) == {"loss", "test_loss", "test_accuracy", "test_auc", "test_examples"}
     assert fit.metrics["test_examples"] == len(data.test)
     assert fit.metrics["test_auc"] == arrived["auc"]  # of the model as it came, before this hospital trained it

@@ -28,8 +28,17 @@ from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, FedqueueError, StoreError, WireError
 from fedqueue.protocol.key_files import SigningKey, read_public_keys
 from fedqueue.protocol.messages import Ending, Evaluation, Order, Registration, Update, read, unpack_record
-from fedqueue.protocol.signed_envelope import ORDER, Charter, Scope, Seal, VersionRecord, digest_of, seal, unseal
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.signed_envelope import (
+    ORDER,
+    RunDescriptor,
+    Scope,
+    SignedEnvelope,
+    VersionRecord,
+    digest_of,
+    open_envelope,
+    sign_envelope,
+)
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import upward
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.rq_jobs import Serializer, TrainingJob
@@ -82,9 +91,9 @@ def _message(kind: Any, **fields: Any) -> Decoder:
     return Decoder(lambda data: read(kind, data), (WireError,), (kind(**fields).pack(),))
 
 
-def _entry(data: bytes) -> Entry:
+def _entry(data: bytes) -> StreamEntry:
     parts = data.split(b"\0")
-    return Entry.of("c0", (b"1-1", dict(zip(parts[::2], parts[1::2], strict=False))))
+    return StreamEntry.from_fields("c0", (b"1-1", dict(zip(parts[::2], parts[1::2], strict=False))))
 
 
 def _job(data: bytes) -> Any:
@@ -99,7 +108,7 @@ def _configuration(data: bytes) -> Any:
 
 
 def _sealed(data: bytes) -> Any:
-    return unseal(data, [_KEY.public], ORDER, _SCOPE, ["c0", 1], "the coordinator")
+    return open_envelope(data, [_KEY.public], ORDER, _SCOPE, ["c0", 1], "the coordinator")
 
 
 def _public_keys(data: bytes) -> Any:
@@ -154,9 +163,11 @@ DECODERS: dict[str, Decoder] = {
     "registration": _message(Registration, client="c0", examples=10),
     "ending": _message(Ending, reason="failed", error="E: x"),
     "evaluation": _message(Evaluation, version=1, metrics={"loss": 1.0}),
-    "seal": _message(Seal, body=b"said", key="0" * 16, session="s", signature=bytes(64)),
-    "sealed": Decoder(_sealed, (WireError,), (seal(_KEY, ORDER, _SCOPE, ["c0", 1], b"said", "s"),)),
-    "charter": _message(Charter, instance="i" * 32, epoch=0, term=1, floor=0, config=_DIGEST, manifest=_DIGEST),
+    "seal": _message(SignedEnvelope, body=b"said", key="0" * 16, session="s", signature=bytes(64)),
+    "sealed": Decoder(_sealed, (WireError,), (sign_envelope(_KEY, ORDER, _SCOPE, ["c0", 1], b"said", "s"),)),
+    "descriptor": _message(
+        RunDescriptor, instance="i" * 32, epoch=0, term=1, floor=0, config=_DIGEST, manifest=_DIGEST
+    ),
     "version": _message(VersionRecord, model=_DIGEST, state=_DIGEST, job_number=3, history=_DIGEST, totals=_DIGEST),
     "public_keys": Decoder(_public_keys, (ConfigurationError,), (2 * _KEY.public.line().encode(),)),
     "record": Decoder(unpack_record, (WireError,), (msgpack.packb({"kind": "version", "version": 1, "merged": []}),)),

@@ -17,7 +17,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from fedqueue_coordinator.core.events import Commit, Dispatch, Evaluate, Evaluated, JobEnded, Note, Tick, UpdateArrived
+from fedqueue_coordinator.core.events import (
+    Acknowledge,
+    Commit,
+    Dispatch,
+    Evaluate,
+    Evaluated,
+    JobEnded,
+    Tick,
+    UpdateArrived,
+)
 from fedqueue_coordinator.core.run_summary import summarize
 from fedqueue_coordinator.core.selection import SELECTIONS
 
@@ -181,7 +190,7 @@ class FederationMachine(RuleBasedStateMachine):
         job = f"run-{number:08d}"
         if self.run.federation.open_jobs.get(job) != client:
             answer = self.run.tell(UpdateArrived("forged", job, 1, client, 0, make_header()))
-            assert any(isinstance(action, Note) for action in answer)
+            assert any(isinstance(action, Acknowledge) for action in answer)
 
     @precondition(lambda self: self.training)
     @rule(data=st.data())
@@ -201,7 +210,7 @@ class FederationMachine(RuleBasedStateMachine):
     def end_again(self, data):
         job = data.draw(st.sampled_from(sorted(self.run.endings)))
         client = next(d.client for d in of_kind(self.run.actions, Dispatch) if d.job == job)
-        assert Note("late", None) in self.run.tell(JobEnded("late", job, client, "failed", "late"))
+        assert Acknowledge("late", None) in self.run.tell(JobEnded("late", job, client, "failed", "late"))
 
     @precondition(lambda self: self.evaluating)
     @rule(loss=st.floats(0, 10))
@@ -231,11 +240,11 @@ class FederationMachine(RuleBasedStateMachine):
         """Whoever it is who may train: the successor would choose as its predecessor."""
         for number in range(1, 6):
             names = [
-                federation._slots.turns.choose(CLIENTS, number, federation.version, self.run.registered)
+                federation._scheduler.turns.choose(CLIENTS, number, federation.version, self.run.registered)
                 for federation in (old, new)
             ]
             assert names[0] == names[1]
-        within = [f._slots.turns.within_share(CLIENTS, {}, nothing_under_way=False) for f in (old, new)]
+        within = [f._scheduler.turns.within_share(CLIENTS, {}, nothing_under_way=False) for f in (old, new)]
         assert within[0] == within[1]
 
     @precondition(lambda self: not self.run.federation.stopped and self.training)
@@ -369,7 +378,7 @@ class FederationMachine(RuleBasedStateMachine):
             merged = commits[version].merged
             jobs = {arrived.job: arrived.client for arrived in merged}
             twin.jobs.update(jobs)
-            twin.federation.adopt(jobs, dict.fromkeys(CLIENTS, EXAMPLES))
+            twin.federation.restore_jobs(jobs, dict.fromkeys(CLIENTS, EXAMPLES))
             for arrived in merged:
                 twin.unacknowledged[arrived.entry] = arrived
                 twin.tell(arrived)

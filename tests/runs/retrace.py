@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fedqueue.config.loading import Config
-from fedqueue.local_update import attempt
+from fedqueue.local_update import compute_update
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue_coordinator.core.dispatch import make_order
@@ -20,7 +20,7 @@ def retrace(config: Config, task: Task, ledger: Sequence[Mapping[str, Any]]) -> 
     """The last version, as the virtual clock's way to train and the state machine come to it."""
     torch.manual_seed(config.seed)
     module = task.model()
-    model = Frame(Manifest.of(module))
+    model = Frame(Manifest.from_module(module))
     model.read(module)
     versions = {0: model.copy()}
     federation = Federation(config, model, evaluates=False)
@@ -29,8 +29,8 @@ def retrace(config: Config, task: Task, ledger: Sequence[Mapping[str, Any]]) -> 
         order = make_order(config, Dispatch(job, int(job.split("-")[-2]), client))
         local = Frame(base.manifest)
         data = task.train_data(config.clients.client(client))
-        header = attempt(task, module, data, order, base, local, lambda: None)
-        federation.adopt({job: client}, {client: header.examples})
+        header = compute_update(task, module, data, order, base, local, lambda: None)
+        federation.restore_jobs({job: client}, {client: header.examples})
         actions = federation.handle(UpdateArrived("", job, 1, client, line["base"], header.pack()), line["at"])
         (load,) = [action for action in actions if isinstance(action, Load)]
         answer = federation.handle(UpdateLoaded(load, local, base.copy()), line["at"])

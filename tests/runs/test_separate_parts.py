@@ -14,7 +14,7 @@ from test_local_runs import check_agreement
 from conftest import client_of, read_results, wait_until
 from fedqueue.protocol.key_files import read_public_keys
 from fedqueue.protocol.messages import read
-from fedqueue.protocol.signed_envelope import Seal
+from fedqueue.protocol.signed_envelope import SignedEnvelope
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 
@@ -50,7 +50,7 @@ def test_parts_on_their_own_make_a_run_and_leave_only_what_retention_says(config
     assert rq_left == []
 
 
-def check_refusals(summary, ledger, outbox):
+def check_refusals(summary, ledger, egress_log):
     """The site with a policy contributed nothing; each refusal is in the ledger, and in the log of what left it."""
     says = "min_examples: there are 96 here, at least 97 are agreed to"
     refused = [record for record in ledger if record["kind"] == "abandoned" and record["reason"] == "refused"]
@@ -58,7 +58,7 @@ def check_refusals(summary, ledger, outbox):
     assert all(says in record["error"] for record in refused)
     assert summary["abandoned_because"]["refused"] == len(refused) >= 1
     assert "client-3" not in summary["clients"]
-    [log] = outbox.iterdir()
+    [log] = egress_log.iterdir()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert lines[0]["what"] == "registration"
     ended = [line for line in lines if line["what"] == "refused"]
@@ -77,7 +77,8 @@ def test_coordinator_told_to_stop_leaves_the_run_and_the_next_one_goes_on(config
     enroll(keys, "client-1", site=keys, rotate=True)
     present = read_public_keys(keys / "clients" / "client-1.pub")[0].id
     wait_until(
-        lambda: read(Seal, store.sealed_registrations()["client-1"]).key == present, "registered under the new key"
+        lambda: read(SignedEnvelope, store.signed_registrations()["client-1"]).key == present,
+        "registered under the new key",
     )
     rotated = store.info().version
     wait_until(lambda: store.info().version >= rotated + 3, "what the former key signed is merged")

@@ -5,7 +5,7 @@ import time
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-from fedqueue import Client, Fit, Task
+from fedqueue import Client, Task, TrainResult
 
 
 class ToyTask(Task):
@@ -30,7 +30,7 @@ class ToyTask(Task):
         time.sleep(self.batch_seconds if model.training else 0.0)
         return super().loss(model, batch)
 
-    def fit(self, model, data, config, progress) -> Fit:
+    def fit(self, model, data, config, progress) -> TrainResult:
         if self.raises and self.raises in (self._client, "*"):
             raise RuntimeError("the scanner is on fire")
         return super().fit(model, data, config, progress)

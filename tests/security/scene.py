@@ -12,11 +12,11 @@ import torch
 
 from fedqueue import Client, Task
 from fedqueue.config.loading import parse_config
-from fedqueue.protocol.coordinator_identity import Authority, load_authority
+from fedqueue.protocol.coordinator_identity import CoordinatorIdentity, load_coordinator_identity
 from fedqueue.protocol.keys import Keys
 from fedqueue.protocol.messages import Registration, Update
-from fedqueue.protocol.site_identity import load_site_trust
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.site_identity import load_site_identity
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.store import Store
@@ -43,7 +43,7 @@ class ScriptedStore(CoordinatorStore):
     steps: list[Callable[[], object]]
     leave: Callable[[], None]
 
-    def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
+    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         if self.steps:
             self.steps.pop(0)()
         else:
@@ -57,7 +57,7 @@ class Scene:
     def __init__(self, client: redis.Redis, folder: Path, signed: bool = True, **sections: Any) -> None:
         self.redis, self.folder, self.signed = client, folder, signed
         self.keys, self.key_folder = Keys(RUN), folder / "keys"
-        self.manifest = Manifest.of(SmallTask().model())
+        self.manifest = Manifest.from_module(SmallTask().model())
         self.config = parse_config(
             {
                 "name": RUN,
@@ -76,12 +76,12 @@ class Scene:
         enroll_missing(self.key_folder, ["c0", "c1"])
         self.coordinator: Coordinator
 
-    def authority(self) -> Authority:
-        return load_authority(self.key_folder, RUN)
+    def identity(self) -> CoordinatorIdentity:
+        return load_coordinator_identity(self.key_folder, RUN)
 
     def play(self, *steps: Callable[[], object]) -> Coordinator:
         """A coordinator takes the lead, then the steps happen one after another; it leaves the run as it is."""
-        store = ScriptedStore(self.redis, RUN, new_owner(), self.authority() if self.signed else None)
+        store = ScriptedStore(self.redis, RUN, new_owner(), self.identity() if self.signed else None)
         now = 0.0
 
         def clock() -> float:
@@ -132,13 +132,13 @@ class Site:
 
     def __init__(self, scene: Scene, client: str, session: str, folder: Path) -> None:
         self.scene, self.client = scene, client
-        self.trust = load_site_trust(folder, RUN, session) if scene.signed else None
-        self.store = WorkerStore(scene.redis, RUN, session, self.trust)
+        self.identity = load_site_identity(folder, RUN, session) if scene.signed else None
+        self.store = WorkerStore(scene.redis, RUN, session, self.identity)
         self.claims: list[Claim] = []
 
     def join(self, examples: int = EXAMPLES) -> None:
-        if self.trust:
-            self.trust.enter(self.store.info())
+        if self.identity:
+            self.identity.enter(self.store.info())
         assert self.store.join([self.client], 3600) == self.client
         assert self.store.register(Registration(client=self.client, examples=examples))
 

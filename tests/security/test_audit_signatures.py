@@ -32,7 +32,7 @@ def verdict(scene: Scene, keys: str = "keys"):
 def test_what_is_as_it_was_signed_passes_and_is_counted(scene):
     signed = verdict(scene)
     assert signed.problems == []
-    assert signed.says.endswith("(charter 1, version 2, history 1, totals 1, order 1, payload 2)")
+    assert signed.says.endswith("(descriptor 1, version 2, history 1, totals 1, order 1, payload 2)")
     assert signed.skipped == (
         "not verified: records of the ledger that are no versions; what clients say until it is merged"
     )
@@ -66,10 +66,10 @@ def change_payload(scene):
 
 
 CHANGES = {
-    "charter": (lambda s: s.redis.hset(s.keys.config, "charter", b"x"), "charter is not signed"),
+    "descriptor": (lambda s: s.redis.hset(s.keys.config, "descriptor", b"x"), "descriptor is not signed"),
     "configuration": (
         lambda s: s.redis.hset(s.keys.config, "config", s.config.model_copy(update={"seed": 9}).model_dump_json()),
-        "the configuration in Redis is not the one that the charter names",
+        "the configuration in Redis is not the one that the run descriptor names",
     ),
     "the head": (change_model, "the model in Redis is not version 2 as it was signed"),
     "an older version": (lambda s: change_model(s, 0), "the model in Redis is not version 0 as it was signed"),

@@ -73,10 +73,10 @@ def test_successor_makes_the_bits_of_a_run_that_was_never_interrupted(fake_clien
             models.append(scene.play(*steps[2:]).federation.model)
         else:
             models.append(scene.play(site.join, *steps).federation.model)
-        books = _books_of_store(CoordinatorStore(fake_client, RUN, owner="audit"), Path("keys"))
-        assert books.replay is not None
-        assert books.replay.updates == 4
-        assert ok(audit(books)), books.replay.problems
+        audit_input = _books_of_store(CoordinatorStore(fake_client, RUN, owner="audit"), Path("keys"))
+        assert audit_input.replay is not None
+        assert audit_input.replay.updates == 4
+        assert ok(audit(audit_input)), audit_input.replay.problems
     np.testing.assert_array_equal(models[0].buffer, models[1].buffer)
 
 
@@ -85,9 +85,9 @@ def test_audit_finds_a_head_that_is_not_what_its_updates_make(scene):
     scene.play(site.join, lambda: scene.post(site))
     other = scene.down.encode(Frame(scene.manifest), 1)
     scene.redis.set(f"{scene.keys.model(1)}:0", other.tobytes())
-    books = _books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)
-    assert books.replay is not None
-    assert "the model differs" in books.replay.problems[0]
+    audit_input = _books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)
+    assert audit_input.replay is not None
+    assert "the model differs" in audit_input.replay.problems[0]
 
 
 def test_head_is_exported_exactly_and_an_older_version_as_workers_got_it(scene):

@@ -16,7 +16,7 @@ from scene import RUN, Scene
 from fedqueue.errors import NotEnrolled, SignatureError, StoreError, WireError
 from fedqueue.protocol.key_files import SigningKey
 from fedqueue.protocol.messages import Order, read
-from fedqueue.protocol.signed_envelope import ORDER, Seal, seal
+from fedqueue.protocol.signed_envelope import ORDER, SignedEnvelope, sign_envelope
 from fedqueue.transport.rq_jobs import Serializer, TrainingJob
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 
@@ -94,14 +94,14 @@ def test_site_follows_a_coordinator_that_goes_on_from_before_what_redis_lost(fak
     assert scene.reasons() == []
 
 
-def test_charter_of_an_earlier_term_does_not_come_back(scene, site):
-    old = scene.redis.hget(scene.keys.config, "charter")
+def test_descriptor_of_an_earlier_term_does_not_come_back(scene, site):
+    old = scene.redis.hget(scene.keys.config, "descriptor")
     scene.play()
-    site.trust.enter(site.store.info())
-    scene.redis.hset(scene.keys.config, "charter", old)
+    site.identity.enter(site.store.info())
+    scene.redis.hset(scene.keys.config, "descriptor", old)
     with pytest.raises(SignatureError, match="went back from term 2 to 1"):
-        site.trust.enter(site.store.info())
-    assert site.trust.broken
+        site.identity.enter(site.store.info())
+    assert site.identity.broken
 
 
 def test_configuration_in_redis_that_is_not_the_signed_one_is_refused_by_site_and_coordinator(scene, site):
@@ -109,7 +109,7 @@ def test_configuration_in_redis_that_is_not_the_signed_one_is_refused_by_site_an
     config["dispatch"]["lease_seconds"] = 1e9
     scene.redis.hset(scene.keys.config, "config", json.dumps(config))
     with pytest.raises(SignatureError, match="the configuration in Redis is not the one"):
-        scene.site("c1").trust.enter(site.store.info())
+        scene.site("c1").identity.enter(site.store.info())
     with pytest.raises(SignatureError, match="configuration or manifest"):
         scene.play()
 
@@ -123,7 +123,7 @@ def test_run_of_another_coordinator_is_not_served(fake_client, tmp_path):
 
 def test_unsigned_run_is_not_served_by_a_site_with_keys(fake_client, tmp_path):
     Scene(fake_client, tmp_path / "a", signed=False).play()
-    with pytest.raises(SignatureError, match="charter is not signed"):
+    with pytest.raises(SignatureError, match="descriptor is not signed"):
         Scene(fake_client, tmp_path / "b").site("c0").join()
 
 
@@ -139,13 +139,13 @@ def test_order_of_the_coordinator_is_taken(scene, site):
 
 @pytest.mark.parametrize("how", ["plain", "settings", "another key"])
 def test_forged_job_is_not_begun(scene, site, how):
-    sealed = site.order()
-    order = read(Order, read(Seal, sealed).body)
+    envelope = site.order()
+    order = read(Order, read(SignedEnvelope, envelope).body)
     evil = order.model_copy(update={"training": order.training.model_copy(update={"learning_rate": 1e6})})
     forged = {
         "plain": evil.model_dump(),
-        "settings": read(Seal, sealed).model_copy(update={"body": evil.pack()}).pack(),
-        "another key": seal(SigningKey.generate(), ORDER, site.trust.scope, [], evil.pack()),
+        "settings": read(SignedEnvelope, envelope).model_copy(update={"body": evil.pack()}).pack(),
+        "another key": sign_envelope(SigningKey.generate(), ORDER, site.identity.scope, [], evil.pack()),
     }[how]
     with pytest.raises(SignatureError):
         site.store.open_order(forged)
@@ -163,7 +163,7 @@ def test_job_of_an_earlier_run_of_the_same_name_is_not_begun(scene, site):
 def test_successor_does_not_sign_an_order_that_somebody_put_into_a_record(scene, site):
     """It puts jobs that nobody has begun into their queues again: what lies in the record is not to become its word."""
     job = site.job
-    order = read(Order, read(Seal, site.order()).body)
+    order = read(Order, read(SignedEnvelope, site.order()).body)
     evil = order.model_copy(update={"training": order.training.model_copy(update={"learning_rate": 1e6})})
     scene.redis.hset(scene.keys.job(job), "order", evil.pack())
     queue = f"rq:queue:{scene.keys.queue('c0')}"
@@ -194,22 +194,22 @@ def test_former_key_of_the_coordinator_counts_no_more_once_it_is_revoked(scene, 
     (scene.key_folder / "coordinator.key").write_bytes(former)
     scene.play()  # its thief leads, in possession of Redis
     with pytest.raises(SignatureError, match="none of the coordinator's"):
-        site.trust.enter(site.store.info())
+        site.identity.enter(site.store.info())
     evil = SigningKey(load_pem_private_key(former, None))
     with pytest.raises(SignatureError, match="none of the coordinator's"):
-        site.store.open_order(seal(evil, ORDER, site.trust.scope, [], b"x"))
+        site.store.open_order(sign_envelope(evil, ORDER, site.identity.scope, [], b"x"))
 
 
 def test_site_that_was_not_given_the_new_key_does_not_follow(scene, site):
     (scene.key_folder / "sites" / "c0").rename(scene.folder / "c0")  # out of reach, as at the site it is
     away = scene.site("c0", folder=scene.folder / "c0")
-    away.trust.enter(away.store.info())
+    away.identity.enter(away.store.info())
     enroll(scene.key_folder, "coordinator", rotate=True)
     scene.play()
     with pytest.raises(SignatureError, match="none of the coordinator's"):
-        away.trust.enter(away.store.info())
+        away.identity.enter(away.store.info())
     shutil.copy(scene.key_folder / "coordinator.pub", scene.folder / "c0")
-    away.trust.enter(away.store.info())
+    away.identity.enter(away.store.info())
 
 
 # Takeovers
@@ -325,9 +325,9 @@ def test_client_names_do_not_lead_out_of_the_key_folder(scene, site):
     (scene.key_folder / "evil.pub").write_text((scene.key_folder / "clients" / "c0.pub").read_text())
     for name in ("../evil", "..", "a/b", "", "c0\x00"):
         with pytest.raises(NotEnrolled):
-            scene.authority().open("update", name, [], b"")
+            scene.identity().open("update", name, [], b"")
     revoke(scene.key_folder, "c1")
-    assert not scene.authority().is_enrolled("c1")
+    assert not scene.identity().is_enrolled("c1")
 
 
 def test_worker_without_keys_cannot_read_a_sealed_order_as_something_else(scene, site):

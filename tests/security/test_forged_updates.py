@@ -12,7 +12,7 @@ from scene import EXAMPLES, RUN, Scene
 from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.protocol.key_files import SigningKey
 from fedqueue.protocol.messages import Ending, Registration, read
-from fedqueue.protocol.signed_envelope import JOINED, LEFT, UPDATE, Scope, Seal, seal, unseal
+from fedqueue.protocol.signed_envelope import JOINED, LEFT, UPDATE, Scope, SignedEnvelope, open_envelope, sign_envelope
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 from fedqueue_worker.heartbeat import Heartbeat
@@ -32,9 +32,9 @@ def change_entry(scene: Scene, change: Any) -> None:
 
 def resealed(body: bytes, **changes: Any) -> bytes:
     """The seal with another body and the old signature."""
-    sealed = read(Seal, body)
-    fields = {**msgpack.unpackb(sealed.body), **changes}
-    return sealed.model_copy(update={"body": msgpack.packb(fields)}).pack()
+    envelope = read(SignedEnvelope, body)
+    fields = {**msgpack.unpackb(envelope.body), **changes}
+    return envelope.model_copy(update={"body": msgpack.packb(fields)}).pack()
 
 
 def test_signed_update_is_merged_and_the_ledger_says_which_payload(scene):
@@ -156,7 +156,7 @@ def test_key_of_another_client_does_not_sign_for_this_one(scene):
     site, other = scene.site("c0"), scene.site("c1")
 
     def forge():
-        other.trust._keys["c0"] = other.trust._keys["c1"]  # c1 signs in the name of c0
+        other.identity._keys["c0"] = other.identity._keys["c1"]  # c1 signs in the name of c0
         claim = other.store.claim(site.job, 3600, "c0")
         assert other.store.post(claim, site.update(), site.payload(9.0)) == ""
 
@@ -169,10 +169,10 @@ def test_client_that_is_not_enrolled_gets_no_job(scene):
     key = SigningKey.generate()
 
     def intrude():
-        instance = scene.site("c0").trust
+        instance = scene.site("c0").identity
         instance.enter(scene.store.info())
         registration = Registration(client="mallory", examples=EXAMPLES).pack()
-        body = seal(key, JOINED, instance.scope, ["mallory"], registration, "session")
+        body = sign_envelope(key, JOINED, instance.scope, ["mallory"], registration, "session")
         scene.redis.sadd(scene.keys.clients, "mallory")
         scene.redis.xadd(scene.keys.updates("mallory"), {"kind": "joined", "body": body})
 
@@ -225,15 +225,15 @@ def test_farewell_of_a_worker_that_was_superseded_accuses_nobody(scene):
     """It was away for longer than its lease, another one took its client, and now it comes to its own end."""
     first, second = scene.site("c0", "first"), scene.site("c0", "second")
 
-    def take_over():
+    def restore_federation():
         scene.redis.hset(scene.keys.site("c0"), "alive", 0)
         second.join()
 
     def farewell():
-        body = first.trust.seal(LEFT, "c0", [], b"")
+        body = first.identity.sign(LEFT, "c0", [], b"")
         scene.redis.xadd(scene.keys.updates("c0"), {"kind": "left", "body": body})
 
-    leader = scene.play(first.join, take_over, farewell, second.post)
+    leader = scene.play(first.join, restore_federation, farewell, second.post)
     assert scene.reasons() == ["superseded"]
     assert dict(leader.federation.clients) == {"c0": EXAMPLES}
     assert scene.version == 1
@@ -394,8 +394,8 @@ def test_successor_reaches_the_same_bits_with_signatures(fake_client, tmp_path):
 def test_signature_covers_each_thing_that_it_is_about(tmp_path):
     key = SigningKey.generate()
     scope = Scope("run", "instance", 1)
-    data = seal(key, UPDATE, scope, ["c0", "job", 1, 2], b"body", "session")
-    assert unseal(data, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0").body == b"body"
+    data = sign_envelope(key, UPDATE, scope, ["c0", "job", 1, 2], b"body", "session")
+    assert open_envelope(data, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0").body == b"body"
     others = [
         ("ended", scope, ["c0", "job", 1, 2]),
         (UPDATE, Scope("other", "instance", 1), ["c0", "job", 1, 2]),
@@ -408,11 +408,11 @@ def test_signature_covers_each_thing_that_it_is_about(tmp_path):
     ]
     for kind, where, about in others:
         with pytest.raises(SignatureError, match="the signature fails"):
-            unseal(data, [key.public], kind, where, about, "c0")
+            open_envelope(data, [key.public], kind, where, about, "c0")
     for field, value in (("body", b"bodY"), ("session", "sessioN")):
-        changed = read(Seal, data).model_copy(update={field: value}).pack()
+        changed = read(SignedEnvelope, data).model_copy(update={field: value}).pack()
         with pytest.raises(SignatureError, match="the signature fails"):
-            unseal(changed, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0")
+            open_envelope(changed, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0")
 
 
 def test_private_key_that_others_may_read_is_refused(scene):
@@ -420,4 +420,4 @@ def test_private_key_that_others_may_read_is_refused(scene):
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o640)
     with pytest.raises(ConfigurationError, match="others may read"):
-        scene.authority()
+        scene.identity()

@@ -48,5 +48,5 @@ def test_border_between_signature_and_message_does_not_move():
 @pytest.mark.parametrize("raw", [b"", bytes(31), bytes(32), bytes(33)])
 def test_what_is_no_key_holds_nothing(raw):
     signature = SigningKey.generate().sign(b"message")
-    assert not PublicKey.of(raw).holds(signature, b"message")
-    assert not PublicKey.of(raw).holds(bytes(64), b"message")
+    assert not PublicKey.from_raw(raw).holds(signature, b"message")
+    assert not PublicKey.from_raw(raw).holds(bytes(64), b"message")

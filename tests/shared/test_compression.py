@@ -20,8 +20,8 @@ from fedqueue.protocol.messages import Update
 from fedqueue.tensors import encodings
 from fedqueue.tensors.codec import Codec, Encoded, downward, upward
 from fedqueue.tensors.encodings import ENCODINGS
-from fedqueue.tensors.error_feedback import Sender
-from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Entry, Frame, Manifest
+from fedqueue.tensors.error_feedback import ErrorFeedback
+from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Frame, Manifest, TensorSpec
 
 NAMES = (*DENSE, *SPARSE)
 each_codec = pytest.mark.parametrize("lossless", ["none", "zstd"])
@@ -31,9 +31,9 @@ HEADER = Update(examples=1, nbytes=0, chunks=0, seconds=0.0)
 
 def manifest_of(n, buffers=3, counters=2):
     """n parameters, and buffers and counters that no encoding may touch."""
-    entries = [Entry("w", "float32", (n,), 0, n, PARAMETER)]
-    entries += [Entry("b", "float32", (buffers,), n, buffers, BUFFER)] if buffers else []
-    entries += [Entry("c", "int64", (counters,), 0, counters, COUNTER)] if counters else []
+    entries = [TensorSpec("w", "float32", (n,), 0, n, PARAMETER)]
+    entries += [TensorSpec("b", "float32", (buffers,), n, buffers, BUFFER)] if buffers else []
+    entries += [TensorSpec("c", "int64", (counters,), 0, counters, COUNTER)] if counters else []
     return Manifest(tuple(entries))
 
 
@@ -362,49 +362,49 @@ def test_zstd_saves_bytes_of_weights_that_look_random():
 @given(deltas=st.lists(numpy_st.arrays(np.float32, 20, elements=st.floats(-1, 1, width=32)), min_size=1, max_size=12))
 def test_what_was_sent_and_what_is_held_back_add_up_to_what_was_trained(name, deltas):
     manifest = manifest_of(20)
-    sender = Sender(upward(CompressionConfig(up=name, k=0.1), manifest))
+    feedback = ErrorFeedback(upward(CompressionConfig(up=name, k=0.1), manifest))
     total, arrived = np.zeros(20), np.zeros(20)
     for seed, delta in enumerate(deltas):
         frame = frame_of(delta)
-        _, wire = sender.encode("c", frame, HEADER, seed)
-        sender.accepted("c", frame)
-        arrived += sender.codec.decode(wire).whole().parameters.numpy()
+        _, wire = feedback.encode("c", frame, HEADER, seed)
+        feedback.accepted("c", frame)
+        arrived += feedback.codec.decode(wire).whole().parameters.numpy()
         total += delta
-    np.testing.assert_allclose(arrived + sender.residuals["c"].numpy(), total, atol=20 * 2.0**-22)
+    np.testing.assert_allclose(arrived + feedback.residuals["c"].numpy(), total, atol=20 * 2.0**-22)
 
 
 def test_refused_update_leaves_the_residual_as_it_was_and_clients_do_not_share_one():
-    sender = Sender(upward(CompressionConfig(up="topk", k=0.5), manifest_of(2)))
+    feedback = ErrorFeedback(upward(CompressionConfig(up="topk", k=0.5), manifest_of(2)))
     first = frame_of([3.0, 1.0])
-    sender.encode("a", first, HEADER, 0)
-    sender.accepted("a", first)
-    assert sender.residuals["a"].tolist() == [0.0, 1.0]
+    feedback.encode("a", first, HEADER, 0)
+    feedback.accepted("a", first)
+    assert feedback.residuals["a"].tolist() == [0.0, 1.0]
     refused = frame_of([9.0, 1.0])
-    sender.encode("a", refused, HEADER, 1)
-    assert sender.residuals["a"].tolist() == [0.0, 1.0]
+    feedback.encode("a", refused, HEADER, 1)
+    assert feedback.residuals["a"].tolist() == [0.0, 1.0]
     other = frame_of([9.0, 1.0])
-    _, wire = sender.encode("b", other, HEADER, 1)
-    assert sender.codec.decode(wire).whole().parameters.tolist() == [9.0, 0.0]
+    _, wire = feedback.encode("b", other, HEADER, 1)
+    assert feedback.codec.decode(wire).whole().parameters.tolist() == [9.0, 0.0]
     again = frame_of([1.0, 0.5])
-    _, wire = sender.encode("a", again, HEADER, 2)
-    assert sender.codec.decode(wire).whole().parameters.tolist() == [0.0, 1.5], "what was held back comes on top"
+    _, wire = feedback.encode("a", again, HEADER, 2)
+    assert feedback.codec.decode(wire).whole().parameters.tolist() == [0.0, 1.5], "what was held back comes on top"
 
 
 def test_delta_that_is_not_finite_does_not_poison_the_residual():
-    sender = Sender(upward(CompressionConfig(up="topk", k=0.5), manifest_of(2)))
+    feedback = ErrorFeedback(upward(CompressionConfig(up="topk", k=0.5), manifest_of(2)))
     bad = frame_of([math.nan, 1.0])
-    _, wire = sender.encode("a", bad, HEADER, 0)
-    sender.accepted("a", bad)
-    assert not sender.residuals
-    assert not np.isfinite(sender.codec.decode(wire).whole().parameters.numpy()).all()
+    _, wire = feedback.encode("a", bad, HEADER, 0)
+    feedback.accepted("a", bad)
+    assert not feedback.residuals
+    assert not np.isfinite(feedback.codec.decode(wire).whole().parameters.numpy()).all()
 
 
 def test_dense_encodings_hold_nothing_back_and_the_header_says_what_travels():
-    sender = Sender(downward(CompressionConfig(down="int8", down_lossless="zstd"), manifest_of(50)))
+    feedback = ErrorFeedback(downward(CompressionConfig(down="int8", down_lossless="zstd"), manifest_of(50)))
     frame = frame_of(np.ones(50))
-    update, wire = sender.encode("a", frame, HEADER, 0)
-    sender.accepted("a", frame)
-    assert not sender.residuals
+    update, wire = feedback.encode("a", frame, HEADER, 0)
+    feedback.accepted("a", frame)
+    assert not feedback.residuals
     assert (update.encoding, update.nbytes, update.chunks) == ("int8+zstd", wire.nbytes, 1)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, FedqueueError, ServerUnavailable
 from fedqueue.transport import connection
-from fedqueue.transport.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, hurry, without_password
+from fedqueue.transport.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, limit_retries, without_password
 
 SECRET = "hunter2"
 
@@ -68,10 +68,10 @@ def test_client_in_a_hurry_repeats_a_command_once_on_the_connections_it_has_and_
     client = connect("redis://host")
     pool = client.connection_pool
     before = pool.make_connection()
-    hurry(client)
+    limit_retries(client)
     assert [one.retry.get_retries() for one in (before, pool.make_connection())] == [1, 1]
     impatient = connect("redis://host", retries=0)
-    hurry(impatient)
+    limit_retries(impatient)
     assert impatient.get_retry().get_retries() == 0
 
 

@@ -14,9 +14,9 @@ from fedqueue.tensors.frame import (
     COUNTER,
     DTYPES,
     PARAMETER,
-    Entry,
     Frame,
     Manifest,
+    TensorSpec,
     make_update,
 )
 
@@ -49,7 +49,7 @@ def norm_model() -> nn.Module:
 
 
 def frame_of(model: nn.Module) -> Frame:
-    frame = Frame(Manifest.of(model))
+    frame = Frame(Manifest.from_module(model))
     frame.read(model)
     return frame
 
@@ -58,7 +58,7 @@ def frame_of(model: nn.Module) -> Frame:
 
 
 def test_roles_are_parameters_floating_buffers_and_counters_in_that_order():
-    entries = Manifest.of(norm_model()).entries
+    entries = Manifest.from_module(norm_model()).entries
     assert [(e.name, e.role) for e in entries] == [
         ("0.weight", PARAMETER),
         ("0.bias", PARAMETER),
@@ -71,7 +71,7 @@ def test_roles_are_parameters_floating_buffers_and_counters_in_that_order():
 
 
 def test_offsets_follow_each_other_within_the_section_of_their_width():
-    manifest = Manifest.of(norm_model())
+    manifest = Manifest.from_module(norm_model())
     assert [(e.offset, e.length) for e in manifest.entries] == [
         (0, 6), (6, 2), (8, 2), (10, 2), (12, 2), (14, 2), (0, 1),
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_buffers_between_parameters_do_not_disturb_the_sections():
 
 
 def test_frozen_parameter_is_a_parameter_and_an_unsaved_buffer_is_nothing():
-    roles = {e.name: e.role for e in Manifest.of(Mixed()).entries}
+    roles = {e.name: e.role for e in Manifest.from_module(Mixed()).entries}
     assert roles["frozen"] == PARAMETER
     assert "scratch" not in roles
 
@@ -119,7 +119,7 @@ def test_copy_is_independent():
 
 
 def test_frame_of_another_size_is_refused():
-    manifest = Manifest.of(norm_model())
+    manifest = Manifest.from_module(norm_model())
     with pytest.raises(ManifestMismatch, match="71 bytes, expected 72"):
         Frame(manifest, np.zeros(71, np.uint8))
 
@@ -173,7 +173,7 @@ def test_state_dict_is_plain_and_independent_of_the_frame():
 
 def test_tied_weights_are_two_names_with_the_same_values():
     model = Tied()
-    manifest = Manifest.of(model)
+    manifest = Manifest.from_module(model)
     assert [(e.name, e.role) for e in manifest.entries] == [("embed.weight", PARAMETER), ("out.weight", PARAMETER)]
     frame = frame_of(model)
     assert torch.equal(frame.parameters[:4], frame.parameters[4:])
@@ -190,7 +190,7 @@ def test_frame_is_written_into_a_model_in_training_without_a_gradient():
 
 def test_update_is_local_minus_base_for_parameters_and_the_value_for_all_else():
     model = norm_model()
-    base, local = Frame(Manifest.of(model)), Frame(Manifest.of(model))
+    base, local = Frame(Manifest.from_module(model)), Frame(Manifest.from_module(model))
     base.floats.fill_(1.0)
     base.counters.fill_(10)
     local.parameters.copy_(torch.arange(12.0))
@@ -209,7 +209,7 @@ def test_update_is_local_minus_base_for_parameters_and_the_value_for_all_else():
 
 def test_model_without_parameters_is_refused():
     with pytest.raises(ManifestMismatch, match="no parameters"):
-        Manifest.of(nn.Flatten())
+        Manifest.from_module(nn.Flatten())
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.uint16)])
@@ -217,14 +217,14 @@ def test_dtype_that_is_not_known_is_named_with_the_known_ones(tensor):
     model = norm_model()
     model.register_buffer("odd", tensor)
     with pytest.raises(ManifestMismatch, match=rf"model: odd is {tensor.dtype}; known: float64, float32"):
-        Manifest.of(model)
+        Manifest.from_module(model)
 
 
 def test_parameter_that_is_no_float_is_refused():
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
     with pytest.raises(ManifestMismatch, match=r"parameter w is torch\.int64"):
-        Manifest.of(model)
+        Manifest.from_module(model)
 
 
 def test_state_that_is_no_tensor_is_refused():
@@ -233,7 +233,7 @@ def test_state_that_is_no_tensor_is_refused():
             return {"a": 1}
 
     with pytest.raises(ManifestMismatch, match="_extra_state is dict"):
-        Manifest.of(Extra(1, 1))
+        Manifest.from_module(Extra(1, 1))
 
 
 # The manifest on the wire
@@ -241,15 +241,15 @@ def test_state_that_is_no_tensor_is_refused():
 
 @pytest.mark.parametrize("make", [norm_model, Mixed, Tied], ids=["batch norm", "mixed", "tied"])
 def test_manifest_comes_back_equal(make):
-    manifest = Manifest.of(make())
+    manifest = Manifest.from_module(make())
     again = Manifest.unpack(manifest.pack())
     assert again == manifest
     assert again.digest == manifest.digest
 
 
 def test_digest_tells_manifests_apart():
-    assert Manifest.of(norm_model()).digest != Manifest.of(nn.Linear(3, 2)).digest
-    assert Manifest.of(norm_model()).digest == Manifest.of(norm_model()).digest
+    assert Manifest.from_module(norm_model()).digest != Manifest.from_module(nn.Linear(3, 2)).digest
+    assert Manifest.from_module(norm_model()).digest == Manifest.from_module(norm_model()).digest
 
 
 GOOD = [
@@ -311,7 +311,7 @@ def test_every_known_dtype_is_one_of_torch():
 
 
 def test_equal_models_are_accepted():
-    Manifest.of(norm_model()).require(Manifest.of(norm_model()))
+    Manifest.from_module(norm_model()).require(Manifest.from_module(norm_model()))
 
 
 @pytest.mark.parametrize(
@@ -324,11 +324,11 @@ def test_equal_models_are_accepted():
 )  # fmt: skip
 def test_first_difference_of_a_model_is_named(theirs, message):
     with pytest.raises(ManifestMismatch, match=message):
-        Manifest.of(nn.Linear(3, 2)).require(Manifest.of(theirs))
+        Manifest.from_module(nn.Linear(3, 2)).require(Manifest.from_module(theirs))
 
 
 def test_models_that_differ_in_their_order_only_are_refused():
-    a = Entry("a", "float32", (1,), 0, 1, PARAMETER)
-    b = Entry("b", "float32", (1,), 0, 1, PARAMETER)
+    a = TensorSpec("a", "float32", (1,), 0, 1, PARAMETER)
+    b = TensorSpec("b", "float32", (1,), 0, 1, PARAMETER)
     with pytest.raises(ManifestMismatch, match="order"):
         Manifest((a, b)).require(Manifest((b, a)))

@@ -40,7 +40,7 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 @given(models())
 def test_any_model_comes_back_as_its_float32_self(model):
-    frame = Frame(Manifest.of(model))
+    frame = Frame(Manifest.from_module(model))
     frame.read(model)
     for name, tensor in frame.state_dict().items():
         original = model.state_dict()[name]
@@ -55,9 +55,9 @@ def test_any_model_comes_back_as_its_float32_self(model):
 
 @given(models())
 def test_any_manifest_comes_back_equal_and_describes_its_buffer(model):
-    manifest = Manifest.of(model)
+    manifest = Manifest.from_module(model)
     assert Manifest.unpack(manifest.pack()) == manifest
-    manifest.require(Manifest.of(model))
+    manifest.require(Manifest.from_module(model))
     assert manifest.floats + manifest.counters == sum(t.numel() for t in model.state_dict().values())
     assert manifest.nbytes % 8 == 0
     assert 0 <= manifest.nbytes - 4 * manifest.floats - 8 * manifest.counters < 8
@@ -66,7 +66,7 @@ def test_any_manifest_comes_back_equal_and_describes_its_buffer(model):
 @given(models(), st.integers(0, 99))
 def test_update_added_to_its_base_is_the_local_model(model, seed):
     """Integers below 2**20: float32 subtracts and adds them exactly."""
-    base, local = Frame(Manifest.of(model)), Frame(Manifest.of(model))
+    base, local = Frame(Manifest.from_module(model)), Frame(Manifest.from_module(model))
     rng = torch.Generator().manual_seed(seed)
     for frame in (base, local):
         frame.floats.copy_(torch.randint(-(2**20), 2**20, frame.floats.shape, generator=rng).float())

@@ -7,7 +7,7 @@ import redis
 from redis import exceptions
 
 from fedqueue.errors import ServerUnavailable
-from fedqueue.transport.retry import FIRST_SECONDS, LONGEST_SECONDS, Patience, passing
+from fedqueue.transport.retry import FIRST_SECONDS, LONGEST_SECONDS, RedisRetry, transient_reason
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ from fedqueue.transport.retry import FIRST_SECONDS, LONGEST_SECONDS, Patience, p
     ],
 )
 def test_error_that_passes_says_what_is_waited_for(error, words):
-    assert words in passing(error)
+    assert words in transient_reason(error)
 
 
 @pytest.mark.parametrize(
@@ -36,9 +36,9 @@ def test_error_that_passes_says_what_is_waited_for(error, words):
     ],
 )
 def test_error_that_waiting_cannot_help_ends_it_with_one_line(error):
-    assert passing(error) == ""
+    assert transient_reason(error) == ""
     with pytest.raises(ServerUnavailable, match="Redis refuses"):
-        Patience(sleep=lambda seconds: pytest.fail("it slept")).wait(error)
+        RedisRetry(sleep=lambda seconds: pytest.fail("it slept")).wait(error)
 
 
 def test_operation_is_repeated_with_growing_pauses_until_it_succeeds():
@@ -50,21 +50,21 @@ def test_operation_is_repeated_with_growing_pauses_until_it_succeeds():
             raise error
         return "done"
 
-    assert Patience(sleep=slept.append, jitter=lambda: 1.0).ride_out(operation) == "done"
+    assert RedisRetry(sleep=slept.append, jitter=lambda: 1.0).call(operation) == "done"
     assert slept == [FIRST_SECONDS * 2**k for k in range(6)] + [LONGEST_SECONDS] * 2
 
 
 def test_pauses_are_jittered_between_half_and_the_whole_and_start_anew_after_success():
     slept: list[float] = []
-    patience = Patience(sleep=slept.append, jitter=lambda: 0.0)
+    retry = RedisRetry(sleep=slept.append, jitter=lambda: 0.0)
     for _ in range(3):
-        patience.wait(redis.ConnectionError("gone"))
-    patience.succeeded()
-    patience.wait(redis.ConnectionError("gone"))
+        retry.wait(redis.ConnectionError("gone"))
+    retry.succeeded()
+    retry.wait(redis.ConnectionError("gone"))
     assert slept == [FIRST_SECONDS / 2, FIRST_SECONDS, FIRST_SECONDS * 2, FIRST_SECONDS / 2]
 
 
 def test_waiting_is_given_up_when_told_to_stop():
-    patience = Patience(given_up=lambda: True, sleep=lambda seconds: pytest.fail("it slept"))
+    retry = RedisRetry(given_up=lambda: True, sleep=lambda seconds: pytest.fail("it slept"))
     with pytest.raises(ServerUnavailable, match="told to stop while waiting"):
-        patience.wait(redis.ConnectionError("gone"))
+        retry.wait(redis.ConnectionError("gone"))

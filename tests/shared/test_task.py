@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fedqueue import Client, Fit, Task
+from fedqueue import Client, Task, TrainResult
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 from fedqueue.task import load_task
@@ -173,14 +173,14 @@ def test_evaluation_on_nothing_is_an_error():
 
 
 def test_examples_are_counted_by_len():
-    assert Task().examples([1, 2, 3]) == 3
+    assert Task().num_examples([1, 2, 3]) == 3
     with pytest.raises(TaskError, match="generator has no len"):
-        Task().examples(x for x in ())
+        Task().num_examples(x for x in ())
 
 
 def test_default_fit_trains_and_reports_how_many_examples():
     data = TensorDataset(torch.ones(6, 1), torch.zeros(6, dtype=torch.int64))
     calls = []
     fit = Task().fit(Fixed(), data, TrainingConfig(batch_size=4, device="cpu"), lambda: calls.append(1))
-    assert isinstance(fit, Fit)
-    assert (fit.examples, len(calls)) == (6, 2)
+    assert isinstance(fit, TrainResult)
+    assert (fit.num_examples, len(calls)) == (6, 2)

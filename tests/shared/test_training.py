@@ -60,7 +60,7 @@ def test_one_epoch_of_one_batch_is_one_gradient_step():
     assert calls == [pytest.approx(0.9)]
     # loss = ½ · mean(4, 4)
     assert fit.metrics == {"loss": pytest.approx(2.0)}
-    assert fit.examples == 2
+    assert fit.num_examples == 2
 
 
 def test_epochs_are_passes_over_all_examples():

@@ -51,7 +51,7 @@ def heartbeat(worker, clock, ended):
 
 
 def lapsed(run):
-    return run.coordinator.lapsed()[0]
+    return run.coordinator.find_expired()[0]
 
 
 # The lease follows the progress
@@ -180,7 +180,7 @@ def test_beat_for_a_job_that_ended_meanwhile_does_not_lose_the_next_one(fake_run
 def test_client_that_the_coordinator_gave_up_is_served_and_registered_again(fake_run, worker, heartbeat, ended):
     heartbeat.register(Registration(client="c0", examples=10))
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
-    assert fake_run.coordinator.bury("c0")
+    assert fake_run.coordinator.expire_client("c0")
     fake_run.coordinator.receive(0.001)
     heartbeat.beat()
     assert fake_run.coordinator.alive_clients() == ["c0"]
@@ -200,7 +200,7 @@ def test_client_that_was_given_up_before_its_data_was_loaded_is_served_again_wit
 
 def test_worker_goes_when_another_one_serves_its_client(fake_run, worker, heartbeat, ended):
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
-    fake_run.coordinator.bury("c0")
+    fake_run.coordinator.expire_client("c0")
     fake_run.join("c0", "worker-b")
     heartbeat.beat()
     assert ended == ["client c0 is served by another worker by now"]

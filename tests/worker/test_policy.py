@@ -13,8 +13,8 @@ from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.protocol.messages import Ending, Update, read
 from fedqueue.protocol.signed_envelope import digest_of
-from fedqueue_worker.egress_log import Outbox, open_outbox
-from fedqueue_worker.job_runner import Round
+from fedqueue_worker.egress_log import EgressLog, open_egress_log
+from fedqueue_worker.job_runner import JobRunner
 from fedqueue_worker.policy import ANYTHING, Policy, load_policy
 
 
@@ -83,10 +83,10 @@ def test_policy_with_a_mistake_names_key_value_and_what_is_accepted(tmp_path, te
 
 
 class AgreedSite(Site):
-    def __init__(self, run, agreed, outbox):
+    def __init__(self, run, agreed, egress_log):
         super().__init__(run)
-        self.task.examples = lambda data: 10
-        self.round = Round(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, outbox)
+        self.task.num_examples = lambda data: 10
+        self.round = JobRunner(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, egress_log)
         self.round.load("c0", "the rows of c0")
 
 
@@ -96,7 +96,7 @@ def lines(path):
 
 def test_job_that_asks_for_more_ends_as_refused_and_nothing_is_trained(fake_run, tmp_path):
     path = tmp_path / "out.jsonl"
-    site = AgreedSite(fake_run, Policy(min_examples=11), Outbox(path, "sample"))
+    site = AgreedSite(fake_run, Policy(min_examples=11), EgressLog(path, "sample"))
     [entry] = site.train()
     ending = read(Ending, entry.body)
     assert (entry.kind, ending.reason) == ("ended", "refused")
@@ -109,7 +109,7 @@ def test_job_that_asks_for_more_ends_as_refused_and_nothing_is_trained(fake_run,
 def test_only_metrics_that_may_leave_do_and_the_log_names_them(fake_run, tmp_path):
     path = tmp_path / "out.jsonl"
     site = AgreedSite(
-        fake_run, Policy(metrics=["loss"]), Outbox(path, "sample", lambda: datetime(2026, 1, 2, tzinfo=UTC))
+        fake_run, Policy(metrics=["loss"]), EgressLog(path, "sample", lambda: datetime(2026, 1, 2, tzinfo=UTC))
     )
     site.task.metrics = {"loss": 0.5, "patients_with_x": 3.0}
     [entry] = site.train()
@@ -126,16 +126,16 @@ def test_only_metrics_that_may_leave_do_and_the_log_names_them(fake_run, tmp_pat
 
 def test_post_that_redis_does_not_take_gets_a_second_line(fake_run, tmp_path):
     path = tmp_path / "out.jsonl"
-    site = AgreedSite(fake_run, ANYTHING, Outbox(path, "sample"))
+    site = AgreedSite(fake_run, ANYTHING, EgressLog(path, "sample"))
     site.task.during = lambda progress: fake_run.client.delete(fake_run.keys.job("sample-00000001"))
     assert site.train() == []
     assert [(line["what"], line.get("reason")) for line in lines(path)] == [("update", None), ("not taken", "closed")]
 
 
 def test_nothing_leaves_that_cannot_be_logged(fake_run, tmp_path):
-    site = AgreedSite(fake_run, ANYTHING, Outbox(tmp_path / "no such folder" / "out.jsonl", "sample"))
+    site = AgreedSite(fake_run, ANYTHING, EgressLog(tmp_path / "no such folder" / "out.jsonl", "sample"))
     with pytest.raises(FileNotFoundError):
         site.train()
     assert fake_run.updates() == []
     with pytest.raises(ConfigurationError, match=r"security.outbox = .*cannot be logged there"):
-        open_outbox("/dev/null/x", "sample", "token")
+        open_egress_log("/dev/null/x", "sample", "token")

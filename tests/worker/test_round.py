@@ -11,17 +11,17 @@ import redis
 import structlog
 import torch
 
-from fedqueue import Fit, Task
+from fedqueue import Task, TrainResult
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import WireError
-from fedqueue.local_update import presentable
+from fedqueue.local_update import reportable_metrics
 from fedqueue.protocol.messages import MAX_METRICS, Ending, Update, read
 from fedqueue.tensors.codec import upward
 from fedqueue.tensors.frame import Frame
 from fedqueue_worker import job_runner as round_module
-from fedqueue_worker.egress_log import Outbox
+from fedqueue_worker.egress_log import EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
-from fedqueue_worker.job_runner import NONE, HandBack, Round, describe, slowed
+from fedqueue_worker.job_runner import UNCOMPRESSED, HandBack, JobRunner, describe, slowed
 
 
 @pytest.fixture(autouse=True)
@@ -48,18 +48,18 @@ class Doubling(Task):
                 buffer.fill_(5.0 if buffer.dtype.is_floating_point else 9)
         self.during(progress)
         progress()
-        return Fit(np.int64(10), self.metrics)
+        return TrainResult(np.int64(10), self.metrics)
 
 
 class Site:
     """A worker's round on a sample run."""
 
-    def __init__(self, run, keep_base=True, slowdown=None, compression=NONE):
+    def __init__(self, run, keep_base=True, slowdown=None, compression=UNCOMPRESSED):
         self.run, self.task = run, Doubling()
         self.store = run.join("c0")
         self.ended = []
         self.heartbeat = Heartbeat(self.store, ["c0"], 60, 60, self.ended.append)
-        self.round = Round(
+        self.round = JobRunner(
             self.store, self.task, run.module, self.heartbeat, 60, keep_base, slowdown or {}, compression=compression
         )
         self.round.load("c0", "the rows of c0")
@@ -133,7 +133,7 @@ def test_default_training_ends_in_the_delta_that_the_same_training_elsewhere_giv
     module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
     data = torch.utils.data.TensorDataset(torch.randn(20, 3), torch.randint(0, 2, (20,)))
     site = Site(fake_run)
-    site.round = Round(site.store, Default(), fake_run.module, site.heartbeat, 60, True, {})
+    site.round = JobRunner(site.store, Default(), fake_run.module, site.heartbeat, 60, True, {})
     site.round.load("c0", data)
     [entry] = site.train()
     received = frame_of(fake_run, entry)
@@ -160,7 +160,7 @@ class Ramp(Doubling):
             vector = torch.nn.utils.parameters_to_vector(model.parameters())
             torch.nn.utils.vector_to_parameters(vector + torch.arange(len(vector)), model.parameters())
         self.during(progress)
-        return Fit(10)
+        return TrainResult(10)
 
 
 def compressed_site(run, **compression):
@@ -222,7 +222,7 @@ def test_update_whose_answer_was_lost_was_taken(fake_run, monkeypatch):
 
 def test_header_and_outbox_say_what_really_travels(fake_run, tmp_path):
     site, _ = compressed_site(fake_run, up="int8", up_lossless="zstd")
-    site.round._outbox = Outbox(tmp_path / "outbox.jsonl")
+    site.round._egress_log = EgressLog(tmp_path / "outbox.jsonl")
     [entry] = site.train()
     update = read(Update, entry.body)
     stored = fake_run.client.get(fake_run.keys.payload(entry.job, 1) + ":0")
@@ -402,13 +402,15 @@ def test_order_that_is_not_of_the_protocol_is_refused(fake_run, site, change):
 
 
 def test_only_finite_numbers_under_short_names_are_presented():
-    fit = Fit(1, {"loss": 0.5, "nan": float("nan"), "inf": float("-inf"), "n" * 99: np.float32(2), "count": True})
-    assert presentable(fit) == {"loss": 0.5, "n" * 64: 2.0, "count": 1.0}
+    fit = TrainResult(
+        1, {"loss": 0.5, "nan": float("nan"), "inf": float("-inf"), "n" * 99: np.float32(2), "count": True}
+    )
+    assert reportable_metrics(fit) == {"loss": 0.5, "n" * 64: 2.0, "count": 1.0}
 
 
 def test_at_most_so_many_metrics_are_presented():
     many = {f"m{i}": float(i) if i else float("nan") for i in range(MAX_METRICS + 10)}
-    shown = presentable(Fit(1, many))
+    shown = reportable_metrics(TrainResult(1, many))
     assert list(shown) == [f"m{i}" for i in range(1, MAX_METRICS + 1)]
 
 

@@ -272,7 +272,7 @@ def test_stop_that_is_lost_while_it_waits_for_the_run_is_heard_at_the_next_turn(
 def test_stop_between_two_of_rq_s_loops_starts_no_further_one(fake_run, task, monkeypatch, logs):
     """The first loop is broken off in the middle of a job, so that RQ's worker still seems to be busy."""
     monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", broken_off)
-    monkeypatch.setattr(worker_module.Patience, "wait", lost_signal)
+    monkeypatch.setattr(worker_module.RedisRetry, "wait", lost_signal)
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
     assert [entry["event"] for entry in logs].count("RQ's loop is started again") == 1
@@ -293,7 +293,7 @@ def test_data_that_cannot_be_loaded_ends_the_worker_politely(fake_run, task):
 
 
 def test_worker_counts_examples_that_numpy_counted(fake_run, task):
-    task.examples = lambda data: np.int64(len(data))
+    task.num_examples = lambda data: np.int64(len(data))
     enqueue(fake_run)
     start(fake_run, task, once=True)
     assert fake_run.coordinator.registrations()["client-0"]["examples"] == 10

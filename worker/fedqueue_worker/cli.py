@@ -79,7 +79,7 @@ def worker(
     from fedqueue.task import load_task
     from fedqueue.transport.connection import check, connect
     from fedqueue.transport.worker_store import WorkerStore
-    from fedqueue_worker.egress_log import open_outbox
+    from fedqueue_worker.egress_log import open_egress_log
     from fedqueue_worker.policy import ANYTHING, load_policy
     from fedqueue_worker.process import Worker, new_token
 
@@ -87,17 +87,17 @@ def worker(
     security, token = settings.security, new_token()
     terms = policy or (Path(security.policy) if security.policy else None)
     agreed = load_policy(terms) if terms else ANYTHING
-    trust = None
+    identity = None
     if security.signatures == "required":
-        from fedqueue.protocol.site_identity import load_site_trust
+        from fedqueue.protocol.site_identity import load_site_identity
 
-        trust = load_site_trust(Path(security.keys), settings.name, token)
-        candidates = [only_with_keys(options, trust.clients, security.keys) for options in candidates]
-    outbox = open_outbox(security.outbox, settings.name, token)
+        identity = load_site_identity(Path(security.keys), settings.name, token)
+        candidates = [only_with_keys(options, identity.clients, security.keys) for options in candidates]
+    egress_log = open_egress_log(security.outbox, settings.name, token)
     check(connection, url)
     task = load_task(settings.task.entrypoint, settings.task.options, folder)
-    store = WorkerStore(connection, settings.name, token, trust)
-    because = Worker(settings, task, store, agreed, outbox).run(candidates, once)
+    store = WorkerStore(connection, settings.name, token, identity)
+    because = Worker(settings, task, store, agreed, egress_log).run(candidates, once)
     typer.echo(f"fedqueue-worker: {because}", err=True)
 
 

@@ -23,7 +23,7 @@ def _utc() -> datetime:
     return datetime.now(UTC)
 
 
-class Outbox:
+class EgressLog:
     """Appends to `path`; None: nowhere."""
 
     def __init__(self, path: Path | None, run: str = "", clock: Callable[[], datetime] = _utc) -> None:
@@ -63,10 +63,10 @@ def _job(claim: Claim) -> dict[str, Any]:
     return {"client": claim.client, "job": claim.job, "attempt": claim.attempt, "version": claim.version}
 
 
-SILENT = Outbox(None)
+SILENT = EgressLog(None)
 
 
-def open_outbox(folder: str, run: str, token: str) -> Outbox:
+def open_egress_log(folder: str, run: str, token: str) -> EgressLog:
     """The outbox of one worker process: `FOLDER/RUN-TOKEN.jsonl`; an empty folder's name: none.
 
     Raises ConfigurationError where it cannot be written.
@@ -80,4 +80,4 @@ def open_outbox(folder: str, run: str, token: str) -> Outbox:
     except OSError as error:
         accepted = f"what leaves this site cannot be logged there ({error.strerror}); name another folder, or none"
         raise ConfigurationError("security.outbox", folder, accepted) from None
-    return Outbox(path, run)
+    return EgressLog(path, run)

@@ -15,22 +15,22 @@ import torch
 
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
-from fedqueue.local_update import attempt
+from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Ending, Order
 from fedqueue.task import Progress, Task
 from fedqueue.tensors.codec import downward, upward
-from fedqueue.tensors.error_feedback import Sender
+from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame, Manifest
-from fedqueue.transport.retry import Patience
+from fedqueue.transport.retry import RedisRetry
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue.transport.zero_copy import Command
-from fedqueue_worker.egress_log import SILENT, Outbox
+from fedqueue_worker.egress_log import SILENT, EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.policy import ANYTHING, Policy
 
 log = structlog.get_logger("fedqueue.worker")
 
-NONE = CompressionConfig()
+UNCOMPRESSED = CompressionConfig()
 ERROR_FRAMES = 3
 ERROR_MESSAGE = 500  # characters
 
@@ -39,7 +39,7 @@ class HandBack(BaseException):
     """The worker was told to stop: the job goes back at once. Raised by the signal handler, inside training."""
 
 
-class Round:
+class JobRunner:
     """Trains jobs for the clients of one worker process; model, buffers and data stay warm between them."""
 
     def __init__(
@@ -52,18 +52,18 @@ class Round:
         keep_base: bool,
         slowdown: Mapping[str, float],
         policy: Policy = ANYTHING,
-        outbox: Outbox = SILENT,
-        compression: CompressionConfig = NONE,
+        egress_log: EgressLog = SILENT,
+        compression: CompressionConfig = UNCOMPRESSED,
     ) -> None:
         self._store, self._task, self._model, self._heartbeat = store, task, model, heartbeat
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
-        manifest = Manifest.of(model)
+        manifest = Manifest.from_module(model)
         self._base = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._local = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
-        self._down, self._sender = downward(compression, manifest), Sender(upward(compression, manifest))
+        self._down, self._feedback = downward(compression, manifest), ErrorFeedback(upward(compression, manifest))
         self._data: dict[str, Any] = {}
-        self._policy, self._outbox = policy, outbox
-        self._patience = Patience(lambda: self.told_to_stop)
+        self._policy, self._egress_log = policy, egress_log
+        self._retry = RedisRetry(lambda: self.told_to_stop)
         self.on_progress: Callable[[], None] = lambda: None
         self.closing: Callable[[], list[Command]] = list
         """The commands with which RQ's record of the job ends, if they may travel with the job's post."""
@@ -76,7 +76,7 @@ class Round:
 
     def load(self, client: str, data: Any) -> None:
         self._data[client] = data
-        if self._sender.holds_back:
+        if self._feedback.holds_back:
             log.info("error feedback begins at zero", client=client)
 
     def train(self, order: bytes | dict[str, Any]) -> None:
@@ -85,11 +85,11 @@ class Round:
         Raises WireError for what is no order of the run's coordinator.
         """
         self.closed = False
-        wanted = self._patience.ride_out(lambda: self._store.open_order(order))
+        wanted = self._retry.call(lambda: self._store.open_order(order))
         if wanted.run != self._store.run or wanted.client not in self._data:
             raise WireError(f"order for client {wanted.client} of run {wanted.run}: not served here")
         try:
-            claim = self._patience.ride_out(lambda: self._store.claim(wanted.job, self._lease_seconds, wanted.client))
+            claim = self._retry.call(lambda: self._store.claim(wanted.job, self._lease_seconds, wanted.client))
         except (JobClosed, ServerUnavailable, SignatureError) as error:
             log.warning("job not begun", job=wanted.job, reason=str(error))
             return
@@ -112,30 +112,32 @@ class Round:
             self.jobs += 1
 
     def _end(self, claim: Claim, ending: Ending) -> None:
-        self._outbox.ends(claim, ending)
-        self._patience.ride_out(lambda: self._store.end(claim, ending))
+        self._egress_log.ends(claim, ending)
+        self._retry.call(lambda: self._store.end(claim, ending))
 
     def _attempt(self, order: Order, claim: Claim) -> None:
-        self._policy.agree_to(order.training, self._task.examples(self._data[order.client]))
-        self._patience.ride_out(lambda: self._store.fetch_model(claim.version, self._down, self._base))
+        self._policy.agree_to(order.training, self._task.num_examples(self._data[order.client]))
+        self._retry.call(lambda: self._store.fetch_model(claim.version, self._down, self._base))
         if not self._keep_base:
-            self._patience.ride_out(lambda: self._store.release_base(claim))
+            self._retry.call(lambda: self._store.release_base(claim))
         self._progress()
 
         progress = slowed(self._progress, self._slowdown.get(order.client, 1.0))
-        update = attempt(self._task, self._model, self._data[order.client], order, self._base, self._local, progress)
+        update = compute_update(
+            self._task, self._model, self._data[order.client], order, self._base, self._local, progress
+        )
         update = self._policy.let_out(update)
-        update, wire = self._sender.encode(order.client, self._local, update, order.seed)
+        update, wire = self._feedback.encode(order.client, self._local, update, order.seed)
         update = self._store.described(update, wire)
-        self._outbox.posts(claim, update, wire)
+        self._egress_log.posts(claim, update, wire)
         self._progress()
         closing = self.closing()
-        refused = self._patience.ride_out(lambda: self._store.post(claim, update, wire, closing))
+        refused = self._retry.call(lambda: self._store.post(claim, update, wire, closing))
         self.closed = bool(closing)
         if refused in ("", "replayed"):  # replayed: it was taken, and the answer was lost
-            self._sender.accepted(order.client, self._local)
+            self._feedback.accepted(order.client, self._local)
         if refused:
-            self._outbox.was_refused(claim, refused)
+            self._egress_log.was_refused(claim, refused)
             log.warning("update refused", job=order.job, reason=refused)
         else:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
@@ -148,7 +150,7 @@ class Round:
     def _hand_back(self, claim: Claim) -> None:
         ending = Ending(reason="returned")
         try:
-            self._outbox.ends(claim, ending)
+            self._egress_log.ends(claim, ending)
             refused = self._store.end(claim, ending)
         except redis.RedisError as error:  # no time to wait: its lease will run out
             log.warning("job not handed back", job=claim.job, reason=str(error))

@@ -33,15 +33,15 @@ from fedqueue.protocol.messages import Registration
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Manifest
 from fedqueue.terminal import DONE
-from fedqueue.transport.connection import hurry
-from fedqueue.transport.retry import Patience, passing
+from fedqueue.transport.connection import limit_retries
+from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue.transport.rq_jobs import NoTimeout, Serializer, client_queue, forget, job_class, queue_class
 from fedqueue.transport.store import RunInfo
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue.transport.zero_copy import Command
-from fedqueue_worker.egress_log import SILENT, Outbox
+from fedqueue_worker.egress_log import SILENT, EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
-from fedqueue_worker.job_runner import HandBack, Round
+from fedqueue_worker.job_runner import HandBack, JobRunner
 from fedqueue_worker.policy import ANYTHING, Policy
 
 log = structlog.get_logger("fedqueue.worker")
@@ -56,7 +56,7 @@ class TrainingWorker(SimpleWorker):
 
     death_penalty_class = NoTimeout
 
-    def __init__(self, *args: Any, round: Round, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, round: JobRunner, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.queue_class = queue_class(self.queues)
         self.round = round
@@ -216,7 +216,7 @@ class TrainingWorker(SimpleWorker):
         if self.round.told_to_stop:
             return  # it is on its way out
         self._stop_requested = self.round.told_to_stop = True
-        hurry(self.connection)
+        limit_retries(self.connection)
         if self.round.interruptible:
             self.round.interruptible = False
             raise HandBack
@@ -233,10 +233,10 @@ class Worker:
         task: Task,
         store: WorkerStore,
         policy: Policy = ANYTHING,
-        outbox: Outbox = SILENT,
+        egress_log: EgressLog = SILENT,
     ) -> None:
         self.config, self.task, self.store = config, task, store
-        self.policy, self.outbox = policy, outbox
+        self.policy, self.egress_log = policy, egress_log
         self.clients: list[str] = []
         self.ended_because = ""
         self._heartbeat: Heartbeat | None = None
@@ -255,16 +255,16 @@ class Worker:
         info = self._wait_for_the_run()
         if info.state != "running":
             return f"the run has ended: {info.stopped_because}"
-        trust = self.store.trust
-        if trust:
-            trust.enter(info)
-        elif info.charter:
+        identity = self.store.identity
+        if identity:
+            identity.enter(info)
+        elif info.descriptor:
             raise ConfigurationError("security.signatures", "off", f"run {info.run!r} is signed: its workers need keys")
         torch.set_num_threads(self.config.training.threads)
         model = self.task.model()
         torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         try:
-            Manifest.unpack(info.manifest).require(Manifest.of(model))
+            Manifest.unpack(info.manifest).require(Manifest.from_module(model))
         except ManifestMismatch as error:
             raise ManifestMismatch(f"this worker's task does not fit run {info.run!r}: {error}") from None
         run_config = parse_config(info.config)
@@ -275,32 +275,32 @@ class Worker:
         )
         heartbeat.start()
         try:
-            round_ = Round(
+            round_ = JobRunner(
                 self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
-                self.config.clients.slowdown, self.policy, self.outbox, run_config.compression,
+                self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
             )  # fmt: skip
             for client in self.clients:
                 data = self.task.train_data(self.config.clients.client(client))
                 round_.load(client, data)
-                registration = Registration(client=client, examples=int(self.task.examples(data)))
-                self.outbox.registers(registration)
+                registration = Registration(client=client, examples=int(self.task.num_examples(data)))
+                self.egress_log.registers(registration)
                 heartbeat.register(registration)
             log.info("ready", run=info.run, clients=self.clients, pid=os.getpid())
             self._work(round_, once)
         finally:
-            hurry(self.store.redis)
+            limit_retries(self.store.redis)
             heartbeat.stop()
             with contextlib.suppress(redis.RedisError):  # then the clients' aliveness runs out
                 self.store.leave(self.clients)
-        if trust and trust.broken:
-            raise SignatureError(trust.broken)
+        if identity and identity.broken:
+            raise SignatureError(identity.broken)
         return self.ended_because or "stopped"
 
     def _wait_for_the_run(self) -> RunInfo:
-        said, patience = False, Patience(lambda: self._told_to_leave)
+        said, retry = False, RedisRetry(lambda: self._told_to_leave)
         while not self._told_to_leave:
             try:
-                info = patience.ride_out(self.store.info)
+                info = retry.call(self.store.info)
             except RunNotFound:
                 info = None
             if info and info.version >= 0:
@@ -313,10 +313,10 @@ class Worker:
 
     def _join(self, candidates: Sequence[Sequence[str]], lease_seconds: float) -> list[str]:
         clients: list[str] = []
-        patience = Patience(lambda: self._told_to_leave)
+        retry = RedisRetry(lambda: self._told_to_leave)
         for options in candidates:
             free = [c for c in options if c not in clients]
-            client = patience.ride_out(lambda free=free: self.store.join(free, lease_seconds))  # type: ignore[misc]
+            client = retry.call(lambda free=free: self.store.join(free, lease_seconds))  # type: ignore[misc]
             if client is None:
                 self.store.leave(clients)
                 raise ClientTaken(
@@ -327,10 +327,10 @@ class Worker:
             clients.append(client)
         return clients
 
-    def _work(self, round_: Round, once: bool) -> None:
+    def _work(self, round_: JobRunner, once: bool) -> None:
         """RQ's loop; started again where an outage in the middle of its bookkeeping ended it."""
         round_.told_to_stop = self._told_to_leave
-        patience = Patience()
+        retry = RedisRetry()
         with contextlib.suppress(StopRequested):  # between two of RQ's loops
             while not round_.told_to_stop:
                 interrupted: redis.RedisError = redis.ConnectionError("RQ's loop has ended by itself")
@@ -345,9 +345,9 @@ class Worker:
                 if round_.told_to_stop or (once and round_.jobs):  # nothing more can be said to a server that is away
                     return
                 log.warning("RQ's loop is started again", because=str(interrupted))
-                patience.wait(interrupted)
+                retry.wait(interrupted)
 
-    def _make_rq_worker(self, round_: Round) -> TrainingWorker:
+    def _make_rq_worker(self, round_: JobRunner) -> TrainingWorker:
         connection = self.store.redis
         cls = job_class(round_.train)
         return TrainingWorker(
@@ -375,7 +375,7 @@ class Worker:
 
 
 def is_outage(error: Exception) -> bool:
-    return isinstance(error, redis.RedisError) and bool(passing(error))
+    return isinstance(error, redis.RedisError) and bool(transient_reason(error))
 
 
 def new_token() -> str:

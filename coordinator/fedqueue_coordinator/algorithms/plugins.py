@@ -10,7 +10,7 @@ from fedqueue.config.entrypoint import import_entrypoint
 from fedqueue.errors import ConfigurationError, TaskError
 
 
-def load_own(entrypoint: str, folder: Path, key: str) -> Callable[..., Any]:
+def load_plugin(entrypoint: str, folder: Path, key: str) -> Callable[..., Any]:
     """The callable that `entrypoint` names, relative to `folder`; raises ConfigurationError that names `key`."""
     try:
         module, name = import_entrypoint(entrypoint, folder, key)

@@ -15,7 +15,7 @@ from fedqueue.training import make_optimizer, optimizer_class
 from fedqueue_coordinator.algorithms.aggregator import Aggregator, fedasync, fedavg, fedbuff
 from fedqueue_coordinator.algorithms.ca2fl import ca2fl
 from fedqueue_coordinator.algorithms.fadas import fadas
-from fedqueue_coordinator.algorithms.plugins import load_own
+from fedqueue_coordinator.algorithms.plugins import load_plugin
 from fedqueue_coordinator.algorithms.robust import make_rule, robust_fedbuff
 from fedqueue_coordinator.algorithms.running_statistics import with_running_statistics
 from fedqueue_coordinator.algorithms.server_optimizer import try_out
@@ -77,7 +77,7 @@ def make_aggregator(config: Config) -> Aggregator:
     """Raises ConfigurationError for a mode that cannot be loaded, and for options that it does not take."""
     mode, options = config.aggregation.mode, config.aggregation.options
     own = mode not in AGGREGATORS
-    factory = load_own(mode, config.folder, "aggregation.mode") if own else AGGREGATORS[mode]
+    factory = load_plugin(mode, config.folder, "aggregation.mode") if own else AGGREGATORS[mode]
     try:
         aggregator = factory(config, **options)
     except (TypeError, ValueError, IndexError) as error:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedqueue.config.aggregation import StalenessConfig
 from fedqueue.config.entrypoint import is_entrypoint
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.algorithms.plugins import load_own
+from fedqueue_coordinator.algorithms.plugins import load_plugin
 
 Staleness = Callable[[int], float]
 
@@ -68,7 +68,7 @@ def make_staleness(config: StalenessConfig, folder: Path = Path()) -> Staleness:
 
 def _own(name: str, options: dict[str, float], folder: Path) -> Staleness:
     key = "aggregation.staleness.function"
-    function = load_own(name, folder, key)
+    function = load_plugin(name, folder, key)
 
     def weigh(tau: int) -> float:
         return float(function(tau, **options))

@@ -165,7 +165,7 @@ def coordinator(
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", "", "is required: set it, or pass --redis URL")
-    from fedqueue.protocol.coordinator_identity import load_authority
+    from fedqueue.protocol.coordinator_identity import load_coordinator_identity
     from fedqueue.task import load_task
     from fedqueue.transport.connection import check, connect
     from fedqueue_coordinator.operator.local_run import INTERRUPT, exit_code, print_result
@@ -175,13 +175,15 @@ def coordinator(
     from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
 
     security = settings.security
-    authority = load_authority(Path(security.keys), settings.name) if security.signatures == "required" else None
+    identity = (
+        load_coordinator_identity(Path(security.keys), settings.name) if security.signatures == "required" else None
+    )
     task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
     connection = connect(url, tls=settings.redis.tls)
     check(connection, url)
     view = LiveView(settings, quiet=False)
     folder = output or Path("runs") / settings.name
-    store = CoordinatorStore(connection, settings.name, new_owner(), authority)
+    store = CoordinatorStore(connection, settings.name, new_owner(), identity)
     leading = Coordinator(settings, task, store, folder, view.update)
     signal.signal(signal.SIGTERM, lambda *_: leading.pause())
     signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))
@@ -245,10 +247,10 @@ def audit(
     Where KEYS has the coordinator's public key, what it signed is verified too.
     """
     from fedqueue_coordinator.operator.audit.audit import audit as check
-    from fedqueue_coordinator.operator.audit.audit import ok, read_books
+    from fedqueue_coordinator.operator.audit.audit import ok, read_audit_input
     from fedqueue_coordinator.operator.status import show_audit
 
-    checks = check(read_books(run, redis, keys))
+    checks = check(read_audit_input(run, redis, keys))
     show_audit(run, checks)
     raise typer.Exit(DONE if ok(checks) else FAILED)
 

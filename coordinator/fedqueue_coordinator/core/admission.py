@@ -94,14 +94,14 @@ def admit_frame(frame: Delta) -> float:
     try:
         norm = math.hypot(*(float(torch.linalg.vector_norm(values)) for _, values in frame.pieces()))
     except (StoreError, WireError) as error:
-        raise Inadmissible(why_unusable(error), str(error)) from error
+        raise Inadmissible(unusable_reason(error), str(error)) from error
     buffers = float(torch.linalg.vector_norm(frame.buffers)) if len(frame.buffers) else 0.0
     if not (math.isfinite(norm) and math.isfinite(buffers)):
         raise Inadmissible(NON_FINITE, "the payload holds NaN, infinity, or values whose norm overflows float32")
     return norm
 
 
-def why_unusable(error: StoreError | WireError) -> str:
+def unusable_reason(error: StoreError | WireError) -> str:
     """The reason for which a payload is rejected that cannot be read, is not what was signed, or is no frame."""
     if isinstance(error, StoreError):
         return UNREADABLE

@@ -149,7 +149,7 @@ class Close:
 
 
 @dataclass(frozen=True)
-class Note:
+class Acknowledge:
     """Acknowledge an entry that ends no job, with a ledger record where there is one."""
 
     entry: str
@@ -169,4 +169,4 @@ class Stop:
     failed: bool = False
 
 
-Action = Dispatch | Load | Commit | Close | Note | Evaluate | Stop
+Action = Dispatch | Load | Commit | Close | Acknowledge | Evaluate | Stop

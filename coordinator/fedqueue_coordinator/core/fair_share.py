@@ -13,14 +13,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fedqueue.config.loading import Config
-from fedqueue_coordinator.core.run_counters import Totals
-from fedqueue_coordinator.core.selection import Known, draw, make_selection
+from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.selection import ClientStats, draw, make_selection
 
 
-class Turns:
+class FairShare:
     """`totals` is the federation's own: what is committed is read there, what is not is counted here."""
 
-    def __init__(self, config: Config, totals: Totals) -> None:
+    def __init__(self, config: Config, totals: RunCounters) -> None:
         self.last_job: dict[str, int] = {}
         """Client → the number of its last job."""
         self._seed, self._window = config.seed, config.dispatch.share_window
@@ -57,7 +57,7 @@ class Turns:
         def last_merged(client: str) -> int:
             return version + 1 if self._pending[client] > 0 else self._totals.last_merged.get(client, -1)
 
-        return self._select(candidates, Known(examples, last_merged, self.last_job), draw(self._seed, number))
+        return self._select(candidates, ClientStats(examples, last_merged, self.last_job), draw(self._seed, number))
 
     def within_share(self, idle: Sequence[str], busy: Mapping[str, int], nothing_under_way: bool) -> Sequence[str]:
         """Those of `idle` (sorted) that the cap lets train; where it lets none and nothing is under way, the least."""

@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fedqueue.config.dispatch import CompassConfig
+from fedqueue.config.dispatch import FedCompassConfig
 
 
 @dataclass
@@ -41,21 +41,21 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Underway:
+class RunningJob:
     """A job: when it was dispatched, and with how many steps."""
 
     since: float
     steps: int
 
 
-class Compass:
+class FedCompass:
     """`step_seconds` (client → s_i) is committed with every version; groups are not: a successor begins new ones."""
 
-    def __init__(self, config: CompassConfig, step_seconds: dict[str, float]) -> None:
+    def __init__(self, config: FedCompassConfig, step_seconds: dict[str, float]) -> None:
         self._config, self._step_seconds = config, step_seconds
         self.groups: list[Group] = []
         self._group_of: dict[str, Group] = {}
-        self._underway: dict[str, Underway] = {}
+        self._underway: dict[str, RunningJob] = {}
 
     def fastest(self, clients: Sequence[str]) -> str:
         """Who is assigned first; clients of unknown speed come before all others."""
@@ -65,12 +65,12 @@ class Compass:
         """How many steps the client's next job has, which begins now; the client is a member of a group from now on."""
         seconds = self._step_seconds.get(client)
         if seconds is None:
-            self._underway[client] = Underway(now, self._config.min_steps)
+            self._underway[client] = RunningJob(now, self._config.min_steps)
             return self._config.min_steps
         group, steps = self._join(seconds, now) or self._open(seconds, now)
         group.training.add(client)
         self._group_of[client] = group
-        self._underway[client] = Underway(now, steps)
+        self._underway[client] = RunningJob(now, steps)
         return steps
 
     def _join(self, seconds: float, now: float) -> tuple[Group, int] | None:

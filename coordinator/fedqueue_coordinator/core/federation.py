@@ -29,6 +29,7 @@ from fedqueue_coordinator.core import admission
 from fedqueue_coordinator.core.admission import Inadmissible, admit_frame, admit_header, admit_to_round
 from fedqueue_coordinator.core.evaluation_schedule import EvaluationSchedule
 from fedqueue_coordinator.core.events import (
+    Acknowledge,
     Action,
     ClientJoined,
     ClientLeft,
@@ -41,7 +42,6 @@ from fedqueue_coordinator.core.events import (
     JobLapsed,
     JobStays,
     Load,
-    Note,
     Stop,
     Tick,
     UpdateArrived,
@@ -51,12 +51,12 @@ from fedqueue_coordinator.core.events import (
 from fedqueue_coordinator.core.ledger_records import abandoned_record, merged_line, rejected_record, version_record
 from fedqueue_coordinator.core.norm_limit import NormLimit
 from fedqueue_coordinator.core.outlier_filter import OutlierFilter
-from fedqueue_coordinator.core.penalties import hold_ending_against, hold_rejection_against
-from fedqueue_coordinator.core.run_counters import Totals
-from fedqueue_coordinator.core.scheduler import Slots
+from fedqueue_coordinator.core.penalties import penalize_ending, penalize_rejection
+from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
 from fedqueue_coordinator.core.stop_conditions import stop_reason, target_reached
-from fedqueue_coordinator.service.payload_reader import Landing
+from fedqueue_coordinator.service.payload_reader import PayloadReader
 
 
 class Federation:
@@ -73,7 +73,7 @@ class Federation:
         version: int = 0,
         job_number: int = 0,
         optimizer_state: bytes = b"",
-        totals: Totals | None = None,
+        totals: RunCounters | None = None,
         evaluates: bool = True,
         epoch: int = 0,
         norms: Sequence[float] = (),
@@ -82,7 +82,7 @@ class Federation:
         self.epoch = epoch
         self.model = model
         self.version = version
-        self.totals = totals or Totals()
+        self.totals = totals or RunCounters()
         self.rejected: Counter[str] = Counter()
         self.abandoned: Counter[str] = Counter()
         self.evaluated: Evaluated | None = None  # the newest central evaluation
@@ -93,7 +93,7 @@ class Federation:
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)
         self._filter = OutlierFilter(config.aggregation.filter, model.manifest.parameters)
         self._accumulator = self._aggregator.init(model.manifest)
-        self.landing = Landing(self._aggregator, self._accumulator, self.up)
+        self.payloads = PayloadReader(self._aggregator, self._accumulator, self.up)
         state = load_state(optimizer_state)
         self._optimizer.restore(state[OPTIMIZER])
         self._filter.restore(state[FILTER])
@@ -103,11 +103,11 @@ class Federation:
         self._buffer: list[tuple[UpdateArrived, dict[str, Any]]] = []
         self._arriving: set[str] = set()  # jobs whose update is here, neither merged nor rejected yet
         self._norms = NormLimit(config.admission, norms)
-        self._slots = Slots(config, self.totals, epoch, job_number, started=version > 0 or job_number > 0)
+        self._scheduler = Scheduler(config, self.totals, epoch, job_number, started=version > 0 or job_number > 0)
         self._alone: set[str] = set()  # jobs whose update makes a version without waiting for others
         self._evaluations = EvaluationSchedule(config.evaluation, evaluates)
 
-    def adopt(
+    def restore_jobs(
         self,
         open_jobs: Mapping[str, str],
         registered: Mapping[str, int],
@@ -117,12 +117,12 @@ class Federation:
 
         `last_jobs` is client → the number of its last job.
         """
-        self._slots.adopt(open_jobs, registered, last_jobs or {})
+        self._scheduler.restore_jobs(open_jobs, registered, last_jobs or {})
 
-    def recall(self, ledger: Iterable[Mapping[str, Any]], now: float) -> None:
+    def restore_quarantines(self, ledger: Iterable[Mapping[str, Any]], now: float) -> None:
         """Of a predecessor's ledger: who is quarantined by the filter, and until when."""
-        for client, end in self._filter.recall(ledger, now).items():
-            self._slots.backoff.rest(client, end)
+        for client, end in self._filter.restore_quarantines(ledger, now).items():
+            self._scheduler.backoff.rest(client, end)
 
     # The path of an update
 
@@ -133,19 +133,19 @@ class Federation:
         actions: list[Action] = []
         match event:
             case ClientJoined(client, examples):
-                self._slots.join(client, examples)
+                self._scheduler.join(client, examples)
             case ClientLeft(client, keeps_job):
-                self._slots.leave(client)
+                self._scheduler.leave(client)
                 if not keeps_job:
                     actions += self._take_back_job_of(client, now)
             case UpdateArrived() if self.open_jobs.get(event.job) != event.client:
                 actions.append(self._refuse_unknown(event, now))
             case UpdateArrived(distrust=(reason, detail)):
-                self._slots.arrived(event.job, event.client, now)
+                self._scheduler.arrived(event.job, event.client, now)
                 actions.append(self._reject(event, reason, detail, now))
             case UpdateArrived():
                 self._arriving.add(event.job)
-                if self._slots.arrived(event.job, event.client, now):
+                if self._scheduler.arrived(event.job, event.client, now):
                     self._alone.add(event.job)
                 actions += self._dispatch(now)
                 actions += self._admit(event, now)
@@ -154,23 +154,23 @@ class Federation:
             case UpdateUnreadable(load, detail, why):
                 actions.append(self._reject(load.arrived, why, detail, now))
             case JobEnded() if self.open_jobs.get(event.job) != event.client:
-                actions.append(Note(event.entry, None))  # the job was taken back before
+                actions.append(Acknowledge(event.entry, None))  # the job was taken back before
             case JobEnded(entry, job, client, reason, error):
                 actions.append(self._abandon(job, client, entry, reason, error, now))
-                hold_ending_against(self._slots.backoff, client, reason, now)
+                penalize_ending(self._scheduler.backoff, client, reason, now)
                 actions += self._pass_on(job, client, now)
             case JobLapsed(job, client):
                 self.abandoned["lapsed"] += 1
                 actions += self._pass_on(job, client, now)
             case JobStays(job, client, reason):
                 self.abandoned[reason] -= 1
-                self.adopt({job: client}, {})
+                self.restore_jobs({job: client}, {})
             case Evaluated():
                 self.evaluated = event
                 self._evaluations.finished()
             case Tick():
-                for client in self._slots.backoff.rested(now):
-                    self._slots.offer(client)
+                for client in self._scheduler.backoff.rested(now):
+                    self._scheduler.offer(client)
         actions += self._dispatch(now)
         if isinstance(event, Tick) and self._round_closes(now):
             actions += self._commit(now)
@@ -189,7 +189,7 @@ class Federation:
                 self.up,
                 self.version,
                 self.config.aggregation.max_staleness,
-                self._slots.registered.get(event.client, 0),
+                self._scheduler.registered.get(event.client, 0),
                 self.config.barrier,
             )
         except Inadmissible as verdict:
@@ -210,8 +210,8 @@ class Federation:
         except Inadmissible as verdict:
             return [self._reject(arrived, verdict.reason, verdict.detail, now)]
         self._arriving.discard(arrived.job)
-        self._slots.backoff.succeeded(arrived.client)
-        self._slots.offer(arrived.client)  # an earlier update's rejection may have set it aside meanwhile
+        self._scheduler.backoff.succeeded(arrived.client)
+        self._scheduler.offer(arrived.client)  # an earlier update's rejection may have set it aside meanwhile
         staleness = self.version - arrived.base
         update = Contribution(frame, header.examples, staleness, base, arrived.client)
         if self.config.aggregation.filter.on:
@@ -223,7 +223,7 @@ class Federation:
 
     def _buffer_is_full(self, job: str) -> bool:
         """Whether this job's update was the last that the coming version waited for."""
-        if not self._slots.compass:
+        if not self._scheduler.fedcompass:
             return len(self._buffer) >= self._aggregator.buffer_size
         alone = job in self._alone
         self._alone.discard(job)
@@ -235,9 +235,9 @@ class Federation:
         buffer, self._buffer = self._buffer, []
         self._filter.committed(arrived.client for arrived, _ in buffer)
         self.version += 1
-        self._slots.turns.committed(self.version, [arrived.client for arrived, _ in buffer], now)
+        self._scheduler.turns.committed(self.version, [arrived.client for arrived, _ in buffer], now)
         for arrived, line in buffer:
-            line["share"] = self._slots.turns.share(arrived.client)
+            line["share"] = self._scheduler.turns.share(arrived.client)
         record = version_record(self.version, [line for _, line in buffer], now)
         commit = Commit(self.version, tuple(arrived for arrived, _ in buffer), record)
         return [commit, *self._close_round(now)] if self.config.barrier else [commit]
@@ -245,12 +245,12 @@ class Federation:
     @property
     def clients(self) -> Mapping[str, int]:
         """Alive clients, with the number of examples each registered."""
-        return self._slots.clients
+        return self._scheduler.clients
 
     @property
     def open_jobs(self) -> Mapping[str, str]:
         """Job → client."""
-        return self._slots.open_jobs
+        return self._scheduler.open_jobs
 
     @property
     def needs_base(self) -> bool:
@@ -265,7 +265,7 @@ class Federation:
     @property
     def job_number(self) -> int:
         """How many jobs have been dispatched."""
-        return self._slots.job_number
+        return self._scheduler.job_number
 
     @property
     def buffered(self) -> int:
@@ -284,13 +284,13 @@ class Federation:
     # Slots
 
     def _dispatch(self, now: float) -> list[Action]:
-        return [*self._slots.dispatch(len(self._arriving), len(self._buffer), self.version, now)]
+        return [*self._scheduler.dispatch(len(self._arriving), len(self._buffer), self.version, now)]
 
     def _pass_on(self, job: str, client: str, now: float) -> list[Action]:
         """The job ended without an update: its slot goes to another client, or back to this one if it is alone."""
-        self._slots.lost(job, client)
+        self._scheduler.lost(job, client)
         actions = self._dispatch(now)
-        self._slots.offer(client)
+        self._scheduler.offer(client)
         return actions
 
     def _round_closes(self, now: float) -> bool:
@@ -300,21 +300,21 @@ class Federation:
         """
         if not (self.config.barrier and self._buffer) or self._arriving:
             return False
-        return self._slots.cohort.is_over(now) or self._slots.nobody_can_join
+        return self._scheduler.cohort.is_over(now) or self._scheduler.nobody_can_join
 
     def _close_round(self, now: float) -> list[Action]:
         """Whoever still trains for the version that was made is late; everybody may train for the next one."""
-        return [self._abandon(job, client, "", "late", "", now) for job, client in self._slots.close_round()]
+        return [self._abandon(job, client, "", "late", "", now) for job, client in self._scheduler.close_round()]
 
     def _close_groups(self, now: float) -> list[Action]:
         """A group that has come, or is waited for no longer, makes a version; then its clients go on."""
-        compass = self._slots.compass
-        free = compass.close_groups(now) if compass and not self._arriving else []
+        fedcompass = self._scheduler.fedcompass
+        free = fedcompass.close_groups(now) if fedcompass and not self._arriving else []
         if not free:
             return []
         actions = self._commit(now) if self._buffer else []
         for client in free:
-            self._slots.offer(client)
+            self._scheduler.offer(client)
         return actions + self._dispatch(now)
 
     # Endings other than a merge
@@ -323,10 +323,10 @@ class Federation:
         self.rejected[reason] += 1
         self._arriving.discard(arrived.job)
         self._alone.discard(arrived.job)
-        self._slots.rejected(arrived.client)
-        detail += hold_rejection_against(self._slots.backoff, self._filter, arrived.client, reason, now)
-        self._slots.withdraw(arrived.client)
-        self._slots.offer(arrived.client)
+        self._scheduler.rejected(arrived.client)
+        detail += penalize_rejection(self._scheduler.backoff, self._filter, arrived.client, reason, now)
+        self._scheduler.withdraw(arrived.client)
+        self._scheduler.offer(arrived.client)
         return Close(arrived.job, arrived.entry, rejected_record(arrived, reason, detail, self.version, now))
 
     def _abandon(self, job: str, client: str, entry: str, reason: str, error: str, now: float) -> Close:
@@ -337,14 +337,14 @@ class Federation:
         """A worker that leaves has ended the job it trained for: one still open was waiting in its queue."""
         jobs = [job for job, of in self.open_jobs.items() if of == client]
         for job in jobs:
-            self._slots.lost(job, client)
+            self._scheduler.lost(job, client)
         return [self._abandon(job, client, "", "returned", "", now) for job in jobs]
 
-    def _refuse_unknown(self, arrived: UpdateArrived, now: float) -> Note:
+    def _refuse_unknown(self, arrived: UpdateArrived, now: float) -> Acknowledge:
         """An entry that no open job accounts for: forged, or the second one of its job."""
         self.rejected[admission.UNKNOWN_JOB] += 1
         record = rejected_record(arrived, admission.UNKNOWN_JOB, "no such job is open", self.version, now)
-        return Note(arrived.entry, record)
+        return Acknowledge(arrived.entry, record)
 
     # Evaluation and the end
 
@@ -352,7 +352,7 @@ class Federation:
         return [Evaluate(self.version)] if self._evaluations.begin_if_due(self.version, now) else []
 
     def _stop(self, now: float) -> list[Action]:
-        if self._slots.registered and all(map(self._slots.backoff.set_aside, self._slots.registered)):
+        if self._scheduler.registered and all(map(self._scheduler.backoff.set_aside, self._scheduler.registered)):
             return self.stop(Stop("every client failed too often and was set aside", failed=True), now)
         if self.evaluated and self.evaluated.error:
             return self.stop(Stop(f"the evaluation failed: {self.evaluated.error}", failed=True), now)
@@ -372,17 +372,17 @@ class Federation:
         actions += [
             self._abandon(job, client, "", "run_ended", "", now) for job, client in sorted(self.open_jobs.items())
         ]
-        self._slots.open_jobs.clear()
+        self._scheduler.open_jobs.clear()
         return [*actions, stop]
 
     def _turn_away(self, event: Event, now: float) -> list[Action]:
         match event:
             case UpdateArrived(entry=entry):  # its job was abandoned when the run ended
-                return [Note(entry, None)]
+                return [Acknowledge(entry, None)]
             case UpdateLoaded(load) | UpdateUnreadable(load):
                 return [self._reject(load.arrived, admission.RUN_ENDED, "the run has ended", now)]
             case JobEnded(entry=entry):
-                return [Note(entry, None)]
+                return [Acknowledge(entry, None)]
             case JobStays(job, client, reason):
                 self.abandoned[reason] -= 1
                 return [self._abandon(job, client, "", "run_ended", "", now)]
@@ -391,10 +391,10 @@ class Federation:
     def next_deadline(self) -> float | None:
         """When a `Tick` is needed at the latest, on the run's clock; None where nothing waits for time."""
         ends = [
-            self._slots.backoff.next_end(),
+            self._scheduler.backoff.next_end(),
             self.config.stop.seconds or None,
             self._evaluations.next_deadline(self.version),
-            self._slots.cohort.deadline if self._buffer else None,
-            self._slots.compass.next_deadline() if self._slots.compass else None,
+            self._scheduler.cohort.deadline if self._buffer else None,
+            self._scheduler.fedcompass.next_deadline() if self._scheduler.fedcompass else None,
         ]
         return min((end for end in ends if end is not None), default=None)

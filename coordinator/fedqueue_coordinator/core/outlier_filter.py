@@ -86,7 +86,7 @@ class OutlierFilter:
         self._strikes[client] = self._strikes.get(client, 0) + 1
         return self._config.quarantine_seconds if self._strikes[client] >= self._config.strikes else 0.0
 
-    def recall(self, ledger: Iterable[Mapping[str, Any]], now: float) -> dict[str, float]:
+    def restore_quarantines(self, ledger: Iterable[Mapping[str, Any]], now: float) -> dict[str, float]:
         """Count the strikes in a predecessor's ledger; returns client → end of its quarantine, where that is to come.
 
         Times are seconds of the run's clock.

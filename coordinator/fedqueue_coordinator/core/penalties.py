@@ -7,7 +7,7 @@ from fedqueue_coordinator.core.dispatch import Backoff
 from fedqueue_coordinator.core.outlier_filter import REASONS, OutlierFilter
 
 
-def hold_rejection_against(backoff: Backoff, outliers: OutlierFilter, client: str, reason: str, now: float) -> str:
+def penalize_rejection(backoff: Backoff, outliers: OutlierFilter, client: str, reason: str, now: float) -> str:
     """Count a rejected update; returns what the record of it is to say beyond its detail."""
     if reason in REASONS:
         if seconds := outliers.strike(client):
@@ -20,7 +20,7 @@ def hold_rejection_against(backoff: Backoff, outliers: OutlierFilter, client: st
     return ""
 
 
-def hold_ending_against(backoff: Backoff, client: str, reason: str, now: float) -> None:
+def penalize_ending(backoff: Backoff, client: str, reason: str, now: float) -> None:
     """Count a job that its worker ended."""
     if reason in ("failed", "refused"):
         backoff.failed(client, now)

@@ -8,7 +8,7 @@ from typing import Any, Self
 
 
 @dataclass
-class Totals:
+class RunCounters:
     """Plain numbers, names and lists."""
 
     updates: int = 0
@@ -24,7 +24,7 @@ class Totals:
     """The clients of the last `dispatch.share_window` versions, a list for each version, the newest last."""
 
     @classmethod
-    def of(cls, committed: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]], window: int) -> Self:
+    def from_ledger(cls, committed: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]], window: int) -> Self:
         """As they were when `committed` was, at the last version in `ledger`."""
         totals = cls(**committed)
         for record in ledger:

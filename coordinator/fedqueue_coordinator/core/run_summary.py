@@ -11,7 +11,7 @@ from fedqueue.tensors.frame import Frame
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """The end of a run: its model (the version that reached the target, else the newest), and why it ended."""
 
     version: int

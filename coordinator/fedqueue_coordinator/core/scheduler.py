@@ -14,16 +14,16 @@ from fedqueue.config.loading import Config
 from fedqueue.protocol.keys import job_name
 from fedqueue_coordinator.core.dispatch import Backoff, IdlePool
 from fedqueue_coordinator.core.events import Dispatch
-from fedqueue_coordinator.core.fair_share import Turns
-from fedqueue_coordinator.core.fedcompass import Compass
-from fedqueue_coordinator.core.run_counters import Totals
-from fedqueue_coordinator.core.sync_round import Cohort
+from fedqueue_coordinator.core.fair_share import FairShare
+from fedqueue_coordinator.core.fedcompass import FedCompass
+from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.sync_round import SyncRound
 
 
-class Slots:
+class Scheduler:
     """`job_number` is that of the last job; job names of different `epoch`s differ."""
 
-    def __init__(self, config: Config, totals: Totals, epoch: int, job_number: int, started: bool) -> None:
+    def __init__(self, config: Config, totals: RunCounters, epoch: int, job_number: int, started: bool) -> None:
         self.clients: dict[str, int] = {}
         """Alive clients, with the number of examples each registered."""
         self.registered: dict[str, int] = {}
@@ -33,16 +33,18 @@ class Slots:
         self.job_number = job_number
         rests, limit = config.dispatch, config.admission.max_rejections
         self.backoff = Backoff(rests.backoff_seconds, rests.max_client_failures, limit)
-        self.turns = Turns(config, totals)
-        self.cohort = Cohort(config)  # stays empty without a barrier
-        compass = config.dispatch.schedule == "compass"
-        self.compass = Compass(config.dispatch.compass, totals.step_seconds) if compass else None
+        self.turns = FairShare(config, totals)
+        self.cohort = SyncRound(config)  # stays empty without a barrier
+        fedcompass = config.dispatch.schedule == "compass"
+        self.fedcompass = FedCompass(config.dispatch.compass, totals.step_seconds) if fedcompass else None
         self._config, self._totals, self._epoch = config, totals, epoch
         self._idle = IdlePool()
         self._busy: Counter[str] = Counter()  # client → open jobs; more than one only where they were adopted
         self._started = started
 
-    def adopt(self, open_jobs: Mapping[str, str], registered: Mapping[str, int], last_jobs: Mapping[str, int]) -> None:
+    def restore_jobs(
+        self, open_jobs: Mapping[str, str], registered: Mapping[str, int], last_jobs: Mapping[str, int]
+    ) -> None:
         """Take over what a predecessor left; `last_jobs` is client → the number of its last job."""
         self.open_jobs.update(open_jobs)
         self._busy.update(open_jobs.values())
@@ -64,7 +66,7 @@ class Slots:
         """The job's update is here: its slot is free. True where the schedule has it make a version alone."""
         self.free(job, client)
         self.turns.arrived(client)
-        alone = self.compass.arrived(client, now) if self.compass else False
+        alone = self.fedcompass.arrived(client, now) if self.fedcompass else False
         self.offer(client)
         return alone
 
@@ -85,8 +87,8 @@ class Slots:
 
     def _leave_group(self, client: str) -> None:
         self.cohort.drop(client)
-        if self.compass:
-            self.compass.lost(client)
+        if self.fedcompass:
+            self.fedcompass.lost(client)
 
     def withdraw(self, client: str) -> None:
         """The client is not to be chosen until it is offered its place again."""
@@ -94,7 +96,7 @@ class Slots:
 
     def offer(self, client: str) -> None:
         """The client may train again, if it is alive, idle, rested, and waits for no cohort or group."""
-        taken = self._busy[client] > 0 or client in self.cohort or (self.compass and self.compass.waits(client))
+        taken = self._busy[client] > 0 or client in self.cohort or (self.fedcompass and self.fedcompass.waits(client))
         if client in self.clients and not taken and self.backoff.allows(client):
             self._idle.add(client)
 
@@ -127,7 +129,7 @@ class Slots:
             self.turns.last_job[client] = self.job_number
             if self._config.barrier:
                 self.cohort.ask(client, now)
-            steps = self.compass.assign(client, now) if self.compass else 0
+            steps = self.fedcompass.assign(client, now) if self.fedcompass else 0
             job = job_name(self._config.name, self._epoch, self.job_number, client)
             self.open_jobs[job] = client
             dispatched.append(Dispatch(job, self.job_number, client, steps))
@@ -142,6 +144,6 @@ class Slots:
         candidates = self.turns.within_share(self._idle.clients, self._busy, nothing_under_way)
         if not candidates:
             return None
-        if self.compass:
-            return self.compass.fastest(candidates)
+        if self.fedcompass:
+            return self.fedcompass.fastest(candidates)
         return self.turns.choose(candidates, number, version, self.registered)

@@ -14,7 +14,7 @@ from fedqueue.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
-class Known:
+class ClientStats:
     """What is known of the clients; who is missing in a map has not done it yet."""
 
     examples: Mapping[str, int]
@@ -24,27 +24,27 @@ class Known:
     """The number of the client's last job."""
 
 
-Selection = Callable[[Sequence[str], Known, float], str]
+Selection = Callable[[Sequence[str], ClientStats, float], str]
 """(candidates, sorted and not empty; what is known of them; a number in [0, 1) that is the job's own) → the client."""
 
 
-def uniform(candidates: Sequence[str], known: Known, draw: float) -> str:
+def uniform(candidates: Sequence[str], known: ClientStats, draw: float) -> str:
     """Each with the same probability."""
     return candidates[int(draw * len(candidates))]
 
 
-def round_robin(candidates: Sequence[str], known: Known, draw: float) -> str:
+def round_robin(candidates: Sequence[str], known: ClientStats, draw: float) -> str:
     """Whose last job is the longest ago; those that never had one come first, by name."""
     return min(candidates, key=lambda client: known.last_job.get(client, 0))
 
 
-def stalest(candidates: Sequence[str], known: Known, draw: float) -> str:
+def stalest(candidates: Sequence[str], known: ClientStats, draw: float) -> str:
     """Whose last merged update is of the oldest version; by lot among equals."""
     oldest = min(map(known.last_merged, candidates))
     return uniform([client for client in candidates if known.last_merged(client) == oldest], known, draw)
 
 
-def by_examples(candidates: Sequence[str], known: Known, draw: float) -> str:
+def by_examples(candidates: Sequence[str], known: ClientStats, draw: float) -> str:
     """Each with a probability in proportion to its number of examples (Li et al., arXiv 1907.02189, scheme I)."""
     weights = [known.examples.get(client, 0) for client in candidates]
     place = draw * sum(weights)

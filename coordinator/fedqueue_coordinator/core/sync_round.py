@@ -10,7 +10,7 @@ from __future__ import annotations
 from fedqueue.config.loading import Config
 
 
-class Cohort:
+class SyncRound:
     """Clients asked for the coming version, and since when."""
 
     def __init__(self, config: Config) -> None:

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from fedqueue.config.loading import load_config
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.operator.reports.comparison import (
-    FILES,
+    COMPARISON_FILENAMES,
     rows,
     target_in_words,
     terminal_table,
@@ -24,11 +24,11 @@ from fedqueue_coordinator.simulation.compare import (
     Outcome,
     Setup,
     compare,
-    contenders,
-    dealt_speeds,
+    dealt_timings,
     grid,
+    make_variants,
 )
-from fedqueue_coordinator.simulation.virtual_clock import Speeds
+from fedqueue_coordinator.simulation.virtual_clock import TimingModel
 
 WIDTH = 110  # of the table where the output is no terminal
 
@@ -36,7 +36,7 @@ WIDTH = 110  # of the table where the output is no terminal
 def compare_modes(
     path: Path,
     modes: str,
-    variants: Sequence[str],
+    variant_texts: Sequence[str],
     seeds: int,
     seed_keys: Sequence[str],
     tune: Sequence[str],
@@ -49,8 +49,8 @@ def compare_modes(
     """Run the whole comparison; `clock` is batch_seconds, job_seconds and jitter (`Speeds`)."""
     config = load_config(path, overrides)
     torch.set_num_threads(config.training.threads)
-    setup = Setup(path, (*overrides, *dealt_speeds(config, speeds)), Speeds(*clock), updates, tuple(seed_keys))
-    who, combinations, target = contenders(modes, variants), grid(tune), setup.target
+    setup = Setup(path, (*overrides, *dealt_timings(config, speeds)), TimingModel(*clock), updates, tuple(seed_keys))
+    who, combinations, target = make_variants(modes, variant_texts), grid(tune), setup.target
     folder = output or Path("runs") / f"{config.name}-compare"
     runs = len(who) * (seeds + (len(combinations) * len(TUNING_SEEDS) if len(combinations) > 1 else 0))
     outcomes: list[Outcome] = []
@@ -67,7 +67,7 @@ def compare_modes(
     console.print(terminal_table(rows(outcomes, target), title))
     for line in about:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print("   ".join(str(folder / name) for name in FILES), highlight=False, soft_wrap=True)
+    console.print("   ".join(str(folder / name) for name in COMPARISON_FILENAMES), highlight=False, soft_wrap=True)
 
 
 def conditions(setup: Setup, seeds: int, tune: Sequence[str], dealt: str) -> list[str]:

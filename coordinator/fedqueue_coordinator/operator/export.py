@@ -17,7 +17,7 @@ from fedqueue_coordinator.operator.results import save_model
 from fedqueue_coordinator.operator.run_locations import finished_runs, read_summary, servers
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
-READINGS = 10  # attempts to read the exact model of a run that goes on
+READ_ATTEMPTS = 10  # attempts to read the exact model of a run that goes on
 
 
 def export_model(url: str, run: str, version: int | None, output: Path, keys: Path = Path("keys")) -> tuple[int, str]:
@@ -64,7 +64,7 @@ def _newest(store: CoordinatorStore, codec: Codec) -> tuple[int, BlobBuffer, byt
 
     Raises StoreError where it moves on too fast.
     """
-    for _ in range(READINGS):
+    for _ in range(READ_ATTEMPTS):
         version = store.info().version
         with contextlib.suppress(StoreError):  # the head was replaced meanwhile, and it or its state deleted
             wire = store.read_wire(version, codec)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fedqueue.errors import ConfigurationError
 
-FILE = "launch.json"
+LAUNCH_FILENAME = "launch.json"
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class Launch:
 
 def write_launch(folder: Path, launch: Launch) -> None:
     record = {"config": str(launch.config), "overrides": list(launch.overrides), "workers": launch.workers}
-    (folder / FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (folder / LAUNCH_FILENAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def read_launch(folder: Path, overrides: Sequence[str]) -> Launch:
     """The launch of the run in `folder`, with further `overrides`; raises ConfigurationError where none can go on."""
     try:
-        record = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        record = json.loads((folder / LAUNCH_FILENAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ConfigurationError("--resume", str(folder), f"holds no {FILE} of a run") from error
+        raise ConfigurationError("--resume", str(folder), f"holds no {LAUNCH_FILENAME} of a run") from error
     if not ((folder / "redis").exists() or (folder / "checkpoint.safetensors").exists()):
         raise ConfigurationError("--resume", str(folder), "the run there has ended: there is nothing to go on with")
     return Launch(Path(record["config"]), [*record["overrides"], *overrides], record["workers"])

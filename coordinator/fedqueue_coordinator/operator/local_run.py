@@ -16,11 +16,11 @@ from fedqueue.terminal import DONE, FAILED, INTERRUPTED
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.operator.launch_record import Launch, write_launch
-from fedqueue_coordinator.operator.local_workers import KEYS, LOGS, OUTBOX, Sites
+from fedqueue_coordinator.operator.local_workers import KEYS, LOGS, OUTBOX, LocalWorkers
 
 if TYPE_CHECKING:  # they import torch: late, while the workers do
     from fedqueue_coordinator.core.federation import Federation
-    from fedqueue_coordinator.core.run_summary import Result
+    from fedqueue_coordinator.core.run_summary import RunResult
     from fedqueue_coordinator.operator.progress_view import LiveView
     from fedqueue_coordinator.service.coordinator import Coordinator
 
@@ -52,26 +52,26 @@ def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume:
             from fedqueue_coordinator.operator.access.enrolment import SITES, enroll_missing
 
             enroll_missing(folder / KEYS, config.clients.ids, folder / KEYS / SITES)
-        sites = Sites(launch, url, folder, config.clients.ids)  # their import of torch goes on beside ours
+        sites = LocalWorkers(launch, url, folder, config.clients.ids)  # their import of torch goes on beside ours
         stack.callback(sites.stop)
 
-        from fedqueue.protocol.coordinator_identity import load_authority
+        from fedqueue.protocol.coordinator_identity import load_coordinator_identity
         from fedqueue.task import load_task
         from fedqueue_coordinator.algorithms.registry import check_algorithms
         from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER
         from fedqueue_coordinator.operator.progress_view import LiveView
-        from fedqueue_coordinator.operator.results import FILES, write_results
-        from fedqueue_coordinator.service.checkpoint import FILE as CHECKPOINT_FILE
+        from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_results
+        from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME as CHECKPOINT_FILE
         from fedqueue_coordinator.service.coordinator import Coordinator
         from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
 
         task = load_task(config.task.entrypoint, config.task.options, launch.config.parent)
         check_algorithms(config)
         if not resume:
-            _remove(folder, *FILES, CHECKPOINT_FILE, REPLAY_FOLDER)
+            _remove(folder, *RESULT_FILENAMES, CHECKPOINT_FILE, REPLAY_FOLDER)
         write_launch(folder, launch)
         not_begun.pop_all()
-        authority = load_authority(folder / KEYS, config.name) if signed else None
+        identity = load_coordinator_identity(folder / KEYS, config.name) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
 
         def on_progress(federation: Federation, now: float) -> None:
@@ -82,7 +82,7 @@ def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume:
                 coordinator.fail("every worker process has ended; their logs are in " + str(folder / LOGS))
 
         coordinator = Coordinator(
-            config, task, CoordinatorStore(connection, config.name, new_owner(), authority), folder, on_progress
+            config, task, CoordinatorStore(connection, config.name, new_owner(), identity), folder, on_progress
         )
         stack.enter_context(_signals(coordinator))
         result = coordinator.run()
@@ -95,7 +95,7 @@ def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume:
     return exit_code(result)
 
 
-def exit_code(result: Result) -> int:
+def exit_code(result: RunResult) -> int:
     if result.stopped_because == INTERRUPT:
         return INTERRUPTED
     return FAILED if result.failed else DONE

@@ -15,7 +15,7 @@ from fedqueue_coordinator.operator.launch_record import Launch
 KEYS, OUTBOX, LOGS = "keys", "outbox", "logs"
 
 
-class Sites:
+class LocalWorkers:
     """One process that has imported torch, and the workers that it has forked."""
 
     def __init__(self, launch: Launch, url: str, folder: Path, clients: Sequence[str]) -> None:

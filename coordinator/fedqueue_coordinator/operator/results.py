@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 
 from fedqueue.config.loading import Config
 from fedqueue.tensors.frame import Frame
-from fedqueue_coordinator.core.run_summary import Result, summarize
+from fedqueue_coordinator.core.run_summary import RunResult, summarize
 
-FILES = ("summary.json", "model.safetensors", "ledger.jsonl", "report.png")
+RESULT_FILENAMES = ("summary.json", "model.safetensors", "ledger.jsonl", "report.png")
 
 
-def write_results(folder: Path, config: Config, result: Result) -> dict[str, Any]:
+def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, Any]:
     """Write the four files into `folder`, and return the summary."""
     from fedqueue_coordinator.operator.reports.run import draw_report  # matplotlib: not before it is needed
 

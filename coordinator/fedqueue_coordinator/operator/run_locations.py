@@ -21,14 +21,14 @@ DEFAULT_URL = "redis://localhost:6379"
 
 
 @dataclass(frozen=True)
-class Place:
+class RunLocation:
     """A server that answers."""
 
     url: str
     client: redis.Redis
 
 
-def servers(url: str) -> list[Place]:
+def servers(url: str) -> list[RunLocation]:
     """The servers to look at: the given one, else that of the environment, those of local runs, the usual port."""
     names = [f"{ENVIRONMENT_PREFIX}REDIS__{key}" for key in ("URL", "PASSWORD_FILE")]
     address, password_file = (os.environ.get(name, "") for name in names)
@@ -44,7 +44,7 @@ def servers(url: str) -> list[Place]:
         except redis.RedisError as error:
             problems.append(str(error))
         else:
-            places.append(Place(candidate, client))
+            places.append(RunLocation(candidate, client))
     if given and not places:
         raise ServerUnavailable(f"no Redis answers: {problems[0]}")
     return places

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fedqueue.errors import RunNotFound, StoreError
 from fedqueue.transport.store import Store, list_runs
-from fedqueue_coordinator.core.run_counters import Totals
+from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.operator.run_locations import finished_runs, read_summary, servers
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "updates_rejected": _count(ledger, "rejected"),
             "jobs_abandoned": _count(ledger, "abandoned"),
             "posts_refused": {k: v for k, v in store.refused().items() if v},
-            "clients": Totals.of({}, ledger, window=1).merged_by,
+            "clients": RunCounters.from_ledger({}, ledger, window=1).merged_by,
             "metrics": evaluations[-1]["metrics"] if evaluations else {},
             "last_failure": f"{failures[-1]['client']}: {failures[-1]['error']}" if failures else "",
         }

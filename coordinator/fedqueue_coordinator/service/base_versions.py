@@ -8,7 +8,7 @@ from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
-class Bases:
+class BaseVersions:
     """Empty where `federation` needs none; else a copy of each version that is stored, once it was asked for."""
 
     def __init__(self, store: CoordinatorStore, federation: Federation) -> None:

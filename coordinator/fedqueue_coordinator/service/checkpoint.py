@@ -29,7 +29,7 @@ from fedqueue_coordinator.core.federation import Federation
 
 log = structlog.get_logger("fedqueue.coordinator")
 
-FILE = "checkpoint.safetensors"
+CHECKPOINT_FILENAME = "checkpoint.safetensors"
 FORMAT = "2"
 
 
@@ -50,7 +50,7 @@ class Checkpoint:
     ledger: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, federation: Federation, ledger: list[dict[str, Any]]) -> Checkpoint:
+    def from_federation(cls, federation: Federation, ledger: list[dict[str, Any]]) -> Checkpoint:
         """A copy of the federation as its last commit left it; `ledger` is the whole ledger up to now."""
         return cls(
             run=federation.config.name,

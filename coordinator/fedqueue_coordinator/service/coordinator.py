@@ -18,17 +18,18 @@ import torch
 from fedqueue.config.loading import Config
 from fedqueue.errors import Fenced, StoreError, WireError
 from fedqueue.protocol.messages import Evaluation, Order
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import choose_device
 from fedqueue.transport import rq_jobs
-from fedqueue.transport.retry import Patience
+from fedqueue.transport.retry import RedisRetry
 from fedqueue.transport.store import chunks_of
 from fedqueue_coordinator.algorithms.registry import check_algorithms
-from fedqueue_coordinator.core.admission import TAMPERED, why_unusable
+from fedqueue_coordinator.core.admission import TAMPERED, unusable_reason
 from fedqueue_coordinator.core.dispatch import make_order
 from fedqueue_coordinator.core.events import (
+    Acknowledge,
     Action,
     ClientJoined,
     ClientLeft,
@@ -42,7 +43,6 @@ from fedqueue_coordinator.core.events import (
     JobLapsed,
     JobStays,
     Load,
-    Note,
     Stop,
     Tick,
     UpdateArrived,
@@ -50,18 +50,24 @@ from fedqueue_coordinator.core.events import (
     UpdateUnreadable,
 )
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.core.ledger_records import Record, abandoned_record, evaluation_record, rejected_record
-from fedqueue_coordinator.core.run_summary import Result
+from fedqueue_coordinator.core.ledger_records import LedgerRecord, abandoned_record, evaluation_record, rejected_record
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER, keep_replay
-from fedqueue_coordinator.service.base_versions import Bases
-from fedqueue_coordinator.service.checkpoint import FILE as CHECKPOINT_FILE
+from fedqueue_coordinator.service.base_versions import BaseVersions
+from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME as CHECKPOINT_FILE
 from fedqueue_coordinator.service.checkpoint import Checkpoint, Checkpointer, load_checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.entry_verifier import Hearing, reason_of
+from fedqueue_coordinator.service.entry_verifier import EntryVerifier, reason_of
 from fedqueue_coordinator.service.evaluator import Evaluator
-from fedqueue_coordinator.service.leader_election import KeepLead, take_the_lead
-from fedqueue_coordinator.service.recovery import as_buffer, most_bytes, orders_to_queue, registered, take_over
-from fedqueue_coordinator.service.streaming_payload import Torn
+from fedqueue_coordinator.service.leader_election import LeaseRenewal, acquire_leadership
+from fedqueue_coordinator.service.recovery import (
+    as_buffer,
+    most_bytes,
+    restore_federation,
+    unstarted_orders,
+    verified_registrations,
+)
+from fedqueue_coordinator.service.streaming_payload import PayloadChanged
 
 log = structlog.get_logger("fedqueue.coordinator")
 
@@ -81,11 +87,11 @@ class Coordinator:
         on_progress: Callable[[Federation, float], None] = lambda federation, now: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
-        at: Callable[[str], None] = lambda point: None,
+        failpoint: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """`folder` is for the checkpoint; `at` is called with the name of each point where a crash is of interest."""
+        """`folder` is for the checkpoint; `failpoint` is called with the name of each crash point under test."""
         self.config, self.task, self.store = config, task, store
-        self._on_progress, self._clock, self._sleep, self._at = on_progress, clock, sleep, at
+        self._on_progress, self._clock, self._sleep, self._failpoint = on_progress, clock, sleep, failpoint
         self._folder = folder
         self._zero = clock()  # of the run's clock
         self._next_watch = 0.0
@@ -94,10 +100,10 @@ class Coordinator:
         self._known = False  # that the run is in Redis
         self._made: list[Commit] = []  # versions that were made and are not published yet
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILE, config.checkpoint.seconds)
-        self._hearing = Hearing(store.authority)
-        self._patience = Patience(lambda: self._paused or self._ending is not None, sleep)
+        self._verifier = EntryVerifier(store.identity)
+        self._retry = RedisRetry(lambda: self._paused or self._ending is not None, sleep)
         self.federation: Federation
-        self._bases: Bases
+        self._base_versions: BaseVersions
         torch.set_num_threads(config.aggregation.threads)
         check_algorithms(config)
         data = task.test_data()
@@ -116,7 +122,7 @@ class Coordinator:
         """Leave the run as it is, for another coordinator to go on with. Safe to call from a signal handler."""
         self._paused = True
 
-    def run(self, standby: bool = False) -> Result | None:
+    def run(self, standby: bool = False) -> RunResult | None:
         """Until the run has ended; None where it was paused.
 
         An outage of Redis is ridden out: afterwards this coordinator takes the run over from itself, as a successor
@@ -127,20 +133,20 @@ class Coordinator:
             try:
                 return self._lead(standby)
             except redis.RedisError as error:
-                self._patience.wait(error)
-            except Torn as error:
+                self._retry.wait(error)
+            except PayloadChanged as error:
                 log.error("an update was changed while it was merged: the buffer is read again", error=str(error))
             except Fenced:
                 if self.store.exists():
                     raise
                 log.warning("the run is not in Redis any more")  # so nobody leads it: begin again, from the disk
 
-    def _lead(self, standby: bool) -> Result | None:
+    def _lead(self, standby: bool) -> RunResult | None:
         try:
             path, stopped = self._checkpointer.path, lambda: self._paused or self._ending is not None
-            if not take_the_lead(self.store, self.config, path, self._known, standby, stopped, self._sleep):
+            if not acquire_leadership(self.store, self.config, path, self._known, standby, stopped, self._sleep):
                 return None
-            with KeepLead(self.store.renew_lead, self.config.dispatch.leader_seconds):
+            with LeaseRenewal(self.store.renew_lead, self.config.dispatch.leader_seconds):
                 return self._go_on()
         finally:
             if self._evaluator:
@@ -149,7 +155,7 @@ class Coordinator:
             with contextlib.suppress(redis.RedisError):
                 self.store.release_lead()
 
-    def _go_on(self) -> Result | None:
+    def _go_on(self) -> RunResult | None:
         self._begin()
         while not (self.federation.stopped or self._paused):
             self._publish()
@@ -169,20 +175,20 @@ class Coordinator:
     def _begin(self) -> None:
         store = self.store
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
-        self.federation = take_over(
-            self.config, store, self.task, checkpoint, self._evaluator is not None, self._hearing
+        self.federation = restore_federation(
+            self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
         )
         self._known = True
         self._zero = self._clock() - self.federation.totals.seconds
         self._next_watch = self._now()
         self._made = []
         self._queues = rq_jobs.Queues(store.redis)
-        self._bases = Bases(store, self.federation)
-        for order in orders_to_queue(store):  # a job that is in its queue already is left alone
+        self._base_versions = BaseVersions(store, self.federation)
+        for order in unstarted_orders(store):  # a job that is in its queue already is left alone
             store.enqueue(self._record(order, store.pack_order(order)))
         for entry in store.unacknowledged():
             self._take(entry)
-        registrations = registered(store, self._hearing)
+        registrations = verified_registrations(store, self._verifier)
         for client in store.alive_clients():
             if client in registrations:
                 self._handle(ClientJoined(client, registrations[client]))
@@ -204,17 +210,17 @@ class Coordinator:
         dispatch = self.config.dispatch
         self._next_watch = self._now() + min(dispatch.leader_seconds / 3, dispatch.lease_seconds / 4)
         self.store.renew_lead(dispatch.leader_seconds)
-        self._patience.succeeded()
+        self._retry.succeeded()
         if self._checkpointer.due(self._now()):
             self._publish()
-            self._checkpointer.start(Checkpoint.of(self.federation, self._ledger()), self._now())
+            self._checkpointer.start(Checkpoint.from_federation(self.federation, self._ledger()), self._now())
         for entry in self.store.sweep():
             self._take(entry)
-        for client in [client for client in self.federation.clients if not self._hearing.believes(client)]:
+        for client in [client for client in self.federation.clients if not self._verifier.trusts(client)]:
             log.warning("client was revoked", client=client)
             self._handle(ClientLeft(client, keeps_job=True))
-        jobs, clients = self.store.lapsed()
-        for client in filter(self.store.bury, clients):
+        jobs, clients = self.store.find_expired()
+        for client in filter(self.store.expire_client, clients):
             log.warning("client is gone", client=client)
             self._handle(ClientLeft(client, keeps_job=True))
         for job in jobs:
@@ -225,10 +231,10 @@ class Coordinator:
                 rq_jobs.forget(self.store.redis, self.store.keys.queue(client), job)
                 self._handle(JobLapsed(job, client))
 
-    def _take(self, entry: Entry) -> None:
+    def _take(self, entry: StreamEntry) -> None:
         """One entry of the updates stream, as an event."""
         try:
-            event = self._hearing.hear(entry)
+            event = self._verifier.to_event(entry)
         except WireError as error:
             log.warning("an entry of the updates stream does not count", entry=entry.id, error=str(error))
             arrived = UpdateArrived(entry.id, entry.job, entry.attempt, entry.client, entry.base, entry.body)
@@ -247,7 +253,7 @@ class Coordinator:
                 self._note(entry.id, evaluation_record(version, metrics, self._now()))
         self._handle(event)
         if isinstance(event, ClientJoined | ClientLeft):
-            self.store.note(entry.id, None)
+            self.store.ack(entry.id, None)
 
     def _handle(self, event: Event) -> None:
         self._do(self.federation.handle(event, self._now()))
@@ -261,7 +267,7 @@ class Coordinator:
                     if self.config.barrier:
                         self._publish()  # the round that begins trains from it
                     order = make_order(self.config, action)
-                    self._at("before dispatch")
+                    self._failpoint("before dispatch")
                     packed, lease = self.store.pack_order(order), self.config.dispatch.lease_seconds
                     self.store.dispatch(order, packed, self._record(order, packed), action.number, lease)
                 case Load():
@@ -272,7 +278,7 @@ class Coordinator:
                         self._publish()
                 case Close(job, entry, record):
                     self._publish()
-                    self._at("before close")
+                    self._failpoint("before close")
                     taken_back = not entry and record["reason"] in ("returned", "late")
                     closed = self.store.close(job, record, self._payload_chunks, entry, unless_posted=taken_back)
                     if taken_back and not closed and self.store.is_posted(job):
@@ -282,7 +288,7 @@ class Coordinator:
                         rq_jobs.forget(self.store.redis, self.store.keys.queue(record["client"]), job)
                     if record["kind"] == "rejected":
                         log.warning("update rejected", client=record["client"], reason=record["reason"])
-                case Note(entry, record):
+                case Acknowledge(entry, record):
                     self._note(entry, dict(record) if record else None)
                 case Evaluate(version):
                     assert self._evaluator is not None
@@ -292,9 +298,9 @@ class Coordinator:
                     self._publish()
                     log.info("stopping", because=because)
 
-    def _record(self, order: Order, packed: bytes) -> rq_jobs.Record:
+    def _record(self, order: Order, packed: bytes) -> rq_jobs.RqJobRecord:
         queue = self.store.keys.queue(order.client)
-        return self._queues.record(queue, order, packed if self.store.authority else None)
+        return self._queues.record(queue, order, packed if self.store.identity else None)
 
     @property
     def _payload_chunks(self) -> int:
@@ -303,15 +309,15 @@ class Coordinator:
     def _load(self, load: Load) -> None:
         arrived = load.arrived
         try:
-            delta = self.federation.landing.receive(self.store, load)
-            base = self._bases.of(arrived.base) if load.with_base else None
+            delta = self.federation.payloads.receive(self.store, load)
+            base = self._base_versions.of(arrived.base) if load.with_base else None
         except (StoreError, WireError) as error:
-            self._handle(UpdateUnreadable(load, str(error), why_unusable(error)))
+            self._handle(UpdateUnreadable(load, str(error), unusable_reason(error)))
             return
-        self._at("after load")
+        self._failpoint("after load")
         try:
             actions = self.federation.handle(UpdateLoaded(load, delta, base), self._now())
-        except Torn as error:
+        except PayloadChanged as error:
             record = rejected_record(arrived, TAMPERED, str(error), self.federation.version, self._now())
             self._do([Close(arrived.job, arrived.entry, record)])
             raise
@@ -326,8 +332,10 @@ class Coordinator:
         if not self._made:
             return
         federation, made = self.federation, self._made
-        merged = [Entry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for m in made for u in m.merged]
-        self._at("before commit")
+        merged = [
+            StreamEntry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for m in made for u in m.merged
+        ]
+        self._failpoint("before commit")
         wire = federation.down.encode(federation.model, made[-1].version)
         stored = self.store.publish(
             made[-1].version, wire, as_buffer(federation.optimizer_state),
@@ -335,14 +343,14 @@ class Coordinator:
             federation.job_number, most_bytes(federation),
         )  # fmt: skip
         self._made = []
-        self._at("after commit")
-        self._bases.published(stored, wire)
+        self._failpoint("after commit")
+        self._base_versions.published(stored, wire)
 
-    def _note(self, entry: str, record: Record | None) -> None:
+    def _note(self, entry: str, record: LedgerRecord | None) -> None:
         """Acknowledge an entry; what the ledger says of it comes after the versions that were made before."""
         if record:
             self._publish()
-        self.store.note(entry, record)
+        self.store.ack(entry, record)
 
     def _report(self, evaluation: Evaluation) -> None:
         """Called on the evaluation's thread. One that an outage swallows is measured again by whoever goes on."""
@@ -353,7 +361,7 @@ class Coordinator:
 
     # The end
 
-    def _end(self) -> Result:
+    def _end(self) -> RunResult:
         """Close what is open, measure the last version, and leave nothing in Redis but what retention says."""
         federation, store = self.federation, self.store
         assert federation.stopped is not None
@@ -368,18 +376,18 @@ class Coordinator:
         if self.config.ledger.keep_payloads and not federation.epoch:  # a new epoch begins without the old payloads
             keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
         if self._ending:  # the operator ended it early, and may want to go on after all
-            self._checkpointer.start(Checkpoint.of(federation, ledger), self._now())
+            self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())
         else:
             self._checkpointer.delete()
         kept = [0] if self.config.ledger.keep_payloads else []
         most = chunks_of(federation.down.largest)
         store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, most, kept)
-        return Result(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
+        return RunResult(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
 
-    def _ledger(self) -> list[Record]:
-        ledger, authority = self.store.ledger(), self.store.authority
+    def _ledger(self) -> list[LedgerRecord]:
+        ledger, identity = self.store.ledger(), self.store.identity
         self.store.renew_lead(self.config.dispatch.leader_seconds)  # where Redis has lost the run, nothing was read
-        if authority and not authority.tells(ledger):
+        if identity and not identity.tells(ledger):
             log.error("the ledger in Redis was changed: it does not tell the versions that were made")
         return ledger
 

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, cast
 import redis
 
 from fedqueue.errors import Fenced, SignatureError, StoreError
-from fedqueue.protocol.coordinator_identity import Authority
+from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.protocol.keys import RUNS
 from fedqueue.protocol.messages import Order, read
 from fedqueue.protocol.signed_envelope import digest_of, packed
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.transport.read_ahead import ReadAhead
@@ -22,7 +22,7 @@ from fedqueue.transport.store import BlobBuffer, Call, Store, chunks_of, number
 from fedqueue_coordinator.service.inbox import Inbox
 
 if TYPE_CHECKING:  # RQ, which what only shows a run can do without
-    from fedqueue.transport.rq_jobs import Record
+    from fedqueue.transport.rq_jobs import RqJobRecord
 
 STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
 LOOKED_AT = 1000  # open jobs in one commit, to see which versions nobody holds any more
@@ -46,11 +46,11 @@ def new_owner() -> str:
 class CoordinatorStore(Store):
     """Every write carries the fencing token that `lead` got; where another one leads by now, it raises Fenced."""
 
-    def __init__(self, client: redis.Redis, run: str, owner: str, authority: Authority | None = None) -> None:
+    def __init__(self, client: redis.Redis, run: str, owner: str, identity: CoordinatorIdentity | None = None) -> None:
         """With `authority`, what is published, ordered and reported is signed."""
         super().__init__(client, run)
         self.owner = owner
-        self.authority = authority
+        self.identity = identity
         self.token = 0
         self._inbox = Inbox(client, self.keys)
         self.ahead = ReadAhead(self)
@@ -89,8 +89,8 @@ class CoordinatorStore(Store):
         `epoch` counts how often Redis had lost it, `floor` is its first version then.
         """
         signed: dict[Any, Any] = {}
-        if self.authority:
-            signed["charter"] = self.authority.begin(config.encode(), manifest, epoch, floor)
+        if self.identity:
+            signed["descriptor"] = self.identity.begin(config.encode(), manifest, epoch, floor)
         self.redis.hset(
             self.keys.config,
             mapping={
@@ -109,9 +109,11 @@ class CoordinatorStore(Store):
         if names := list(clients):
             self.redis.sadd(self.keys.clients, *names)
 
-    def renew_charter(self, charter: bytes) -> None:
+    def set_descriptor(self, descriptor: bytes) -> None:
         """Say under which terms this leader goes on."""
-        self._require_lead(self.script("charter", [self.keys.leader, self.keys.config], [self.token, charter]))
+        self._require_lead(
+            self.script("set_descriptor", [self.keys.leader, self.keys.config], [self.token, descriptor])
+        )
 
     def end(
         self, stopped_because: str, retention_seconds: float, model_chunks: int, versions: Sequence[int] = ()
@@ -123,8 +125,8 @@ class CoordinatorStore(Store):
         keys = self.keys
         self._require_lead(
             self.script(
-                "end",
-                [keys.leader, keys.config, keys.head, keys.versions, keys.clients, keys.jobs, keys.held, keys.turns],
+                "end_run",
+                [keys.leader, keys.config, keys.head, keys.versions, keys.clients, keys.jobs, keys.pinned, keys.turns],
                 [
                     self.token, stopped_because, keys.model_prefix, model_chunks + 1,  # and the seal
                     keys.site_prefix,
@@ -143,8 +145,8 @@ class CoordinatorStore(Store):
         pipe.delete(self.keys.ledger)
         for record in records:
             pipe.xadd(self.keys.ledger, {"record": packed(record)})
-        if self.authority:
-            self.authority.remember(records)
+        if self.identity:
+            self.identity.remember(records)
         pipe.execute()
         self.redis.hset(self.keys.head, mapping={"version": version - 1, "job_number": job_number})
 
@@ -157,7 +159,7 @@ class CoordinatorStore(Store):
         optimizer_state: BlobBuffer,
         records: Sequence[Mapping[str, Any]],
         totals: Mapping[str, Any],
-        merged: Sequence[Entry],
+        merged: Sequence[StreamEntry],
         keep_payloads: bool = False,
         job_number: int = 0,
         most_bytes: tuple[int, int] = (0, 0),
@@ -175,9 +177,9 @@ class CoordinatorStore(Store):
         model_chunks, state_chunks = chunks_of(model.nbytes), chunks_of(optimizer_state.nbytes)
         first = self.begin_blob(staged[0], model, STAGED_SECONDS)
         first += self.begin_blob(staged[1], optimizer_state, STAGED_SECONDS)
-        if self.authority:  # the seal is one more chunk of the model: committed, and deleted, with it
-            sealed = self.authority.seal_version(version, model, optimizer_state, job_number, lines, sums)
-            first.append(("SET", f"{staged[0]}:{model_chunks}", sealed, "EX", STAGED_SECONDS))
+        if self.identity:  # the seal is one more chunk of the model: committed, and deleted, with it
+            envelope = self.identity.sign_version(version, model, optimizer_state, job_number, lines, sums)
+            first.append(("SET", f"{staged[0]}:{model_chunks}", envelope, "EX", STAGED_SECONDS))
             model_chunks += 1
         most_model, most_payload = (chunks_of(max(most, model.nbytes)) for most in most_bytes)
         merged_args: list[Any] = []
@@ -186,7 +188,7 @@ class CoordinatorStore(Store):
             merged_args += [client, place, entry.job, entry.attempt]
         answer = self.script(
             "commit",
-            [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.held],
+            [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.pinned],
             [
                 self.token, version, len(lines), sums,
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
@@ -207,24 +209,24 @@ class CoordinatorStore(Store):
             raise StoreError(f"version {version} does not follow the head of run {self.run!r}")
         return set(map(int, answer[1:]))
 
-    def hold_version(self, version: int) -> None:
+    def pin_version(self, version: int) -> None:
         """Keep a version stored whatever is committed after it."""
-        self.redis.sadd(self.keys.held, version)
+        self.redis.sadd(self.keys.pinned, version)
 
     def read_model(self, version: int, codec: Codec) -> Frame:
         """As any store's; raises SignatureError, too, where it is not what was signed."""
         wire = self.read_wire(version, codec)
-        if self.authority:
-            self.authority.check_version(version, self.read_seal(version, wire.nbytes), wire)
+        if self.identity:
+            self.identity.check_version(version, self.read_version_signature(version, wire.nbytes), wire)
         return codec.decode(wire).whole()
 
     def read_payload(self, job: str, attempt: int, digest: str, into: BlobBuffer) -> None:
         """Fill `into` with an update's payload; raises as `read_blob`, and SignatureError for another digest."""
         self.ahead.read_span(self.keys.payload(job, attempt), 0, into, into.nbytes)
-        if self.authority and digest_of(into) != digest:
+        if self.identity and digest_of(into) != digest:
             raise SignatureError(f"the payload of job {job} is not the one that its client signed")
 
-    def expect_payloads(self, entries: Iterable[Entry], codec: Codec) -> None:
+    def expect_payloads(self, entries: Iterable[StreamEntry], codec: Codec) -> None:
         """Begin to fetch what these updates brought, one after another: they are merged in this order."""
         if not codec.zstd:  # else each says its size itself
             updates = [entry for entry in entries if entry.kind == "update"]
@@ -239,7 +241,7 @@ class CoordinatorStore(Store):
 
     # Jobs
 
-    def dispatch(self, order: Order, packed: bytes, record: Record, number: int, lease_seconds: float) -> None:
+    def dispatch(self, order: Order, packed: bytes, record: RqJobRecord, number: int, lease_seconds: float) -> None:
         """Open the job and put it into its client's queue, both in one exchange; doing it twice changes nothing.
 
         `packed` is the order as `pack_order` gives it. Where another coordinator leads, the job that is in the queue
@@ -260,16 +262,16 @@ class CoordinatorStore(Store):
             self.redis.delete(record.key)
         self._require_lead(led)
 
-    def enqueue(self, record: Record) -> None:
+    def enqueue(self, record: RqJobRecord) -> None:
         """Put a job that is open into its queue again, unless RQ still knows it."""
         self.scripts([_enqueueing(record)])
 
     def pack_order(self, order: Order) -> bytes:
-        return self.authority.seal_order(order) if self.authority else order.pack()
+        return self.identity.sign_order(order) if self.identity else order.pack()
 
     def unpack_order(self, data: bytes) -> Order:
         """An order that lies in a job's record; raises WireError where it is not this coordinator's."""
-        return self.authority.open_order(data) if self.authority else read(Order, data)
+        return self.identity.open_order(data) if self.identity else read(Order, data)
 
     def job_number(self) -> int:
         return int(cast(bytes | None, self.redis.hget(self.keys.head, "job_number")) or 0)
@@ -305,10 +307,10 @@ class CoordinatorStore(Store):
         """End a job without merging it; False where it had ended before, its lease is not over, or it was posted."""
         condition = "lapsed" if if_lapsed else "unposted" if unless_posted else "any"
         keys = self.keys
-        place, _, sender = entry.partition("@")
+        place, _, feedback = entry.partition("@")
         answer = self.script(
             "close",
-            [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(sender)],
+            [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(feedback)],
             [
                 self.token, job, packed(record), place, condition, f"{keys.payload_prefix}{job}:",
                 payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS,
@@ -321,26 +323,26 @@ class CoordinatorStore(Store):
         """Whether an update of the job waits for its merge, or an ending for its record."""
         return bool(self.redis.hexists(self.keys.attempt(job), "posted"))
 
-    def note(self, entry: str, record: Mapping[str, Any] | None) -> bool:
+    def ack(self, entry: str, record: Mapping[str, Any] | None) -> bool:
         """Acknowledge an entry that is no update, with a ledger record where there is one; False: it was before."""
-        place, _, sender = entry.partition("@")
+        place, _, feedback = entry.partition("@")
         answer = self.script(
-            "note",
-            [self.keys.leader, self.keys.ledger, self.keys.updates(sender)],
+            "ack",
+            [self.keys.leader, self.keys.ledger, self.keys.updates(feedback)],
             [self.token, packed(record) if record else b"", place],
         )
         self._require_lead(answer)
         return bool(answer)
 
-    def lapsed(self) -> tuple[list[str], list[str]]:
+    def find_expired(self) -> tuple[list[str], list[str]]:
         """Jobs whose lease is over, and clients that are no longer alive, by the server's clock."""
         keys = self.keys
-        jobs, clients = self.script("lapsed", [keys.jobs, keys.clients], [keys.attempt(""), keys.site_prefix])
+        jobs, clients = self.script("find_expired", [keys.jobs, keys.clients], [keys.attempt(""), keys.site_prefix])
         return [j.decode() for j in jobs], [c.decode() for c in clients]
 
-    def bury(self, client: str) -> bool:
+    def expire_client(self, client: str) -> bool:
         """Take a client that is no longer alive off the lists; False where it has come back."""
-        return bool(self.script("bury", [self.keys.site(client)], []))
+        return bool(self.script("expire_client", [self.keys.site(client)], []))
 
     def is_served(self, client: str) -> bool:
         """Whether some worker holds the client by now."""
@@ -348,25 +350,25 @@ class CoordinatorStore(Store):
 
     # What workers report
 
-    def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
+    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         """The next entries, as `Inbox.receive`."""
         return self._inbox.receive(block_seconds, count)
 
-    def sweep(self, count: int = 32) -> list[Entry]:
+    def sweep(self, count: int = 32) -> list[StreamEntry]:
         """The next entries, as `Inbox.sweep`."""
         return self._inbox.sweep(count)
 
-    def unacknowledged(self) -> list[Entry]:
+    def unacknowledged(self) -> list[StreamEntry]:
         """Every entry that no script has acknowledged, as `Inbox.unacknowledged`."""
         return self._inbox.unacknowledged()
 
     def report(self, kind: str, body: bytes) -> None:
         """Append an entry of the coordinator's own, such as a finished evaluation."""
-        if self.authority:
-            body = self.authority.seal_evaluation(body)
+        if self.identity:
+            body = self.identity.sign_evaluation(body)
         pipe = self.redis.pipeline(transaction=False)
         pipe.xadd(self.keys.updates(""), {"kind": kind, "body": body})
-        pipe.publish(self.keys.bell, self.keys.updates(""))
+        pipe.publish(self.keys.wakeup, self.keys.updates(""))
         pipe.execute()
 
     def _require_lead(self, answer: int) -> None:
@@ -374,5 +376,5 @@ class CoordinatorStore(Store):
             raise Fenced(f"another coordinator leads run {self.run!r} by now; nothing was written")
 
 
-def _enqueueing(record: Record) -> Call:
+def _enqueueing(record: RqJobRecord) -> Call:
     return "enqueue", [record.key, record.queue], [record.job, *record.fields]

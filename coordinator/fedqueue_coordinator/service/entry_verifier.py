@@ -7,23 +7,23 @@ that it names: its job ends, and it rests, but it is not set aside for what othe
 from __future__ import annotations
 
 from fedqueue.errors import NotEnrolled, SignatureError, Superseded, WireError
-from fedqueue.protocol.coordinator_identity import Authority
+from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.protocol.messages import Ending, Evaluation, Registration, read
-from fedqueue.protocol.signed_envelope import ENDED, JOINED, LEFT, UPDATE, Seal
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.signed_envelope import ENDED, JOINED, LEFT, UPDATE, SignedEnvelope
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue_coordinator.core.admission import FOREIGN, FORGED, MALFORMED, SUPERSEDED
 from fedqueue_coordinator.core.events import ClientJoined, ClientLeft, Evaluated, Event, JobEnded, UpdateArrived
 
 
-class Hearing:
+class EntryVerifier:
     """Without an authority, everybody is believed."""
 
-    def __init__(self, authority: Authority | None) -> None:
-        self._authority = authority
+    def __init__(self, identity: CoordinatorIdentity | None) -> None:
+        self._authority = identity
         self._session: dict[str, str] = {}  # client → the worker process that registered it last
         self._former: set[tuple[str, str]] = set()
 
-    def hear(self, entry: Entry) -> Event:
+    def to_event(self, entry: StreamEntry) -> Event:
         """The event of an entry; raises WireError, or SignatureError as one, where it is none that counts.
 
         An update or an ending that does not hold is an event nevertheless: the store took it for the job's end.
@@ -56,23 +56,23 @@ class Hearing:
             if registration.client != client:
                 raise WireError(f"registration of {registration.client} by {client}")
             return registration
-        sealed = self._authority.open(JOINED, client, [], data)
-        registration = read(Registration, sealed.body)
+        envelope = self._authority.open(JOINED, client, [], data)
+        registration = read(Registration, envelope.body)
         if registration.client != client:
             raise SignatureError(f"client {client} signed a registration of {registration.client}")
-        if (client, sealed.session) in self._former:
+        if (client, envelope.session) in self._former:
             raise Superseded(f"a registration of client {client} comes back, whom another worker has registered since")
         present = self._session.get(client)
-        if present is not None and present != sealed.session:
+        if present is not None and present != envelope.session:
             self._former.add((client, present))
-        self._session[client] = sealed.session
+        self._session[client] = envelope.session
         return registration
 
-    def believes(self, client: str) -> bool:
+    def trusts(self, client: str) -> bool:
         """Whether the client's word still counts: revoking takes effect while a run goes on."""
         return self._authority is None or self._authority.is_enrolled(client)
 
-    def _update(self, entry: Entry) -> UpdateArrived:
+    def _update(self, entry: StreamEntry) -> UpdateArrived:
         body, distrust = entry.body, None
         try:
             body = self._said(UPDATE, entry)
@@ -80,23 +80,23 @@ class Hearing:
             distrust = reason_of(error), str(error)
         return UpdateArrived(entry.id, entry.job, entry.attempt, entry.client, entry.base, body, distrust)
 
-    def _ending(self, entry: Entry) -> JobEnded:
+    def _ending(self, entry: StreamEntry) -> JobEnded:
         try:
             ending = read(Ending, self._said(ENDED, entry))
         except SignatureError as error:
             return JobEnded(entry.id, entry.job, entry.client, reason_of(error), str(error))
         return JobEnded(entry.id, entry.job, entry.client, ending.reason, ending.error)
 
-    def _said(self, kind: str, entry: Entry) -> bytes:
+    def _said(self, kind: str, entry: StreamEntry) -> bytes:
         if self._authority is None:
             return entry.body
         return self._authority.open(kind, entry.client, [entry.job, entry.attempt, entry.base], entry.body).body
 
-    def _leaving(self, entry: Entry) -> None:
+    def _leaving(self, entry: StreamEntry) -> None:
         if self._authority is None:
             return
-        sealed: Seal = self._authority.open(LEFT, entry.client, [], entry.body)
-        if sealed.session != self._session.get(entry.client):
+        envelope: SignedEnvelope = self._authority.open(LEFT, entry.client, [], entry.body)
+        if envelope.session != self._session.get(entry.client):
             raise Superseded(f"client {entry.client} is served by another worker than the one that leaves")
 
 

@@ -16,7 +16,7 @@ import redis
 from redis.client import PubSub
 
 from fedqueue.protocol.keys import Keys
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 
 FIRST = "0-0"  # before the first entry of a stream
 MOST_RINGS = 1000  # that are heard before what they are about is read
@@ -33,7 +33,7 @@ class Inbox:
         self._last: dict[str, str] = {}  # stream → place of the last entry of it that was read
         self._more: set[str] = set()  # streams that had more entries than were asked for
 
-    def receive(self, block_seconds: float, count: int = 32) -> list[Entry]:
+    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         """The next entries, at most `count` of each client, after waiting for the first for at most `block_seconds`."""
         if self._bell is None:
             self._listen()
@@ -41,11 +41,11 @@ class Inbox:
         streams = self._more | self._rung(0.0 if self._more else block_seconds)
         return self._read(streams, count) if streams else []
 
-    def sweep(self, count: int = 32) -> list[Entry]:
+    def sweep(self, count: int = 32) -> list[StreamEntry]:
         """The next entries of all clients, at most `count` of each, whether or not the bell rang; does not wait."""
         return self._read(self._streams(), count)
 
-    def unacknowledged(self) -> list[Entry]:
+    def unacknowledged(self) -> list[StreamEntry]:
         """Every entry that no script has acknowledged, oldest first: after a restart, the buffer and what is new.
 
         An entry is acknowledged by its deletion, in the same step as what it led to. So these are the whole streams,
@@ -69,7 +69,7 @@ class Inbox:
         """From now on; so what was rung before is to be looked for."""
         self.close()
         self._bell = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
-        self._bell.subscribe(self._keys.bell)
+        self._bell.subscribe(self._keys.wakeup)
         self._bell.get_message(timeout=SUBSCRIBED_SECONDS)  # so that no ring is lost between this and the first look
 
     def _rung(self, block_seconds: float) -> set[str]:
@@ -91,18 +91,18 @@ class Inbox:
         clients = cast(set[bytes], self._redis.smembers(self._keys.clients))
         return [self._keys.updates(client) for client in ("", *sorted(c.decode() for c in clients))]
 
-    def _read(self, streams: Iterable[str], count: int) -> list[Entry]:
+    def _read(self, streams: Iterable[str], count: int) -> list[StreamEntry]:
         places = {stream: self._last.get(stream, FIRST) for stream in streams}
         found = _by_stream(self._redis.xread(cast(Any, places), count=count))
         self._more = {stream for stream, entries in found.items() if len(entries) >= count}
         return self._received(found)
 
-    def _received(self, raw: Mapping[str, Any]) -> list[Entry]:
+    def _received(self, raw: Mapping[str, Any]) -> list[StreamEntry]:
         """The entries of several streams in the order in which they were written."""
         entries = []
         for stream, of_stream in raw.items():
             client = stream.removeprefix(self._keys.updates_prefix)
-            entries += [(_moment(entry[0]), client, Entry.of(client, entry)) for entry in of_stream]
+            entries += [(_moment(entry[0]), client, StreamEntry.from_fields(client, entry)) for entry in of_stream]
             if of_stream:
                 self._last[stream] = of_stream[-1][0].decode()
         return [entry for _, _, entry in sorted(entries, key=lambda e: e[:2])]

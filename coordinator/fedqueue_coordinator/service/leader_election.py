@@ -17,10 +17,10 @@ from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 log = structlog.get_logger("fedqueue.coordinator")
 
-LOST = "Redis has lost it, and its checkpoint is not here"
+RUN_LOST = "Redis has lost it, and its checkpoint is not here"
 
 
-def take_the_lead(
+def acquire_leadership(
     store: CoordinatorStore,
     config: Config,
     checkpoint: Path,
@@ -45,7 +45,7 @@ def take_the_lead(
         if exists or checkpoint.exists():
             return ""
         if known:
-            return LOST
+            return RUN_LOST
         return "nobody has started it" if standby and waited < lease else ""
 
     while True:
@@ -57,7 +57,7 @@ def take_the_lead(
         if stopped():
             return False
         if not standby and waited > 2 * lease:
-            if why == LOST:
+            if why == RUN_LOST:
                 raise RunLost(config.name, checkpoint)
             raise RunExists(config.name, "is led by another coordinator (--standby waits for it to end)")
         if (why := why or "another coordinator leads it") != said:
@@ -67,7 +67,7 @@ def take_the_lead(
         waited += lease / 20
 
 
-class KeepLead:
+class LeaseRenewal:
     """Renews three times in `seconds` on a thread of its own; a stopped or dead process renews nothing.
 
     Without it a last evaluation, or a large version on a slow network, would hand the lead to a standby half-way.

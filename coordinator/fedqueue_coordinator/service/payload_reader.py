@@ -13,10 +13,10 @@ from fedqueue.transport.store import CHUNK, BlobBuffer
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Aggregator
 from fedqueue_coordinator.core.events import Load
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.streaming_payload import Streamed
+from fedqueue_coordinator.service.streaming_payload import StreamedPayload
 
 
-class Landing:
+class PayloadReader:
     """Where updates are merged as they come: the empty accumulator's own memory, or one payload beside it.
 
     A plain payload of more than a chunk that finds the accumulator taken is not held at all (`streamed.py`). So a
@@ -40,7 +40,7 @@ class Landing:
         place = self._place(header.nbytes)
         if place is None:
             read = partial(store.ahead.read_span, store.keys.payload(job, attempt))
-            return Streamed(self._codec.manifest, read, header.digest if store.authority else "")
+            return StreamedPayload(self._codec.manifest, read, header.digest if store.identity else "")
         store.read_payload(job, attempt, header.digest, place)
         return self._codec.decode(place)
 

@@ -22,10 +22,10 @@ from fedqueue.tensors.frame import Frame, Manifest
 from fedqueue.training import set_seed
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.ledger_records import abandoned_record, epoch_record
-from fedqueue_coordinator.core.run_counters import Totals
+from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.service.checkpoint import Checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.entry_verifier import Hearing
+from fedqueue_coordinator.service.entry_verifier import EntryVerifier
 
 log = structlog.get_logger("fedqueue.coordinator")
 
@@ -33,13 +33,13 @@ MAY_CHANGE = {"redis", "security", "stop", "evaluation", "checkpoint", "dispatch
 """Sections that another coordinator of the same run may set differently."""
 
 
-def take_over(
+def restore_federation(
     config: Config,
     store: CoordinatorStore,
     task: Task,
     checkpoint: Checkpoint | None,
     evaluates: bool,
-    hearing: Hearing,
+    verifier: EntryVerifier,
 ) -> Federation:
     """The federation as it stands in Redis; the caller leads the run.
 
@@ -48,18 +48,18 @@ def take_over(
     """
     set_seed(config.seed)
     module = task.model()  # kept by nobody: it is as large as a version
-    manifest = Manifest.of(module)
+    manifest = Manifest.from_module(module)
     if store.exists():
-        return _resume(config, store, manifest, evaluates, hearing)
+        return _resume(config, store, manifest, evaluates, verifier)
     if checkpoint:
         return _new_epoch(config, store, manifest, checkpoint, evaluates)
-    federation = Federation(config, first_version(config, module), evaluates=evaluates)
+    federation = Federation(config, initial_model(config, module), evaluates=evaluates)
     store.create(config.model_dump_json(), manifest, epoch=0, clients=config.clients.ids)
     if config.ledger.keep_payloads:
-        store.hold_version(0)
+        store.pin_version(0)
     wire = federation.down.encode(federation.model, 0)
     state = as_buffer(federation.optimizer_state)
-    store.publish(0, wire, state, [], Totals().committed(), [], most_bytes=most_bytes(federation))
+    store.publish(0, wire, state, [], RunCounters().committed(), [], most_bytes=most_bytes(federation))
     return federation
 
 
@@ -68,16 +68,16 @@ def most_bytes(federation: Federation) -> tuple[int, int]:
     return federation.down.largest, federation.up.largest
 
 
-def first_version(config: Config, module: torch.nn.Module) -> Frame:
+def initial_model(config: Config, module: torch.nn.Module) -> Frame:
     """The module's values, rounded as they are published: a replay begins from what is stored of version 0."""
-    model = Frame(Manifest.of(module))
+    model = Frame(Manifest.from_module(module))
     model.read(module)
     codec = downward(config.compression, model.manifest)
     return codec.decode(codec.encode(model, 0)).whole() if codec.encoding else model
 
 
 def _resume(
-    config: Config, store: CoordinatorStore, manifest: Manifest, evaluates: bool, hearing: Hearing
+    config: Config, store: CoordinatorStore, manifest: Manifest, evaluates: bool, verifier: EntryVerifier
 ) -> Federation:
     """Goes on from the head. Where the run is signed, it is verified anew, and so are the registrations."""
     info = store.info()
@@ -85,15 +85,15 @@ def _resume(
         raise RunExists(config.name, f"has ended ({info.stopped_because})")
     Manifest.unpack(info.manifest).require(manifest)
     _require_same(config, info.config)
-    require_signed(store.authority, info)
+    require_signed(store.identity, info)
     codec = downward(config.compression, manifest)
     wire = store.read_wire(info.version, codec)
     state, job_number, ledger = store.read_optimizer_state(info.version), store.job_number(), store.ledger()
-    if store.authority:
-        store.renew_charter(store.authority.resume(info))
-        sealed = store.read_seal(info.version, wire.nbytes)
-        signed = store.authority.check_version(info.version, sealed, wire, state)
-        store.authority.check_history(info.version, signed, ledger, info.totals)
+    if store.identity:
+        store.set_descriptor(store.identity.resume(info))
+        envelope = store.read_version_signature(info.version, wire.nbytes)
+        signed = store.identity.check_version(info.version, envelope, wire, state)
+        store.identity.check_history(info.version, signed, ledger, info.totals)
         job_number = max(job_number, signed.job_number)  # a name that was given out is not given out again
     federation = Federation(
         config,
@@ -101,15 +101,15 @@ def _resume(
         info.version,
         job_number,
         state,
-        Totals.of(info.totals, ledger, config.dispatch.share_window),
+        RunCounters.from_ledger(info.totals, ledger, config.dispatch.share_window),
         evaluates,
         info.epoch,
         _norms(config, ledger),
     )
     jobs = {job.job: job.client for job in store.jobs()}
-    federation.adopt(jobs, registered(store, hearing), store.last_jobs())
+    federation.restore_jobs(jobs, verified_registrations(store, verifier), store.last_jobs())
     if config.aggregation.filter.on:
-        federation.recall(ledger, federation.totals.seconds)
+        federation.restore_quarantines(ledger, federation.totals.seconds)
     log.info("resumed", run=config.name, version=info.version, jobs=len(jobs))
     return federation
 
@@ -122,7 +122,7 @@ def _new_epoch(
         raise StoreError(
             f"the checkpoint is of run {checkpoint.run!r} or of another model; delete it to start {config.name!r} anew"
         )
-    totals = Totals.of(checkpoint.totals, checkpoint.ledger, config.dispatch.share_window)
+    totals = RunCounters.from_ledger(checkpoint.totals, checkpoint.ledger, config.dispatch.share_window)
     epoch = checkpoint.epoch + 1
     federation = Federation(
         config,
@@ -140,7 +140,7 @@ def _new_epoch(
         for job, client in sorted(checkpoint.unfinished.items())
     ]
     record = epoch_record(epoch, checkpoint.version, checkpoint.job_number, totals.seconds)
-    federation.recall(checkpoint.ledger, totals.seconds)
+    federation.restore_quarantines(checkpoint.ledger, totals.seconds)
     store.create(config.model_dump_json(), manifest, epoch, config.clients.ids, floor=checkpoint.version)
     store.restore(checkpoint.version, checkpoint.job_number, [*checkpoint.ledger, *lost, record])
     store.publish(
@@ -157,18 +157,18 @@ def _new_epoch(
     return federation
 
 
-def registered(store: CoordinatorStore, hearing: Hearing) -> dict[str, int]:
+def verified_registrations(store: CoordinatorStore, verifier: EntryVerifier) -> dict[str, int]:
     """Client → examples, for every client whose registration holds."""
     examples: dict[str, int] = {}
-    for client, data in store.sealed_registrations().items():
+    for client, data in store.signed_registrations().items():
         try:
-            examples[client] = hearing.registration(client, data).examples
+            examples[client] = verifier.registration(client, data).examples
         except WireError as error:
             log.warning("a registration does not count", client=client, error=str(error))
     return examples
 
 
-def orders_to_queue(store: CoordinatorStore) -> list[Order]:
+def unstarted_orders(store: CoordinatorStore) -> list[Order]:
     """The orders of the jobs that nobody has begun; one that is not this coordinator's is left to its lease."""
     orders = []
     for job in store.jobs():

@@ -14,11 +14,11 @@ from fedqueue.tensors.frame import PIECE, Frame, Manifest, Piece, add_pieces, al
 from fedqueue.transport.store import BlobBuffer
 
 
-class Torn(FedqueueError):
+class PayloadChanged(FedqueueError):
     """A payload changed or went away after it was found sound: the accumulator holds a part of it."""
 
 
-class Streamed:
+class StreamedPayload:
     """A `Delta`. The first pass over its pieces finds out whether it is what was signed, and every later one again.
 
     `read(start, into, whole)` fills `into` with the payload's bytes from `start` on, out of `whole`. The buffers and
@@ -42,7 +42,7 @@ class Streamed:
             yield from self._checked()
         except (StoreError, SignatureError) as error:
             if self._sound:
-                raise Torn(f"the payload changed while it was merged: {error}") from error
+                raise PayloadChanged(f"the payload changed while it was merged: {error}") from error
             raise
         self._sound = True
 

@@ -22,9 +22,9 @@ from fedqueue.errors import ConfigurationError, TaskError
 from fedqueue.task import load_task
 from fedqueue_coordinator.core.events import Evaluated
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.core.run_summary import Result
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.core.stop_conditions import lower_is_better, target_reached
-from fedqueue_coordinator.simulation.virtual_clock import Simulation, Sites, Speeds
+from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
 MODES = "fedavg,fedasync,fedbuff"
 UPDATES_PER_CLIENT = 50  # merged per run, unless stop.updates or --updates says otherwise
@@ -35,7 +35,7 @@ Progress = Callable[[str, Federation], None]
 
 
 @dataclass(frozen=True)
-class Contender:
+class Variant:
     """What takes part: a mode, or a mode with settings of its own, as overrides of the configuration."""
 
     name: str
@@ -82,15 +82,15 @@ class Setup:
 
     path: Path
     overrides: tuple[str, ...]
-    speeds: Speeds
+    speeds: TimingModel
     updates: int
     """Merged per run; 0: as the configuration says, else UPDATES_PER_CLIENT for each client."""
     seed_keys: tuple[str, ...] = ()
     """Further keys that get the seed's number, such as task.options.seed."""
-    sites: dict[str, Sites] = field(default_factory=dict, repr=False)
+    sites: dict[str, ClientDatasets] = field(default_factory=dict, repr=False)
     """Data stays loaded from run to run; by what decides it."""
 
-    def config(self, contender: Contender, seed: int, tuned: Mapping[str, str]) -> Config:
+    def config(self, contender: Variant, seed: int, tuned: Mapping[str, str]) -> Config:
         """The configuration of one run, whose target does not end it; raises ConfigurationError."""
         seeds = [f"{key}={seed}" for key in ("seed", *self.seed_keys)]
         settings = [f"{key}={value}" for key, value in tuned.items()]
@@ -113,7 +113,7 @@ class Setup:
             raise ConfigurationError("stop.target", {}, "is required to compare, such as {accuracy = 0.95}")
         return target
 
-    def run(self, contender: Contender, seed: int, tuned: Mapping[str, str], on_progress: Progress) -> Outcome:
+    def run(self, contender: Variant, seed: int, tuned: Mapping[str, str], on_progress: Progress) -> Outcome:
         """One run; raises TaskError where the task has nothing to measure with."""
         config = self.config(contender, seed, tuned)
         name = f"{contender.name}, seed {seed}"
@@ -122,18 +122,18 @@ class Setup:
         )
         return outcome_of(simulation.run(), contender.name, seed, tuned, self.target, config.clients.ids)
 
-    def _sites(self, config: Config) -> Sites:
+    def _sites(self, config: Config) -> ClientDatasets:
         key = json.dumps([config.task.model_dump(), config.clients.ids])
         if key not in self.sites:
             task = load_task(config.task.entrypoint, config.task.options, self.path.resolve().parent)
-            self.sites[key] = Sites(task)
+            self.sites[key] = ClientDatasets(task)
         if self.sites[key].test_data is None:
             raise TaskError("compare measures each version centrally, but the task's test_data() is None")
         return self.sites[key]
 
 
 def outcome_of(
-    result: Result,
+    result: RunResult,
     contender: str,
     seed: int,
     tuned: Mapping[str, str],
@@ -171,18 +171,18 @@ def outcome_of(
     )
 
 
-def contenders(modes: str, variants: Sequence[str] = ()) -> list[Contender]:
+def make_variants(modes: str, specifications: Sequence[str] = ()) -> list[Variant]:
     """`modes` is a list of modes, by comma; a variant is "NAME: KEY=VALUE KEY=VALUE …", with quotes as in a shell.
 
     Without either, MODES. Raises ConfigurationError for a variant that is not one, and for a name that occurs twice.
     """
-    modes = modes or ("" if variants else MODES)
-    found = [Contender(mode, (f"aggregation.mode={mode}",)) for mode in filter(None, map(str.strip, modes.split(",")))]
-    for variant in variants:
+    modes = modes or ("" if specifications else MODES)
+    found = [Variant(mode, (f"aggregation.mode={mode}",)) for mode in filter(None, map(str.strip, modes.split(",")))]
+    for variant in specifications:
         name, colon, settings = variant.partition(":")
         if not colon or not name.strip():
             raise ConfigurationError("--variant", variant, 'expected "NAME: section.key=value section.key=value"')
-        found.append(Contender(name.strip(), tuple(shlex.split(settings))))
+        found.append(Variant(name.strip(), tuple(shlex.split(settings))))
     repeated = [name for name, count in Counter(c.name for c in found).items() if count > 1]
     if repeated or not found:
         raise ConfigurationError("--modes", modes, f"{repeated[0]!r} is there twice" if repeated else "names no mode")
@@ -200,7 +200,7 @@ def grid(tune: Sequence[str]) -> list[dict[str, str]]:
     return [dict(combination) for combination in itertools.product(*axes)]
 
 
-def dealt_speeds(config: Config, speeds: str) -> list[str]:
+def dealt_timings(config: Config, speeds: str) -> list[str]:
     """Overrides that deal the factors of "1:2:4" out to the clients in turn; each is how many times slower."""
     if not speeds:
         return []
@@ -233,7 +233,7 @@ def worst_if_missing(value: float | None, metric: str) -> float:
 
 def compare(
     setup: Setup,
-    who: Sequence[Contender],
+    who: Sequence[Variant],
     seeds: int,
     combinations: Sequence[Mapping[str, str]],
     on_progress: Progress,

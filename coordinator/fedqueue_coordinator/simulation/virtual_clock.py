@@ -20,15 +20,16 @@ from typing import Any
 
 from fedqueue.config.loading import Config
 from fedqueue.errors import RunFailed
-from fedqueue.local_update import attempt
+from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Order
 from fedqueue.task import Task
 from fedqueue.tensors.encodings import Bytes
-from fedqueue.tensors.error_feedback import Sender
+from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import choose_device, set_seed
 from fedqueue_coordinator.core.dispatch import make_order
 from fedqueue_coordinator.core.events import (
+    Acknowledge,
     Action,
     ClientJoined,
     Close,
@@ -39,21 +40,20 @@ from fedqueue_coordinator.core.events import (
     Event,
     JobEnded,
     Load,
-    Note,
     Stop,
     Tick,
     UpdateArrived,
     UpdateLoaded,
 )
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.core.ledger_records import Record, evaluation_record
-from fedqueue_coordinator.core.run_summary import Result
+from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.service.evaluator import evaluate
-from fedqueue_coordinator.service.recovery import first_version
+from fedqueue_coordinator.service.recovery import initial_model
 
 
 @dataclass(frozen=True)
-class Speeds:
+class TimingModel:
     """How long a job takes, in virtual seconds; `clients.slowdown` of the configuration multiplies the batches."""
 
     batch_seconds: float = 0.01
@@ -69,7 +69,7 @@ class Speeds:
         return batches * self.batch_seconds * slowdown * noise
 
 
-class Sites:
+class ClientDatasets:
     """Every client's data, loaded once, and one model that trains them all in turn; it may serve several runs."""
 
     def __init__(self, task: Task) -> None:
@@ -96,19 +96,19 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Begins:
+class TrainingStarted:
     """The worker has fetched the newest version, and trains."""
 
     job: str
 
 
 @dataclass(order=True)
-class Moment:
+class ScheduledEvent:
     """Something that will happen; what happens at the same time does so in the order in which it was planned."""
 
     seconds: float
     number: int
-    what: Event | Begins = field(compare=False)
+    what: Event | TrainingStarted = field(compare=False)
 
 
 class Simulation:
@@ -117,33 +117,33 @@ class Simulation:
     def __init__(
         self,
         config: Config,
-        sites: Sites,
-        speeds: Speeds,
+        sites: ClientDatasets,
+        speeds: TimingModel,
         on_progress: Callable[[Federation, float], None] = lambda federation, now: None,
     ) -> None:
         self.config, self.sites, self.speeds = config, sites, speeds
         self.now = 0.0
-        self.ledger: list[Record] = []
+        self.ledger: list[LedgerRecord] = []
         self.trace: list[tuple[float, str, str]] = []
         """(seconds, "begins", "arrives" or "waits", job) in the order in which it happened: a real run's script."""
         self._on_progress = on_progress
         self._device = choose_device(config.training.device)
         set_seed(config.seed)
         self._module = sites.task.model()
-        first = first_version(config, self._module)
+        first = initial_model(config, self._module)
         self.federation = Federation(config, first, evaluates=sites.test_data is not None)
-        self._sender = Sender(self.federation.up)
+        self._feedback = ErrorFeedback(self.federation.up)
         self._jobs: dict[str, Job] = {}
         self._versions: dict[int, Frame] = {}  # those that open jobs train from, or that their merge will need
         self._evaluated: tuple[int, Frame] | None = None
-        self._agenda: list[Moment] = []
+        self._agenda: list[ScheduledEvent] = []
         self._planned = 0
 
-    def run(self) -> Result:
+    def run(self) -> RunResult:
         """Until the run has ended; raises RunFailed where nothing is left that could happen."""
         federation = self.federation
         for client in self.config.clients.ids:
-            examples = self.sites.task.examples(self.sites.data(self.config, client))
+            examples = self.sites.task.num_examples(self.sites.data(self.config, client))
             self._handle(ClientJoined(client, examples))
         while not federation.stopped:
             deadline = federation.next_deadline()
@@ -160,18 +160,18 @@ class Simulation:
             self._on_progress(federation, self.now)
         assert federation.stopped is not None
         version, model = self._final_version(federation.stopped)
-        return Result(
+        return RunResult(
             version, model, federation.stopped.because, federation.stopped.failed, self.ledger, {},
             federation.job_number,
         )  # fmt: skip
 
-    def _plan(self, seconds: float, what: Event | Begins) -> None:
+    def _plan(self, seconds: float, what: Event | TrainingStarted) -> None:
         self._planned += 1
-        heapq.heappush(self._agenda, Moment(seconds, self._planned, what))
+        heapq.heappush(self._agenda, ScheduledEvent(seconds, self._planned, what))
 
-    def _happen(self, what: Event | Begins) -> None:
+    def _happen(self, what: Event | TrainingStarted) -> None:
         match what:
-            case Begins(job):
+            case TrainingStarted(job):
                 if job in self._jobs:
                     self.trace.append((self.now, "begins", job))
                     self._train(self._jobs[job])
@@ -180,7 +180,7 @@ class Simulation:
                     self.trace.append((self.now, "arrives", job))
                     posted = self._jobs[job]
                     assert posted.left is not None
-                    self._sender.accepted(posted.order.client, posted.left)
+                    self._feedback.accepted(posted.order.client, posted.left)
                     self._handle(what)
             case JobEnded(job=job):
                 if job in self._jobs:
@@ -213,13 +213,13 @@ class Simulation:
         slowdown = self.config.clients.slowdown.get(order.client, 1.0)
         entry = f"{order.job}-arrival"
         try:
-            header = attempt(self.sites.task, self._module, data, order, base, local, progress)
+            header = compute_update(self.sites.task, self._module, data, order, base, local, progress)
         except Exception as error:  # the task's own: its worker would report it
             seconds = self.speeds.training_seconds(batches, slowdown, order.seed)
             failed = JobEnded(entry, order.job, order.client, "failed", f"{type(error).__name__}: {error}")
             self._plan(self.now + seconds, failed)
             return
-        header, job.wire = self._sender.encode(order.client, local, header, order.seed)
+        header, job.wire = self._feedback.encode(order.client, local, header, order.seed)
         job.left = local
         seconds = self.speeds.training_seconds(batches, slowdown, order.seed)
         body = header.model_copy(update={"seconds": seconds}).pack()
@@ -231,7 +231,7 @@ class Simulation:
         match action:
             case Dispatch(job=job):
                 self._jobs[job] = Job(make_order(self.config, action))
-                self._plan(self.now + self.speeds.job_seconds, Begins(job))
+                self._plan(self.now + self.speeds.job_seconds, TrainingStarted(job))
             case Load(arrived=arrived):
                 wire = self._jobs[arrived.job].wire
                 assert wire is not None
@@ -246,7 +246,7 @@ class Simulation:
             case Close(job, _, record):
                 self.ledger.append(dict(record))
                 self._jobs.pop(job, None)
-            case Note(_, record):
+            case Acknowledge(_, record):
                 self.ledger += [dict(record)] if record else []
             case Evaluate(version):
                 self._evaluated = version, self.federation.model.copy()

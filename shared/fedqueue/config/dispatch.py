@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from fedqueue.config.sections import Count, NonNegative, Positive, Section
 
 
-class CompassConfig(Section):
+class FedCompassConfig(Section):
     """With `schedule = "compass"`: how many local steps a client may get, so that groups arrive together."""
 
     min_steps: Count = 20
@@ -21,7 +21,7 @@ class CompassConfig(Section):
     """How much a job's measured speed counts against what was known before."""
 
     @model_validator(mode="after")
-    def _ordered(self) -> CompassConfig:
+    def _ordered(self) -> FedCompassConfig:
         if self.max_steps < self.min_steps:
             raise ValueError(f"max_steps is {self.max_steps}, which is below min_steps, {self.min_steps}")
         return self
@@ -52,4 +52,4 @@ class DispatchConfig(Section):
     """A client whose task raised rests so long, twice as long after each further failure."""
     leader_seconds: Positive = 5.0
     """A coordinator that is not heard of for so long loses the lead."""
-    compass: CompassConfig = CompassConfig()
+    compass: FedCompassConfig = FedCompassConfig()

@@ -20,21 +20,21 @@ from fedqueue.protocol.key_files import KeyFile, PublicKey, SigningKey, read_pub
 from fedqueue.protocol.keys import CLIENT_ID
 from fedqueue.protocol.messages import Order, read
 from fedqueue.protocol.signed_envelope import (
-    CHARTER,
     EVALUATED,
     NO_HISTORY,
     ORDER,
+    RUN_DESCRIPTOR,
     VERSION,
-    Charter,
+    RunDescriptor,
     Scope,
-    Seal,
+    SignedEnvelope,
     VersionRecord,
     digest_of,
     history_of,
     longer_history,
+    open_envelope,
     packed,
-    seal,
-    unseal,
+    sign_envelope,
 )
 from fedqueue.protocol.site_identity import COORDINATOR_PUBLIC
 from fedqueue.transport.store import BlobBuffer, RunInfo
@@ -46,7 +46,7 @@ COORDINATOR_KEY = "coordinator.key"
 CLIENTS, REVOKED = "clients", "revoked"
 
 
-class Authority:
+class CoordinatorIdentity:
     """One coordinator's own key, and the folder with those of its clients."""
 
     def __init__(self, run: str, key: SigningKey, folder: Path) -> None:
@@ -61,29 +61,34 @@ class Authority:
     # What the run is
 
     def begin(self, config: bytes, manifest: Manifest, epoch: int, floor: int) -> bytes:
-        """The charter of a run that starts, or starts again, under an instance that nobody could know before."""
+        """The run descriptor of a run that starts, or starts again, under an instance that nobody could know before."""
         self._history = NO_HISTORY
-        return self._charter(secrets.token_hex(16), epoch, floor, digest_of(config), digest_of(manifest.pack()))
+        return self._descriptor(secrets.token_hex(16), epoch, floor, digest_of(config), digest_of(manifest.pack()))
 
     def resume(self, info: RunInfo) -> bytes:
-        """The charter of the next term of the run in `info`; raises SignatureError where its own is not this key's."""
-        charter = read(Charter, self._own(CHARTER, Scope(self._run), [], info.charter))
-        self._term = max(self._term, charter.term)
-        if (info.config_digest, digest_of(info.manifest)) != (charter.config, charter.manifest):
-            raise SignatureError("configuration or manifest in Redis are not those that the coordinator signed")
-        return self._charter(charter.instance, charter.epoch, info.version, charter.config, charter.manifest)
+        """The run descriptor of the next term of the run in `info`.
 
-    def _charter(self, instance: str, epoch: int, floor: int, config: str, manifest: str) -> bytes:
+        Raises SignatureError where the present descriptor was not signed with this key.
+        """
+        descriptor = read(RunDescriptor, self._own(RUN_DESCRIPTOR, Scope(self._run), [], info.descriptor))
+        self._term = max(self._term, descriptor.term)
+        if (info.config_digest, digest_of(info.manifest)) != (descriptor.config, descriptor.manifest):
+            raise SignatureError("configuration or manifest in Redis are not those that the coordinator signed")
+        return self._descriptor(
+            descriptor.instance, descriptor.epoch, info.version, descriptor.config, descriptor.manifest
+        )
+
+    def _descriptor(self, instance: str, epoch: int, floor: int, config: str, manifest: str) -> bytes:
         self._term += 1
         self._scope = Scope(self._run, instance, epoch)
-        charter = Charter(
+        descriptor = RunDescriptor(
             instance=instance, epoch=epoch, term=self._term, floor=floor, config=config, manifest=manifest
         )
-        return seal(self._key, CHARTER, Scope(self._run), [], charter.pack())
+        return sign_envelope(self._key, RUN_DESCRIPTOR, Scope(self._run), [], descriptor.pack())
 
     # Versions, orders, evaluations: its own word, which comes back to it after a crash
 
-    def seal_version(
+    def sign_version(
         self,
         version: int,
         model: BlobBuffer,
@@ -102,7 +107,7 @@ class Authority:
             model=digest_of(model), state=digest_of(state), job_number=job_number, history=self._history,
             totals=digest_of(totals),
         )  # fmt: skip
-        return seal(self._key, VERSION, self._scope, [version], what.pack())
+        return sign_envelope(self._key, VERSION, self._scope, [version], what.pack())
 
     def remember(self, ledger: Iterable[Mapping[str, Any]]) -> None:
         """Go on from the history in a ledger that is this coordinator's own."""
@@ -135,15 +140,15 @@ class Authority:
             raise SignatureError(f"the optimizer's state in Redis is not that of version {version} as it was signed")
         return record
 
-    def seal_order(self, order: Order) -> bytes:
-        return seal(self._key, ORDER, self._scope, [], order.pack())
+    def sign_order(self, order: Order) -> bytes:
+        return sign_envelope(self._key, ORDER, self._scope, [], order.pack())
 
     def open_order(self, data: bytes) -> Order:
         """An order of its own; raises SignatureError for any other."""
         return read(Order, self._own(ORDER, self._scope, [], data))
 
-    def seal_evaluation(self, body: bytes) -> bytes:
-        return seal(self._key, EVALUATED, self._scope, [], body)
+    def sign_evaluation(self, body: bytes) -> bytes:
+        return sign_envelope(self._key, EVALUATED, self._scope, [], body)
 
     def open_evaluation(self, data: bytes) -> bytes:
         return self._own(EVALUATED, self._scope, [], data)
@@ -151,13 +156,13 @@ class Authority:
     def _own(self, kind: str, scope: Scope, about: Sequence[str | int], data: bytes) -> bytes:
         """What this coordinator said itself, or the one before its key was rotated."""
         former = self._former.keys if self._former else []
-        return unseal(data, [self._key.public, *former], kind, scope, about, "this coordinator").body
+        return open_envelope(data, [self._key.public, *former], kind, scope, about, "this coordinator").body
 
     # Clients
 
-    def open(self, kind: str, client: str, about: Sequence[str | int], data: bytes) -> Seal:
+    def open(self, kind: str, client: str, about: Sequence[str | int], data: bytes) -> SignedEnvelope:
         """What the client said; raises NotEnrolled where it has no key here, SignatureError where it did not say it."""
-        return unseal(data, self._keys_of(client), kind, self._scope, [client, *about], f"client {client}")
+        return open_envelope(data, self._keys_of(client), kind, self._scope, [client, *about], f"client {client}")
 
     def is_enrolled(self, client: str) -> bool:
         try:
@@ -184,18 +189,18 @@ class Authority:
             raise NotEnrolled(str(error)) from None
 
 
-def load_authority(folder: Path, run: str) -> Authority:
+def load_coordinator_identity(folder: Path, run: str) -> CoordinatorIdentity:
     """Raises ConfigurationError where the folder has no key of a coordinator."""
     if not (folder / COORDINATOR_KEY).exists():
         raise ConfigurationError(
             "security.keys", str(folder), f"holds no {COORDINATOR_KEY}; `fedqueue enroll` makes keys for all, and "
             'security.signatures = "off" does without (then whoever writes to Redis is believed)',
         )  # fmt: skip
-    return Authority(run, read_signing_key(folder / COORDINATOR_KEY), folder)
+    return CoordinatorIdentity(run, read_signing_key(folder / COORDINATOR_KEY), folder)
 
 
-def require_signed(authority: Authority | None, info: RunInfo) -> None:
+def require_signed(identity: CoordinatorIdentity | None, info: RunInfo) -> None:
     """Raises StoreError where a run that was begun with signatures is to go on without them, or the other way round."""
-    if bool(info.charter) != (authority is not None):
-        was = "with" if info.charter else "without"
+    if bool(info.descriptor) != (identity is not None):
+        was = "with" if info.descriptor else "without"
         raise StoreError(f"run {info.run!r} was begun {was} signatures (security.signatures), and has to go on so")

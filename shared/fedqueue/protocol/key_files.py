@@ -41,7 +41,7 @@ class PublicKey:
     raw: bytes
 
     @classmethod
-    def of(cls, raw: bytes) -> PublicKey:
+    def from_raw(cls, raw: bytes) -> PublicKey:
         return cls(hashlib.sha256(raw).hexdigest()[:16], raw)
 
     def holds(self, signature: bytes, message: bytes) -> bool:
@@ -61,7 +61,7 @@ class SigningKey:
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
-        self.public = PublicKey.of(key.public_key().public_bytes_raw())
+        self.public = PublicKey.from_raw(key.public_key().public_bytes_raw())
         self._signer = nacl.signing.SigningKey(key.private_bytes_raw())
 
     @classmethod
@@ -143,7 +143,7 @@ def parse_public_key(line: str, where: str, setting: str = "security.keys") -> P
         raw = b""
     if algorithm != ALGORITHM or len(raw) != PUBLIC_BYTES:
         raise ConfigurationError(setting, where, f"expected lines `{ALGORITHM} BASE64` of {PUBLIC_BYTES}-byte keys")
-    return PublicKey.of(raw)
+    return PublicKey.from_raw(raw)
 
 
 def write_public_keys(path: Path, keys: Iterable[PublicKey]) -> None:

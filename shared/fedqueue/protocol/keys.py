@@ -97,9 +97,9 @@ class Keys:
         return self._key(f"attempt:{job}")
 
     @property
-    def held(self) -> str:
+    def pinned(self) -> str:
         """set: versions that the coordinator keeps stored, whatever jobs do"""
-        return self._key("held")
+        return self._key("pinned")
 
     @property
     def updates_prefix(self) -> str:
@@ -111,9 +111,9 @@ class Keys:
         return f"{self.updates_prefix}{client}"
 
     @property
-    def bell(self) -> str:
+    def wakeup(self) -> str:
         """channel: names the stream of `updates` that has just got an entry; a hint, see `inbox.py`"""
-        return self._key("bell")
+        return self._key("wakeup")
 
     @property
     def ledger(self) -> str:

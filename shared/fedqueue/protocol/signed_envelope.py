@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # what only shows a run takes neither numpy nor cryptography
 
 DOMAIN = "fedqueue/1"  # nothing signed for another purpose, or another version of the protocol, counts here
 
-CHARTER, ORDER, VERSION, EVALUATED = "charter", "order", "version", "evaluated"  # what a coordinator says
+RUN_DESCRIPTOR, ORDER, VERSION, EVALUATED = "descriptor", "order", "version", "evaluated"  # what a coordinator says
 UPDATE, ENDED, JOINED, LEFT = "update", "ended", "joined", "left"  # what a worker says
 
 
@@ -39,7 +39,7 @@ class Scope:
     epoch: int = 0
 
 
-class Seal(Message):
+class SignedEnvelope(Message):
     """A message with the signature over it. `session` names the worker process that speaks."""
 
     body: Annotated[bytes, Field(max_length=64 * 1024)]
@@ -48,7 +48,7 @@ class Seal(Message):
     signature: Annotated[bytes, Field(max_length=64)]
 
 
-class Charter(Message):
+class RunDescriptor(Message):
     """What a run is, as its coordinator says: workers take neither configuration nor manifest from anything else.
 
     `term` rises with each coordinator that comes to lead; `floor` is the version from which it went on.
@@ -107,33 +107,35 @@ def packed(record: Mapping[str, Any]) -> bytes:
     return data
 
 
-def seal(key: SigningKey, kind: str, scope: Scope, about: Sequence[str | int], body: bytes, session: str = "") -> bytes:
+def sign_envelope(
+    key: SigningKey, kind: str, scope: Scope, about: Sequence[str | int], body: bytes, session: str = ""
+) -> bytes:
     """The packed Seal of `body`; raises WireError where it is too large to be sent."""
     signature = key.sign(_statement(kind, scope, about, session, body))
-    return Seal(body=body, key=key.public.id, session=session, signature=signature).pack()
+    return SignedEnvelope(body=body, key=key.public.id, session=session, signature=signature).pack()
 
 
-def unseal(
+def open_envelope(
     data: bytes, keys: Iterable[PublicKey], kind: str, scope: Scope, about: Sequence[str | int], who: str
-) -> Seal:
+) -> SignedEnvelope:
     """The Seal in `data`, signed by one of `keys` and about exactly this; raises SignatureError, which names `who`."""
     try:
-        sealed = read(Seal, data)
+        envelope = read(SignedEnvelope, data)
     except WireError:
         raise SignatureError(f"{kind} is not signed, {who} has to sign it") from None
-    matching = [key for key in keys if key.id == sealed.key]
+    matching = [key for key in keys if key.id == envelope.key]
     if not matching:
-        raise SignatureError(f"{kind} is signed with key {sealed.key!r}, which is none of {who}'s")
-    statement = _statement(kind, scope, about, sealed.session, sealed.body)
-    if not any(key.holds(sealed.signature, statement) for key in matching):
+        raise SignatureError(f"{kind} is signed with key {envelope.key!r}, which is none of {who}'s")
+    statement = _statement(kind, scope, about, envelope.session, envelope.body)
+    if not any(key.holds(envelope.signature, statement) for key in matching):
         raise SignatureError(f"{kind} was changed, or was signed by {who} for something else: the signature fails")
-    return sealed
+    return envelope
 
 
-def peek(data: bytes) -> bytes:
+def unverified_body(data: bytes) -> bytes:
     """The body of a Seal whose signature nobody has looked at, or `data` where it is none: to show, not to act upon."""
     try:
-        return read(Seal, data).body
+        return read(SignedEnvelope, data).body
     except WireError:
         return data
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Entry:
+class StreamEntry:
     """One entry of a stream of updates. Its client is the stream's; of job and base it says what the worker said."""
 
     id: str  # place in its stream@client
@@ -19,7 +19,7 @@ class Entry:
     base: int = -1
 
     @classmethod
-    def of(cls, client: str, raw: tuple[bytes, Mapping[bytes, bytes]]) -> Entry:
+    def from_fields(cls, client: str, raw: tuple[bytes, Mapping[bytes, bytes]]) -> StreamEntry:
         """An entry of the stream of `client`, which nobody else can write to; its `id` names the stream too."""
         fields = {k.decode("latin-1"): v for k, v in raw[1].items()}
 

@@ -22,7 +22,7 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.transport.store import chunks_of
 
 
-class Sender:
+class ErrorFeedback:
     """The codec of one process's updates, with the residuals of its clients: float32 [parameters] each, in memory."""
 
     def __init__(self, codec: Codec) -> None:

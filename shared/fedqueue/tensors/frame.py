@@ -49,7 +49,7 @@ Piece = tuple[slice | torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorSpec:
     """One tensor: `offset` and `length` count elements within the section of its role's width."""
 
     name: str
@@ -64,7 +64,7 @@ class Entry:
 class Manifest:
     """What a run's model consists of; the same on the coordinator and on every worker."""
 
-    entries: tuple[Entry, ...]
+    entries: tuple[TensorSpec, ...]
 
     @cached_property
     def parameters(self) -> int:
@@ -95,7 +95,7 @@ class Manifest:
         return sum(e.length for e in self.entries if e.role == role)
 
     @classmethod
-    def of(cls, model: torch.nn.Module) -> Manifest:
+    def from_module(cls, model: torch.nn.Module) -> Manifest:
         """The manifest of a module; raises ManifestMismatch for a dtype that cannot be federated."""
         trainable = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         tensors = {role: [] for role in ROLES}  # type: dict[str, list[tuple[str, torch.Tensor]]]
@@ -113,7 +113,7 @@ class Manifest:
                 offset = 0
             for name, tensor in tensors[role]:
                 dtype = str(tensor.dtype).removeprefix("torch.")
-                entries.append(Entry(name, dtype, tuple(tensor.shape), offset, tensor.numel(), role))
+                entries.append(TensorSpec(name, dtype, tuple(tensor.shape), offset, tensor.numel(), role))
                 offset += tensor.numel()
         if not tensors[PARAMETER]:
             raise ManifestMismatch("model: it has no parameters, so there is nothing to train")
@@ -130,7 +130,7 @@ class Manifest:
             rows = unpack(data, MAX_MANIFEST)
             if len(rows) > MAX_TENSORS:
                 raise WireError(f"{len(rows)} tensors, at most {MAX_TENSORS} are allowed")
-            entries = tuple(Entry(n, d, tuple(s), o, k, r) for n, d, s, o, k, r in rows)
+            entries = tuple(TensorSpec(n, d, tuple(s), o, k, r) for n, d, s, o, k, r in rows)
         except (ValueError, TypeError, WireError) as error:
             raise WireError(f"manifest: not one of this protocol ({error})") from error
         expected = {PARAMETER: 0, COUNTER: 0}
@@ -244,7 +244,7 @@ class Frame:
         return {entry.name: place.to(DTYPES[entry.dtype], copy=True) for entry, place in self._tensors}
 
     @cached_property
-    def _tensors(self) -> list[tuple[Entry, torch.Tensor]]:
+    def _tensors(self) -> list[tuple[TensorSpec, torch.Tensor]]:
         """Every tensor as a view of its shape, made once: a worker goes through all of them twice in each job."""
         sections = {PARAMETER: self.floats, BUFFER: self.floats, COUNTER: self.counters}
         return [
@@ -278,5 +278,5 @@ def align(nbytes: int) -> int:
     return (nbytes + 7) // 8 * 8
 
 
-def _describe(entry: Entry | None) -> str:
+def _describe(entry: TensorSpec | None) -> str:
     return f"{entry.role} {entry.dtype} {list(entry.shape)}" if entry else "missing"

@@ -163,7 +163,7 @@ class SharedRetry(Retry):
         return self
 
 
-def hurry(client: redis.Redis) -> None:
+def limit_retries(client: redis.Redis) -> None:
     """From now on a command is repeated once: the process is on its way out. Safe to call from a signal handler."""
     if retry := client.get_retry():
         retry.update_retries(min(1, retry.get_retries()))

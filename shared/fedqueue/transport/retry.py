@@ -19,7 +19,7 @@ FIRST_SECONDS, LONGEST_SECONDS = 0.1, 5.0
 T = TypeVar("T")
 
 # Answers that pass by themselves or with an operator's help, by the first word of their text.
-PASSING = {
+TRANSIENT = {
     "OOM": "it is out of memory: raise its maxmemory, or fewer jobs at once (dispatch.concurrency)",
     "READONLY": "it is a read-only replica: waiting until it or another one is the primary",
     "LOADING": "it is loading its data",
@@ -37,7 +37,7 @@ BY_TYPE = {  # redis-py takes the word off the text of these
 }
 
 
-def passing(error: redis.RedisError) -> str:
+def transient_reason(error: redis.RedisError) -> str:
     """Why waiting makes sense, in words, or an empty string where it does not (a wrong password, a missing right)."""
     refused = redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError
     if isinstance(error, refused):
@@ -45,12 +45,12 @@ def passing(error: redis.RedisError) -> str:
     text = str(error)
     for kind, word in BY_TYPE.items():
         if isinstance(error, kind):
-            return PASSING[word]
+            return TRANSIENT[word]
     if isinstance(error, redis.exceptions.OutOfMemoryError) or text.startswith("command not allowed when used"):
-        return PASSING["OOM"]
+        return TRANSIENT["OOM"]
     if isinstance(error, redis.ConnectionError | redis.TimeoutError):
         return f"it does not answer ({text})"
-    return PASSING.get(text.partition(" ")[0], "")
+    return TRANSIENT.get(text.partition(" ")[0], "")
 
 
 def _hint(error: redis.RedisError) -> str:
@@ -65,7 +65,7 @@ def _hint(error: redis.RedisError) -> str:
     )
 
 
-class Patience:
+class RedisRetry:
     """Rides out an outage: backoff with jitter, said once per kind of trouble, reset by success."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Patience:
 
     def wait(self, error: redis.RedisError) -> None:
         """Sleep for the present backoff; raises ServerUnavailable where waiting cannot help or is given up."""
-        why = passing(error)
+        why = transient_reason(error)
         if not why:
             raise ServerUnavailable(f"Redis refuses: {error}{_hint(error)}") from error
         if self._given_up():
@@ -97,7 +97,7 @@ class Patience:
             log.info("Redis is back")
         self._failures, self._said = 0, ""
 
-    def ride_out(self, operation: Callable[[], T]) -> T:
+    def call(self, operation: Callable[[], T]) -> T:
         """The result of `operation`, repeated until no outage is in its way; it must be safe to repeat."""
         while True:
             try:

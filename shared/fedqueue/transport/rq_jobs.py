@@ -114,7 +114,7 @@ def client_queue(client: redis.Redis, name: str, cls: type[Job] = TrainingJob) -
 
 
 @dataclass(frozen=True)
-class Record:
+class RqJobRecord:
     """RQ's record of a job that waits in its queue: under which keys, and its fields, names and values in turns."""
 
     job: str
@@ -151,18 +151,18 @@ class Queues:
             connection=client,
         )  # each one in its turn: making one takes as long as all the rest
 
-    def record(self, queue: str, order: Order, sealed: bytes | None = None) -> Record:
+    def record(self, queue: str, order: Order, envelope: bytes | None = None) -> RqJobRecord:
         """What RQ would write to enqueue the order, or its seal; a queue is listed at its first one."""
         job = self._job
         job.id, job.origin, job.description = order.job, queue, f"train {order.client} for {order.run}"
-        job.kwargs = {"order": order.model_dump() if sealed is None else sealed}
+        job.kwargs = {"order": order.model_dump() if envelope is None else envelope}
         job.created_at = job.enqueued_at = now()
         fields = [item for name, value in job.to_dict().items() if value != "" for item in (name, value)]
         key = f"{Queue.redis_queue_namespace_prefix}{queue}"
         if queue not in self._listed:  # once is enough, RQ says it for each job
             self._client.sadd(Queue.redis_queues_keys, key)
             self._listed.add(queue)
-        return Record(job.id, job.key, key, fields)
+        return RqJobRecord(job.id, job.key, key, fields)
 
 
 def forget(client: redis.Redis, queue: str, job: str) -> None:

@@ -20,7 +20,7 @@ import redis
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
 from fedqueue.protocol.keys import RUNS, Keys
 from fedqueue.protocol.messages import MAX_MESSAGE, MAX_RECORD, Registration, read, unpack_record
-from fedqueue.protocol.signed_envelope import peek
+from fedqueue.protocol.signed_envelope import unverified_body
 from fedqueue.transport.zero_copy import Answer, Command, Part, checked, exchange, get_parts
 
 if TYPE_CHECKING:  # torch and numpy, which a command that shows a run can do without
@@ -52,7 +52,7 @@ class RunInfo:
     epoch: int
     leader: str
     """Owner of the lead, or an empty string."""
-    charter: bytes = b""
+    descriptor: bytes = b""
     """Sealed by the coordinator, where it signs; see `signing.Charter`."""
     config_digest: str = ""
     """SHA-256 of the configuration's text."""
@@ -157,15 +157,15 @@ class Store:
             _check(part, get_parts(self.redis, [part])[0], chunk)
             done += place.nbytes
 
-    def read_sealed(self, version: int, into: BlobBuffer) -> bytes:
+    def read_signed_version(self, version: int, into: BlobBuffer) -> bytes:
         """Fill `into` with a version, as `read_blob`; returns its seal, which comes with it where both are small."""
         if into.nbytes > READ:
             self.read_blob(self.keys.model(version), into)
-            return self.read_seal(version, into.nbytes)
+            return self.read_version_signature(version, into.nbytes)
         part = _part(f"{self.keys.model(version)}:0", 0, into, into.nbytes)
-        got, sealed = get_parts(self.redis, [part, Part(self._seal(version, into.nbytes), 0, MAX_MESSAGE)])
+        got, envelope = get_parts(self.redis, [part, Part(self._seal(version, into.nbytes), 0, MAX_MESSAGE)])
         _check(part, got, into.nbytes)
-        return cast(bytes, sealed)
+        return cast(bytes, envelope)
 
     def blob_size(self, prefix: str, codec: Codec) -> int:
         """How many bytes a frame has that was stored at `prefix`; where they vary, it says so itself.
@@ -204,7 +204,7 @@ class Store:
             stopped_because=config.get(b"stopped_because", b"").decode(),
             epoch=int(config.get(b"epoch", 0)),
             leader=(leader or b"").decode(),
-            charter=config.get(b"charter", b""),
+            descriptor=config.get(b"descriptor", b""),
             config_digest=hashlib.sha256(config[b"config"]).hexdigest(),
         )
 
@@ -224,18 +224,18 @@ class Store:
         One that is no registration of that client is left out.
         """
         found = {}
-        for client, record in self.sealed_registrations().items():
+        for client, record in self.signed_registrations().items():
             with contextlib.suppress(WireError):
-                registration = read(Registration, peek(record))
+                registration = read(Registration, unverified_body(record))
                 if registration.client == client:
                     found[client] = registration.model_dump()
         return found
 
-    def sealed_registrations(self) -> dict[str, bytes]:
+    def signed_registrations(self) -> dict[str, bytes]:
         """The same as they lie there, each with its signature where it has one."""
         return self._of_each_site("registration")
 
-    def read_seal(self, version: int, model_bytes: int) -> bytes:
+    def read_version_signature(self, version: int, model_bytes: int) -> bytes:
         """What its coordinator signed of a version: it lies behind the last chunk. Empty where there is nothing."""
         return cast(bytes, self.redis.getrange(self._seal(version, model_bytes), 0, MAX_MESSAGE))
 

@@ -11,8 +11,8 @@ import redis
 
 from fedqueue.errors import JobClosed, SignatureError
 from fedqueue.protocol.messages import Ending, Order, Registration, Update, pack, read
-from fedqueue.protocol.signed_envelope import JOINED, LEFT, digest_of, peek
-from fedqueue.protocol.site_identity import SiteTrust
+from fedqueue.protocol.signed_envelope import JOINED, LEFT, digest_of, unverified_body
+from fedqueue.protocol.site_identity import SiteIdentity
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.transport.store import BlobBuffer, Store
@@ -35,7 +35,7 @@ class Claim:
 
 
 @dataclass(frozen=True)
-class Pulse:
+class HeartbeatReply:
     """The answer to a heartbeat."""
 
     run_state: str
@@ -46,15 +46,15 @@ class Pulse:
 class WorkerStore(Store):
     """`token` tells this worker process from every other one."""
 
-    def __init__(self, client: redis.Redis, run: str, token: str, trust: SiteTrust | None = None) -> None:
+    def __init__(self, client: redis.Redis, run: str, token: str, identity: SiteIdentity | None = None) -> None:
         """With `trust`, everything that is said is signed, and every version that is fetched is checked."""
         super().__init__(client, run)
         self.token = token
-        self.trust = trust
+        self.identity = identity
 
     def key_of(self, client: str) -> str:
         """The id of the key that signs for the client now; empty where nothing is signed."""
-        return self.trust.key_of(client) if self.trust else ""
+        return self.identity.key_of(client) if self.identity else ""
 
     def join(self, candidates: Sequence[str], lease_seconds: float) -> str | None:
         """Serve the first candidate that no other living worker serves; None where there is none."""
@@ -65,18 +65,18 @@ class WorkerStore(Store):
 
     def register(self, registration: Registration) -> bool:
         """Say that the client has its data and is ready; False where another worker serves it by now."""
-        if self.trust:
-            self.trust.enter(self.info())  # it may be another epoch by now
+        if self.identity:
+            self.identity.enter(self.info())  # it may be another epoch by now
         client = registration.client
         said = self._sealed(JOINED, client, [], registration.pack())
         keys = [self.keys.site(client), self.keys.updates(client)]
-        return bool(self.script("register", keys, [self.token, said, self.keys.bell]))
+        return bool(self.script("register", keys, [self.token, said, self.keys.wakeup]))
 
     def leave(self, clients: Sequence[str]) -> None:
         for client in clients:
             said = self._sealed(LEFT, client, [], b"")
             keys = [self.keys.site(client), self.keys.updates(client)]
-            self.script("leave", keys, [self.token, said, self.keys.bell])
+            self.script("leave", keys, [self.token, said, self.keys.wakeup])
 
     def claim(self, job: str, lease_seconds: float, client: str = "") -> Claim:
         """Begin an attempt; raises JobClosed where the job has ended, which is counted for `client`."""
@@ -89,21 +89,21 @@ class WorkerStore(Store):
         if not answer:
             raise JobClosed(f"job {job} is not open any more")
         claim = Claim(job, int(answer[0]), int(answer[1]), int(answer[2]), answer[3].decode())
-        if self.trust and claim.epoch != self.trust.scope.epoch:
-            self.trust.enter(self.info())
+        if self.identity and claim.epoch != self.identity.scope.epoch:
+            self.identity.enter(self.info())
         return claim
 
     def open_order(self, said: bytes | dict[str, Any]) -> Order:
         """The order that came with a job: a seal, or a map where the run is not signed; raises WireError."""
-        if self.trust is None:
-            return read(Order, peek(said) if isinstance(said, bytes) else pack(said))
+        if self.identity is None:
+            return read(Order, unverified_body(said) if isinstance(said, bytes) else pack(said))
         if not isinstance(said, bytes):
             raise SignatureError("the order of a job is not signed")
         try:
-            body = self.trust.order(said)
+            body = self.identity.order(said)
         except SignatureError:  # it may be of a later epoch than this site knows
-            self.trust.enter(self.info())
-            body = self.trust.order(said)
+            self.identity.enter(self.info())
+            body = self.identity.order(said)
         return read(Order, body)
 
     def fetch(self, version: int, into: BlobBuffer) -> None:
@@ -111,13 +111,13 @@ class WorkerStore(Store):
 
         Raises SignatureError where it is not what the coordinator signed, or older than one that was there before.
         """
-        if self.trust is None:
+        if self.identity is None:
             self.read_blob(self.keys.model(version), into)
             return
-        sealed = self.read_sealed(version, into)
-        if self.trust.goes_back(version):
-            self.trust.enter(self.info())
-        self.trust.check_version(version, into, sealed)
+        envelope = self.read_signed_version(version, into)
+        if self.identity.goes_back(version):
+            self.identity.enter(self.info())
+        self.identity.check_version(version, into, envelope)
 
     def fetch_model(self, version: int, codec: Codec, into: Frame) -> None:
         """The same, decoded; raises WireError, too, where it is no such frame."""
@@ -133,7 +133,7 @@ class WorkerStore(Store):
 
     def heartbeat(
         self, clients: Sequence[str], lease_seconds: float, current: Claim | None, progressing: bool
-    ) -> Pulse:
+    ) -> HeartbeatReply:
         state, holds, *lost = self.script(
             "heartbeat",
             [self.keys.config],
@@ -149,11 +149,11 @@ class WorkerStore(Store):
                 *clients,
             ],
         )
-        return Pulse(state.decode(), bool(holds), tuple(c.decode() for c in lost))
+        return HeartbeatReply(state.decode(), bool(holds), tuple(c.decode() for c in lost))
 
     def described(self, update: Update, payload: BlobBuffer) -> Update:
         """The header with the payload's digest, where updates are signed; one that has it already stays as it is."""
-        if self.trust is None or update.digest:
+        if self.identity is None or update.digest:
             return update
         return update.model_copy(update={"digest": digest_of(payload)})
 
@@ -181,14 +181,14 @@ class WorkerStore(Store):
         reason: bytes = self.script(
             "post",
             [keys.job(job), keys.attempt(job), keys.site(client), keys.updates(client), keys.config, *chunks],
-            [job, claim.attempt, kind, body, claim.epoch, keys.bell],
+            [job, claim.attempt, kind, body, claim.epoch, keys.wakeup],
             first,
             then,
         )
         return reason.decode()
 
     def _sealed(self, kind: str, client: str, about: Sequence[str | int], body: bytes) -> bytes:
-        return self.trust.seal(kind, client, about, body) if self.trust else body
+        return self.identity.sign(kind, client, about, body) if self.identity else body
 
 
 def _ms(seconds: float) -> int:

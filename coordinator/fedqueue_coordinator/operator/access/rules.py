@@ -65,7 +65,7 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
         Right(HASH, (f"~{keys.attempt(job)}",)),
         Right(HASH, (f"~{keys.site(name)}",)),
         Right(("xadd",), (f"%W~{keys.updates(name)}",)),
-        Right(("publish",), (f"&{keys.bell}",)),
+        Right(("publish",), (f"&{keys.wakeup}",)),
         Right(("set", "exists", "persist", "unlink"), (f"~{keys.payload_prefix}{job}:*",)),
         Right(RQ_WORKER, tuple(f"~rq:{key}" for key in own_rq)),
         Right(("sadd", "srem"), ("~rq:workers",)),
@@ -82,11 +82,11 @@ def coordinator_rights(run: str) -> list[Right]:
         *(f"{kind}:{keys.queue('*')}" for kind in ("queue", "wip", "failed", "finished", "workers")),
     ]  # fmt: skip
     commands = ("@read", "@write", "@transaction", "eval", "evalsha", "script|load", "script|exists")
-    bell = ("publish", "subscribe", "unsubscribe")
+    wakeup = ("publish", "subscribe", "unsubscribe")
     return [
         Right(
-            (*commands, *bell, *CONNECTION),
-            (f"&{keys.bell}", f"~{keys.pattern}", f"~{RUNS}", *(f"~rq:{key}" for key in of_run)),
+            (*commands, *wakeup, *CONNECTION),
+            (f"&{keys.wakeup}", f"~{keys.pattern}", f"~{RUNS}", *(f"~rq:{key}" for key in of_run)),
         )
     ]
 

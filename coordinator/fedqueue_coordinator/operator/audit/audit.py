@@ -18,7 +18,7 @@ from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
 from fedqueue.protocol.keys import job_without_tag
 from fedqueue.protocol.messages import unpack_record
-from fedqueue.protocol.stream_entry import Entry
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import downward
 from fedqueue.tensors.frame import Manifest
 from fedqueue.transport.store import list_runs
@@ -27,8 +27,8 @@ from fedqueue_coordinator.operator.audit.signatures import Signatures, verify_si
 from fedqueue_coordinator.operator.run_locations import finished_runs, servers
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
-Record = Mapping[str, Any]
-READINGS = 100  # attempts to read a run that goes on at one moment of it
+LedgerRecord = Mapping[str, Any]
+READ_ATTEMPTS = 100  # attempts to read a run that goes on at one moment of it
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Books:
+class AuditInput:
     """What a run wrote down."""
 
     run: str
-    ledger: Sequence[Record]
+    ledger: Sequence[LedgerRecord]
     dispatched: int
     """Job numbers given out, over all epochs."""
     unfinished: Mapping[str, str]
@@ -61,10 +61,10 @@ class Books:
     """None for the results in a folder: nothing there is signed."""
 
 
-def audit(books: Books) -> list[Check]:
+def audit(audit_input: AuditInput) -> list[Check]:
     """Every invariant that the books can show."""
-    endings = list(_endings(books.ledger))
-    open_, waiting = books.unfinished, books.posted_entries or ()
+    endings = list(_endings(audit_input.ledger))
+    open_, waiting = audit_input.unfinished, audit_input.posted_entries or ()
     times = Counter(job for job, _ in endings)
     merged = Counter(job for job, ending in endings if ending == "merged")
     return [
@@ -73,7 +73,7 @@ def audit(books: Books) -> list[Check]:
             [
                 *(f"job {job} ended {n} times" for job, n in times.items() if n > 1),
                 *(f"job {job} has ended and is still {open_[job]}" for job in times if job in open_),
-                *_vanished(books, set(times)),
+                *_vanished(audit_input, set(times)),
             ],
         ),
         Check(
@@ -81,18 +81,18 @@ def audit(books: Books) -> list[Check]:
             [
                 *(f"job {job} was merged {n} times" for job, n in merged.items() if n > 1),
                 *(f"job {job} has ended, and an entry of it waits" for job in waiting if job in times),
-                *_not_in_stream(books),
+                *_not_in_stream(audit_input),
             ],
-            "" if books.posted_entries is not None else "the stream is gone: the ledger alone was checked",
+            "" if audit_input.posted_entries is not None else "the stream is gone: the ledger alone was checked",
         ),
-        Check("I3", "versions rise by one from 1 to the head", _gaps(books)),
-        _replayed(books),
-        Check("I4", "one coordinator commits at a time: fencing tokens never fall", _tokens(books.ledger)),
-        _signed(books.signatures),
+        Check("I3", "versions rise by one from 1 to the head", _gaps(audit_input)),
+        _replayed(audit_input),
+        Check("I4", "one coordinator commits at a time: fencing tokens never fall", _tokens(audit_input.ledger)),
+        _signed(audit_input.signatures),
     ]  # fmt: skip
 
 
-def read_books(place: str, url: str, keys: Path = Path("keys")) -> Books:
+def read_audit_input(place: str, url: str, keys: Path = Path("keys")) -> AuditInput:
     """The books of the run named `place`, or of the results in the folder `place`; raises RunNotFound.
 
     `keys` is the folder that may have the coordinator's public key.
@@ -107,16 +107,16 @@ def read_books(place: str, url: str, keys: Path = Path("keys")) -> Books:
     raise RunNotFound(place)
 
 
-def _books_of_store(store: CoordinatorStore, keys: Path) -> Books:
+def _books_of_store(store: CoordinatorStore, keys: Path) -> AuditInput:
     """Raises StoreError where a run that goes on could not be read at one moment of it."""
-    for _ in range(READINGS):
+    for _ in range(READ_ATTEMPTS):
         with contextlib.suppress(BlobMissing):  # the head was replaced before it was read
-            if books := _read_store(store, keys):
-                return books()
+            if audit_input := _read_store(store, keys):
+                return audit_input()
     raise StoreError(f"run {store.run!r} moves on faster than it can be read: audit it again, or once it has ended")
 
 
-def _read_store(store: CoordinatorStore, key_folder: Path) -> Callable[[], Books] | None:
+def _read_store(store: CoordinatorStore, key_folder: Path) -> Callable[[], AuditInput] | None:
     """What changes while a run goes on, in one transaction; the replay, of what does not, is left to the caller.
 
     None where the run went on between the question what there is to read and the reading.
@@ -143,9 +143,9 @@ def _read_store(store: CoordinatorStore, key_folder: Path) -> Callable[[], Books
     if {job.decode() for job in jobs} - set(names) or clients >= len(streams) or int(version) != info.version:
         return None
     states = {job: "posted" if posted else "open" for job, posted in zip(names, rest, strict=False)}
-    entries = [Entry.of("", entry) for stream in rest[len(names) :] for entry in stream]
+    entries = [StreamEntry.from_fields("", entry) for stream in rest[len(names) :] for entry in stream]
     records = [unpack_record(fields[b"record"]) for _, fields in ledger]
-    return lambda: Books(
+    return lambda: AuditInput(
         store.run,
         records,
         int(dispatched or 0),
@@ -158,15 +158,15 @@ def _read_store(store: CoordinatorStore, key_folder: Path) -> Callable[[], Books
     )
 
 
-def _books_of_folder(folder: Path) -> Books:
+def _books_of_folder(folder: Path) -> AuditInput:
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
     ledger = [json.loads(line) for line in lines]
     replay = replay_folder(folder / REPLAY_FOLDER, ledger) if (folder / REPLAY_FOLDER).exists() else None
-    return Books(summary["run"], ledger, summary["jobs_dispatched"], {}, None, summary["versions"], replay)
+    return AuditInput(summary["run"], ledger, summary["jobs_dispatched"], {}, None, summary["versions"], replay)
 
 
-def _endings(ledger: Iterable[Record]) -> Iterable[tuple[str, str]]:
+def _endings(ledger: Iterable[LedgerRecord]) -> Iterable[tuple[str, str]]:
     """Job and how it ended; a rejected entry of no job, or of one that was not open, ends none."""
     for record in ledger:
         if record["kind"] == "version":
@@ -177,47 +177,47 @@ def _endings(ledger: Iterable[Record]) -> Iterable[tuple[str, str]]:
             yield record["job"], record["kind"]
 
 
-def _vanished(books: Books, ended: set[str]) -> list[str]:
+def _vanished(audit_input: AuditInput, ended: set[str]) -> list[str]:
     """Job numbers that were given out and of which nothing is known: neither an ending nor an open record."""
-    known = {job_without_tag(job) for job in ended | set(books.unfinished)}
+    known = {job_without_tag(job) for job in ended | set(audit_input.unfinished)}
     problems = []
-    epochs = [(0, 0), *((r["epoch"], r["job_number"]) for r in books.ledger if r["kind"] == "epoch")]
-    ends = [*(start for _, start in epochs[1:]), books.dispatched]
+    epochs = [(0, 0), *((r["epoch"], r["job_number"]) for r in audit_input.ledger if r["kind"] == "epoch")]
+    ends = [*(start for _, start in epochs[1:]), audit_input.dispatched]
     for (epoch, start), end in zip(epochs, ends, strict=True):
         mark = f"e{epoch}-" if epoch else ""
         for number in range(start + 1, end + 1):
-            job = f"{books.run}-{mark}{number:08d}"
+            job = f"{audit_input.run}-{mark}{number:08d}"
             if job not in known:
                 problems.append(f"job {job} was dispatched and has vanished")
     return problems
 
 
-def _not_in_stream(books: Books) -> list[str]:
-    if books.posted_entries is None:
+def _not_in_stream(audit_input: AuditInput) -> list[str]:
+    if audit_input.posted_entries is None:
         return []
-    waiting = set(books.posted_entries)
+    waiting = set(audit_input.posted_entries)
     return [
         f"job {job} is posted, but no entry of it waits"
-        for job, state in books.unfinished.items()
+        for job, state in audit_input.unfinished.items()
         if state == "posted" and job not in waiting
     ]
 
 
-def _gaps(books: Books) -> list[str]:
-    versions = [r["version"] for r in books.ledger if r["kind"] == "version"]
+def _gaps(audit_input: AuditInput) -> list[str]:
+    versions = [r["version"] for r in audit_input.ledger if r["kind"] == "version"]
     problems = [f"version {b} follows {a}" for a, b in zip([0, *versions], versions, strict=False) if b != a + 1]
-    if (versions[-1] if versions else 0) != books.head:
-        problems.append(f"the head is {books.head}, the ledger's last version {versions[-1] if versions else 0}")
+    if (versions[-1] if versions else 0) != audit_input.head:
+        problems.append(f"the head is {audit_input.head}, the ledger's last version {versions[-1] if versions else 0}")
     return problems
 
 
-def _replayed(books: Books) -> Check:
+def _replayed(audit_input: AuditInput) -> Check:
     says = "replaying the ledger from version 0 with the same payloads gives the same bits"
-    if books.own_code:
+    if audit_input.own_code:
         return Check("I3", says, [], "the aggregation is code of your own: audit the folder of the run's results")
-    if books.replay is None:
+    if audit_input.replay is None:
         return Check("I3", says, [], "payloads were not kept (ledger.keep_payloads = true keeps them)")
-    return Check("I3", f"{says} ({books.replay.updates} updates)", books.replay.problems)
+    return Check("I3", f"{says} ({audit_input.replay.updates} updates)", audit_input.replay.problems)
 
 
 def _signed(signatures: Signatures | None) -> Check:
@@ -229,7 +229,7 @@ def _signed(signatures: Signatures | None) -> Check:
     return Check("S", f"{says} ({counts})" if counts else says, signatures.problems, missing)
 
 
-def _tokens(ledger: Iterable[Record]) -> list[str]:
+def _tokens(ledger: Iterable[LedgerRecord]) -> list[str]:
     problems, last, epoch = [], 0, 0
     for record in ledger:
         if record["kind"] == "epoch":

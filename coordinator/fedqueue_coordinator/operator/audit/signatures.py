@@ -18,16 +18,16 @@ from fedqueue.errors import BlobMissing, SignatureError, StoreError, WireError
 from fedqueue.protocol.key_files import PublicKey, read_public_keys
 from fedqueue.protocol.messages import Order, read
 from fedqueue.protocol.signed_envelope import (
-    CHARTER,
     ORDER,
+    RUN_DESCRIPTOR,
     VERSION,
-    Charter,
+    RunDescriptor,
     Scope,
     VersionRecord,
     digest_of,
     history_of,
+    open_envelope,
     packed,
-    unseal,
 )
 from fedqueue.protocol.site_identity import COORDINATOR_PUBLIC
 from fedqueue.tensors.codec import downward, upward
@@ -35,7 +35,7 @@ from fedqueue.tensors.frame import Manifest
 from fedqueue.transport.store import BlobBuffer, RunInfo, Store
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
-Record = Mapping[str, Any]
+LedgerRecord = Mapping[str, Any]
 WHO = "the coordinator"
 
 
@@ -48,12 +48,12 @@ class Signatures:
     unchecked: str
 
 
-def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[Record], keys: Path) -> Signatures:
-    """Verify charter, versions, history, totals, open orders and kept payloads of the run at `info`.
+def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[LedgerRecord], keys: Path) -> Signatures:
+    """Verify run descriptor, versions, history, totals, open orders and kept payloads of the run at `info`.
 
     `ledger` is of that moment. Raises BlobMissing where the head was replaced meanwhile.
     """
-    if not info.charter:
+    if not info.descriptor:
         return Signatures({}, [], "the run is not signed (security.signatures)")
     if not (keys / COORDINATOR_PUBLIC).exists():
         return Signatures({}, [], f"no {COORDINATOR_PUBLIC} in {keys}: --keys names the folder that has it")
@@ -69,32 +69,37 @@ def verify_model(
     With `state`, unless that is the server's state as it was signed, too. Returns why it could not be verified; an
     empty string where it was.
     """
-    if not info.charter:
+    if not info.descriptor:
         return "the run is not signed"
     if not (keys / COORDINATOR_PUBLIC).exists():
         return f"no {COORDINATOR_PUBLIC} in {keys}"
     public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
-    signed = _signed_version(store, charter_scope(info, public), public, version, model)
+    signed = _signed_version(store, descriptor_scope(info, public), public, version, model)
     if state is not None:
         _require_state(version, signed, state)
     return ""
 
 
-def charter_scope(info: RunInfo, public: Sequence[PublicKey]) -> Scope:
-    """Where the run's statements count, by its charter; raises SignatureError unless Redis has what that names."""
-    charter = read(Charter, unseal(info.charter, public, CHARTER, Scope(info.run), [], WHO).body)
-    if info.config_digest != charter.config:
-        raise SignatureError("the configuration in Redis is not the one that the charter names")
-    if digest_of(info.manifest) != charter.manifest:
-        raise SignatureError("the manifest in Redis is not the one that the charter names")
-    return Scope(info.run, charter.instance, charter.epoch)
+def descriptor_scope(info: RunInfo, public: Sequence[PublicKey]) -> Scope:
+    """The scope of the run's signatures, from its descriptor.
+
+    Raises SignatureError unless configuration and manifest in Redis are the ones that the descriptor names.
+    """
+    descriptor = read(
+        RunDescriptor, open_envelope(info.descriptor, public, RUN_DESCRIPTOR, Scope(info.run), [], WHO).body
+    )
+    if info.config_digest != descriptor.config:
+        raise SignatureError("the configuration in Redis is not the one that the run descriptor names")
+    if digest_of(info.manifest) != descriptor.manifest:
+        raise SignatureError("the manifest in Redis is not the one that the run descriptor names")
+    return Scope(info.run, descriptor.instance, descriptor.epoch)
 
 
 def _signed_version(
     store: Store, scope: Scope, public: Sequence[PublicKey], version: int, model: BlobBuffer
 ) -> VersionRecord:
-    sealed = store.read_seal(version, model.nbytes)
-    signed = read(VersionRecord, unseal(sealed, public, VERSION, scope, [version], WHO).body)
+    envelope = store.read_version_signature(version, model.nbytes)
+    signed = read(VersionRecord, open_envelope(envelope, public, VERSION, scope, [version], WHO).body)
     if digest_of(model) != signed.model:
         raise SignatureError(f"the model in Redis is not version {version} as it was signed")
     return signed
@@ -107,7 +112,7 @@ def _require_state(version: int, signed: VersionRecord, state: bytes | None) -> 
 
 class _Verification:
     def __init__(
-        self, store: CoordinatorStore, info: RunInfo, ledger: Sequence[Record], public: Sequence[PublicKey]
+        self, store: CoordinatorStore, info: RunInfo, ledger: Sequence[LedgerRecord], public: Sequence[PublicKey]
     ) -> None:
         self._store, self._info, self._ledger, self._public = store, info, ledger, public
         compression, manifest = parse_config(info.config).compression, Manifest.unpack(info.manifest)
@@ -118,7 +123,7 @@ class _Verification:
         self._unchecked = ["records of the ledger that are no versions", "what clients say until it is merged"]
 
     def result(self) -> Signatures:
-        self._try("charter", self._charter)
+        self._try("descriptor", self._descriptor)
         if not self._problems:  # else nobody knows what the rest has to be about
             for version in self._store.stored_versions():
                 if version == self._info.version:
@@ -140,8 +145,8 @@ class _Verification:
             self._problems.append(str(error))
         self._checked[kind] = self._checked.get(kind, 0) + 1
 
-    def _charter(self) -> None:
-        self._scope = charter_scope(self._info, self._public)
+    def _descriptor(self) -> None:
+        self._scope = descriptor_scope(self._info, self._public)
 
     def _version(self, version: int) -> VersionRecord:
         wire = self._store.read_wire(version, self._down)
@@ -169,7 +174,7 @@ class _Verification:
         _require_state(version, signed, state)
 
     def _order(self, job: str, client: str, data: bytes) -> None:
-        order = read(Order, unseal(data, self._public, ORDER, self._scope, [], WHO).body)
+        order = read(Order, open_envelope(data, self._public, ORDER, self._scope, [], WHO).body)
         if (order.job, order.client) != (job, client):
             raise SignatureError(f"the record of {client}'s job {job} holds the order of {order.job} of {order.client}")
 

@@ -21,7 +21,7 @@ from rich.table import Table
 from fedqueue_coordinator.core.stop_conditions import lower_is_better
 from fedqueue_coordinator.simulation.compare import Outcome
 
-FILES = ("comparison.md", "comparison.json", "comparison.png")
+COMPARISON_FILENAMES = ("comparison.md", "comparison.json", "comparison.png")
 COLOURS = ("#2563a8", "#d97706", "#16803c", "#c0262d", "#7c3aed", "#0891b2", "#a16207", "#db2777", "#4b5563")
 GREY = "#6b7280"
 LOGARITHMIC_FROM = 12.0  # where the slowest takes so many times longer than the fastest, time is drawn on a log scale

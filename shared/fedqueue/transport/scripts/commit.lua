@@ -1,7 +1,7 @@
 -- Make a version the newest one, and record those before it that nobody could see and that were never stored. Its
 -- chunks (and the server optimizer's) have been staged before, under keys of this
 -- leader's own: so a leader that has lost the lead without knowing it cannot overwrite a version of its successor.
--- KEYS[1]  leader, KEYS[2] head, KEYS[3] versions, KEYS[4] ledger, KEYS[5] jobs, KEYS[6] held
+-- KEYS[1]  leader, KEYS[2] head, KEYS[3] versions, KEYS[4] ledger, KEYS[5] jobs, KEYS[6] pinned
 -- ARGV[1]  fencing token
 -- ARGV[2]  version   the last of those that were made since the head (or 0 where there is no head)
 -- ARGV[3]  records   how many ledger records follow: one for each of these versions; none for version 0

@@ -7,7 +7,7 @@
 -- KEYS[6…] the chunks of the payload (none for an ending)
 -- ARGV[1]  job, ARGV[2] number of the attempt, ARGV[3] kind ("update" | "ended"), ARGV[4] body (msgpack)
 -- ARGV[5]  epoch     in which the job was claimed
--- ARGV[6]  bell      the channel on which the stream's name is published
+-- ARGV[6]  wakeup      the channel on which the stream's name is published
 -- Returns "" where it was appended, or the reason why it was refused: closed, replayed, attempt, payload, old_epoch.
 -- A refused update's payload is deleted, but for a replayed one's: that is the payload of the update which was
 -- appended. What the entry says of the base is the record's, and its client is the stream's.
