@@ -1,4 +1,4 @@
-"""`fedqueue init`: a starting point that runs as it is."""
+"""Writes the files of `fedqueue init`: an example that runs unchanged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ SCAFFOLD_FILENAMES = ("task.py", "federation.toml", "README.md")
 
 
 def write_scaffold(folder: Path) -> None:
-    """Write FILES into `folder`; raises ConfigurationError, before writing anything, where one is there already."""
+    """Write SCAFFOLD_FILENAMES into `folder`, which is created if needed.
+
+    Raises ConfigurationError, before writing anything, if one of the files exists.
+    """
     for name in SCAFFOLD_FILENAMES:
         if (folder / name).exists():
-            raise ConfigurationError("DIR", str(folder), f"already holds {name}; choose a new folder")
+            raise ConfigurationError("DIR", str(folder), f"already holds {name}", "choose a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     templates = resources.files("fedqueue_coordinator.operator").joinpath("templates")
     for name in SCAFFOLD_FILENAMES:

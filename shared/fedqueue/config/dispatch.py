@@ -1,4 +1,4 @@
-"""The settings of who trains when: slots, leases, selections, shares, deadlines and groups."""
+"""The section `[dispatch]`: which client trains when, and for how long the coordinator waits for it."""
 
 from __future__ import annotations
 
@@ -6,50 +6,59 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedqueue.config.sections import Count, NonNegative, Positive, Section
+from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, refuse
 
 
 class FedCompassConfig(Section):
-    """With `schedule = "compass"`: how many local steps a client may get, so that groups arrive together."""
+    """With `dispatch.schedule = "fedcompass"`: bounds for the local steps of a job, which the scheduler chooses so that
+    the clients of a group finish together."""
 
     min_steps: Count = 20
-    """Also those of a client's first job, which shows its speed."""
+    """Fewest local steps of a job; also the steps of a client's first job, which measures its speed."""
     max_steps: Count = 100
+    """Most local steps of a job."""
     latest_factor: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.5
-    """λ: a group waits for its members until this many times its expected duration is over."""
+    """λ: a group waits for its members until this multiple of its expected duration has passed."""
     speed_momentum: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """How much a job's measured speed counts against what was known before."""
+    """Weight of a job's measured speed in the client's speed estimate; the earlier estimate has the rest."""
 
     @model_validator(mode="after")
     def _ordered(self) -> FedCompassConfig:
         if self.max_steps < self.min_steps:
-            raise ValueError(f"max_steps is {self.max_steps}, which is below min_steps, {self.min_steps}")
+            raise refuse(
+                f"max_steps is {self.max_steps}, below min_steps, {self.min_steps}",
+                "raise max_steps or lower min_steps",
+            )
         return self
 
 
 class DispatchConfig(Section):
-    concurrency: int = Field(default=0, ge=0)
-    """How many jobs are open at once; 0: one for each client."""
+    """Which client trains when, and for how long the coordinator waits for it."""
+
+    concurrency: Annotated[Count | None, AUTO] = None
+    """Open jobs at a time; `auto`: one for each client. Ignored behind a barrier."""
     selection: str = "uniform"
-    """Who trains next: `uniform`, `round_robin`, `stalest` (oldest last contribution), `examples` (in proportion)."""
-    max_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """At most this share of the updates in the last `share_window` versions is one client's; 1: no cap."""
+    """Chooses the next client: `uniform`, `round_robin`, `stalest` (oldest last contribution) or `examples` (with
+    probability in proportion to its number of examples)."""
+    max_share: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, OFF] = None
+    """Cap on one client's fraction of the updates in the last `share_window` versions; `off`: no cap."""
     share_window: Count = 20
-    """Over how many versions shares are counted (W)."""
+    """Number of versions in which shares are counted (W)."""
     over_selection: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
-    """Behind a barrier: ask so many times the cohort, and close the round when a cohort's worth is merged."""
-    deadline_seconds: NonNegative = 0.0
-    """Behind a barrier: close the round after so long with those that came; 0: never."""
-    schedule: Literal["free", "compass"] = "free"
-    """`free`: train on at once; `compass`: wait for a group, with steps by speed (arXiv 2309.14675); no `fedasync`."""
+    """Behind a barrier: selects this multiple of the cohort, and closes the round when a whole cohort is merged."""
+    round_deadline_seconds: Annotated[Positive | None, OFF] = None
+    """Behind a barrier: closes the round after this time with the updates that arrived; `off`: waits for all."""
+    schedule: Literal["async", "fedcompass"] = "async"
+    """`async`: a client gets its next job at once; `fedcompass`: clients finish in groups, with local steps by speed
+    (arXiv 2309.14675), not with `fedasync` or a barrier."""
     lease_seconds: Positive = 10.0
-    """A job whose worker is not heard of for so long is abandoned."""
+    """Abandons a job whose worker has sent no heartbeat for this time."""
     stall_seconds: Positive = 120.0
-    """A job that makes no progress (no batch done) for so long is abandoned."""
+    """Abandons a job that has finished no batch for this time."""
     max_client_failures: Count = 5
-    """A client whose task raised so many times in a row is set aside."""
+    """Excludes a client whose task has raised this many times in a row."""
     backoff_seconds: Positive = 1.0
-    """A client whose task raised rests so long, twice as long after each further failure."""
-    leader_seconds: Positive = 5.0
-    """A coordinator that is not heard of for so long loses the lead."""
-    compass: FedCompassConfig = FedCompassConfig()
+    """Pause of a client whose task raised; each further failure in a row doubles the pause."""
+    leader_lease_seconds: Positive = 5.0
+    """A coordinator that has not renewed its lease for this time is replaced by another one."""
+    fedcompass: FedCompassConfig = FedCompassConfig()

@@ -1,4 +1,4 @@
-"""Code that the configuration names: `path/to/file.py:name`, relative to it, or `package.module:name`."""
+"""Imports the code that a configuration names: `path/to/file.py:name`, relative to it, or `package.module:name`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ ENTRYPOINT = re.compile(r"[^:\0]*\w\.py:[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*
 
 
 def is_entrypoint(text: str) -> bool:
-    """Whether `text` has the shape of one; the code need not be there."""
+    """Whether `text` has the form of an entry point; the code need not exist."""
     return ENTRYPOINT.fullmatch(text) is not None
 
 
 def import_entrypoint(entrypoint: str, folder: Path, key: str) -> tuple[ModuleType, str]:
-    """The module that `entrypoint` names, and the name in it; `key` is the configuration's, for messages.
+    """Import the module of `entrypoint`; returns the module and the name in it.
 
-    Raises TaskError where there is no such module, or where importing it raises: that exception is its cause.
+    A path of a file is relative to `folder`. `key` is the configuration's key, for messages. Raises TaskError if there
+    is no such module, and if importing it raises; the exception is its cause.
     """
     where, _, name = entrypoint.rpartition(":")
     module = _module_from_file(folder / where, key) if where.endswith(".py") else _module_by_name(where, key)
@@ -38,9 +39,9 @@ def _module_from_file(path: Path, key: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses and data loaders look their module up by name
+    sys.modules[name] = module  # dataclasses and data loaders find their module by its name
     if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # the file's neighbours can be imported, as in a script
+        sys.path.insert(0, str(path.parent))  # other files of the folder can be imported, as in a script
     try:
         spec.loader.exec_module(module)
     except Exception as error:

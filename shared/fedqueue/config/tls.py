@@ -1,4 +1,4 @@
-"""TLS to Redis: which certificates are trusted and shown, and what a failed handshake means in one line."""
+"""TLS to Redis: which certificates are trusted and presented, and one-line explanations of failed handshakes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from fedqueue.errors import ConfigurationError
 
 _EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 10, 62, 64  # OpenSSL's X509_V_ERR_…
 _ALERTS = {
-    "certificate required": "the server wants a client certificate: set redis.cert_file and redis.key_file",
-    "handshake failure": "the server wants a client certificate, or other ciphers: set redis.cert_file, redis.key_file",
+    "certificate required": "the server requires a client certificate: set redis.cert_file and redis.key_file",
+    "handshake failure": "the server requires a client certificate or other ciphers: "
+    "set redis.cert_file and redis.key_file",
     "unknown ca": "the server does not know the CA of redis.cert_file",
     "certificate expired": "redis.cert_file has expired",
     "bad certificate": "the server does not accept redis.cert_file",
@@ -22,41 +23,44 @@ _ALERTS = {
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM files. Without `ca_file` the system's authorities are trusted; with it, nobody but the ones in it."""
+    """Paths of PEM files. Without `ca_file` the system's authorities are trusted; with it, only those in the file."""
 
-    ca_file: str = ""
-    cert_file: str = ""
-    key_file: str = ""
+    ca_file: str | None = None
+    cert_file: str | None = None
+    key_file: str | None = None
 
     def __post_init__(self) -> None:
         if bool(self.cert_file) != bool(self.key_file):
             missing, other = ("key_file", "cert_file") if self.cert_file else ("cert_file", "key_file")
-            raise ConfigurationError(f"redis.{missing}", "", f"is needed with redis.{other}")
+            raise ConfigurationError(f"redis.{missing}", None, f"missing; redis.{other} is set", f"set redis.{missing}")
 
     def context(self) -> ssl.SSLContext:
-        """A context for one connection, so that renewed files count from the next one on; TLS 1.2 at least.
+        """A new TLS context (1.2 at least) for one connection: the files are read again, so that renewed ones are used.
 
         Raises ConfigurationError that names the file which cannot be used.
         """
         for key in ("ca_file", "cert_file", "key_file"):
             path = getattr(self, key)
             if path and not Path(path).is_file():
-                raise ConfigurationError(f"redis.{key}", path, "is no file that can be read")
+                raise ConfigurationError(f"redis.{key}", path, "no such file")
         try:
             context = ssl.create_default_context(cafile=self.ca_file or None)
         except (ssl.SSLError, OSError) as error:
-            raise ConfigurationError("redis.ca_file", self.ca_file, f"holds no certificates: {error}") from None
+            raise ConfigurationError(
+                "redis.ca_file", self.ca_file, f"holds no certificates: {error}", "write the path of a PEM file"
+            ) from None
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         if self.cert_file:
             try:
                 context.load_cert_chain(self.cert_file, self.key_file)
             except (ssl.SSLError, OSError) as error:
-                accepted = f"is no certificate that belongs to redis.key_file {self.key_file}: {error}"
-                raise ConfigurationError("redis.cert_file", self.cert_file, accepted) from None
+                problem = f"holds no certificate that belongs to redis.key_file {self.key_file}: {error}"
+                hint = "write the paths of a certificate and of its key, both in PEM form"
+                raise ConfigurationError("redis.cert_file", self.cert_file, problem, hint) from None
         return context
 
     def explain(self, error: Exception) -> str:
-        """What has to be put right, where waiting does not help; an empty string for what may pass."""
+        """What to change, for errors that do not pass by waiting; an empty string for all other errors."""
         if isinstance(error, ssl.SSLCertVerificationError):
             if error.verify_code == _EXPIRED:
                 return "the server's certificate has expired"
