@@ -1,4 +1,4 @@
-"""What training a job comes to, wherever it runs: a worker process and the virtual clock do the same to the bit."""
+"""Trains one job: a worker process and the simulation share this code, so their updates are bitwise equal."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 
 from fedqueue.protocol.messages import MAX_METRICS, Order, Update
 from fedqueue.task import Progress, Task, TrainResult
+from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame, make_update
 from fedqueue.training import set_seed
-from fedqueue.transport.store import chunks_of
 
 
 def compute_update(
     task: Task, model: torch.nn.Module, data: Any, order: Order, base: Frame, local: Frame, progress: Progress
 ) -> Update:
-    """Train the order from `base`: `local` becomes the update's frame, and the answer is its header.
+    """Train `model` on `data` from `base` as the order says; fills `local` with the update and returns its header.
 
-    Nothing but the order, the base and the data decides the bits: the order's seed is set before the training.
-    Whatever the task or `progress` raises goes through.
+    The bits depend on the order, the base and the data only, because the order's seed is set before the training.
+    Exceptions of the task and of `progress` propagate.
     """
     started = time.perf_counter()
     base.write(model)
@@ -41,6 +41,6 @@ def compute_update(
 
 
 def reportable_metrics(fit: TrainResult) -> dict[str, float]:
-    """The metrics that may leave: plain finite numbers under short names, at most MAX_METRICS of them."""
+    """The metrics that an update may contain: finite numbers, names of at most 64 characters, MAX_METRICS at most."""
     pairs = ((str(name)[:64], float(value)) for name, value in fit.metrics.items())
     return dict([(name, value) for name, value in pairs if math.isfinite(value)][:MAX_METRICS])

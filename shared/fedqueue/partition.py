@@ -1,7 +1,15 @@
-"""Splitting one dataset over clients, to emulate a federation on data that is all in one place.
+"""Splits one dataset over clients, to emulate a federation with data that lies in one place.
 
-Every function is deterministic in `seed` and returns one array of indices (int64, sorted) per client; each
-index appears in exactly one of them.
+Each function is deterministic in `seed`. It returns one array of indices per client, int64 and sorted; each index is
+in exactly one of the arrays. All raise ValueError for fewer examples than the clients need.
+
+>>> from fedqueue import partition
+>>> labels = [0, 0, 0, 0, 1, 1, 1, 1]
+>>> [len(share) for share in partition.iid(len(labels), clients=3)]
+[3, 3, 2]
+>>> shares = partition.split("dirichlet", labels, clients=2, alpha=0.5, seed=1)
+>>> sorted(int(index) for share in shares for index in share)
+[0, 1, 2, 3, 4, 5, 6, 7]
 """
 
 from __future__ import annotations
@@ -16,17 +24,17 @@ Indices = npt.NDArray[np.int64]
 
 
 def iid(examples: int, clients: int, seed: int = 0) -> list[Indices]:
-    """Equal shares, up to one example, of a random permutation."""
+    """Split a random permutation of `examples` indices into shares whose sizes differ by at most one."""
     _check(examples, clients, 1)
     order = np.random.default_rng(seed).permutation(examples)
     return [np.sort(part).astype(np.int64) for part in np.array_split(order, clients)]
 
 
 def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: int = 0, minimum: int = 2) -> list[Indices]:
-    """Label skew: class k goes to the clients in proportions drawn from Dir(α · 1) (Hsu et al., arXiv 1909.06335).
+    """Split with label skew: class k goes to the clients in proportions drawn from Dir(α · 1).
 
-    Small α makes clients specialise, large α approaches IID. Proportions are drawn anew until each client has
-    `minimum` examples; where that fails 1,000 times, ValueError says so.
+    With a small α each client holds few classes; a large α approaches IID (Hsu et al., arXiv 1909.06335). The
+    proportions are drawn again until each client has `minimum` examples. Raises ValueError after 1,000 draws.
     """
     label = np.asarray(labels)
     _check(len(label), clients, minimum)
@@ -49,13 +57,16 @@ def dirichlet(labels: npt.ArrayLike, clients: int, alpha: float, seed: int = 0, 
 
 
 def label_shards(labels: npt.ArrayLike, clients: int, shards_per_client: int = 2, seed: int = 0) -> list[Indices]:
-    """Pathological skew (McMahan et al., arXiv 1602.05629, §3): sort by label, cut, deal shards to the clients."""
+    """Split with extreme label skew: sort by label, cut into shards, give each client `shards_per_client` of them.
+
+    McMahan et al., arXiv 1602.05629, §3.
+    """
     label = np.asarray(labels)
     if shards_per_client < 1:
         raise ValueError(f"shards_per_client = {shards_per_client}: must be at least 1")
     _check(len(label), clients, shards_per_client)
     rng = np.random.default_rng(seed)
-    shuffled = rng.permutation(len(label))  # so that equal labels are not in the file's order
+    shuffled = rng.permutation(len(label))  # examples of one class are not in the file's order then
     by_label = shuffled[np.argsort(label[shuffled], kind="stable")]
     shards = np.array_split(by_label, clients * shards_per_client)
     hands = rng.permutation(len(shards)).reshape(clients, shards_per_client)
@@ -63,7 +74,7 @@ def label_shards(labels: npt.ArrayLike, clients: int, shards_per_client: int = 2
 
 
 def quantity(examples: int, clients: int, alpha: float, seed: int = 0, minimum: int = 2) -> list[Indices]:
-    """Quantity skew: the sizes are in proportions drawn from Dir(α · 1), each at least `minimum`."""
+    """Split with quantity skew: sizes in proportions drawn from Dir(α · 1), each at least `minimum` examples."""
     _check(examples, clients, minimum)
     _check_alpha(alpha)
     rng = np.random.default_rng(seed)
@@ -76,7 +87,10 @@ def quantity(examples: int, clients: int, alpha: float, seed: int = 0, minimum: 
 
 
 def split(scheme: str, labels: npt.ArrayLike, clients: int, alpha: float = 0.3, seed: int = 0) -> Sequence[Indices]:
-    """The partition of that name: iid, dirichlet, shards or quantity; `alpha` counts where the scheme has one."""
+    """Split by the scheme of that name: iid, dirichlet, shards or quantity.
+
+    `alpha` applies to dirichlet and quantity. Raises ValueError for any other name.
+    """
     label = np.asarray(labels)
     schemes: dict[str, Callable[[], list[Indices]]] = {
         "iid": lambda: iid(len(label), clients, seed),

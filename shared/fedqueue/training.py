@@ -24,7 +24,7 @@ def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig,
     device = choose_device(config.device)
     model.to(device).train()
     base = [p.detach().clone() for p in model.parameters()] if config.proximal_mu else []
-    optimizer = make_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.options)
+    optimizer = make_optimizer(config.optimizer, model.parameters(), config.learning_rate, config.optimizer_options)
     total = batches = 0.0
     for batch in _batches(data, config):
         optimizer.zero_grad(set_to_none=True)
@@ -42,8 +42,8 @@ def train(task: Task, model: torch.nn.Module, data: Any, config: TrainingConfig,
 def set_seed(seed: int) -> None:
     """Seed torch, as `torch.manual_seed`.
 
-    Where there is no accelerator, without asking for each kind of one: that imports a compiler at its first call and
-    notes a stack trace at every further one.
+    Without an accelerator it skips `manual_seed`'s query of each kind of accelerator, which imports a compiler at its
+    first call and records a stack trace at each further one.
     """
     if torch.accelerator.is_available():
         torch.manual_seed(seed)
@@ -52,13 +52,16 @@ def set_seed(seed: int) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The torch device of that name; `auto` is CUDA where there is one, else the CPU."""
+    """The torch device of that name; `auto` means CUDA if it is available, else the CPU.
+
+    Raises ConfigurationError for a name that torch does not know.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise ConfigurationError("training.device", name, "a torch device, such as auto, cpu or cuda:0") from error
+        raise ConfigurationError("training.device", name, "not a torch device", "use auto, cpu or cuda:0") from error
 
 
 def make_optimizer(
@@ -68,20 +71,24 @@ def make_optimizer(
     options: Mapping[str, Any],
     key: str = "training",
 ) -> torch.optim.Optimizer:
-    """A `torch.optim` optimizer by its name in any case; raises ConfigurationError naming those there are.
+    """A `torch.optim` optimizer by its name, in upper or lower case.
 
-    `key` is the section of the configuration that the name and the options come from.
+    `key` is the section of the configuration that contains name and options. Raises ConfigurationError, which lists
+    the known names, for another name or invalid options.
     """
     kind = optimizer_class(name, key)
     try:
         made: torch.optim.Optimizer = kind(parameters, lr=learning_rate, **options)
         return made
     except (TypeError, ValueError) as error:
-        raise ConfigurationError(f"{key}.options", dict(options), f"torch.optim.{name}: {error}") from error
+        raise ConfigurationError(f"{key}.optimizer_options", dict(options), f"torch.optim.{name}: {error}") from error
 
 
 def optimizer_class(name: str, key: str = "training") -> Any:
-    """The class in `torch.optim`. Making one of it imports a compiler of torch's: a second, and 70 MB for good."""
+    """The class of that name in `torch.optim`; raises ConfigurationError.
+
+    Constructing an instance imports one of torch's compilers: a second, and 70 MB for the life of the process.
+    """
     known = {
         n.lower(): c
         for n, c in vars(torch.optim).items()
@@ -89,16 +96,18 @@ def optimizer_class(name: str, key: str = "training") -> Any:
     }
     if name.lower() not in known:
         option = "optimizer" if key == "training" else "name"
-        raise ConfigurationError(f"{key}.{option}", name, f"known: {', '.join(sorted(known))}")
+        raise ConfigurationError(
+            f"{key}.{option}", name, "not an optimizer of torch.optim", f"known: {', '.join(sorted(known))}"
+        )
     return known[name.lower()]
 
 
 def _batches(data: Any, config: TrainingConfig) -> Iterator[Any]:
-    """`epochs` passes over the data, or `steps` batches of as many passes as that takes."""
+    """The batches of `local_epochs` passes over the data, or `local_steps` batches of as many passes as needed."""
     loader: torch.utils.data.DataLoader[Any] = torch.utils.data.DataLoader(
         **_fetched_whole(data), batch_size=config.batch_size, shuffle=True
     )
-    limit = config.steps or math.inf
+    limit = config.local_steps or math.inf
     done = 0
     while done < limit:
         for batch in loader:
@@ -106,12 +115,12 @@ def _batches(data: Any, config: TrainingConfig) -> Iterator[Any]:
             done += 1
             if done >= limit:
                 return
-        if not config.steps and done >= config.epochs * len(loader):
+        if not config.local_steps and done >= config.local_epochs * len(loader):
             return
 
 
 class _Batches(torch.utils.data.Dataset[Any]):
-    """A TensorDataset, indexed once per batch and not once per example: the same rows in the same order."""
+    """A TensorDataset that is indexed once per batch, not once per example: the same rows in the same order."""
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
@@ -124,7 +133,7 @@ class _Batches(torch.utils.data.Dataset[Any]):
 
 
 def _fetched_whole(data: Any) -> dict[str, Any]:
-    """Arguments of a DataLoader over `data`: a plain TensorDataset's batches need no stacking of single examples."""
+    """Arguments of a DataLoader over `data`; batches of a plain TensorDataset need no stacking of examples."""
     plain = isinstance(data, torch.utils.data.TensorDataset)
     if plain and type(data).__getitem__ is torch.utils.data.TensorDataset.__getitem__ and data.tensors:
         return {"dataset": _Batches(data.tensors), "collate_fn": list}

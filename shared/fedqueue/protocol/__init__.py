@@ -1,1 +1,1 @@
-"""What crosses Redis: messages, keys, stream entries, signatures."""
+"""The protocol: messages, keys, stream entries, signed envelopes, and the identities that sign them."""

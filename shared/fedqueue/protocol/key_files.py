@@ -1,9 +1,9 @@
-"""Who is who: Ed25519 keys (RFC 8032), and the files in which they lie.
+"""Ed25519 keys (RFC 8032), and the files that contain them.
 
 libsodium signs and verifies, in half the time of OpenSSL; `cryptography` reads and writes the files.
 
-A private key is a PEM file that nobody but its owner may read. A public key is one line, `ed25519 BASE64`; a file of
-public keys holds one or more of them, so that a key can be replaced while what the old one signed is on its way.
+A private key is a PEM file that only its owner may read. A public key is one line, `ed25519 BASE64`. A file of public
+keys contains one or more of them, so that messages signed with the previous key stay valid after a rotation.
 """
 
 from __future__ import annotations
@@ -28,6 +28,11 @@ from fedqueue.errors import ConfigurationError
 
 ALGORITHM = "ed25519"
 PUBLIC_BYTES = 32
+COORDINATOR = "coordinator"  # reserved: no client has this name, so its files may be in the same folder as a site's
+COORDINATOR_KEY = f"{COORDINATOR}.key"
+COORDINATOR_PUBLIC = f"{COORDINATOR}.pub"
+KEY_SUFFIX = ".key"
+CLIENTS, REVOKED = "clients", "revoked"  # folders of public keys, in the coordinator's key folder
 MAX_FILE = 64 * 1024  # bytes
 
 T = TypeVar("T")
@@ -35,17 +40,18 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PublicKey:
-    """`id` is the start of the key's SHA-256: a name for logs and for choosing among several, not a proof."""
+    """A public key. Its `id`, the start of its SHA-256, names it in logs and selects it among several keys."""
 
     id: str
     raw: bytes
 
     @classmethod
     def from_raw(cls, raw: bytes) -> PublicKey:
+        """The key with these 32 bytes."""
         return cls(hashlib.sha256(raw).hexdigest()[:16], raw)
 
-    def holds(self, signature: bytes, message: bytes) -> bool:
-        """Whether this key's owner signed `message`."""
+    def verifies(self, signature: bytes, message: bytes) -> bool:
+        """Whether `signature` is the key owner's signature of `message`."""
         try:
             nacl.signing.VerifyKey(self.raw).verify(message, signature)
         except (BadSignatureError, ValueError):
@@ -53,11 +59,12 @@ class PublicKey:
         return True
 
     def line(self) -> str:
+        """The key as a line of a file of public keys, with its line break."""
         return f"{ALGORITHM} {base64.b64encode(self.raw).decode()}\n"
 
 
 class SigningKey:
-    """A private key. It is shown nowhere: neither repr nor an error holds any of it."""
+    """A private key. Neither its repr nor any error contains a part of it."""
 
     def __init__(self, key: Ed25519PrivateKey) -> None:
         self._key = key
@@ -66,37 +73,40 @@ class SigningKey:
 
     @classmethod
     def generate(cls) -> SigningKey:
+        """A new random key."""
         return cls(Ed25519PrivateKey.generate())
 
     def sign(self, message: bytes) -> bytes:
-        """64 bytes; the same message gives the same signature."""
+        """The signature of `message`, 64 bytes; it is deterministic."""
         return self._signer.sign(message).signature
 
     def save(self, path: Path) -> None:
-        """Write it to `path`, mode 0600, in one step; a file that is there is replaced."""
+        """Write the key to `path`, mode 0600, atomically; an existing file is replaced."""
         write_private(path, self._key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
 
 
 def read_signing_key(path: Path, setting: str = "security.keys") -> SigningKey:
-    """The private key in `path`; raises ConfigurationError where it is none, or others may read it."""
+    """The private key in `path`; raises ConfigurationError if the file is invalid, or readable by others."""
     try:
         if stat.S_IMODE(path.stat().st_mode) & 0o077:
             raise ConfigurationError(
-                setting, str(path), "others may read this private key: chmod 600 it, or replace it"
+                setting, str(path), "others may read this private key", "chmod 600 it, or replace it"
             )
         key = load_pem_private_key(path.read_bytes(), None)
     except OSError as error:
-        accepted = f"no private key can be read there ({error.strerror}); `fedqueue enroll` makes one"
-        raise ConfigurationError(setting, str(path), accepted) from None
+        problem = f"no private key can be read there ({error.strerror})"
+        raise ConfigurationError(setting, str(path), problem, "`fedqueue enroll` makes one") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):
-        raise ConfigurationError(setting, str(path), "is no unencrypted private key in PEM form") from None
+        raise ConfigurationError(
+            setting, str(path), "not an unencrypted private key in PEM form", "`fedqueue enroll` makes one"
+        ) from None
     if not isinstance(key, Ed25519PrivateKey):
-        raise ConfigurationError(setting, str(path), "is no Ed25519 key")
+        raise ConfigurationError(setting, str(path), "not an Ed25519 key", "`fedqueue enroll` makes one")
     return SigningKey(key)
 
 
 def read_public_keys(path: Path, setting: str = "security.keys") -> list[PublicKey]:
-    """The public keys in `path`, the newest first; raises ConfigurationError where a line is none."""
+    """The public keys in `path`, the newest first; raises ConfigurationError for an invalid line."""
     try:
         text = path.read_bytes()[:MAX_FILE].decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -105,17 +115,17 @@ def read_public_keys(path: Path, setting: str = "security.keys") -> list[PublicK
 
 
 class KeyFile(Generic[T]):
-    """The keys in a file, read anew when it has changed: they can be replaced while a process goes on."""
+    """The keys in a file, which is read again after each change: keys can be rotated without a restart."""
 
     def __init__(self, path: Path, read: Callable[[Path], T]) -> None:
-        """Raises what `read` raises."""
+        """Read the file with `read`; raises what `read` raises."""
         self._path, self._read = path, read
-        self._name = str(path)  # of which a stat takes a quarter of the time: it is asked for with each message
+        self._name = str(path)  # stat of a string takes a quarter of the time, and each message needs one
         self._stamp, self._keys = self._seen(), read(path)
 
     @property
     def keys(self) -> T:
-        """What is there now, or was there last: a file that cannot be read may be one that is being replaced."""
+        """The file's present keys; if it cannot be read, perhaps because it is being replaced, the last ones."""
         stamp = self._seen()
         if stamp and stamp != self._stamp:
             with contextlib.suppress(OSError, ConfigurationError):
@@ -124,30 +134,33 @@ class KeyFile(Generic[T]):
         return self._keys
 
     def exists(self) -> bool:
+        """Whether the file is there now."""
         return bool(self._seen())
 
     def _seen(self) -> tuple[int, int, int] | None:
         try:
-            at = os.stat(self._name)
+            status = os.stat(self._name)
         except OSError:
             return None
-        return at.st_mtime_ns, at.st_size, at.st_ino
+        return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def parse_public_key(line: str, where: str, setting: str = "security.keys") -> PublicKey:
-    """The key in a line `ed25519 BASE64`; raises ConfigurationError."""
+    """The key in a line `ed25519 BASE64`; raises ConfigurationError, which names `where`."""
     algorithm, _, encoded = line.strip().partition(" ")
     try:
         raw = base64.b64decode(encoded, validate=True)
-    except ValueError:  # of binascii, and of text that is not ASCII
+    except ValueError:  # also binascii.Error, and non-ASCII text
         raw = b""
     if algorithm != ALGORITHM or len(raw) != PUBLIC_BYTES:
-        raise ConfigurationError(setting, where, f"expected lines `{ALGORITHM} BASE64` of {PUBLIC_BYTES}-byte keys")
+        raise ConfigurationError(
+            setting, where, "not a public key", f"write lines `{ALGORITHM} BASE64` of {PUBLIC_BYTES}-byte keys"
+        )
     return PublicKey.from_raw(raw)
 
 
 def write_public_keys(path: Path, keys: Iterable[PublicKey]) -> None:
-    """Replace `path` by one line per key, in one step."""
+    """Replace `path` atomically by a file with one line per key."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.write_text("".join(key.line() for key in keys), encoding="utf-8")
@@ -155,11 +168,11 @@ def write_public_keys(path: Path, keys: Iterable[PublicKey]) -> None:
 
 
 def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` in one step by a file that nobody could ever read but by `mode`; folders on the way get 0700."""
+    """Replace `path` atomically by a file that has `mode` from its creation on; missing folders get mode 0700."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
-        os.fchmod(file.fileno(), mode)  # whatever the umask
+        os.fchmod(file.fileno(), mode)  # regardless of the umask
         file.write(data)
     new.replace(path)

@@ -1,7 +1,7 @@
-"""The name of every Redis key that fedqueue writes; nothing else spells one.
+"""The names of all Redis keys that fedqueue writes; no other module spells one.
 
-All keys of a run share the hash tag `{RUN}`, so on Redis Cluster they live in one slot and the scripts stay
-atomic. RQ's own keys (`rq:*`) are RQ's to name.
+All keys of a run share the hash tag `{RUN}`. On Redis Cluster they are therefore in one slot, which scripts require.
+RQ names its own keys (`rq:*`).
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ import re
 from dataclasses import dataclass
 
 RUNS = "fedqueue:runs"  # set of run names: the only key outside a run's hash tag
-RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _TAG = re.compile(r"(?<=-[0-9]{8})-[0-9a-f]{12}$")
-CLIENT_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 def client_tag(run: str, client: str) -> str:
-    """Twelve characters for a client of a run, at the end of each name of its jobs.
+    """A tag of twelve characters that ends the name of each job of this client in this run.
 
-    Access rights are patterns of keys, and those of RQ's keys have room for nothing but the job's name, in RQ's
-    alphabet. A tag has one length, so that no client's pattern matches another's jobs: 48 bits of SHA-256.
+    Access rules are patterns of keys, and RQ's keys contain nothing but the job's name, in RQ's alphabet. All tags
+    have the same length, 48 bits of SHA-256, so that no client's pattern matches another client's jobs.
     """
     return hashlib.sha256(f"{run}/{client}".encode()).hexdigest()[:12]
 
 
 def job_name(run: str, epoch: int, number: int, client: str) -> str:
-    """Names of different epochs differ: a straggler's update cannot be taken for another job's."""
+    """The name of a job; it contains the epoch, so a late update cannot be mistaken for another job's."""
     return f"{run}-{f'e{epoch}-' if epoch else ''}{number:08d}-{client_tag(run, client)}"
 
 
 def job_without_tag(job: str) -> str:
-    """What two jobs of one run never share; jobs of runs before there were tags have none."""
+    """A job's name without its client's tag: two jobs of a run never share it."""
     return _TAG.sub("", job)
 
 
@@ -46,17 +44,18 @@ class Keys:
 
     @property
     def config(self) -> str:
-        """hash: config (JSON), manifest (msgpack), state, started, stopped_because"""
+        """hash: config (JSON), manifest (msgpack), state, stopped_because, epoch, descriptor (signed)"""
         return self._key("config")
 
     @property
     def leader(self) -> str:
-        """hash: token (fencing, rises), owner, expires (server ms)"""
+        """hash: token (fencing; rises with each leader), owner, expires (server ms)"""
         return self._key("leader")
 
     @property
     def head(self) -> str:
-        """hash: version, job_number, counters of the run as the last commit left them"""
+        """hash: version, totals (msgpack: the committed counters), job_number, state_chunks, token of its commit,
+        unlooked (commits since the last scan for base versions in use)"""
         return self._key("head")
 
     @property
@@ -66,26 +65,27 @@ class Keys:
 
     @property
     def clients(self) -> str:
-        """set: the clients that the run knows, each with a `site` and a stream of `updates` of its own"""
+        """set: the clients that the run knows, each with its own `site` and its own stream of `updates`"""
         return self._key("clients")
 
     @property
     def site_prefix(self) -> str:
+        """The beginning of each key of `site`."""
         return self._key("site:")
 
     def site(self, client: str) -> str:
-        """hash: holder (token of the worker that serves it), alive (end, server ms), job (its open one), registration
-        (msgpack), refused:REASON (posts refused at the door)"""
+        """hash: holder (token of the worker process that serves the client), alive (end of its lease, server ms), job
+        (the client's open job), registration (msgpack), refused:REASON (number of posts and claims refused)"""
         return f"{self.site_prefix}{client}"
 
     @property
-    def turns(self) -> str:
+    def last_jobs(self) -> str:
         """hash: client -> the number of its last job"""
-        return self._key("turns")
+        return self._key("last_jobs")
 
     @property
     def jobs(self) -> str:
-        """set: the jobs that are open or posted and not yet committed"""
+        """set: the jobs that have no ledger record yet"""
         return self._key("jobs")
 
     def job(self, job: str) -> str:
@@ -93,26 +93,28 @@ class Keys:
         return self._key(f"job:{job}")
 
     def attempt(self, job: str) -> str:
-        """hash: number, holder, base (version), held (base is not deleted), lease (end, server ms), posted, chunks"""
+        """hash: number, holder, base (version), held (the base must stay stored), lease (end, server ms), posted,
+        chunks"""
         return self._key(f"attempt:{job}")
 
     @property
     def pinned(self) -> str:
-        """set: versions that the coordinator keeps stored, whatever jobs do"""
+        """set: versions that stay stored until the run ends"""
         return self._key("pinned")
 
     @property
     def updates_prefix(self) -> str:
+        """The beginning of each key of `updates`."""
         return self._key("updates:")
 
     def updates(self, client: str) -> str:
         """stream: what the client's worker reports (updates, joins, leaves, hand-backs, failures) until a script
-        deletes it; that without a client is the coordinator's own"""
+        deletes the entry; with an empty client, the coordinator's own stream"""
         return f"{self.updates_prefix}{client}"
 
     @property
     def wakeup(self) -> str:
-        """channel: names the stream of `updates` that has just got an entry; a hint, see `inbox.py`"""
+        """channel: carries the name of each stream of `updates` that gets an entry; a hint, see `inbox.py`"""
         return self._key("wakeup")
 
     @property
@@ -122,6 +124,7 @@ class Keys:
 
     @property
     def model_prefix(self) -> str:
+        """The beginning of each key of `model`."""
         return self._key("model:")
 
     def model(self, version: int) -> str:
@@ -129,11 +132,12 @@ class Keys:
         return f"{self.model_prefix}{version}"
 
     def staged_model(self, token: int) -> str:
-        """string chunks that expire: what the leader with that token is about to commit as a version"""
+        """string chunks that expire: a model that the leader with this fencing token has staged for its next commit"""
         return f"{self.model_prefix}staged:{token}"
 
     @property
     def state_prefix(self) -> str:
+        """The beginning of each key of `state`."""
         return self._key("state:")
 
     def state(self, version: int) -> str:
@@ -141,11 +145,12 @@ class Keys:
         return f"{self.state_prefix}{version}"
 
     def staged_state(self, token: int) -> str:
-        """string chunks that expire: the server optimizer's state that belongs to `staged_model`"""
+        """string chunks that expire: the server optimizer's state for `staged_model`"""
         return f"{self.state_prefix}staged:{token}"
 
     @property
     def payload_prefix(self) -> str:
+        """The beginning of each key of `payload`."""
         return self._key("payload:")
 
     def payload(self, job: str, attempt: int) -> str:
@@ -153,12 +158,12 @@ class Keys:
         return f"{self.payload_prefix}{job}:{attempt}"
 
     def kept_payload(self, job: str, attempt: int) -> str:
-        """string chunks: the same after its merge, where payloads are kept"""
+        """string chunks: the payload after its merge, if payloads are kept"""
         return f"{self.payload_prefix}kept:{job}:{attempt}"
 
     @property
     def pattern(self) -> str:
-        """Matches every key of the run, for SCAN."""
+        """A pattern for SCAN that matches every key of the run."""
         return f"fedqueue:{{{self.run}}}:*"
 
     def queue(self, client: str) -> str:

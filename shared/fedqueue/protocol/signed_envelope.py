@@ -1,16 +1,16 @@
-"""What is signed, and how it travels: a `Seal` around the bytes of a message.
+"""Signed envelopes: the bytes of a message with an Ed25519 signature.
 
-A signature covers more than the message. It covers the kind of message, the run, its instance and epoch, and what the
-message is about (client, job, attempt, base version, …), so that nothing that was said once can be passed off as
-something said elsewhere. Those are not in the seal: whoever opens it states what it has to be about.
+A signature covers more than the message. It also covers the kind of message, the run, its instance and epoch, and
+what the message is about (client, job, attempt, base version, …), so that a message cannot be replayed in another
+context. The envelope does not contain this context: the reader states the context that it expects.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
 
 import msgpack
 from pydantic import Field
@@ -18,21 +18,27 @@ from pydantic import Field
 from fedqueue.errors import SignatureError, WireError
 from fedqueue.protocol.messages import Digest, Message, Natural, read
 
-if TYPE_CHECKING:  # what only shows a run takes neither numpy nor cryptography
+if TYPE_CHECKING:  # a command that only shows a run imports neither numpy nor cryptography
     import numpy as np
     import numpy.typing as npt
 
     from fedqueue.protocol.key_files import PublicKey, SigningKey
 
-DOMAIN = "fedqueue/1"  # nothing signed for another purpose, or another version of the protocol, counts here
+Digestible: TypeAlias = "bytes | npt.NDArray[np.uint8]"
+"""What is hashed without a copy: bytes, or a contiguous uint8 array."""
 
-RUN_DESCRIPTOR, ORDER, VERSION, EVALUATED = "descriptor", "order", "version", "evaluated"  # what a coordinator says
-UPDATE, ENDED, JOINED, LEFT = "update", "ended", "joined", "left"  # what a worker says
+DOMAIN = "fedqueue/1"  # separates these signatures from other uses of a key, and from other protocol versions
+
+RUN_DESCRIPTOR, ORDER, VERSION, EVALUATED = "descriptor", "order", "version", "evaluated"  # signed by a coordinator
+UPDATE, ENDED, JOINED, LEFT = "update", "ended", "joined", "left"  # signed by a worker
 
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a statement counts. `instance` is drawn anew each time a run is begun, or begun again from a checkpoint."""
+    """The run, instance and epoch for which a signature is valid.
+
+    `instance` is random, and new each time a run starts or restarts from a checkpoint.
+    """
 
     run: str
     instance: str = ""
@@ -40,7 +46,7 @@ class Scope:
 
 
 class SignedEnvelope(Message):
-    """A message with the signature over it. `session` names the worker process that speaks."""
+    """A message, the id of the signer's key and the signature; `session` names the worker process that signed."""
 
     body: Annotated[bytes, Field(max_length=64 * 1024)]
     key: Annotated[str, Field(max_length=16)]
@@ -49,23 +55,26 @@ class SignedEnvelope(Message):
 
 
 class RunDescriptor(Message):
-    """What a run is, as its coordinator says: workers take neither configuration nor manifest from anything else.
+    """The coordinator's signed description of a run; workers trust no other source of configuration and manifest.
 
-    `term` rises with each coordinator that comes to lead; `floor` is the version from which it went on.
+    `term` rises with each coordinator that becomes leader, and `first_version` is the version that its term starts
+    from. `config` and `manifest` are digests.
     """
 
     instance: Annotated[str, Field(min_length=16, max_length=64)]
     epoch: Natural
     term: Natural
-    floor: Natural
+    first_version: Natural
     config: Digest
     manifest: Digest
 
 
 class VersionRecord(Message):
-    """What a version is: digests of its model and of the server optimizer's state, and the jobs given out so far.
+    """The coordinator's signed description of a version.
 
-    And how it came about: `history` is of the ledger's versions up to it, `totals` of what is counted with it.
+    `model` and `state` are digests of the encoded model and of the server optimizer's state. `job_number` is the last
+    job number in use. `history` is the ledger's hash chain up to this version (`ledger_chain.py`), and `totals` the
+    digest of the counters that are committed with it.
     """
 
     model: Digest
@@ -76,41 +85,18 @@ class VersionRecord(Message):
 
 
 new_digest = hashlib.sha256
-"""What `digest_of` says, for bytes that come piece by piece."""
+"""Incremental form of `digest_of`, for bytes that arrive in pieces."""
 
 
-def digest_of(data: bytes | npt.NDArray[np.uint8]) -> str:
-    """SHA-256, in hex: of what `hashlib` offers the fastest on processors with instructions for it."""
+def digest_of(data: Digestible) -> str:
+    """SHA-256, in hex: the fastest digest of `hashlib` on processors with instructions for it."""
     return new_digest(cast(Any, data)).hexdigest()
-
-
-NO_HISTORY = hashlib.sha256(b"").hexdigest()
-
-
-def longer_history(history: str, record: bytes) -> str:
-    """The digest of a chain of records that had `history` before this one, which is `packed`."""
-    return hashlib.sha256(history.encode() + record).hexdigest()
-
-
-def history_of(ledger: Iterable[Mapping[str, Any]]) -> str:
-    """The digest of the records of versions in a ledger, in order."""
-    history = NO_HISTORY
-    for record in ledger:
-        if record["kind"] == "version":
-            history = longer_history(history, packed(record))
-    return history
-
-
-def packed(record: Mapping[str, Any]) -> bytes:
-    """A map as it lies in Redis: packed, unpacked and packed again it is the same bytes."""
-    data: bytes = msgpack.packb(record)
-    return data
 
 
 def sign_envelope(
     key: SigningKey, kind: str, scope: Scope, about: Sequence[str | int], body: bytes, session: str = ""
 ) -> bytes:
-    """The packed Seal of `body`; raises WireError where it is too large to be sent."""
+    """The packed envelope of `body`; raises WireError if it is too large to be sent."""
     signature = key.sign(_statement(kind, scope, about, session, body))
     return SignedEnvelope(body=body, key=key.public.id, session=session, signature=signature).pack()
 
@@ -118,22 +104,25 @@ def sign_envelope(
 def open_envelope(
     data: bytes, keys: Iterable[PublicKey], kind: str, scope: Scope, about: Sequence[str | int], who: str
 ) -> SignedEnvelope:
-    """The Seal in `data`, signed by one of `keys` and about exactly this; raises SignatureError, which names `who`."""
+    """The envelope in `data`, if one of `keys` signed it for exactly this kind, scope and subject.
+
+    Raises SignatureError, which names the expected signer `who`.
+    """
     try:
         envelope = read(SignedEnvelope, data)
     except WireError:
-        raise SignatureError(f"{kind} is not signed, {who} has to sign it") from None
+        raise SignatureError(f"{kind} is not signed; {who} must sign it") from None
     matching = [key for key in keys if key.id == envelope.key]
     if not matching:
-        raise SignatureError(f"{kind} is signed with key {envelope.key!r}, which is none of {who}'s")
+        raise SignatureError(f"{kind} is signed with key {envelope.key!r}, which is not a key of {who}")
     statement = _statement(kind, scope, about, envelope.session, envelope.body)
-    if not any(key.holds(envelope.signature, statement) for key in matching):
-        raise SignatureError(f"{kind} was changed, or was signed by {who} for something else: the signature fails")
+    if not any(key.verifies(envelope.signature, statement) for key in matching):
+        raise SignatureError(f"{kind} was changed, or was signed by {who} in another context: the signature is invalid")
     return envelope
 
 
 def unverified_body(data: bytes) -> bytes:
-    """The body of a Seal whose signature nobody has looked at, or `data` where it is none: to show, not to act upon."""
+    """The body of an envelope without verification, or `data` if it is no envelope: to show, not to act on."""
     try:
         return read(SignedEnvelope, data).body
     except WireError:
@@ -142,5 +131,5 @@ def unverified_body(data: bytes) -> bytes:
 
 def _statement(kind: str, scope: Scope, about: Sequence[str | int], session: str, body: bytes) -> bytes:
     fields: list[Any] = [DOMAIN, kind, scope.run, scope.instance, scope.epoch, list(about), session, body]
-    statement: bytes = msgpack.packb(fields)  # of two different lists of texts, numbers and bytes never the same
+    statement: bytes = msgpack.packb(fields)  # different lists of texts, numbers and bytes pack to different bytes
     return statement

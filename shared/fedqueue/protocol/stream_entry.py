@@ -1,4 +1,4 @@
-"""One entry of a stream of updates, as it lies there: nothing of it is believed yet."""
+"""One entry of a stream of updates, as a worker wrote it: parsed, and not verified."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StreamEntry:
-    """One entry of a stream of updates. Its client is the stream's; of job and base it says what the worker said."""
+    """One entry of a client's stream; the stream determines the client, the worker claims job, attempt and base."""
 
-    id: str  # place in its stream@client
+    id: str
+    """Its position in the stream and the stream's client: `POSITION@CLIENT`."""
     kind: str  # "update", "ended", "joined", "left" or "evaluated"
     body: bytes
     client: str = ""
@@ -20,7 +21,10 @@ class StreamEntry:
 
     @classmethod
     def from_fields(cls, client: str, raw: tuple[bytes, Mapping[bytes, bytes]]) -> StreamEntry:
-        """An entry of the stream of `client`, which nobody else can write to; its `id` names the stream too."""
+        """An entry of the client's stream, out of its position and its fields as Redis returns them.
+
+        A missing or malformed field gets its default. Only the client's own worker can write to that stream.
+        """
         fields = {k.decode("latin-1"): v for k, v in raw[1].items()}
 
         def text(name: str) -> str:
@@ -36,3 +40,9 @@ class StreamEntry:
             f"{raw[0].decode()}@{client}", text("kind"), fields.get("body", b""), client, text("job"),
             number("attempt", 0), number("base", -1),
         )  # fmt: skip
+
+
+def split_entry_id(entry: str) -> tuple[str, str]:
+    """The position in the stream and the stream's client, out of an entry's `id`."""
+    position, _, client = entry.partition("@")
+    return position, client

@@ -1,1 +1,1 @@
-"""A model as one flat frame, and its encodings on the wire."""
+"""Tensors in transit: a model as one flat frame, its encodings, and blobs."""

@@ -1,10 +1,10 @@
-"""What travels in one direction of a run: a frame as bytes of a size that the receiver knows, and back.
+"""Encodes a frame for one direction of a run, into bytes of a size that the receiver knows, and decodes it.
 
-    the parameters, encoded (`compression.py`)   padding to 8 bytes
+    the parameters, encoded (`encodings.py`)     padding to 8 bytes
     floating buffers, float32                    padding to 8 bytes
-    counters, int64                              … and, where it is asked for, all of it under zstd (`zstd.py`)
+    counters, int64                              optionally, all of it under zstd (`zstd.py`)
 
-With float32 the frame's own buffer travels, and nothing is copied.
+With float32 the frame's own buffer is sent, without a copy.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import ManifestMismatch, WireError
 from fedqueue.tensors import zstd
 from fedqueue.tensors.encodings import ENCODINGS, MOST_INDICES, Bytes, Encoding
-from fedqueue.tensors.frame import Delta, Frame, Manifest, Piece, align
+from fedqueue.tensors.frame import Delta, Frame, Piece
+from fedqueue.tensors.manifest import Manifest, align
 
 
 @dataclass(frozen=True)
 class Codec:
-    """An encoding (None: float32), with or without zstd, for the frames of one manifest."""
+    """An encoding (None means float32), with or without zstd, for the frames of one manifest."""
 
     manifest: Manifest
     encoding: Encoding | None = None
@@ -32,12 +33,12 @@ class Codec:
 
     @property
     def name(self) -> str:
-        """As the header of an update says it."""
+        """The name in the header of an update, such as `int8+zstd`."""
         return (self.encoding.name if self.encoding else "float32") + ("+zstd" if self.zstd else "")
 
     @property
     def identity(self) -> bool:
-        """Whether a frame's buffer travels as it is."""
+        """Whether a frame's buffer is sent unchanged."""
         return self.encoding is None and not self.zstd
 
     @property
@@ -50,15 +51,15 @@ class Codec:
 
     @property
     def largest(self) -> int:
-        """The most bytes that may travel."""
+        """Upper bound on the bytes of an encoded frame, with zstd."""
         return zstd.bound(self.nbytes) if self.zstd else self.nbytes
 
     def accepts(self, nbytes: int) -> bool:
-        """Whether so many bytes may be a frame: checked before memory is taken for them."""
+        """Whether an encoded frame may have this size: checked before memory is allocated for it."""
         return zstd.PREFIX < nbytes <= self.largest if self.zstd else nbytes == self.nbytes
 
     def encode(self, frame: Frame, seed: int) -> Bytes:
-        """`frame` as it travels, uint8; its own buffer where it travels as it is. `seed` ≥ 0 decides what is random."""
+        """The encoded frame, uint8; the frame's own buffer if `identity`. `seed` ≥ 0 seeds random choices."""
         data = frame.buffer
         if self.encoding:
             data = np.zeros(self.nbytes, np.uint8)
@@ -69,9 +70,9 @@ class Codec:
         return zstd.pack(data, self._width) if self.zstd else data
 
     def decode(self, wire: Bytes) -> Delta:
-        """The inverse of `encode`; what is encoded is decoded piece by piece, when it is asked for.
+        """The inverse of `encode`; parameters are decoded lazily, piece by piece.
 
-        Raises WireError for what is not the right number of bytes, before and after zstd.
+        Raises WireError for a wrong number of bytes, before or after zstd.
         """
         if not self.accepts(wire.nbytes):
             raise WireError(f"{self.name}: {wire.nbytes} bytes, expected {self.largest}")
@@ -79,7 +80,7 @@ class Codec:
         return Encoded(self.manifest, self.encoding, data) if self.encoding else Frame(self.manifest, data)
 
     def received(self, wire: Bytes) -> Frame:
-        """The frame that `wire` is for whoever receives it; it shares no memory with it. Raises as `decode`."""
+        """Decode `wire` into a new frame that shares no memory with it; raises as `decode`, and for invalid bytes."""
         frame = self.decode(wire).whole()
         return frame.copy() if self.identity else frame
 
@@ -89,7 +90,7 @@ class Codec:
 
 
 class Encoded:
-    """A frame whose parameters are still encoded: `data` uint8 as it was encoded, and views into it.
+    """A frame whose parameters are still encoded: the uint8 array `data`, and views into it.
 
     `head`: the encoded parameters; `buffers`: float32; `counters`: int64.
     """
@@ -103,12 +104,15 @@ class Encoded:
         self.counters = torch.from_numpy(data[start + align(length) :].view(np.int64))
 
     def pieces(self) -> Iterator[Piece]:
+        """As `Delta.pieces`."""
         return self._encoding.pieces(self.head, self.manifest.parameters)
 
     def add_to(self, into: torch.Tensor, weight: float, first: bool) -> None:
+        """As `Delta.add_to`."""
         self._encoding.add(self.head, into, weight, first)
 
     def whole(self) -> Frame:
+        """As `Delta.whole`."""
         frame = Frame(self.manifest)
         for where, values in self.pieces():
             frame.parameters[where] = values
@@ -118,15 +122,17 @@ class Encoded:
 
 
 def upward(config: CompressionConfig, manifest: Manifest) -> Codec:
-    """What workers send; raises ManifestMismatch for more parameters than `topk` can number."""
-    if config.up == "topk" and manifest.parameters > MOST_INDICES:
-        raise ManifestMismatch(f"model: {manifest.parameters} parameters; compression.up = 'topk' takes {MOST_INDICES}")
-    return _codec(config, manifest, config.up, config.up_lossless)
+    """The codec of updates; raises ManifestMismatch for more parameters than `topk` can index."""
+    if config.uplink == "topk" and manifest.parameters > MOST_INDICES:
+        raise ManifestMismatch(
+            f"model: {manifest.parameters} parameters; compression.uplink = 'topk' takes {MOST_INDICES}"
+        )
+    return _codec(config, manifest, config.uplink, config.uplink_lossless)
 
 
 def downward(config: CompressionConfig, manifest: Manifest) -> Codec:
-    """What workers fetch."""
-    return _codec(config, manifest, config.down, config.down_lossless)
+    """The codec of versions."""
+    return _codec(config, manifest, config.downlink, config.downlink_lossless)
 
 
 def _codec(config: CompressionConfig, manifest: Manifest, name: str, lossless_name: str) -> Codec:

@@ -1,20 +1,20 @@
-"""Inverse pairs between the parameters of a frame and fewer bytes, each with the greatest error of one element.
+"""Lossy encodings of a frame's parameters, each with the largest error of one element.
 
 | name | bytes for n parameters | error of an element x |
 |---|---|---|
-| float16 | 2 n | ≤ 2⁻¹¹ |x|, or 2⁻²⁵ below 2⁻¹⁴; beyond 65,504 it becomes infinite, which no side accepts |
+| float16 | 2 n | ≤ 2⁻¹¹ |x|, or 2⁻²⁵ below 2⁻¹⁴; beyond 65,504 it becomes infinite, which both sides refuse |
 | bfloat16 | 2 n | ≤ 2⁻⁸ |x| |
-| int8 | n + 4 ⌈n / block⌉ | ≤ s (1 + 2⁻¹⁶), s = max |x| of its block / 127; its mean is 0 |
+| int8 | n + 4 ⌈n / block⌉ | ≤ s (1 + 2⁻¹⁶), s = max |x| of its block / 127; the mean error is 0 |
 | topk | 8 k | 0 for the k largest |x|, |x| for the others |
 | randomk | 8 + 4 k | 0 for one element of each of k strata, |x| for the others |
 
 Stochastic rounding: q = ⌊x / s + u⌋ with u uniform from [0, 1), so that E[s q] = x (Alistarh et al., arXiv 1610.02132,
-§3.1, with a scale for each block). The two sparse ones send the values as they are: scaled by n / k, a random choice
-would be unbiased, but what was left out comes back with the client's next delta (`feedback.py`), and then the scaling
-would count it twice (Stich et al., arXiv 1809.07599, §2).
+§3.1, with a scale for each block). The two sparse encodings send unscaled values. Scaling by n / k would make a random
+choice unbiased, but error feedback (`error_feedback.py`) adds the omitted values to the client's next delta, so scaling
+would count them twice (Stich et al., arXiv 1809.07599, §2).
 
-Decoding goes piece by piece, and merging decodes and adds in one pass (`fused.py`): neither needs a second model in
-memory.
+Decoding proceeds piece by piece, and merging decodes and adds in one pass (`kernels.py`). Neither needs memory for a
+second model.
 """
 
 from __future__ import annotations
@@ -29,37 +29,37 @@ import numpy.typing as npt
 import torch
 
 from fedqueue.config.compression import CompressionConfig
-from fedqueue.errors import WireError
+from fedqueue.errors import MissingExtra, WireError
 from fedqueue.tensors.frame import Piece, slices
 
 Bytes = npt.NDArray[np.uint8]
 
-PIECE = 524_288  # elements: as float32 they stay in the processor's cache
+PIECE = 524_288  # elements: as float32 they fit into the processor's cache
 LEVELS = 127  # of int8, on each side of 0
-TINY = float(np.finfo(np.float32).tiny)  # the least scale: dividing by less overflows
-MOST_INDICES = 2**32  # parameters that an index of four bytes can tell apart
+TINY = float(np.finfo(np.float32).tiny)  # the smallest scale: dividing by less would overflow
+MOST_INDICES = 2**32  # the largest number of parameters that four-byte indices can address
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How n parameters, float32, become `size(n)` bytes, and those bytes pieces of float32 again."""
+    """How n float32 parameters become `size(n)` bytes, and how those bytes become float32 again."""
 
     name: str
     width: int
-    """Bytes of one number: bytes of the same significance compress better side by side (`lossless.py`)."""
+    """Bytes of one number; `zstd.py` groups bytes of equal significance, which compresses better."""
     size: Callable[[int], int]
     encode: Callable[[torch.Tensor, Bytes, int], None]
-    """x, float32 [n] → bytes, uint8 [size(n)]; the third argument seeds whatever is random."""
+    """x, float32 [n] → bytes, uint8 [size(n)]; the third argument seeds random choices."""
     pieces: Callable[[Bytes, int], Iterator[Piece]]
-    """Bytes and n → (where, values), values float32: `where` is a slice, or int64 positions that rise.
+    """Bytes and n → (where, values): `where` is a slice or rising int64 indices, `values` float32.
 
-    Parameters in no piece are 0. The values of a piece are overwritten by the next. Raises WireError for bytes that
-    nothing encodes to; values that are not finite are for the receiver to find.
+    A parameter in no piece is 0. The next piece may overwrite the values of this one. Raises WireError for bytes that
+    no encoder produces; it does not check whether the values are finite.
     """
     add: Callable[[Bytes, torch.Tensor, float, bool], None]
-    """Bytes, the sum `into`, float32 [n], weight, first → into += weight · x, or into = weight · x.
+    """Bytes, the sum `into` (float32 [n]), weight, first → into += weight · x, or with `first` into = weight · x.
 
-    What `pieces` says, but in one pass. Raises as it does, with what came before that added.
+    Equivalent to `pieces` with an addition, but in one pass. Raises as `pieces`, after having added a part.
     """
     sparse: bool = False
 
@@ -96,7 +96,8 @@ def bfloat16(config: CompressionConfig) -> Encoding:
 
 
 def int8(config: CompressionConfig) -> Encoding:
-    block = config.block
+    """Integers from −127 to 127, rounded stochastically, and a float32 scale for each `int8_block` elements."""
+    block = config.int8_block
     piece = max(1, PIECE // block) * block
 
     def split(data: Bytes, n: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -140,7 +141,7 @@ def int8(config: CompressionConfig) -> Encoding:
     return Encoding("int8", 1, lambda n: n + 4 * -(-n // block), encode, pieces, add)
 
 
-# Few parameters, exactly
+# A few parameters, exactly
 
 
 def _count(k: float, n: int) -> int:
@@ -148,9 +149,9 @@ def _count(k: float, n: int) -> int:
 
 
 def topk(config: CompressionConfig) -> Encoding:
-    """The k n parameters of largest magnitude: steps from one position to the next, uint32, then the values, float32.
+    """The k n parameters of largest magnitude: steps from one index to the next, uint32, then the values, float32.
 
-    Among equals the first are taken. A step is small wherever k is not, so it compresses well.
+    Of equal magnitudes the first are taken. Steps are small unless k is small, so they compress well.
     """
 
     def split(data: Bytes) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.float32]]:
@@ -184,14 +185,14 @@ def topk(config: CompressionConfig) -> Encoding:
         if not _fused("topk")(into.numpy(), *split(data), weight):
             raise WireError(f"topk: a position comes twice, or is not one of {len(into)} parameters")
 
-    return Encoding("topk", 4, lambda n: 8 * _count(config.k, n), encode, pieces, add, sparse=True)
+    return Encoding("topk", 4, lambda n: 8 * _count(config.topk_ratio, n), encode, pieces, add, sparse=True)
 
 
 def randomk(config: CompressionConfig) -> Encoding:
-    """One of each of k n equal strata, chosen by a seed: the seed, uint64, then the values, float32.
+    """One parameter of each of k n equal strata, chosen by a seed: the seed, uint64, then the values, float32.
 
-    Element i is drawn with ⌊n i / k⌋ + r_i mod (length of the stratum), r_i the raw words of numpy's Philox: those are
-    the same on every machine and in every version, which numpy does not promise of what its Generator makes of them.
+    Element i has index ⌊n i / k⌋ + r_i mod (length of the stratum), with r_i the raw words of numpy's Philox. These are
+    the same on every machine and in every version of numpy; the derived numbers of its Generator may change.
     """
 
     def encode(x: torch.Tensor, data: Bytes, seed: int) -> None:
@@ -215,11 +216,11 @@ def randomk(config: CompressionConfig) -> Encoding:
             assert isinstance(positions, torch.Tensor)
             into.index_add_(0, positions, values, alpha=weight)
 
-    return Encoding("randomk", 4, lambda n: 8 + 4 * _count(config.k, n), encode, pieces, add, sparse=True)
+    return Encoding("randomk", 4, lambda n: 8 + 4 * _count(config.topk_ratio, n), encode, pieces, add, sparse=True)
 
 
 def largest(x: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """The rising positions of the `count` ≥ 1 elements of x, all finite, of largest magnitude; first among equals."""
+    """The rising indices of the `count` ≥ 1 elements of x (finite) of largest magnitude; first among equals."""
     magnitudes = np.abs(x)
     threshold = np.partition(magnitudes, len(x) - count)[len(x) - count]
     above = np.flatnonzero(magnitudes > threshold)
@@ -228,7 +229,7 @@ def largest(x: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
 
 
 def _drawn(seed: int, count: int, n: int) -> Iterator[tuple[slice, npt.NDArray[np.int64]]]:
-    """Positions of elements `part` of `count`, rising, one in each of as many strata of 0 … n − 1."""
+    """Slices of 0 … count − 1, each with rising indices: one index in each of `count` strata of 0 … n − 1."""
     generator = np.random.Philox(key=seed)
     for part in slices(count, PIECE):
         edges = np.arange(part.start, part.stop + 1, dtype=np.int64) * n // count
@@ -238,13 +239,17 @@ def _drawn(seed: int, count: int, n: int) -> Iterator[tuple[slice, npt.NDArray[n
 
 
 def _fused(name: str) -> Callable[..., Any]:
-    from fedqueue.tensors.kernels import kernel  # numba: for those who merge, and late
-
+    try:
+        from fedqueue.tensors.kernels import kernel  # late, and by the coordinator only: it imports numba
+    except ModuleNotFoundError as error:
+        if error.name != "numba":
+            raise
+        raise MissingExtra("merging encoded updates", "numba", "compression") from None
     return kernel(name)
 
 
 def _all_finite(x: torch.Tensor) -> bool:
-    """A delta that is not finite is to be refused, even where what makes it so is not among what is sent."""
+    """Whether all values are finite. Otherwise the update has to be refused, even if no such value would be sent."""
     return math.isfinite(float(torch.linalg.vector_norm(x)))
 
 
@@ -255,4 +260,4 @@ ENCODINGS: dict[str, Callable[[CompressionConfig], Encoding]] = {
     "topk": topk,
     "randomk": randomk,
 }
-"""Without float32, which is the frame itself."""
+"""Makers of the encodings by name; float32 is absent, because it is the frame itself."""

@@ -1,12 +1,12 @@
-"""What a worker posts, and what it holds back for the client's next update: error feedback.
+"""Error feedback: what a sparse encoding omits from an update is added to the client's next one.
 
-With e the client's residual (0 at first), each job sends C(Δ + e) and keeps what C left out (Stich et al., arXiv
-1809.07599, algorithm 1). Over all its updates a client then sends the sum of its deltas, but for the last e:
+With e the client's residual (0 at first), each job sends C(Δ + e) and keeps what C omitted (Stich et al., arXiv
+1809.07599, algorithm 1). Over all its updates a client then sends the sum of its deltas, except for the last e:
 
     Σ sent + e = Σ Δ
 
-An update that Redis did not take leaves e as it was before: its delta counts for nothing, as it does without
-compression, and what earlier jobs owe is still owed.
+A refused update leaves e unchanged: its delta is lost, as it is without compression, and the residual of earlier jobs
+is kept.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import math
 import torch
 
 from fedqueue.protocol.messages import Update
+from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.frame import Frame
-from fedqueue.transport.store import chunks_of
 
 
 class ErrorFeedback:
-    """The codec of one process's updates, with the residuals of its clients: float32 [parameters] each, in memory."""
+    """A worker process's codec for updates, with a residual in memory for each client: float32 [parameters]."""
 
     def __init__(self, codec: Codec) -> None:
         self.codec = codec
@@ -31,13 +31,13 @@ class ErrorFeedback:
 
     @property
     def holds_back(self) -> bool:
+        """Whether the encoding is sparse, so that there are residuals."""
         return self.codec.encoding is not None and self.codec.encoding.sparse
 
     def encode(self, client: str, frame: Frame, update: Update, seed: int) -> tuple[Update, Bytes]:
-        """The client's update as it travels, with a header that says so.
+        """The header and the encoded payload of the client's update.
 
-        Of `frame`, what is held back is left (nothing is, where nothing is left out): it is the residual once
-        `accepted` says so.
+        With a sparse encoding, `frame` then contains the omitted values: the new residual, once `accepted` is called.
         """
         if client in self.residuals:
             frame.parameters.add_(self.residuals[client])
@@ -49,9 +49,9 @@ class ErrorFeedback:
         return update.model_copy(update=described), wire
 
     def accepted(self, client: str, frame: Frame) -> None:
-        """The update was taken: what `encode` left of `frame` is added to the client's next one.
+        """Keep what `encode` left in `frame` as the client's residual, because its update was accepted.
 
-        A delta that is not finite is refused by the coordinator, and leaves no residual.
+        A delta that is not finite leaves no residual; the coordinator refuses it.
         """
         if self.holds_back and math.isfinite(float(torch.linalg.vector_norm(frame.parameters))):
             self.residuals[client] = frame.parameters.clone()

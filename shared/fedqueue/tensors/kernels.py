@@ -1,9 +1,9 @@
-"""Decoding and adding in one pass: into += weight · x, with x encoded as `compression.py` says.
+"""Compiled loops that decode and add in one pass: into += weight · x, with x in an encoding of `encodings.py`.
 
-A tensor library decodes to a float32 scratch and adds that: two passes, the second of them as long as adding float32
-itself. These loops are compiled for this processor by numba when one is first asked for (half a second, 130 MiB of
-memory), so only a coordinator whose updates are encoded pays for it. Each operation is rounded by itself, so
-the bits are those of float32 arithmetic on any processor.
+A tensor library decodes into a float32 buffer and adds that buffer: two passes, of which the second takes as long as
+adding float32. numba compiles these loops at their first use (half a second, 130 MiB of memory), so only a coordinator
+with encoded updates pays for it. Each operation is rounded by itself, so the bits are those of float32 arithmetic on
+any processor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numba.extending import intrinsic
 
 
 def _widen(typing: Any, bits: Any) -> Any:
-    """The float32 of a float16's bits: numba has no such type, the processor has the instruction."""
+    """Convert the bits of a float16 to float32: numba lacks the type, but the processor has the instruction."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fpext(builder.bitcast(arguments[0], ir.HalfType()), ir.FloatType())
@@ -45,7 +45,7 @@ def _bfloat16(into: Any, bits: Any, weight: Any, first: Any) -> None:
 
 def _int8(into: Any, levels: Any, scales: Any, block: Any, weight: Any, first: Any) -> None:
     for b in range(scales.size):
-        # Slices, not one index for all: only so is the inner loop compiled to vector instructions.
+        # With slices instead of one index, the inner loop is compiled to vector instructions.
         rows, row = into[b * block : (b + 1) * block], levels[b * block : (b + 1) * block]
         for i in range(rows.size):
             x = weight * (scales[b] * np.float32(row[i]))
@@ -80,12 +80,12 @@ _KERNELS = {
 
 @cache
 def kernel(name: str) -> Callable[..., Any]:
-    """The compiled loop of an encoding; other threads run meanwhile. With `first`, into = weight · x.
+    """The compiled loop of an encoding, which releases the GIL. With `first`, into = weight · x.
 
     - `float16`, `bfloat16`: (into, bits uint16, weight, first), into and bits of one length
-    - `int8`: (into, levels int8, scales float32, block, weight, first), ⌈n / block⌉ scales for n of the others
-    - `topk`: (into, steps uint32, values float32, weight) → whether each position is one of `into`, and none comes
-      twice; those before the first that is not were added
+    - `int8`: (into, levels int8, scales float32, block, weight, first), ⌈n / block⌉ scales for n levels
+    - `topk`: (into, steps uint32, values float32, weight) → False at the first repeated index or index beyond `into`;
+      the values before it were added
     """
     loop, signature = _KERNELS[name]
     compiled: Callable[..., Any] = numba.njit(signature, nogil=True)(cast(Any, loop))

@@ -1,9 +1,9 @@
-"""Zstandard on top of an encoding: fewer bytes where they repeat, and the same bits again.
+"""Zstandard on top of an encoding: lossless, and smaller where bytes repeat.
 
-    8 bytes, little-endian: length of the whole, these 8 included     then one zstd frame that states its size
+    8 bytes, little-endian: length of the whole, including these 8     then one zstd frame that states its size
 
-Numbers of `width` bytes are taken apart first, all their first bytes, then all their second ones: the exponents of
-weights or deltas are alike, their last bits are not. The length lets a reader ask Redis for no more than there is.
+Numbers of `width` bytes are split first: all their first bytes, then all their second bytes, and so on. The exponents
+of weights and deltas are similar, their last bits are not. The length lets a reader request the right size from Redis.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from fedqueue.errors import WireError
 Bytes = npt.NDArray[np.uint8]
 
 PREFIX = 8  # bytes
-LEVEL = 1  # the rest of what there is to save is entropy: higher levels search for repetitions that are not there
-WINDOW = 8 * 1024 * 1024  # bytes of memory that a frame may ask for; ours ask for 512 KiB
-_HEADER = 18  # bytes, at most, of a zstd frame
+LEVEL = 1  # the remaining gain is entropy coding: higher levels search for repetitions that do not exist
+WINDOW = 8 * 1024 * 1024  # bytes of memory that a frame may require; our encoder requires 512 KiB
+_HEADER = 18  # bytes of the largest header of a zstd frame
 
 
 def bound(nbytes: int) -> int:
-    """The greatest length of `pack` for that many bytes, as zstd's own ZSTD_COMPRESSBOUND."""
+    """The largest length that `pack` returns for `nbytes` bytes: zstd's ZSTD_COMPRESSBOUND and the prefix."""
     return PREFIX + nbytes + (nbytes >> 8) + 128
 
 
 def pack(data: Bytes, width: int) -> Bytes:
-    """`data`, uint8, in a multiple of `width` bytes."""
+    """Compress `data`, uint8, whose length is a multiple of `width` bytes."""
     planes = data if width == 1 else np.ascontiguousarray(data.reshape(-1, width).T)
     frame = zstandard.ZstdCompressor(level=LEVEL).compress(_view(planes))
     wire = np.empty(PREFIX + len(frame), np.uint8)
@@ -38,12 +38,12 @@ def pack(data: Bytes, width: int) -> Bytes:
 
 
 def length(prefix: bytes) -> int:
-    """What the first 8 bytes say of the length; 0 where they are fewer."""
+    """The length that the first 8 bytes state; 0 if `prefix` is shorter."""
     return int.from_bytes(prefix, "little") if len(prefix) == PREFIX else 0
 
 
 def unpack(wire: Bytes, nbytes: int, width: int) -> Bytes:
-    """The inverse of `pack`, for data of exactly `nbytes` bytes: no more memory is taken than for twice those.
+    """The inverse of `pack`, for data of exactly `nbytes` bytes; it allocates at most twice that many.
 
     Raises WireError for anything else.
     """
@@ -53,12 +53,12 @@ def unpack(wire: Bytes, nbytes: int, width: int) -> Bytes:
         if length(wire[:PREFIX].tobytes()) != len(wire) or header.content_size != nbytes or header.dict_id:
             raise WireError(f"zstd: {len(wire)} bytes for {header.content_size}, expected {nbytes}")
         planes = np.empty(nbytes, np.uint8)
-        place, filled = _view(planes), 0
+        target, filled = _view(planes), 0
         with zstandard.ZstdDecompressor(max_window_size=WINDOW).stream_reader(frame) as reader:
-            while filled < nbytes and (got := reader.readinto(place[filled:])):
+            while filled < nbytes and (got := reader.readinto(target[filled:])):
                 filled += got
             if filled != nbytes or reader.read(1):
-                raise WireError(f"zstd: {filled} bytes or more came out, expected {nbytes}")
+                raise WireError(f"zstd: decompresses to {filled} bytes or more, expected {nbytes}")
     except zstandard.ZstdError as error:
         raise WireError(f"zstd: {error}") from error
     if width == 1:

@@ -1,1 +1,1 @@
-"""Access to Redis and RQ: connections, blobs, scripts, jobs."""
+"""Access to Redis and RQ: connections, blobs, Lua scripts, jobs."""

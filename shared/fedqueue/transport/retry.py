@@ -1,4 +1,4 @@
-"""What an error of Redis means: wait, because it passes, or stop, because waiting cannot help."""
+"""Retries through an outage of Redis: which errors are transient, and how long to wait."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ FIRST_SECONDS, LONGEST_SECONDS = 0.1, 5.0
 
 T = TypeVar("T")
 
-# Answers that pass by themselves or with an operator's help, by the first word of their text.
+# Errors that end by themselves or with an operator's help, by the first word of their text.
 TRANSIENT = {
-    "OOM": "it is out of memory: raise its maxmemory, or fewer jobs at once (dispatch.concurrency)",
-    "READONLY": "it is a read-only replica: waiting until it or another one is the primary",
+    "OOM": "it is out of memory: raise its maxmemory, or lower dispatch.concurrency",
+    "READONLY": "it is a read-only replica: waiting for a new primary",
     "LOADING": "it is loading its data",
-    "MASTERDOWN": "its primary is down",
-    "MISCONF": "it cannot save to its disk",
+    "MASTERDOWN": "it is a replica whose primary is down",
+    "MISCONF": "it cannot save to its disk: check the server's disk",
     "NOREPLICAS": "it has too few replicas",
     "CLUSTERDOWN": "the cluster is down",
     "TRYAGAIN": "the cluster is moving slots",
-    "NOSCRIPT": "its scripts are gone, and this user may not load them: waiting for the coordinator to do it",
+    "NOSCRIPT": "it has lost its scripts, which this user may not load: waiting for the coordinator to load them",
 }
-BY_TYPE = {  # redis-py takes the word off the text of these
+BY_TYPE = {  # redis-py removes the first word from the text of these
     redis.BusyLoadingError: "LOADING",
     redis.ReadOnlyError: "READONLY",
     redis.exceptions.NoScriptError: "NOSCRIPT",
@@ -38,7 +38,7 @@ BY_TYPE = {  # redis-py takes the word off the text of these
 
 
 def transient_reason(error: redis.RedisError) -> str:
-    """Why waiting makes sense, in words, or an empty string where it does not (a wrong password, a missing right)."""
+    """Why the error is transient, in words; empty if waiting cannot help (a wrong password, a missing right)."""
     refused = redis.AuthenticationError, redis.exceptions.AuthorizationError, redis.exceptions.NoPermissionError
     if isinstance(error, refused):
         return ""
@@ -54,19 +54,19 @@ def transient_reason(error: redis.RedisError) -> str:
 
 
 def _hint(error: redis.RedisError) -> str:
-    """What may be behind a missing right: Redis itself names neither the key nor who should have it."""
+    """Likely causes of a denied command; Redis's own error names neither the key nor its owner."""
     text = str(error)
     denied = isinstance(error, redis.exceptions.NoPermissionError) or "ACL failure" in text or "can't access" in text
     if not denied:
         return ""
     return (
-        " (a worker's Redis user serves its own client only, and the scripts of the version that wrote the rules: "
-        "--client, or `fedqueue acl` again)"
+        " (a worker's Redis user serves its own client only, and runs only the scripts of the version that wrote the "
+        "rules: check --client, or run `fedqueue acl` again)"
     )
 
 
 class RedisRetry:
-    """Rides out an outage: backoff with jitter, said once per kind of trouble, reset by success."""
+    """Repeats an operation through an outage, with backoff and jitter; logs each new reason once."""
 
     def __init__(
         self,
@@ -79,12 +79,12 @@ class RedisRetry:
         self._said = ""
 
     def wait(self, error: redis.RedisError) -> None:
-        """Sleep for the present backoff; raises ServerUnavailable where waiting cannot help or is given up."""
+        """Sleep for the present backoff; raises ServerUnavailable if waiting cannot help, or `given_up()` is true."""
         why = transient_reason(error)
         if not why:
             raise ServerUnavailable(f"Redis refuses: {error}{_hint(error)}") from error
         if self._given_up():
-            raise ServerUnavailable(f"told to stop while waiting for Redis: {why}") from error
+            raise ServerUnavailable(f"stopped while waiting for Redis: {why}") from error
         if why != self._said:
             log.warning("waiting for Redis", because=why)
             self._said = why
@@ -93,12 +93,13 @@ class RedisRetry:
         self._sleep(longest * (0.5 + self._jitter() / 2))
 
     def succeeded(self) -> None:
+        """Reset the backoff."""
         if self._said:
             log.info("Redis is back")
         self._failures, self._said = 0, ""
 
     def call(self, operation: Callable[[], T]) -> T:
-        """The result of `operation`, repeated until no outage is in its way; it must be safe to repeat."""
+        """The result of `operation`, which is repeated through an outage and must be safe to repeat."""
         while True:
             try:
                 result = operation()

@@ -1,7 +1,7 @@
 """RQ without pickle: a msgpack serializer, a job class that runs allow-listed functions only, one queue per client.
 
-fedqueue's lease owns the life of a job. RQ carries it to the worker and shows it to RQ's tools; it never times it
-out, never retries it, and keeps no result.
+fedqueue's lease determines the life of a job. RQ delivers the job to a worker and lists it in RQ's tools. RQ applies no
+timeout, does not retry, and stores no result.
 """
 
 from __future__ import annotations
@@ -19,43 +19,47 @@ from rq.timeouts import BaseDeathPenalty
 from rq.utils import as_text, now
 
 from fedqueue.errors import WireError
-from fedqueue.protocol.messages import MAX_MESSAGE, Order, pack, unpack
+from fedqueue.protocol.messages import Order
+from fedqueue.protocol.msgpack import MAX_MESSAGE, pack, unpack
 
 TRAIN = "fedqueue_worker.job_runner.train"
-"""The name of the one function that a job may call; it is looked up in the worker's allow-list, never imported."""
+"""The only function name that a job may contain; a worker looks it up in its allow-list and imports nothing."""
 
-FAILED_SECONDS = 3600  # a job that RQ itself calls failed (foreign, malformed) stays visible so long
+FAILED_SECONDS = 3600  # for which RQ lists a job that it counts as failed (foreign, malformed)
 
 
 class Serializer:
-    """RQ's serializer: msgpack, plain values, bounded."""
+    """A serializer for RQ: msgpack of plain values, bounded in size."""
 
     @staticmethod
     def dumps(obj: Any) -> bytes:
+        """`obj` as msgpack; raises WireError as `pack`."""
         return pack(obj)
 
     @staticmethod
     def loads(data: bytes) -> Any:
+        """The inverse of `dumps`; raises WireError as `unpack`."""
         return unpack(data)
 
 
 class NoTimeout(BaseDeathPenalty):
-    """Honest long training is not bounded; the lease and its progress say when a job is over."""
+    """No timeout of RQ's: there is no time limit while training makes progress, and the lease ends a stalled job."""
 
     def setup_death_penalty(self) -> None:
-        """No alarm."""
+        """Set no alarm."""
 
     def cancel_death_penalty(self) -> None:
-        """Nothing to cancel."""
+        """No-op: no alarm was set."""
 
 
 class TrainingJob(Job):
-    """A job of which nothing is imported: its function comes from `allowed`, its callbacks do not run."""
+    """An RQ job that imports nothing: its function is looked up in `allowed`, and its callbacks never run."""
 
     allowed: Mapping[str, Callable[..., Any]] = {}
 
     @property
     def func(self) -> Callable[..., Any]:
+        """The function that the job names; raises WireError for a name that is not in `allowed`."""
         name = self.func_name or ""
         if self.instance is not None or name not in self.allowed:
             raise WireError(f"job {self.id} asks for {name!r}; allowed: {', '.join(self.allowed) or 'nothing'}")
@@ -63,18 +67,21 @@ class TrainingJob(Job):
 
     @property
     def success_callback(self) -> None:
+        """None: a job calls nothing but its function."""
         return None
 
     @property
     def failure_callback(self) -> None:
+        """None: a job calls nothing but its function."""
         return None
 
     @property
     def stopped_callback(self) -> None:
+        """None: a job calls nothing but its function."""
         return None
 
     def restore(self, raw_data: Mapping[bytes, bytes]) -> Any:
-        """As RQ's, which inflates what it finds; raises WireError for what would become larger than a message."""
+        """RQ's, which decompresses two fields; raises WireError if one would become larger than a message."""
         for field in (b"data", b"exc_info"):
             self._inflated(field.decode(), raw_data.get(field, b""))
         return super().restore(raw_data)
@@ -82,21 +89,21 @@ class TrainingJob(Job):
     def _inflated(self, field: str, data: bytes) -> bytes:
         try:
             inflated = zlib.decompressobj().decompress(data, MAX_MESSAGE + 1)
-        except zlib.error:  # not compressed: RQ takes it as it is
+        except zlib.error:  # not compressed: RQ uses it as it is
             return data
         if len(inflated) > MAX_MESSAGE:
             raise WireError(f"job {self.id}: {field} inflates to more than {MAX_MESSAGE} bytes")
         return inflated
 
     def send_webhooks(self, *args: Any, **kwargs: Any) -> None:
-        """A job cannot make a worker call an address."""
+        """No-op: a job must not make a worker request a URL."""
 
 
 class TakenJob(TrainingJob):
-    """A job as its worker reads it: whose queue it came from, and what is to be called. Nothing else in it counts."""
+    """A job as its worker reads it: only its queue and its call are read from RQ's record."""
 
     def refresh(self) -> None:
-        """Raises NoSuchJobError where there is no record, or one without a call."""
+        """Read the record; raises NoSuchJobError if there is none, or if it contains no call."""
         record = cast(dict[bytes, bytes], self.connection.hgetall(self.key))
         if b"data" not in record:
             raise NoSuchJobError(f"no such job: {self.id}")
@@ -105,17 +112,18 @@ class TakenJob(TrainingJob):
 
 
 def job_class(train: Callable[..., Any]) -> type[TakenJob]:
-    """The job class of one worker: `TRAIN` calls `train`, any other name is refused."""
+    """The job class of one worker: the name `TRAIN` calls `train`, and any other name is refused."""
     return type("TakenJob", (TakenJob,), {"allowed": {TRAIN: train}})
 
 
 def client_queue(client: redis.Redis, name: str, cls: type[Job] = TrainingJob) -> Queue:
+    """RQ's queue of that name, without pickle and without timeouts."""
     return Queue(name, connection=client, serializer=Serializer, job_class=cls, death_penalty_class=NoTimeout)
 
 
 @dataclass(frozen=True)
 class RqJobRecord:
-    """RQ's record of a job that waits in its queue: under which keys, and its fields, names and values in turns."""
+    """RQ's record of a queued job: its keys, and its fields as a flat list of name, value, name, value, …"""
 
     job: str
     key: str
@@ -124,7 +132,7 @@ class RqJobRecord:
 
 
 def queue_class(queues: Iterable[Queue]) -> type[Queue]:
-    """RQ's queues, of a worker that serves these: RQ makes one anew for each job that is taken."""
+    """A Queue class that reuses a worker's own queues; RQ would construct a queue for each job."""
     served = {queue.key: queue for queue in queues}
 
     class Served(Queue):
@@ -136,7 +144,7 @@ def queue_class(queues: Iterable[Queue]) -> type[Queue]:
 
 
 class Queues:
-    """The clients' queues, as their coordinator fills them."""
+    """Makes RQ's records of jobs, for a coordinator to enqueue."""
 
     def __init__(self, client: redis.Redis) -> None:
         self._client = client
@@ -149,39 +157,39 @@ class Queues:
             status=JobStatus.QUEUED,
             serializer=Serializer,
             connection=client,
-        )  # each one in its turn: making one takes as long as all the rest
+        )  # reused for every record: constructing a Job takes as long as everything else
 
     def record(self, queue: str, order: Order, envelope: bytes | None = None) -> RqJobRecord:
-        """What RQ would write to enqueue the order, or its seal; a queue is listed at its first one."""
+        """What RQ would write to enqueue the order, or its envelope; the first one of a queue registers the queue."""
         job = self._job
         job.id, job.origin, job.description = order.job, queue, f"train {order.client} for {order.run}"
         job.kwargs = {"order": order.model_dump() if envelope is None else envelope}
         job.created_at = job.enqueued_at = now()
         fields = [item for name, value in job.to_dict().items() if value != "" for item in (name, value)]
         key = f"{Queue.redis_queue_namespace_prefix}{queue}"
-        if queue not in self._listed:  # once is enough, RQ says it for each job
+        if queue not in self._listed:  # once is enough, though RQ repeats it for each job
             self._client.sadd(Queue.redis_queues_keys, key)
             self._listed.add(queue)
         return RqJobRecord(job.id, job.key, key, fields)
 
 
 def forget(client: redis.Redis, queue: str, job: str) -> None:
-    """Take a job out of RQ wherever it is: queue, registries, executions."""
-    place = client_queue(client, queue)
+    """Delete a job from RQ: its record, and its entries in the queue, registries and executions."""
+    rq_queue = client_queue(client, queue)
     try:
         TrainingJob.fetch(job, connection=client, serializer=Serializer).delete()
-    except (NoSuchJobError, InvalidJobOperation):  # its worker has just finished with it
+    except (NoSuchJobError, InvalidJobOperation):  # its worker has deleted it meanwhile
         pass
     except (redis.ConnectionError, redis.TimeoutError):
         raise
-    except Exception:  # what lies there is no record of RQ's
+    except Exception:  # the key contains no valid record of RQ
         client.delete(TrainingJob.key_for(job))
-    for key in (place.key, place.intermediate_queue_key):
+    for key in (rq_queue.key, rq_queue.intermediate_queue_key):
         client.lrem(key, 0, job)
 
 
 def delete_queue(client: redis.Redis, name: str) -> None:
-    """Delete a client's queue with every job in it and in its registries."""
+    """Delete a client's queue, with every job in it and in its registries."""
     queue = client_queue(client, name)
     registries = (queue.started_job_registry, queue.failed_job_registry, queue.finished_job_registry)
     jobs = {job for registry in registries for job in registry.get_job_ids(cleanup=False)}

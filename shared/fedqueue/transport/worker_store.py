@@ -1,4 +1,4 @@
-"""What a worker does in Redis: serve clients, claim jobs, fetch versions, post updates."""
+"""What a worker does in Redis: serve clients, claim jobs, download versions, post updates."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import numpy as np
 import redis
 
 from fedqueue.errors import JobClosed, SignatureError
-from fedqueue.protocol.messages import Ending, Order, Registration, Update, pack, read
+from fedqueue.protocol.messages import Ending, Order, Registration, Update, read
+from fedqueue.protocol.msgpack import pack
+from fedqueue.protocol.post_result import PostResult
 from fedqueue.protocol.signed_envelope import JOINED, LEFT, digest_of, unverified_body
 from fedqueue.protocol.site_identity import SiteIdentity
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Frame
-from fedqueue.transport.store import BlobBuffer, Store
+from fedqueue.transport.store import Store
 from fedqueue.transport.zero_copy import Command
 
 SCRIPTS = ("join", "register", "leave", "claim", "release", "heartbeat", "post")
-"""The scripts that a worker runs, and no others."""
-PAYLOAD_SECONDS = 3600  # a payload that is never posted goes by itself; posting makes it stay
+"""The scripts that a worker runs; access rules allow it no others."""
+PAYLOAD_SECONDS = 3600  # after which a payload expires unless it is posted
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One attempt at a job, on the version it will train from."""
+    """One attempt at a job, with the version to train from."""
 
     job: str
     attempt: int
@@ -36,50 +39,51 @@ class Claim:
 
 @dataclass(frozen=True)
 class HeartbeatReply:
-    """The answer to a heartbeat."""
+    """The reply to a heartbeat: the run's state, whether the job is still this worker's, and lost clients."""
 
     run_state: str
-    holds_job: bool
+    owns_job: bool
     lost_clients: tuple[str, ...]
 
 
 class WorkerStore(Store):
-    """`token` tells this worker process from every other one."""
+    """A worker process's view of the run; the random `token` names this process."""
 
     def __init__(self, client: redis.Redis, run: str, token: str, identity: SiteIdentity | None = None) -> None:
-        """With `trust`, everything that is said is signed, and every version that is fetched is checked."""
+        """With `identity`, this store signs all its messages, and verifies every order and version."""
         super().__init__(client, run)
         self.token = token
         self.identity = identity
 
     def key_of(self, client: str) -> str:
-        """The id of the key that signs for the client now; empty where nothing is signed."""
+        """The id of the client's present signing key; empty in an unsigned run."""
         return self.identity.key_of(client) if self.identity else ""
 
     def join(self, candidates: Sequence[str], lease_seconds: float) -> str | None:
-        """Serve the first candidate that no other living worker serves; None where there is none."""
+        """Begin to serve the first candidate that no other living worker serves; None if every one is served."""
         client = self.script(
             "join", [self.keys.clients], [self.token, _ms(lease_seconds), self.keys.site_prefix, *candidates]
         )
         return client.decode() if client else None
 
     def register(self, registration: Registration) -> bool:
-        """Say that the client has its data and is ready; False where another worker serves it by now."""
+        """Report that the client's data is loaded and it is ready for jobs; False if another worker serves it."""
         if self.identity:
-            self.identity.enter(self.info())  # it may be another epoch by now
+            self.identity.enter(self.info())  # the run may be in a later epoch
         client = registration.client
-        said = self._sealed(JOINED, client, [], registration.pack())
+        body = self._signed(JOINED, client, [], registration.pack())
         keys = [self.keys.site(client), self.keys.updates(client)]
-        return bool(self.script("register", keys, [self.token, said, self.keys.wakeup]))
+        return bool(self.script("register", keys, [self.token, body, self.keys.wakeup]))
 
     def leave(self, clients: Sequence[str]) -> None:
+        """Release these clients, so that another worker can serve them at once."""
         for client in clients:
-            said = self._sealed(LEFT, client, [], b"")
+            body = self._signed(LEFT, client, [], b"")
             keys = [self.keys.site(client), self.keys.updates(client)]
-            self.script("leave", keys, [self.token, said, self.keys.wakeup])
+            self.script("leave", keys, [self.token, body, self.keys.wakeup])
 
     def claim(self, job: str, lease_seconds: float, client: str = "") -> Claim:
-        """Begin an attempt; raises JobClosed where the job has ended, which is counted for `client`."""
+        """Begin an attempt; raises JobClosed, and counts it for `client`, if the job is not open."""
         keys = self.keys
         answer = self.script(
             "claim",
@@ -87,29 +91,29 @@ class WorkerStore(Store):
             [self.token, _ms(lease_seconds)],
         )
         if not answer:
-            raise JobClosed(f"job {job} is not open any more")
+            raise JobClosed(f"job {job} is no longer open")
         claim = Claim(job, int(answer[0]), int(answer[1]), int(answer[2]), answer[3].decode())
         if self.identity and claim.epoch != self.identity.scope.epoch:
             self.identity.enter(self.info())
         return claim
 
-    def open_order(self, said: bytes | dict[str, Any]) -> Order:
-        """The order that came with a job: a seal, or a map where the run is not signed; raises WireError."""
+    def open_order(self, order: bytes | dict[str, Any]) -> Order:
+        """The order in an RQ job: an envelope, or a map in an unsigned run; raises WireError if it is not valid."""
         if self.identity is None:
-            return read(Order, unverified_body(said) if isinstance(said, bytes) else pack(said))
-        if not isinstance(said, bytes):
+            return read(Order, unverified_body(order) if isinstance(order, bytes) else pack(order))
+        if not isinstance(order, bytes):
             raise SignatureError("the order of a job is not signed")
         try:
-            body = self.identity.order(said)
-        except SignatureError:  # it may be of a later epoch than this site knows
+            body = self.identity.order(order)
+        except SignatureError:  # the order may belong to an epoch that this site has not entered
             self.identity.enter(self.info())
-            body = self.identity.order(said)
+            body = self.identity.order(order)
         return read(Order, body)
 
     def fetch(self, version: int, into: BlobBuffer) -> None:
-        """The version that `claim` named; it stays stored until the attempt releases it or ends.
+        """Fill `into` with the version that `claim` named, which stays stored until the attempt releases it or ends.
 
-        Raises SignatureError where it is not what the coordinator signed, or older than one that was there before.
+        Raises as `read_blob`, and SignatureError if the coordinator did not sign it, or a newer version was seen.
         """
         if self.identity is None:
             self.read_blob(self.keys.model(version), into)
@@ -120,7 +124,7 @@ class WorkerStore(Store):
         self.identity.check_version(version, into, envelope)
 
     def fetch_model(self, version: int, codec: Codec, into: Frame) -> None:
-        """The same, decoded; raises WireError, too, where it is no such frame."""
+        """`fetch` and decode; raises as `fetch`, and WireError for bytes that are no such frame."""
         if codec.identity:
             self.fetch(version, into.buffer)
             return
@@ -129,12 +133,14 @@ class WorkerStore(Store):
         into.buffer[:] = codec.decode(wire).whole().buffer
 
     def release_base(self, claim: Claim) -> None:
+        """Let the base version be deleted, once it is downloaded and the merge does not need it."""
         self.script("release", [self.keys.job(claim.job), self.keys.attempt(claim.job)], [claim.attempt])
 
     def heartbeat(
         self, clients: Sequence[str], lease_seconds: float, current: Claim | None, progressing: bool
     ) -> HeartbeatReply:
-        state, holds, *lost = self.script(
+        """Renew the leases of `clients`, of their queued jobs and, if `progressing`, of the current job."""
+        state, owns_job, *lost = self.script(
             "heartbeat",
             [self.keys.config],
             [
@@ -149,18 +155,18 @@ class WorkerStore(Store):
                 *clients,
             ],
         )
-        return HeartbeatReply(state.decode(), bool(holds), tuple(c.decode() for c in lost))
+        return HeartbeatReply(state.decode(), bool(owns_job), tuple(c.decode() for c in lost))
 
     def described(self, update: Update, payload: BlobBuffer) -> Update:
-        """The header with the payload's digest, where updates are signed; one that has it already stays as it is."""
+        """The header, in a signed run with the payload's digest; an existing digest is kept."""
         if self.identity is None or update.digest:
             return update
         return update.model_copy(update={"digest": digest_of(payload)})
 
-    def post(self, claim: Claim, update: Update, payload: BlobBuffer, then: Sequence[Command] = ()) -> str:
-        """Store the payload, then append the update if the attempt still holds the job; `then` travels behind it.
+    def post(self, claim: Claim, update: Update, payload: BlobBuffer, then: Sequence[Command] = ()) -> PostResult:
+        """Store the payload, then append the update to the client's stream if the job is open for this attempt.
 
-        Returns an empty string, or why it was refused: `closed`, `replayed`, `attempt`, `payload` or `old_epoch`.
+        The commands `then` travel after it. It is safe to repeat: a repeated post returns REPLAYED.
         """
         update = self.described(update, payload)
         prefix = self.keys.payload(claim.job, claim.attempt)
@@ -168,16 +174,16 @@ class WorkerStore(Store):
         first = self.begin_blob(prefix, payload, PAYLOAD_SECONDS)
         return self._post(claim, "update", update.pack(), chunks, first, then)
 
-    def end(self, claim: Claim, ending: Ending) -> str:
-        """Report that the attempt ends without an update; returns as `post` does."""
+    def end(self, claim: Claim, ending: Ending) -> PostResult:
+        """Report that the attempt ended without an update; returns as `post`."""
         return self._post(claim, "ended", ending.pack(), [])
 
     def _post(
         self, claim: Claim, kind: str, body: bytes, chunks: list[str],
         first: Sequence[Command] = (), then: Sequence[Command] = (),
-    ) -> str:  # fmt: skip
+    ) -> PostResult:  # fmt: skip
         keys, job, client = self.keys, claim.job, claim.client
-        body = self._sealed(kind, claim.client, [claim.job, claim.attempt, claim.version], body)
+        body = self._signed(kind, claim.client, [claim.job, claim.attempt, claim.version], body)
         reason: bytes = self.script(
             "post",
             [keys.job(job), keys.attempt(job), keys.site(client), keys.updates(client), keys.config, *chunks],
@@ -185,9 +191,9 @@ class WorkerStore(Store):
             first,
             then,
         )
-        return reason.decode()
+        return PostResult(reason.decode())
 
-    def _sealed(self, kind: str, client: str, about: Sequence[str | int], body: bytes) -> bytes:
+    def _signed(self, kind: str, client: str, about: Sequence[str | int], body: bytes) -> bytes:
         return self.identity.sign(kind, client, about, body) if self.identity else body
 
 

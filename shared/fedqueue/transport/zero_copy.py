@@ -1,8 +1,8 @@
-"""Commands in one exchange, and parts of values, received right where they belong.
+"""Several commands in one round trip, with replies of known size received directly into the caller's memory.
 
-redis-py hands out a `bytes` that hiredis has put together from pieces of 64 KiB: each byte is copied four times, and
-ten megabytes take ten times as long as the socket needs. Here a part whose size is known goes from the socket into the
-caller's memory; whatever else a server may answer (an error, nothing, another size) takes redis-py's own way.
+redis-py returns a `bytes` that hiredis has assembled from pieces of 64 KiB. Each byte is copied four times, and ten
+megabytes take ten times as long as the socket needs. Here a reply whose size is known goes from the socket into the
+caller's buffer. Any other reply (an error, nil, another size) goes through redis-py's parser.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from redis._parsers.hiredis import _HiredisParser
 
 CLOSED = "the server closed the connection"
 Answer: TypeAlias = bytes | None
+"""A reply to a read; None if it was received into a buffer."""
 Command: TypeAlias = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Bytes `start` to `end`, inclusive, of the string at `key`; wanted in `into`, where it is given."""
+    """Bytes `start` to `end`, inclusive, of the string at `key`, and the buffer to receive them into, if any."""
 
     key: str
     start: int
@@ -30,10 +31,13 @@ class Part:
 
 
 class ReceivingParser(_HiredisParser):
-    """hiredis's, which stands aside for an answer that has a place."""
+    """hiredis parser that can read one bulk reply directly into a buffer."""
 
     def receive(self, into: memoryview) -> bool:
-        """Fill `into` with the next answer, if that is a string of just its size; else it waits for `read_response`."""
+        """Fill `into` with the next reply if that is a bulk string of exactly its size.
+
+        Returns False for any other reply, which stays buffered for `read_response`.
+        """
         if self._sock is None or self._reader is None:
             raise redis.ConnectionError(CLOSED)
         if self._reader.has_data():
@@ -41,7 +45,7 @@ class ReceivingParser(_HiredisParser):
         head = b"$%d\r\n" % into.nbytes
         scratch = memoryview(self._buffer)
         got = self._more(scratch)
-        if not self._buffer.startswith(head) or got < len(head):  # not it, or cut in two on the way: rare
+        if not self._buffer.startswith(head) or got < len(head):  # another reply, or a split header: rare
             self._reader.feed(self._buffer, 0, got)  # type: ignore[arg-type]  # as redis-py does
             return False
         filled = min(got - len(head), into.nbytes)
@@ -49,11 +53,11 @@ class ReceivingParser(_HiredisParser):
         into[:filled] = scratch[len(head) : end]
         while filled < into.nbytes:
             filled += self._more(into[filled:])
-        missing = end + 2 - got  # of the line's end
+        missing = end + 2 - got  # bytes of the final CR LF
         while missing > 0:
             missing -= self._more(scratch[:missing])
         if missing < 0:
-            self._reader.feed(self._buffer, end + 2, -missing)  # type: ignore[arg-type]  # the next answer
+            self._reader.feed(self._buffer, end + 2, -missing)  # type: ignore[arg-type]  # the next reply
         return True
 
     def _more(self, into: memoryview) -> int:
@@ -63,85 +67,92 @@ class ReceivingParser(_HiredisParser):
 
 
 class Receiving:
-    """For a connection of redis-py's whose parser is a ReceivingParser."""
+    """Mixin for a redis-py connection whose parser is a ReceivingParser."""
 
     def receive(self, into: memoryview) -> Answer:
-        """The next answer; None where it is a string of just the size of `into`, which is filled then."""
+        """The next reply; None if it is a string of exactly the size of `into`, which then contains it.
+
+        Raises redis-py's TimeoutError and ConnectionError, after disconnecting.
+        """
         connection = cast(Any, self)
         try:
             if connection._parser.receive(into):
                 return None
         except TimeoutError as error:
             connection.disconnect()
-            raise redis.TimeoutError("the server has sent nothing for too long") from error
+            raise redis.TimeoutError("the server sent nothing before the timeout") from error
         except OSError as error:
             connection.disconnect()
             raise redis.ConnectionError(f"reading from the server: {error}") from error
-        except BaseException:  # a signal handler may raise in the middle of it
+        except BaseException:  # a signal handler may raise in the middle of a reply
             connection.disconnect()
             raise
-        return cast(Answer, _placed(connection.read_response(), into))
+        return cast(Answer, _copied_into(connection.read_response(), into))
 
 
-def _placed(got: Any, into: memoryview | None) -> Any:
+def _copied_into(got: Any, into: memoryview | None) -> Any:
+    """Copy a reply of exactly the size of `into` there and return None; return any other reply."""
     if into is None or not isinstance(got, bytes) or len(got) != into.nbytes:
         return got
     into[:] = got
     return None
 
 
-def exchange(client: redis.Redis, commands: Sequence[Command], places: Sequence[memoryview | None] = ()) -> list[Any]:
-    """Send all of the commands at once; returns the answers as the server gives them, errors among them.
+def exchange(client: redis.Redis, commands: Sequence[Command], buffers: Sequence[memoryview | None] = ()) -> list[Any]:
+    """Send all commands in one round trip; returns the server's replies in order, with errors as exceptions.
 
-    Of an answer that is a string of just the size of its place that place is filled, and None stands for it. After a
-    lost connection all are sent again, so they may be repeated. This is redis-py's pipeline without what it does for
-    others: telemetry, callbacks, the whole command in an error's text.
+    A reply that is a string of exactly the size of its buffer is received into that buffer, and None is returned in
+    its position. After a lost connection all commands are sent again, so each of them must be safe to repeat. This
+    is redis-py's pipeline without its telemetry, its callbacks and the whole command in an error's text.
     """
-    places = places or [None] * len(commands)
+    buffers = buffers or [None] * len(commands)
     pool = client.connection_pool
     if not issubclass(pool.connection_class, Receiving):  # fakeredis
-        return _copied(client, commands, places)
+        return _exchange_with_copies(client, commands, buffers)
     connection: Any = pool.get_connection()
     try:
         return connection.retry.call_with_retry(  # type: ignore[no-any-return]
-            lambda: _exchanged(connection, commands, places), lambda error: connection.disconnect()
+            lambda: _exchange_once(connection, commands, buffers), lambda error: connection.disconnect()
         )
     finally:
         pool.release(connection)
 
 
 def get_parts(client: redis.Redis, parts: Sequence[Part]) -> list[Answer]:
-    """Read all of them in one exchange. None stands for one whose place is filled: it had just that size."""
+    """Read all parts in one round trip; None stands for a part that had exactly the size of its buffer."""
     commands = [("GETRANGE", part.key, part.start, part.end) for part in parts]
     return checked(exchange(client, commands, [part.into for part in parts]))
 
 
 def checked(answers: list[Any]) -> list[Any]:
-    """The same answers; raises the first that is an error."""
+    """The same replies; raises the first that is an error."""
     for answer in answers:
         if isinstance(answer, Exception):
             raise answer
     return answers
 
 
-def _exchanged(connection: Any, commands: Sequence[Command], places: Sequence[memoryview | None]) -> list[Any]:
+def _exchange_once(connection: Any, commands: Sequence[Command], buffers: Sequence[memoryview | None]) -> list[Any]:
     answers: list[Any] = []
     try:
         connection.send_packed_command(connection.pack_commands(commands))
-        for place in places:
+        for buffer in buffers:
             try:
-                answers.append(connection.receive(place) if place else connection.read_response())
-            except redis.ResponseError as error:  # the answers behind it have to be read, too
+                answers.append(connection.receive(buffer) if buffer else connection.read_response())
+            except redis.ResponseError as error:  # the replies after it have to be read, too
                 answers.append(error)
-    except BaseException:  # or between two: the next command would get what is left
+    except BaseException:  # the next command on this connection would receive the unread replies
         connection.disconnect()
         raise
     return answers
 
 
-def _copied(client: redis.Redis, commands: Sequence[Command], places: Sequence[memoryview | None]) -> list[Any]:
+def _exchange_with_copies(
+    client: redis.Redis, commands: Sequence[Command], buffers: Sequence[memoryview | None]
+) -> list[Any]:
+    """`exchange` by means of redis-py's pipeline."""
     pipe = client.pipeline(transaction=False)
     for command in commands:
         pipe.execute_command(*command)  # type: ignore[no-untyped-call]
     answers = pipe.execute(raise_on_error=False)
-    return [_placed(got, into) for got, into in zip(answers, places, strict=True)]
+    return [_copied_into(got, into) for got, into in zip(answers, buffers, strict=True)]

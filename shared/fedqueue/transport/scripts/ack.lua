@@ -1,8 +1,15 @@
--- Append a record to the ledger (an evaluation, an unreadable entry), and acknowledge the entry it came from.
--- KEYS[1]  leader, KEYS[2] ledger, KEYS[3] the stream that the entry is in
--- ARGV[1]  fencing token, ARGV[2] ledger record (msgpack) or '', ARGV[3] entry
--- Returns 1; 0 where the entry had been acknowledged before; -1 where another coordinator leads.
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -1 end
-if redis.call('XDEL', KEYS[3], ARGV[3]) == 0 then return 0 end
-if ARGV[2] ~= '' then redis.call('XADD', KEYS[2], '*', 'record', ARGV[2]) end
+-- Acknowledge an entry that ends no job (a registration, an evaluation, an invalid entry), and record it in the ledger.
+-- KEYS[1]  leader     hash: its token must be the caller's
+-- KEYS[2]  ledger     stream
+-- KEYS[3]  stream     the stream of updates that contains the entry
+-- ARGV[1]  token      the caller's fencing token
+-- ARGV[2]  record     ledger record (msgpack), or '' for none
+-- ARGV[3]  entry      position of the entry in its stream
+-- Returns 1; 0 if the entry was acknowledged before; -1 if another coordinator leads.
+local leader_key, ledger_key, stream_key = KEYS[1], KEYS[2], KEYS[3]
+local token, record, entry = ARGV[1], ARGV[2], ARGV[3]
+
+if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
+if redis.call('XDEL', stream_key, entry) == 0 then return 0 end
+if record ~= '' then redis.call('XADD', ledger_key, '*', 'record', record) end
 return 1

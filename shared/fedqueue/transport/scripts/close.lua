@@ -1,34 +1,51 @@
--- End a job without merging it: rejected or abandoned. Its ledger entry, records, payload and stream entry change in
--- one step, so it ends exactly once.
--- KEYS[1]  leader    hash; its token must still be ours
--- KEYS[2]  job, KEYS[3] attempt, KEYS[4] jobs, KEYS[5] ledger, KEYS[6] the stream that the entry is in
--- ARGV[1]  fencing token, ARGV[2] job, ARGV[3] ledger record (msgpack)
--- ARGV[4]  entry     id in the stream to acknowledge (it is deleted), or ''
--- ARGV[5]  condition "lapsed": only while open with its lease over; "unposted": unless its update is there; "any"
--- ARGV[6]  prefix of the job's payload keys, ARGV[7] chunks of a payload, ARGV[8] prefix of site keys
--- ARGV[9]  most attempts, ARGV[10] most chunks that are looked for: an attempt's record is the worker's word
--- Returns 1 closed; 0 the condition does not hold, or the job had ended before; -1 another coordinator leads.
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -1 end
-local client = redis.call('HGET', KEYS[2], 'client')
-local attempt = redis.call('HMGET', KEYS[3], 'number', 'posted', 'chunks', 'lease')
-if ARGV[5] == 'lapsed' then
+-- End a job without merging it, as rejected or abandoned. The ledger, the job's records, its payload and its stream
+-- entry change in one step, so a job ends exactly once.
+-- KEYS[1]  leader          hash: its token must be the caller's
+-- KEYS[2]  job             hash {client, order}
+-- KEYS[3]  attempt         hash {number, posted, chunks, lease, ...}
+-- KEYS[4]  jobs            set of jobs that have not ended
+-- KEYS[5]  ledger          stream
+-- KEYS[6]  stream          the stream of updates that contains the entry
+-- ARGV[1]  token           the caller's fencing token
+-- ARGV[2]  job             name of the job
+-- ARGV[3]  record          ledger record (msgpack)
+-- ARGV[4]  entry           position in the stream of the entry to acknowledge, or ''
+-- ARGV[5]  condition       'lapsed': only if the job is not posted and its lease has ended
+--                          'unposted': only if the job is not posted
+--                          'any': always
+-- ARGV[6]  payload_prefix  of the job's payload keys
+-- ARGV[7]  payload_chunks  chunks of a payload of this run
+-- ARGV[8]  site_prefix     of site keys (same slot)
+-- ARGV[9]  most_attempts   upper bounds on the payload keys to delete, because a worker writes the
+-- ARGV[10] most_chunks     numbers in the attempt's record
+-- Returns 1; 0 if the condition is not met, or the job had ended before; -1 if another coordinator leads.
+local leader_key, job_key, attempt_key, jobs_key, ledger_key, stream_key = unpack(KEYS)
+local token, job, record, entry, condition, payload_prefix, payload_chunks, site_prefix = unpack(ARGV, 1, 8)
+local most_attempts, most_chunks = tonumber(ARGV[9]), tonumber(ARGV[10])
+
+if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
+local client = redis.call('HGET', job_key, 'client')
+local attempt = redis.call('HMGET', attempt_key, 'number', 'posted', 'chunks', 'lease')
+local number, posted, chunks, lease = attempt[1], attempt[2], attempt[3], attempt[4]
+if condition == 'lapsed' then
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
-  local lease = tonumber(attempt[4] or '')
-  if attempt[2] or (lease and lease > now) then return 0 end
+  local lease_end = tonumber(lease or '')
+  if posted or (lease_end and lease_end > now) then return 0 end
 end
-if ARGV[5] == 'unposted' and attempt[2] then return 0 end
-if ARGV[4] ~= '' then redis.call('XDEL', KEYS[6], ARGV[4]) end
+if condition == 'unposted' and posted then return 0 end
+if entry ~= '' then redis.call('XDEL', stream_key, entry) end
 if not client then return 0 end
-redis.call('XADD', KEYS[5], '*', 'record', ARGV[3])
-redis.call('UNLINK', KEYS[2], KEYS[3])
-redis.call('SREM', KEYS[4], ARGV[2])
-if redis.call('HGET', ARGV[8] .. client, 'job') == ARGV[2] then redis.call('HDEL', ARGV[8] .. client, 'job') end
-local attempts = math.min(tonumber(attempt[1] or '') or 0, tonumber(ARGV[9]))
-local posted = math.min(tonumber(attempt[3] or '') or 0, tonumber(ARGV[10]))  -- a worker may have posted too many
-for number = 1, attempts do
-  for chunk = 0, math.max(tonumber(ARGV[7]), posted) - 1 do
-    redis.call('UNLINK', ARGV[6] .. number .. ':' .. chunk)
+redis.call('XADD', ledger_key, '*', 'record', record)
+redis.call('UNLINK', job_key, attempt_key)
+redis.call('SREM', jobs_key, job)
+local site_key = site_prefix .. client
+if redis.call('HGET', site_key, 'job') == job then redis.call('HDEL', site_key, 'job') end
+local attempts = math.min(tonumber(number or '') or 0, most_attempts)
+local posted_chunks = math.min(tonumber(chunks or '') or 0, most_chunks)  -- may exceed a payload's chunks
+for attempt_number = 1, attempts do
+  for chunk = 0, math.max(tonumber(payload_chunks), posted_chunks) - 1 do
+    redis.call('UNLINK', payload_prefix .. attempt_number .. ':' .. chunk)
   end
 end
 return 1

@@ -1,84 +1,112 @@
--- Make a version the newest one, and record those before it that nobody could see and that were never stored. Its
--- chunks (and the server optimizer's) have been staged before, under keys of this
--- leader's own: so a leader that has lost the lead without knowing it cannot overwrite a version of its successor.
--- KEYS[1]  leader, KEYS[2] head, KEYS[3] versions, KEYS[4] ledger, KEYS[5] jobs, KEYS[6] pinned
--- ARGV[1]  fencing token
--- ARGV[2]  version   the last of those that were made since the head (or 0 where there is no head)
--- ARGV[3]  records   how many ledger records follow: one for each of these versions; none for version 0
--- ARGV[4]  totals    msgpack, what a successor needs to go on counting
--- ARGV[5]  prefix of job keys, ARGV[6] of payload keys, ARGV[7] of model keys, ARGV[8] of state keys
--- ARGV[9]  chunks of a model, ARGV[10] chunks of the optimizer's state
--- ARGV[11] keep      1: merged payloads are moved to "kept:" of their prefix, where no late post of a worker reaches them
--- ARGV[12] prefix of attempt keys, ARGV[13] of streams
--- ARGV[14] most chunks that a version may have, ARGV[15] or the payload of an update: compressed ones differ in size
--- ARGV[16] how many open jobs may be asked what they hold at each commit; n times as many are at every n-th
--- ARGV[17…] the ledger records (msgpack); then for each merged update: its stream's client, entry id, job, attempt
--- Returns {1, versions still stored…}, {0} where the head is not what was expected, {-1} where another one leads,
--- {-2} where a staged chunk is gone.
--- A version stays stored while it is the head, some open job holds it as its base, or the coordinator itself does. Where
--- many jobs are open, which of the older ones nobody holds is found out later, so that a commit does not cost more.
-local blobs = {{ARGV[7], tonumber(ARGV[9])}, {ARGV[8], tonumber(ARGV[10])}}
-local function each_staged(token, act)
-  for _, blob in ipairs(blobs) do
-    for chunk = 0, blob[2] - 1 do act(blob[1] .. 'staged:' .. token .. ':' .. chunk, blob[1], chunk) end
+-- Make a version the head, together with the versions before it that were made at once and never stored. The chunks of
+-- its model and of the server optimizer's state are staged before this script, under keys of this leader's own. So a
+-- former leader that does not know it yet cannot overwrite its successor's version.
+-- KEYS[1]  leader          hash: its token must be the caller's
+-- KEYS[2]  head            hash {version, totals, state_chunks, token, unlooked, ...}
+-- KEYS[3]  versions        sorted set of the versions whose chunks are stored
+-- KEYS[4]  ledger          stream
+-- KEYS[5]  jobs            set of jobs that have not ended
+-- KEYS[6]  pinned          set of versions that the coordinator keeps stored
+-- ARGV[1]  token           the caller's fencing token
+-- ARGV[2]  version         the last of the versions made since the head, or 0 if there is no head
+-- ARGV[3]  record_count    number of ledger records: one per version made since the head, none for version 0
+-- ARGV[4]  totals          counters for recovery (msgpack)
+-- ARGV[5]  job_prefix      of job keys (all prefixes: same slot)
+-- ARGV[6]  payload_prefix  of payload keys
+-- ARGV[7]  model_prefix    of model keys
+-- ARGV[8]  state_prefix    of state keys
+-- ARGV[9]  model_chunks    chunks of this version's model
+-- ARGV[10] state_chunks    chunks of this version's optimizer state
+-- ARGV[11] keep            '1': rename merged payloads to 'kept:...' after their prefix, out of reach of a late post
+-- ARGV[12] attempt_prefix  of attempt keys
+-- ARGV[13] updates_prefix  of streams of updates
+-- ARGV[14] most_model_chunks    upper bound on the chunks of any version: compressed versions differ in size
+-- ARGV[15] most_payload_chunks  upper bound on the chunks of any payload
+-- ARGV[16] scan_limit      open jobs that one commit may scan for their bases. With more open jobs, only
+--                          every n-th commit scans, so that n commits scan no more than n times this number
+-- ARGV[17...]              the ledger records (msgpack), then four values for each merged update: its stream's client,
+--                          position in that stream, job, attempt
+-- Returns {1, versions still stored...}; {0} if the head is not the version before these; {-1} if another coordinator
+-- leads; {-2} if a staged chunk has expired. A repeated commit, after a lost reply, returns as the first one.
+--
+-- A version stays stored while it is the head, the marked base of an open job, or pinned.
+local leader_key, head_key, versions_key, ledger_key, jobs_key, pinned_key = unpack(KEYS)
+local token, version_text, record_count, totals = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
+local job_prefix, payload_prefix, model_prefix, state_prefix = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local model_chunks, state_chunks, keep = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11] == '1'
+local attempt_prefix, updates_prefix = ARGV[12], ARGV[13]
+local most_model_chunks, most_payload_chunks, scan_limit = tonumber(ARGV[14]), tonumber(ARGV[15]), ARGV[16]
+local first_record, first_merged = 17, 17 + record_count
+local version = tonumber(version_text)
+
+local function each_staged_chunk(of_token, act)
+  for _, blob in ipairs({{model_prefix, model_chunks}, {state_prefix, state_chunks}}) do
+    local prefix, chunks = blob[1], blob[2]
+    for chunk = 0, chunks - 1 do act(prefix .. 'staged:' .. of_token .. ':' .. chunk, prefix, chunk) end
   end
 end
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return {-1} end
-local version, records = tonumber(ARGV[2]), tonumber(ARGV[3])
-local last = redis.call('HMGET', KEYS[2], 'version', 'token')
-local head = tonumber(last[1] or '-1')
-if head == version - math.max(1, records) then
-  local whole = true
-  each_staged(ARGV[1], function(key) whole = whole and redis.call('EXISTS', key) == 1 end)
-  if not whole then return {-2} end
-  for token = tonumber(last[2] or ARGV[1]), tonumber(ARGV[1]) - 1 do  -- of leaders that died before their commit
-    each_staged(token, function(key) redis.call('UNLINK', key) end)
+
+local function delete_chunks(prefix, chunks)
+  for chunk = 0, chunks - 1 do redis.call('UNLINK', prefix .. ':' .. chunk) end
+end
+
+if redis.call('HGET', leader_key, 'token') ~= token then return {-1} end
+local last_commit = redis.call('HMGET', head_key, 'version', 'token')
+local head, head_token = tonumber(last_commit[1] or '-1'), last_commit[2]
+if head == version - math.max(1, record_count) then
+  local complete = true
+  each_staged_chunk(token, function(key) complete = complete and redis.call('EXISTS', key) == 1 end)
+  if not complete then return {-2} end
+  for dead = tonumber(head_token or token), tonumber(token) - 1 do  -- leaders that died before their commit
+    each_staged_chunk(dead, function(key) redis.call('UNLINK', key) end)
   end
-  each_staged(ARGV[1], function(key, prefix, chunk)
-    local place = prefix .. ARGV[2] .. ':' .. chunk
-    redis.call('RENAME', key, place)
-    redis.call('PERSIST', place)
+  each_staged_chunk(token, function(key, prefix, chunk)
+    local committed_key = prefix .. version_text .. ':' .. chunk
+    redis.call('RENAME', key, committed_key)
+    redis.call('PERSIST', committed_key)
   end)
-  redis.call('HSET', KEYS[2], 'version', version, 'totals', ARGV[4], 'state_chunks', ARGV[10], 'token', ARGV[1])
-  redis.call('ZADD', KEYS[3], version, version)
-  for i = 17, 16 + records do redis.call('XADD', KEYS[4], '*', 'record', ARGV[i]) end
-  for i = 17 + records, #ARGV, 4 do
-    local client, entry, job, attempt = ARGV[i], ARGV[i + 1], ARGV[i + 2], ARGV[i + 3]
-    redis.call('XDEL', ARGV[13] .. client, entry)
-    redis.call('UNLINK', ARGV[5] .. job, ARGV[12] .. job)
-    redis.call('SREM', KEYS[5], job)
-    for chunk = 0, tonumber(ARGV[15]) - 1 do
+  redis.call('HSET', head_key, 'version', version, 'totals', totals, 'state_chunks', state_chunks, 'token', token)
+  redis.call('ZADD', versions_key, version, version)
+  for i = first_record, first_merged - 1 do redis.call('XADD', ledger_key, '*', 'record', ARGV[i]) end
+  for i = first_merged, #ARGV, 4 do
+    local client, entry, job, attempt = unpack(ARGV, i, i + 3)
+    redis.call('XDEL', updates_prefix .. client, entry)
+    redis.call('UNLINK', job_prefix .. job, attempt_prefix .. job)
+    redis.call('SREM', jobs_key, job)
+    for chunk = 0, most_payload_chunks - 1 do
       local name = job .. ':' .. attempt .. ':' .. chunk
-      if ARGV[11] == '1' and redis.call('EXISTS', ARGV[6] .. name) == 1 then
-        redis.call('RENAME', ARGV[6] .. name, ARGV[6] .. 'kept:' .. name)
+      if keep and redis.call('EXISTS', payload_prefix .. name) == 1 then
+        redis.call('RENAME', payload_prefix .. name, payload_prefix .. 'kept:' .. name)
       else
-        redis.call('UNLINK', ARGV[6] .. name)
+        redis.call('UNLINK', payload_prefix .. name)
       end
     end
   end
-elseif head ~= version or last[2] ~= ARGV[1] then
+elseif head ~= version or head_token ~= token then
   return {0}
-end  -- else: this very commit, repeated because its answer was lost
-local held = {}
-local looks = redis.call('HINCRBY', KEYS[2], 'unlooked', 1) * ARGV[16] >= redis.call('SCARD', KEYS[5])
-if looks then
-  redis.call('HDEL', KEYS[2], 'unlooked')
-  for _, base in ipairs(redis.call('SMEMBERS', KEYS[6])) do held[base] = true end
-  for _, job in ipairs(redis.call('SMEMBERS', KEYS[5])) do
-    local attempt = redis.call('HMGET', ARGV[12] .. job, 'held', 'base')
-    if attempt[1] and attempt[2] then held[attempt[2]] = true end
+end  -- else: this very commit, repeated because its reply was lost
+
+local in_use = {}
+local commits_since_scan = redis.call('HINCRBY', head_key, 'unlooked', 1)
+local scans = commits_since_scan * scan_limit >= redis.call('SCARD', jobs_key)
+if scans then
+  redis.call('HDEL', head_key, 'unlooked')
+  for _, pinned in ipairs(redis.call('SMEMBERS', pinned_key)) do in_use[pinned] = true end
+  for _, job in ipairs(redis.call('SMEMBERS', jobs_key)) do
+    local attempt = redis.call('HMGET', attempt_prefix .. job, 'held', 'base')
+    local held, base = attempt[1], attempt[2]
+    if held and base then in_use[base] = true end
   end
 end
-local stored = {1}
-for _, old in ipairs(redis.call('ZRANGE', KEYS[3], 0, -1)) do
-  if tonumber(old) ~= version then
-    for chunk = 0, tonumber(ARGV[10]) - 1 do redis.call('UNLINK', ARGV[8] .. old .. ':' .. chunk) end
-  end
-  if tonumber(old) == version or held[old] or not looks then
-    stored[#stored + 1] = tonumber(old)
+local reply = {1}
+for _, stored in ipairs(redis.call('ZRANGE', versions_key, 0, -1)) do
+  local is_head = tonumber(stored) == version
+  if not is_head then delete_chunks(state_prefix .. stored, state_chunks) end
+  if is_head or in_use[stored] or not scans then
+    reply[#reply + 1] = tonumber(stored)
   else
-    redis.call('ZREM', KEYS[3], old)
-    for chunk = 0, tonumber(ARGV[14]) - 1 do redis.call('UNLINK', ARGV[7] .. old .. ':' .. chunk) end
+    redis.call('ZREM', versions_key, stored)
+    delete_chunks(model_prefix .. stored, most_model_chunks)
   end
 end
-return stored
+return reply

@@ -1,24 +1,38 @@
--- Mark the run as ended, and delete what only a running one needs: its working keys, and each version that is stored
--- still because a job, closed by now, had it as its base.
--- KEYS[1]  leader, KEYS[2] config, KEYS[3] head, KEYS[4] versions, KEYS[5] clients, KEYS[6…] the working keys
--- ARGV[1]  fencing token, ARGV[2] why it ended, ARGV[3] prefix of model keys, ARGV[4] chunks of a model
--- ARGV[5]  prefix of site keys (their registrations and counts stay), ARGV[6] of streams
--- ARGV[7…] versions that stay beside the head
--- Returns 1, or -1 where another coordinator leads. Repeating it changes nothing.
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -1 end
-redis.call('HSET', KEYS[2], 'state', 'ended', 'stopped_because', ARGV[2])
-local stays = {[redis.call('HGET', KEYS[3], 'version')] = true}
-for i = 7, #ARGV do stays[ARGV[i]] = true end
-for _, version in ipairs(redis.call('ZRANGE', KEYS[4], 0, -1)) do
-  if not stays[version] then
-    redis.call('ZREM', KEYS[4], version)
-    for chunk = 0, tonumber(ARGV[4]) - 1 do redis.call('UNLINK', ARGV[3] .. version .. ':' .. chunk) end
+-- Mark the run as ended. Delete its working keys, and each version that is still stored only because a job, closed by
+-- now, had it as its base. Repeating it changes nothing.
+-- KEYS[1]  leader          hash: its token must be the caller's
+-- KEYS[2]  config          hash {state, stopped_because, ...}
+-- KEYS[3]  head            hash {version, ...}
+-- KEYS[4]  versions        sorted set of the versions whose chunks are stored
+-- KEYS[5]  clients         set of clients
+-- KEYS[6...]               the working keys to delete
+-- ARGV[1]  token           the caller's fencing token
+-- ARGV[2]  because         why the run ended
+-- ARGV[3]  model_prefix    of model keys (all prefixes: same slot)
+-- ARGV[4]  model_chunks    upper bound on the chunks of a version
+-- ARGV[5]  site_prefix     of site keys: their registrations and counts stay
+-- ARGV[6]  updates_prefix  of streams of updates
+-- ARGV[7...]               versions to keep besides the head
+-- Returns 1, or -1 if another coordinator leads.
+local leader_key, config_key, head_key, versions_key, clients_key = unpack(KEYS, 1, 5)
+local first_working_key = 6
+local token, because, model_prefix, model_chunks, site_prefix, updates_prefix = unpack(ARGV, 1, 6)
+local first_version = 7
+
+if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
+redis.call('HSET', config_key, 'state', 'ended', 'stopped_because', because)
+local kept = {[redis.call('HGET', head_key, 'version')] = true}
+for i = first_version, #ARGV do kept[ARGV[i]] = true end
+for _, version in ipairs(redis.call('ZRANGE', versions_key, 0, -1)) do
+  if not kept[version] then
+    redis.call('ZREM', versions_key, version)
+    for chunk = 0, tonumber(model_chunks) - 1 do redis.call('UNLINK', model_prefix .. version .. ':' .. chunk) end
   end
 end
-for _, client in ipairs(redis.call('SMEMBERS', KEYS[5])) do
-  redis.call('HDEL', ARGV[5] .. client, 'holder', 'alive', 'job')
-  redis.call('UNLINK', ARGV[6] .. client)
+for _, client in ipairs(redis.call('SMEMBERS', clients_key)) do
+  redis.call('HDEL', site_prefix .. client, 'holder', 'alive', 'job')
+  redis.call('UNLINK', updates_prefix .. client)
 end
-redis.call('UNLINK', ARGV[6])  -- the coordinator's own
-for i = 6, #KEYS do redis.call('UNLINK', KEYS[i]) end
+redis.call('UNLINK', updates_prefix)  -- the coordinator's own stream
+for i = first_working_key, #KEYS do redis.call('UNLINK', KEYS[i]) end
 return 1

@@ -1,18 +1,24 @@
--- What has run out by the server's clock. Changes nothing.
--- KEYS[1]  jobs, KEYS[2] clients
--- ARGV[1]  prefix of attempt keys, ARGV[2] of site keys (same slot)
--- Returns {jobs whose lease is over, clients that are no longer alive}.
--- A time that is no number is over: those records are the workers' word.
+-- Find the jobs and clients whose lease has ended by the server's clock. Changes nothing.
+-- KEYS[1]  jobs            set of jobs that have not ended
+-- KEYS[2]  clients         set of clients
+-- ARGV[1]  attempt_prefix  of attempt keys (same slot)
+-- ARGV[2]  site_prefix     of site keys (same slot)
+-- Returns {jobs that are not posted and whose lease has ended, clients whose worker's lease has ended}. A lease that
+-- is not a number has ended: workers write these records.
+local jobs_key, clients_key = KEYS[1], KEYS[2]
+local attempt_prefix, site_prefix = ARGV[1], ARGV[2]
+
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
-local function over(text) return not ((tonumber(text) or 0) > now) end
+local function has_ended(lease) return not ((tonumber(lease) or 0) > now) end
 local jobs, clients = {}, {}
-for _, job in ipairs(redis.call('SMEMBERS', KEYS[1])) do
-  local attempt = redis.call('HMGET', ARGV[1] .. job, 'posted', 'lease')
-  if not attempt[1] and over(attempt[2] or '') then jobs[#jobs + 1] = job end
+for _, job in ipairs(redis.call('SMEMBERS', jobs_key)) do
+  local attempt = redis.call('HMGET', attempt_prefix .. job, 'posted', 'lease')
+  local posted, lease = attempt[1], attempt[2]
+  if not posted and has_ended(lease or '') then jobs[#jobs + 1] = job end
 end
-for _, client in ipairs(redis.call('SMEMBERS', KEYS[2])) do
-  local alive = redis.call('HGET', ARGV[2] .. client, 'alive')
-  if alive and over(alive) then clients[#clients + 1] = client end
+for _, client in ipairs(redis.call('SMEMBERS', clients_key)) do
+  local alive_until = redis.call('HGET', site_prefix .. client, 'alive')
+  if alive_until and has_ended(alive_until) then clients[#clients + 1] = client end
 end
 return {jobs, clients}

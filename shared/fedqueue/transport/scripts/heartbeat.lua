@@ -1,37 +1,46 @@
--- A worker says that it lives: its clients stay alive, and the leases of its jobs are renewed.
--- KEYS[1]  config
--- ARGV[1]  worker token, ARGV[2] lease (ms)
--- ARGV[3]  current   the job being trained on, or ''
--- ARGV[4]  number of the current job's attempt
--- ARGV[5]  progress  1 where the current job goes forward; 0: it has stalled, and its lease runs out
--- ARGV[6]  prefix of site keys, ARGV[7] of job keys, ARGV[8] of attempt keys (same slot)
--- ARGV[9…] clients
--- Returns {state of the run, 1 where the current job is still this attempt's, clients that are no longer ours…}.
+-- Renew the leases of a worker's clients and of its jobs.
+-- KEYS[1]  config          hash {state, ...}
+-- ARGV[1]  worker          token of the worker process
+-- ARGV[2]  lease_ms        length of the leases
+-- ARGV[3]  current         the job in training, or ''
+-- ARGV[4]  attempt         number of the current job's attempt
+-- ARGV[5]  progressing     '1' if the current job makes progress; '0' if it has stalled, so that its lease ends
+-- ARGV[6]  site_prefix     of site keys (all prefixes: same slot)
+-- ARGV[7]  job_prefix      of job keys
+-- ARGV[8]  attempt_prefix  of attempt keys
+-- ARGV[9...]               clients that the worker serves
+-- Returns {state of the run, 1 if the current job is still this attempt's, clients that the worker has lost...}.
 --
--- A job that waits in the queue behind the current one has nobody else to renew it, so a busy worker does. An
--- idle worker takes a queued job at once: one that it does not take has been lost on the way, and its lease ends.
+-- A job that waits in the queue behind the current one has its lease renewed by this busy worker. An idle worker takes
+-- a queued job at once; a job that it does not take was lost on the way, and its lease ends.
+local config_key = KEYS[1]
+local worker, lease_ms, current, attempt, progressing = ARGV[1], ARGV[2], ARGV[3], ARGV[4], ARGV[5] == '1'
+local site_prefix, job_prefix, attempt_prefix = ARGV[6], ARGV[7], ARGV[8]
+local first_client = 9
+
 local time = redis.call('TIME')
-local until_ms = time[1] * 1000 + math.floor(time[2] / 1000) + ARGV[2]
-local function open(job)
-  return redis.call('EXISTS', ARGV[7] .. job) == 1 and not redis.call('HGET', ARGV[8] .. job, 'posted')
+local lease_end = time[1] * 1000 + math.floor(time[2] / 1000) + lease_ms
+local function is_open(job)
+  return redis.call('EXISTS', job_prefix .. job) == 1 and not redis.call('HGET', attempt_prefix .. job, 'posted')
 end
-local answer = {redis.call('HGET', KEYS[1], 'state') or '', 0}
-for i = 9, #ARGV do
-  local client, site = ARGV[i], ARGV[6] .. ARGV[i]
-  if redis.call('HGET', site, 'holder') == ARGV[1] then
-    redis.call('HSET', site, 'alive', until_ms)
-    local job = redis.call('HGET', site, 'job')
-    if job and job ~= ARGV[3] and ARGV[3] ~= '' and open(job) then
-      if redis.call('HGET', ARGV[8] .. job, 'holder') == ARGV[1] then
-        redis.call('HSET', ARGV[8] .. job, 'lease', until_ms)
-      end
+local function renew(job) redis.call('HSET', attempt_prefix .. job, 'lease', lease_end) end
+
+local reply = {redis.call('HGET', config_key, 'state') or '', 0}
+for i = first_client, #ARGV do
+  local client = ARGV[i]
+  local site_key = site_prefix .. client
+  if redis.call('HGET', site_key, 'holder') == worker then
+    redis.call('HSET', site_key, 'alive', lease_end)
+    local job = redis.call('HGET', site_key, 'job')
+    if job and job ~= current and current ~= '' and is_open(job) then
+      if redis.call('HGET', attempt_prefix .. job, 'holder') == worker then renew(job) end
     end
   else
-    answer[#answer + 1] = client
+    reply[#reply + 1] = client
   end
 end
-if ARGV[3] ~= '' and open(ARGV[3]) and redis.call('HGET', ARGV[8] .. ARGV[3], 'number') == ARGV[4] then
-  answer[2] = 1
-  if ARGV[5] == '1' then redis.call('HSET', ARGV[8] .. ARGV[3], 'lease', until_ms) end
+if current ~= '' and is_open(current) and redis.call('HGET', attempt_prefix .. current, 'number') == attempt then
+  reply[2] = 1
+  if progressing then renew(current) end
 end
-return answer
+return reply

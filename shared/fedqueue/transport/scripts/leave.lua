@@ -1,10 +1,15 @@
--- Stop serving a client, politely.
--- KEYS[1]  site      hash of the client: {holder, alive, …}
--- KEYS[2]  updates   the client's stream
--- ARGV[1]  token of the worker, ARGV[2] what it says (signed, or empty), ARGV[3] the wakeup channel
--- Returns 1 where this worker still held it, else 0.
-if redis.call('HGET', KEYS[1], 'holder') ~= ARGV[1] then return 0 end
-redis.call('HDEL', KEYS[1], 'holder', 'alive')
-redis.call('XADD', KEYS[2], '*', 'kind', 'left', 'body', ARGV[2])
-redis.call('PUBLISH', ARGV[3], KEYS[2])
+-- Release a client, and report that its worker left.
+-- KEYS[1]  site       hash of the client {holder, alive, ...}
+-- KEYS[2]  updates    the client's stream
+-- ARGV[1]  worker     token of the worker process
+-- ARGV[2]  body       of the entry: signed in a signed run, else ''
+-- ARGV[3]  wakeup     channel on which the stream's name is published
+-- Returns 1, or 0 if another worker serves the client.
+local site_key, updates_key = KEYS[1], KEYS[2]
+local worker, body, wakeup = ARGV[1], ARGV[2], ARGV[3]
+
+if redis.call('HGET', site_key, 'holder') ~= worker then return 0 end
+redis.call('HDEL', site_key, 'holder', 'alive')
+redis.call('XADD', updates_key, '*', 'kind', 'left', 'body', body)
+redis.call('PUBLISH', wakeup, updates_key)
 return 1

@@ -1,42 +1,55 @@
--- Report the end of an attempt: an update whose payload is already stored, or a job handed back or failed.
--- KEYS[1]  job       hash {client, order}: the coordinator's own record
--- KEYS[2]  attempt   hash {number, base, posted, chunks, …}
--- KEYS[3]  site      hash of the client {job, refused:REASON, …}
--- KEYS[4]  updates   the client's stream
--- KEYS[5]  config    hash {epoch, …}
--- KEYS[6…] the chunks of the payload (none for an ending)
--- ARGV[1]  job, ARGV[2] number of the attempt, ARGV[3] kind ("update" | "ended"), ARGV[4] body (msgpack)
--- ARGV[5]  epoch     in which the job was claimed
--- ARGV[6]  wakeup      the channel on which the stream's name is published
--- Returns "" where it was appended, or the reason why it was refused: closed, replayed, attempt, payload, old_epoch.
--- A refused update's payload is deleted, but for a replayed one's: that is the payload of the update which was
--- appended. What the entry says of the base is the record's, and its client is the stream's.
+-- Report the end of an attempt: an update whose payload is already stored, or a job that was handed back or failed.
+-- KEYS[1]  job        hash {client, order}: the coordinator's record
+-- KEYS[2]  attempt    hash {number, base, posted, chunks, ...}: the worker's record
+-- KEYS[3]  site       hash of the client {job, refused:REASON, ...}
+-- KEYS[4]  updates    the client's stream
+-- KEYS[5]  config     hash {epoch, ...}
+-- KEYS[6...]          the chunks of the payload (none for an ending)
+-- ARGV[1]  job        name of the job
+-- ARGV[2]  number     of the attempt
+-- ARGV[3]  kind       'update' | 'ended'
+-- ARGV[4]  body       msgpack, signed in a signed run
+-- ARGV[5]  epoch      in which the job was claimed
+-- ARGV[6]  wakeup     channel on which the stream's name is published
+-- Returns '' if the entry was appended, else the reason for the refusal (PostResult): 'closed', 'replayed',
+-- 'attempt', 'payload' or 'old_epoch'.
+--
+-- The payload of a refused update is deleted. The payload of a replayed update is kept, because it belongs to the
+-- entry that was appended before. The entry's base comes from the attempt's record, and its client from the stream.
+local job_key, attempt_key, site_key, updates_key, config_key = unpack(KEYS, 1, 5)
+local job, number, kind, body, epoch, wakeup = unpack(ARGV)
+local first_chunk = 6
+
 local function refuse(reason)
-  if redis.call('EXISTS', KEYS[3]) == 1 then redis.call('HINCRBY', KEYS[3], 'refused:' .. reason, 1) end
+  if redis.call('EXISTS', site_key) == 1 then redis.call('HINCRBY', site_key, 'refused:' .. reason, 1) end
   return reason
 end
-local there = redis.call('EXISTS', KEYS[1]) == 1
-local record = redis.call('HMGET', KEYS[2], 'posted', 'number', 'base')
-if there and record[1] and record[2] == ARGV[2] then
-  for i = 6, #KEYS do redis.call('PERSIST', KEYS[i]) end  -- it may have been written again, with an expiry
+local function each_chunk(command)
+  for i = first_chunk, #KEYS do redis.call(command, KEYS[i]) end
+end
+
+local exists = redis.call('EXISTS', job_key) == 1
+local record = redis.call('HMGET', attempt_key, 'posted', 'number', 'base')
+local posted, open_number, base = record[1], record[2], record[3]
+if exists and posted and open_number == number then
+  each_chunk('PERSIST')  -- the payload may have been written again, with an expiry
   return refuse('replayed')
 end
-local epoch = redis.call('HGET', KEYS[5], 'epoch') or '0'
-local open = there and not record[1]
-local why = open and 'attempt' or 'closed'
-local good = open and record[2] == ARGV[2]
-if epoch ~= ARGV[5] then good, why = false, 'old_epoch' end
-for i = 6, #KEYS do
-  if good and redis.call('EXISTS', KEYS[i]) == 0 then good, why = false, 'payload' end
+local run_epoch = redis.call('HGET', config_key, 'epoch') or '0'
+local is_open = exists and not posted
+local reason = is_open and 'attempt' or 'closed'
+local accepted = is_open and open_number == number
+if run_epoch ~= epoch then accepted, reason = false, 'old_epoch' end
+for i = first_chunk, #KEYS do
+  if accepted and redis.call('EXISTS', KEYS[i]) == 0 then accepted, reason = false, 'payload' end
 end
-if not good then
-  for i = 6, #KEYS do redis.call('UNLINK', KEYS[i]) end
-  return refuse(why)
+if not accepted then
+  each_chunk('UNLINK')
+  return refuse(reason)
 end
-for i = 6, #KEYS do redis.call('PERSIST', KEYS[i]) end
-redis.call('HSET', KEYS[2], 'posted', 1, 'chunks', #KEYS - 5)
-if redis.call('HGET', KEYS[3], 'job') == ARGV[1] then redis.call('HDEL', KEYS[3], 'job') end
-redis.call('XADD', KEYS[4], '*', 'kind', ARGV[3], 'job', ARGV[1], 'attempt', ARGV[2], 'base', record[3],
-           'body', ARGV[4])
-redis.call('PUBLISH', ARGV[6], KEYS[4])
+each_chunk('PERSIST')
+redis.call('HSET', attempt_key, 'posted', 1, 'chunks', #KEYS - first_chunk + 1)
+if redis.call('HGET', site_key, 'job') == job then redis.call('HDEL', site_key, 'job') end
+redis.call('XADD', updates_key, '*', 'kind', kind, 'job', job, 'attempt', number, 'base', base, 'body', body)
+redis.call('PUBLISH', wakeup, updates_key)
 return ''

@@ -1,8 +1,13 @@
--- Let go of the base version once it is fetched, where the coordinator does not need it any more.
--- KEYS[1]  job, KEYS[2] attempt
--- ARGV[1]  number of the attempt
--- Returns 1, or 0 where the attempt does not hold the job any more.
-local record = redis.call('HMGET', KEYS[2], 'number', 'posted')
-if redis.call('EXISTS', KEYS[1]) == 0 or record[1] ~= ARGV[1] or record[2] then return 0 end
-redis.call('HDEL', KEYS[2], 'held')
+-- Let the base version be deleted after its download, if the coordinator does not need it for the merge.
+-- KEYS[1]  job        hash {client, order}
+-- KEYS[2]  attempt    hash {number, posted, held, ...}
+-- ARGV[1]  number     of the attempt
+-- Returns 1, or 0 if the job is not open for this attempt.
+local job_key, attempt_key = KEYS[1], KEYS[2]
+local number = ARGV[1]
+
+local record = redis.call('HMGET', attempt_key, 'number', 'posted')
+local open_number, posted = record[1], record[2]
+if redis.call('EXISTS', job_key) == 0 or open_number ~= number or posted then return 0 end
+redis.call('HDEL', attempt_key, 'held')
 return 1

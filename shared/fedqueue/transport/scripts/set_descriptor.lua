@@ -1,7 +1,12 @@
--- Say what a run is and under which term its leader goes on.
--- KEYS[1]  leader, KEYS[2] config (hash)
--- ARGV[1]  fencing token, ARGV[2] run descriptor (sealed)
--- Returns 1, or -1 where another coordinator leads.
-if redis.call('HGET', KEYS[1], 'token') ~= ARGV[1] then return -1 end
-redis.call('HSET', KEYS[2], 'descriptor', ARGV[2])
+-- Replace the run descriptor, which states what the run is and the term of its leader.
+-- KEYS[1]  leader      hash: its token must be the caller's
+-- KEYS[2]  config      hash {descriptor, ...}
+-- ARGV[1]  token       the caller's fencing token
+-- ARGV[2]  descriptor  signed
+-- Returns 1, or -1 if another coordinator leads.
+local leader_key, config_key = KEYS[1], KEYS[2]
+local token, descriptor = ARGV[1], ARGV[2]
+
+if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
+redis.call('HSET', config_key, 'descriptor', descriptor)
 return 1

@@ -1,0 +1,54 @@
+"""Exit codes of both command lines, and how a process ends with one of them.
+
+| code | meaning |
+|---|---|
+| 0 | done |
+| 1 | failed |
+| 2 | wrong usage, configuration or task |
+| 130 | interrupted from the keyboard |
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import FrameType
+from typing import NoReturn
+
+import typer
+
+from fedqueue.errors import ConfigurationError, FedqueueError, TaskError
+
+DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line; a FedqueueError or an error of Redis becomes one line on stderr and an exit code."""
+    try:
+        app()  # raises SystemExit, with code 2 and a usage line for wrong arguments
+    except (ConfigurationError, TaskError) as error:
+        _fail(str(error), USAGE)
+    except FedqueueError as error:
+        _fail(str(error), FAILED)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        from redis import RedisError  # late: `--help` does not need it
+
+        if not isinstance(error, RedisError):
+            raise
+        _fail(f"Redis: {error}", FAILED)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"fedqueue: {message}", file=sys.stderr)  # noqa: T201
+    sys.exit(code)
+
+
+def exit_at_once(signum: int, frame: FrameType | None) -> NoReturn:
+    """A signal handler for a process that has nothing to clean up yet.
+
+    The handler exits instead of raising. Python discards an exception from a handler that runs inside a finalizer or
+    a weak reference's callback, and every import runs such callbacks.
+    """
+    os._exit(DONE)
