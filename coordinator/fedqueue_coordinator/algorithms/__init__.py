@@ -1,1 +1,1 @@
-"""How updates become one step of the model."""
+"""Aggregation algorithms: they turn updates into one step of the model."""

@@ -1,7 +1,8 @@
-"""Lengths and distances of long float32 vectors, in float64 and with the same bits whatever the number of threads.
+"""Inner products and distances of long float32 vectors, in float64, with the same bits for any number of threads.
 
-torch may split a sum over threads from 32,768 elements on, and then the last bits depend on how many there are. What
-decides about a version must not: a replay on another machine setting would differ. So vectors are taken in blocks.
+From 32,768 elements on, torch may split a sum over threads, and the last bits then depend on the number of threads.
+A value that decides about a version must not depend on it, or a replay with another number of threads would differ.
+So vectors are reduced in blocks.
 """
 
 from __future__ import annotations
@@ -10,16 +11,16 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-BLOCK = 16_384  # elements, below what torch gives to several threads
+BLOCK = 16_384  # elements; torch gives a vector of this length to one thread
 
 
 def blocks(length: int) -> Iterator[slice]:
-    """Slices of at most BLOCK elements that cover a vector of that length."""
+    """Yield slices of at most BLOCK elements that cover a vector of `length` elements."""
     return (slice(start, min(start + BLOCK, length)) for start in range(0, length, BLOCK))
 
 
 def inner_product(a: torch.Tensor, b: torch.Tensor) -> float:
-    """⟨a, b⟩ for two vectors of one length; one block of temporary memory."""
+    """⟨a, b⟩ for two vectors of the same length. Temporary memory: a few blocks of float64."""
     return sum(float((a[part].double() * b[part].double()).sum()) for part in blocks(len(a)))
 
 

@@ -1,11 +1,11 @@
-"""FADAS: AMSGrad over the buffer's mean, with a rate that heeds the longest delay (Wang et al., arXiv 2407.18365).
+"""FADAS: AMSGrad over the buffer's mean, with a rate that depends on the longest delay (Wang et al., arXiv 2407.18365).
 
-With Δ the buffer's mean, all operations by coordinate, and no bias correction:
+Δ is the buffer's mean. All operations are by coordinate, without bias correction:
 
     m ← β₁ m + (1 − β₁) Δ        v ← β₂ v + (1 − β₂) Δ²        v̂ ← max(v̂, v)
     x ← x + η_t m / (√v̂ + ε)     η_t = η where max τ_i ≤ τ_c, else min(η, 1 / max τ_i)
 
-It is the pseudo-delta that is made here: the server optimizer's default, SGD at rate 1, then adds it as it is.
+This module makes the pseudo-delta. The default server optimizer, SGD at rate 1, adds it unchanged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DELAY_RULES: dict[str, DelayRule] = {
     "bound": lambda rate, tau: min(rate, 1.0 / tau),
     "divide": lambda rate, tau: rate / tau,
 }
-"""η and a delay beyond τ_c → η_t. `bound` is the paper's; it bites only where η > 1/τ, `divide` always."""
+"""η and a delay beyond τ_c → η_t. `bound`, the paper's, lowers the rate only if η > 1/τ; `divide` always lowers it."""
 
 
 def fadas(
@@ -34,9 +34,9 @@ def fadas(
     delay_threshold: int = 10,
     delay_rule: str = "bound",
 ) -> Aggregator:
-    """`mean` makes Δ of the K updates; `delay_threshold` is τ_c ≥ 1, `delay_rule` what happens beyond it.
+    """Make the aggregator. `mean` makes Δ of the K updates; `delay_rule` applies beyond `delay_threshold`, τ_c ≥ 1.
 
-    State: m, v and v̂, three float32 vectors as long as the parameters, beside the accumulator of `mean`.
+    State: m, v and v̂, three float32 vectors as long as the parameters, in addition to the accumulator of `mean`.
     Raises ValueError for a value out of its range.
     """
     beta1, beta2 = betas

@@ -1,4 +1,4 @@
-"""Loads what the configuration names as code of the user's own: an aggregation, a staleness function."""
+"""Loads the user's own code that the configuration names: an aggregation, or a staleness function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from fedqueue.errors import ConfigurationError, TaskError
 
 
 def load_plugin(entrypoint: str, folder: Path, key: str) -> Callable[..., Any]:
-    """The callable that `entrypoint` names, relative to `folder`; raises ConfigurationError that names `key`."""
+    """Import the callable that `entrypoint` (FILE.py:NAME) names, relative to `folder`.
+
+    Raises ConfigurationError for configuration key `key` if it cannot be loaded or is not callable.
+    """
     try:
         module, name = import_entrypoint(entrypoint, folder, key)
     except TaskError as error:
@@ -19,6 +22,8 @@ def load_plugin(entrypoint: str, folder: Path, key: str) -> Callable[..., Any]:
     found = getattr(module, name, None)
     if not callable(found):
         own = [n for n, v in vars(module).items() if callable(v) and getattr(v, "__module__", "") == module.__name__]
-        raise ConfigurationError(key, entrypoint, f"{name} is nothing to call; there: {', '.join(own) or 'nothing'}")
+        raise ConfigurationError(
+            key, entrypoint, f"{name} is not callable", f"callables in this module: {', '.join(own) or 'none'}"
+        )
     result: Callable[..., Any] = found
     return result

@@ -1,20 +1,24 @@
-"""The aggregation that a configuration names: one of ours, or the user's own.
+"""Makes the aggregation that a configuration names: a built-in one, or the user's own.
 
-A factory takes the configuration and, as keyword arguments, `aggregation.options`; it returns an `Aggregator`.
+A factory takes the configuration and, as keyword arguments, `aggregation.strategy_options`. It returns an `Aggregator`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
-from fedqueue.config.loading import Config
-from fedqueue.errors import ConfigurationError
+from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError, MissingExtra
 from fedqueue.training import make_optimizer, optimizer_class
-from fedqueue_coordinator.algorithms.aggregator import Aggregator, fedasync, fedavg, fedbuff
+from fedqueue_coordinator.algorithms.aggregator import Aggregator
 from fedqueue_coordinator.algorithms.ca2fl import ca2fl
 from fedqueue_coordinator.algorithms.fadas import fadas
+from fedqueue_coordinator.algorithms.fedasync import fedasync
+from fedqueue_coordinator.algorithms.fedavg import fedavg
+from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 from fedqueue_coordinator.algorithms.plugins import load_plugin
 from fedqueue_coordinator.algorithms.robust import make_rule, robust_fedbuff
 from fedqueue_coordinator.algorithms.running_statistics import with_running_statistics
@@ -22,6 +26,8 @@ from fedqueue_coordinator.algorithms.server_optimizer import try_out
 from fedqueue_coordinator.algorithms.staleness import Staleness, constant, make_staleness
 
 Factory = Callable[..., Aggregator]
+COMPILED = ("float16", "bfloat16", "int8", "topk")
+"""Encodings that numba's kernels merge."""
 
 
 def _staleness(config: Config) -> Staleness:
@@ -55,7 +61,7 @@ def _fadas(
     delay_threshold: int = 10,
     delay_rule: str = "bound",
 ) -> Aggregator:
-    mean = _buffered(config, constant())  # the paper's mean is unweighted: a delay shrinks the rate instead
+    mean = _buffered(config, constant())  # the paper's mean is unweighted; a delay lowers the rate instead
     return fadas(mean, learning_rate, (betas[0], betas[1]), eps, delay_threshold, delay_rule)
 
 
@@ -74,40 +80,51 @@ AGGREGATORS: dict[str, Factory] = {
 
 
 def make_aggregator(config: Config) -> Aggregator:
-    """Raises ConfigurationError for a mode that cannot be loaded, and for options that it does not take."""
-    mode, options = config.aggregation.mode, config.aggregation.options
-    own = mode not in AGGREGATORS
-    factory = load_plugin(mode, config.folder, "aggregation.mode") if own else AGGREGATORS[mode]
+    """Make the configured aggregator.
+
+    Raises ConfigurationError for a strategy that cannot be loaded, and for options that it does not take.
+    """
+    strategy, options = config.aggregation.strategy, config.aggregation.strategy_options
+    own = strategy not in AGGREGATORS
+    factory = load_plugin(strategy, config.folder, "aggregation.strategy") if own else AGGREGATORS[strategy]
     try:
         aggregator = factory(config, **options)
     except (TypeError, ValueError, IndexError) as error:
-        raise ConfigurationError("aggregation.options", options, f"{mode}: {error}") from error
+        raise ConfigurationError("aggregation.strategy_options", options, f"{strategy}: {error}") from error
     if own:
         _require_agreement(config, aggregator)
     return with_running_statistics(aggregator, config.aggregation.running_statistics)
 
 
 def check_algorithms(config: Config) -> None:
-    """What is wrong with an optimizer, a schedule or an aggregation is to be told before a run, not in it.
+    """Try the configured optimizers, schedule and aggregation, so that a mistake is reported before the run begins.
 
-    Raises ConfigurationError.
+    Raises ConfigurationError, and MissingExtra if the coordinator lacks the package that merges encoded updates.
     """
     training = config.training
     optimizer_class(training.optimizer)
-    if training.options:  # else there is nothing that could be wrong, and a coordinator needs no optimizer itself
+    if training.optimizer_options:  # no options, no mistake; and a coordinator itself needs no training optimizer
         parameters = [torch.nn.Parameter(torch.zeros(1))]
-        make_optimizer(training.optimizer, parameters, training.learning_rate, training.options)
+        make_optimizer(training.optimizer, parameters, training.learning_rate, training.optimizer_options)
     try_out(config.server_optimizer)
     make_aggregator(config)
+    if config.compression.uplink in COMPILED and find_spec("numba") is None:
+        raise MissingExtra("merging encoded updates", "numba", "compression")
 
 
 def _require_agreement(config: Config, made: object) -> None:
-    """Dispatcher and workers go by the configuration alone, so the user's algorithm must not differ from it."""
-    mode = config.aggregation.mode
+    """Raise ConfigurationError if the user's aggregator contradicts the configuration, which workers read too."""
+    strategy = config.aggregation.strategy
     if not isinstance(made, Aggregator):
-        raise ConfigurationError("aggregation.mode", mode, f"must make an Aggregator, it made a {type(made).__name__}")
+        raise ConfigurationError(
+            "aggregation.strategy", strategy, f"made a {type(made).__name__}", "return a fedqueue.Aggregator"
+        )
     if made.buffer_size != config.buffer_size:
-        raise ConfigurationError("aggregation.buffer_size", config.buffer_size, f"{mode} merges {made.buffer_size}")
+        raise ConfigurationError(
+            "aggregation.buffer_size", config.buffer_size, f"{strategy} merges {made.buffer_size}", "make them equal"
+        )
     if made.needs_base != config.aggregation.needs_base:
         expected = config.aggregation.needs_base
-        raise ConfigurationError("aggregation.needs_base", expected, f"{mode} says {made.needs_base}")
+        raise ConfigurationError(
+            "aggregation.needs_base", expected, f"{strategy} says {made.needs_base}", "make them equal"
+        )

@@ -1,10 +1,10 @@
-"""Merging a buffer of which some updates may be hostile: FedBuff's mean, replaced by a robust centre.
+"""Byzantine-robust aggregation of a buffer: FedBuff's mean is replaced by a robust center.
 
-The K updates are the vectors s(τ_i) Δ_i, so that the arithmetic mean would be FedBuff's own step. A rule either takes
-the centre by coordinate, or gives each update a weight; running statistics follow the same rule, on
+The K updates are the vectors s(τ_i) Δ_i, so their arithmetic mean is FedBuff's own step. A rule either computes a
+center by coordinate, or gives each update a weight. Running statistics follow the same rule, on
 x_B + s(τ_i) (local_i − x_B), and counters take the median.
 
-A rule cannot use what a client says of itself, so the number of examples is no weight here.
+A hostile client may state any number of examples, so no rule weighs by examples.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from fedqueue_coordinator.algorithms.deterministic_reductions import blocks, inn
 from fedqueue_coordinator.algorithms.staleness import Staleness
 
 Centre = Callable[[torch.Tensor], torch.Tensor]
-"""float32 [K, block] → float32 [block]; it may overwrite its argument."""
+"""float32 [K, block] → float32 [block]; the function may overwrite its argument."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Of each update, for the parameters and for the running statistics; the latter sum to 1."""
+    """The weight of each update, for the parameters and for the running statistics; the latter sum to 1."""
 
     parameters: Sequence[float]
     statistics: Sequence[float]
@@ -40,7 +40,7 @@ Weigh = Callable[[Sequence[torch.Tensor], Sequence[float]], Weights]
 
 @dataclass(frozen=True)
 class Rule:
-    """One of the two is set: by coordinate, or by weights."""
+    """A robust rule. Exactly one of `centre` (by coordinate) and `weigh` (weights of whole updates) is set."""
 
     name: str
     centre: Centre | None = None
@@ -51,18 +51,18 @@ class Rule:
 
 
 def median(rows: torch.Tensor) -> torch.Tensor:
-    """The middle of each column, or the mean of the two middle ones."""
+    """Return the median of each column; for an even number of rows, the mean of the two middle values."""
     ordered, count = rows.sort(dim=0).values, len(rows)
     return ordered[count // 2] if count % 2 else (ordered[count // 2 - 1] + ordered[count // 2]) / 2
 
 
 def trimmed_mean(f: int) -> Centre:
-    """The mean of each column without its f least and f greatest; a buffer too short for that gives up fewer."""
+    """Make the mean of each column without its f least and f greatest values; a shorter buffer is trimmed less."""
 
     def centre(rows: torch.Tensor) -> torch.Tensor:
         trim = min(f, (len(rows) - 1) // 2)
         kept = rows.sort(dim=0).values[trim : len(rows) - trim]
-        for row in kept[1:]:  # one after the other: the order of a sum decides its last bits
+        for row in kept[1:]:  # in a fixed order, which decides the last bits of a sum
             kept[0].add_(row)
         return kept[0].div_(len(kept))
 
@@ -72,10 +72,11 @@ def trimmed_mean(f: int) -> Centre:
 # By weights
 
 
-def krum(f: int, keep: int) -> Weigh:
-    """Blanchard et al., NeurIPS 2017, arXiv 1703.02757: the update nearest to its K − f − 2 nearest ones.
+def krum(f: int, keep: int | None) -> Weigh:
+    """Blanchard et al., NeurIPS 2017, arXiv 1703.02757: choose the update closest to its K − f − 2 nearest
+    neighbors.
 
-    Multi-Krum is the mean of the `keep` best (0: of K − f). A tie goes to the earlier update.
+    Multi-Krum is the mean of the `keep` best updates (None: of K − f). A tie goes to the earlier update.
     """
 
     def weigh(deltas: Sequence[torch.Tensor], scales: Sequence[float]) -> Weights:
@@ -91,10 +92,10 @@ def krum(f: int, keep: int) -> Weigh:
 
 
 def geometric_median(iterations: int, smoothing: float, tolerance: float = 1e-9) -> Weigh:
-    """The point z with the least Σ ‖z − v_i‖, by the smoothed Weiszfeld algorithm of RFA (arXiv 1912.13445, alg. 2).
+    """Approximate the z with the least Σ ‖z − v_i‖ by the smoothed Weiszfeld algorithm (RFA, arXiv 1912.13445, alg. 2).
 
-    z = Σ λ_i v_i and λ_i ∝ 1 / max(ν, ‖z − v_i‖), from λ = 1/K until no λ moves by more than `tolerance`. The distances
-    follow from those between the updates, so that a step costs K² numbers and no pass over the vectors:
+    z = Σ λ_i v_i and λ_i ∝ 1 / max(ν, ‖z − v_i‖), from λ = 1/K until no λ changes by more than `tolerance`. The
+    distances follow from those between the updates, so an iteration costs K² operations and no pass over the vectors:
     ‖z − v_i‖² = Σ_j λ_j D_ij − ½ Σ_jk λ_j λ_k D_jk.
     """
 
@@ -115,11 +116,11 @@ def geometric_median(iterations: int, smoothing: float, tolerance: float = 1e-9)
     return weigh
 
 
-def norm_clipping(clip_norm: float) -> Weigh:
-    """No delta counts with more than `clip_norm` (0: the buffer's median norm): min(1, C / ‖s Δ‖) / K.
+def norm_clipping(clip_norm: float | None) -> Weigh:
+    """Clip each delta to the norm C = `clip_norm` (None: the buffer's median norm): weight min(1, C / ‖s Δ‖) / K.
 
-    Sun et al., arXiv 1911.07963, §4. It bounds what one update can do; it does not find the hostile one. Running
-    statistics have no norm to clip and are averaged.
+    Sun et al., arXiv 1911.07963, §4. Clipping bounds the effect of one update; it does not identify a hostile one.
+    Running statistics are averaged without clipping.
     """
 
     def weigh(deltas: Sequence[torch.Tensor], scales: Sequence[float]) -> Weights:
@@ -143,25 +144,25 @@ RULES: dict[str, Callable[[RobustConfig], Rule]] = {
 
 
 def make_rule(config: RobustConfig) -> Rule:
-    """The configured rule; the configuration has checked that it suits the buffer."""
+    """Make the configured rule; the configuration has checked that it suits the buffer size."""
     return RULES[config.rule](config)
 
 
 def robust_fedbuff(buffer_size: int, staleness: Staleness, rule: Rule) -> Aggregator:
-    """FedBuff over K = `buffer_size` updates with `rule` in the place of the mean.
+    """FedBuff over K = `buffer_size` updates, with `rule` instead of the mean.
 
-    Memory: the K updates themselves and one accumulator, that is K + 1 models, and K blocks of 16,384 numbers.
+    Memory: the K updates and one accumulator, that is K + 1 models, and K blocks of 16,384 float32 numbers.
     """
 
     def add(acc: Accumulator, update: Contribution, model: Frame) -> float:
-        acc.held.append(update)
+        acc.contributions.append(update)
         acc.updates += 1
         acc.staleness = max(acc.staleness, update.staleness)
         return staleness(update.staleness)
 
     def finish(acc: Accumulator, model: Frame) -> Step:
-        frames = [update.frame for update in acc.held]
-        scales = [staleness(update.staleness) for update in acc.held]
+        frames = [update.delta.whole() for update in acc.contributions]
+        scales = [staleness(update.staleness) for update in acc.contributions]
         if rule.weigh:
             _mix(acc, frames, scales, rule.weigh([frame.parameters for frame in frames], scales), model)
         else:
@@ -179,7 +180,7 @@ def _mix(acc: Accumulator, frames: list[Frame], scales: list[float], weights: We
     parameters, buffers = acc.floats[:edge].zero_(), acc.floats[edge:].zero_()
     kept = 1.0
     for frame, scale, p, b in zip(frames, scales, weights.parameters, weights.statistics, strict=True):
-        if p:  # a weight of 0 must not let the update in at all
+        if p:  # an update of weight 0 must have no influence at all
             parameters.add_(frame.parameters, alpha=p * scale)
         if b:
             buffers.add_(frame.buffers, alpha=b * scale)
@@ -196,7 +197,7 @@ def _take_centre(acc: Accumulator, frames: list[Frame], scales: list[float], cen
             rows = torch.empty(len(frames), length)
         for row, frame, scale in zip(rows, frames, scales, strict=True):
             torch.mul(frame.floats[part], scale, out=row)
-            if part.stop > edge and scale < 1.0:  # what the staleness leaves of 1 stays with the present statistics
+            if part.stop > edge and scale < 1.0:  # 1 − s(τ) of the weight stays with the model's own statistics
                 start = max(part.start, edge)
                 row[start - part.start :].add_(model.floats[start : part.stop], alpha=1.0 - scale)
         torch.add(centre(rows), 0.0, out=acc.floats[part])

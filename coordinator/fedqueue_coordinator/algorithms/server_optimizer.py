@@ -1,7 +1,7 @@
-"""The server's step: a `torch.optim` optimizer over the flat parameters, with −Δ̄ as gradient.
+"""The server optimizer: a `torch.optim` optimizer over the flat parameters, with −Δ̄ as gradient.
 
-Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295. SGD at rate 1 without momentum is x ← x + Δ̄, which
-is added directly.
+Reddi et al., "Adaptive Federated Optimization", arXiv 2003.00295. SGD without momentum is x ← x + ηΔ̄, which is computed
+directly.
 """
 
 from __future__ import annotations
@@ -19,10 +19,13 @@ from fedqueue_coordinator.algorithms.learning_rates import learning_rates
 
 
 class ServerOptimizer:
-    """Steps `model` in place; its state can be saved and restored bit for bit."""
+    """Changes `model` in place, step by step. Its state can be saved and restored bit for bit."""
 
     def __init__(self, config: ServerOptimizerConfig, model: Frame, version: int = 0) -> None:
-        """`version` is that of `model`: the schedule of the learning rate goes on from there."""
+        """`version` is the version of `model`; the schedule of the learning rate continues from it.
+
+        Raises ConfigurationError, as `try_out`.
+        """
         try_out(config)
         self._rates = learning_rates(config, version)
         self._model = model
@@ -31,11 +34,11 @@ class ServerOptimizer:
             return
         self._parameter = torch.nn.Parameter(model.parameters)  # shares the frame's memory
         self._optimizer = make_optimizer(
-            config.name, [self._parameter], config.learning_rate, config.options, key="server_optimizer"
+            config.name, [self._parameter], config.learning_rate, config.optimizer_options, key="server_optimizer"
         )
 
     def step(self, step: Step) -> None:
-        """Apply one version's step; `step.delta` is consumed."""
+        """Apply one version's step; `step.delta` is overwritten."""
         rate = next(self._rates)
         if self._optimizer:
             self._optimizer.param_groups[0]["lr"] = rate
@@ -54,7 +57,7 @@ class ServerOptimizer:
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
 
     def restore(self, state: Mapping[str, torch.Tensor]) -> None:
-        """The inverse of `state`; raises StoreError where it is one of another model."""
+        """Set what `state` returned; raises StoreError for the state of another model or optimizer."""
         for value in state.values():
             if not self._optimizer or value.numel() not in (1, self._parameter.numel()):
                 raise StoreError("the server optimizer's state does not fit the model")
@@ -63,23 +66,26 @@ class ServerOptimizer:
 
 
 def is_plain(config: ServerOptimizerConfig) -> bool:
-    """Whether the step is x ← x + ηΔ̄: SGD's own bits, in one pass, and without importing any optimizer."""
-    return config.name.lower() == "sgd" and not config.options
+    """Whether the step is x ← x + ηΔ̄: one pass with the same bits as torch's SGD, and no optimizer is imported."""
+    return config.name.lower() == "sgd" and not config.optimizer_options
 
 
 def try_out(config: ServerOptimizerConfig) -> None:
-    """One step on a parameter of its own: what needs a closure or sparse gradients is to be told before the run.
+    """Make one step on a throwaway parameter, so that an unsuitable optimizer or schedule is reported before the run.
 
-    Raises ConfigurationError, for the schedule of the learning rate too.
+    Raises ConfigurationError, for example for an optimizer that needs a closure or sparse gradients.
     """
     next(learning_rates(config))
     if is_plain(config):
         return
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
-    optimizer = make_optimizer(config.name, [parameter], config.learning_rate, config.options, key="server_optimizer")
+    optimizer = make_optimizer(
+        config.name, [parameter], config.learning_rate, config.optimizer_options, key="server_optimizer"
+    )
     try:
         optimizer.step()
     except (TypeError, RuntimeError) as error:
-        accepted = f"an optimizer that steps by dense gradients alone, such as sgd, adam or adagrad ({error})"
-        raise ConfigurationError("server_optimizer.name", config.name, accepted) from error
+        problem = f"cannot step with a dense gradient only ({error})"
+        hint = "name another optimizer, such as sgd, adam or adagrad"
+        raise ConfigurationError("server_optimizer.name", config.name, problem, hint) from error

@@ -1,6 +1,6 @@
-"""Staleness τ = (version at the merge) − (version trained from) → weight s(τ); each has s(0) = 1.
+"""Weights s(τ) by staleness τ = (version at the merge) − (version trained from); each function has s(0) = 1.
 
-Polynomial and hinge are those of Xie et al., "Asynchronous Federated Optimization", arXiv 1903.03934, §5.2.
+Polynomial and hinge are from Xie et al., "Asynchronous Federated Optimization", arXiv 1903.03934, §5.2.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from fedqueue_coordinator.algorithms.plugins import load_plugin
 
 Staleness = Callable[[int], float]
 
-SMALLEST = 2.0**-100
-"""No weight is less: float32 holds it and what it multiplies, so a buffer of hopelessly stale updates has a mean."""
+MIN_WEIGHT = 2.0**-100
+"""The least weight. Float32 represents it and its products, so a buffer of very stale updates still has a mean."""
 
 
 def constant() -> Staleness:
@@ -46,24 +46,26 @@ FUNCTIONS: dict[str, Callable[..., Staleness]] = {
     "hinge": hinge,
     "exponential": exponential,
 }
-TAKES: dict[str, str] = {"constant": "", "polynomial": "a", "hinge": "ab", "exponential": "a"}
-TRIED = 1000
-"""A function of the user's own is tried for τ up to this, so that a wrong one is told before the run."""
+PARAMETERS: dict[str, str] = {"constant": "", "polynomial": "a", "hinge": "ab", "exponential": "a"}
+MAX_TESTED_STALENESS = 1000
+"""The user's own function is tried for τ up to this, so that a mistake is reported before the run."""
 
 
 def make_staleness(config: StalenessConfig, folder: Path = Path()) -> Staleness:
-    """The configured function, with its own defaults for the keys that are not set, and at least `SMALLEST`.
+    """Make the configured function; it returns at least `MIN_WEIGHT`.
 
-    Code of the user's own, relative to `folder`, takes τ and, where they are set, a and b as keywords. Raises
-    ConfigurationError where it cannot be loaded, or where s(0) ≠ 1 or some s(τ) is not from 0 to 1.
+    A key that is not set has the function's default.
+
+    The user's own function, loaded relative to `folder`, takes τ and, if they are set, a and b as keyword arguments.
+    Raises ConfigurationError if it cannot be loaded, if s(0) ≠ 1, or if some s(τ) is not from 0 to 1.
     """
     options = {name: value for name in "ab" if (value := getattr(config, name)) is not None}
     if is_entrypoint(config.function):
         weigh = _own(config.function, options, folder)
     else:
-        takes = TAKES[config.function]
+        takes = PARAMETERS[config.function]
         weigh = FUNCTIONS[config.function](**{name: value for name, value in options.items() if name in takes})
-    return lambda tau: max(weigh(tau), SMALLEST)
+    return lambda tau: max(weigh(tau), MIN_WEIGHT)
 
 
 def _own(name: str, options: dict[str, float], folder: Path) -> Staleness:
@@ -74,12 +76,13 @@ def _own(name: str, options: dict[str, float], folder: Path) -> Staleness:
         return float(function(tau, **options))
 
     try:
-        weights = [weigh(tau) for tau in range(TRIED + 1)]
+        weights = [weigh(tau) for tau in range(MAX_TESTED_STALENESS + 1)]
     except Exception as error:
-        raise ConfigurationError(key, name, f"a function of tau; it raised {type(error).__name__}: {error}") from error
+        problem = f"raised {type(error).__name__}: {error}"
+        raise ConfigurationError(key, name, problem, "name a function of tau that returns a number") from error
     if weights[0] != 1.0:
-        raise ConfigurationError(key, name, f"a fresh update has weight 1, but s(0) is {weights[0]}")
+        raise ConfigurationError(key, name, f"s(0) is {weights[0]}", "the weight of a fresh update must be 1")
     for tau, weight in enumerate(weights):
         if not 0.0 <= weight <= 1.0:  # NaN too
-            raise ConfigurationError(key, name, f"weights from 0 to 1, but s({tau}) is {weight}")
+            raise ConfigurationError(key, name, f"s({tau}) is {weight}", "weights must be from 0 to 1")
     return weigh

@@ -1,1 +1,1 @@
-"""The federation as a pure state machine, and everything that decides: no Redis, no thread, no clock, no file."""
+"""The federation as a pure state machine, and every decision it makes: no Redis, no thread, no clock, no file."""

@@ -1,4 +1,4 @@
-"""What happens to a federation (events), and what it wants done (actions). Plain data on both sides.
+"""Events (what happened to a federation) and actions (what its caller must do). Both are plain data.
 
 Times are seconds of the run's own clock.
 """
@@ -7,75 +7,117 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
-from fedqueue.protocol.messages import Update
+from fedqueue.config.schema import Config
+from fedqueue.protocol.messages import Order, Update
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Delta, Frame
+from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 
 # Events
 
 
 @dataclass(frozen=True)
 class ClientJoined:
+    """A worker registered the client, with its number of examples."""
+
     client: str
     examples: int
 
 
 @dataclass(frozen=True)
 class ClientLeft:
-    """It said so, or its aliveness ran out.
-
-    `keeps_job`: its job ends as its own lease does, because the worker fell silent, or another one serves it now.
-    """
+    """The client has no worker any more, or another one than the worker that reports this."""
 
     client: str
-    keeps_job: bool = False
+    announced: bool = True
+    """The worker said that it leaves. Else its lease expired, or the client was revoked."""
+    served: bool = False
+    """Another worker serves the client already."""
 
 
 @dataclass(frozen=True)
 class UpdateArrived:
-    """The header of an update: its payload is not read yet."""
+    """The header of an update was read from its client's stream; the payload is still in the store."""
 
-    entry: str
-    job: str
-    attempt: int
-    client: str
-    base: int
+    entry: StreamEntry
     body: bytes
-    distrust: tuple[str, str] | None = None
-    """Reason and detail, where it is not what its client signed."""
+    """The header as the client packed it: the body of `entry` without its signature."""
+    distrust: tuple[RejectionReason, str] | None = None
+    """Reason and detail if the signature is invalid."""
+
+    @property
+    def job(self) -> str:
+        """Name of the job, as the entry states it."""
+        return self.entry.job
+
+    @property
+    def attempt(self) -> int:
+        """Number of the attempt, from 1."""
+        return self.entry.attempt
+
+    @property
+    def client(self) -> str:
+        """The client in whose stream the entry is."""
+        return self.entry.client
+
+    @property
+    def base(self) -> int:
+        """The version that the job trained from; −1 if the entry states no number."""
+        return self.entry.base
 
 
 @dataclass(frozen=True)
 class UpdateLoaded:
-    """The payload that `Load` asked for; `base` is the base version's frame where it was asked for."""
+    """The payload that `Load` asked for was read."""
 
     load: Load
-    frame: Delta
+    delta: Delta
     base: Frame | None
+    """The frame of the base version, if `load.with_base`."""
 
 
 @dataclass(frozen=True)
 class UpdateUnreadable:
+    """The payload that `Load` asked for cannot be read, or is not the one that was signed."""
+
     load: Load
+    reason: RejectionReason
     detail: str
-    reason: str
+
+
+@dataclass(frozen=True)
+class InvalidEntry:
+    """A stream entry is no valid message. No job ends with it."""
+
+    entry: StreamEntry
+    reason: RejectionReason
+    detail: str
 
 
 @dataclass(frozen=True)
 class JobEnded:
-    """A worker handed the job back or refused it, its task raised, or the entry is not what its client signed."""
+    """A worker reported the end of its job without an update, or that report has an invalid signature."""
 
     entry: str
     job: str
     client: str
-    reason: str
+    reason: AbandonReason
     error: str
 
 
 @dataclass(frozen=True)
+class LeaseExpired:
+    """The lease of a job is over; the store has not closed the job yet."""
+
+    job: str
+
+
+@dataclass(frozen=True)
 class JobLapsed:
-    """The lease is over and the job is closed: a fact, nothing is left to do but to go on."""
+    """The lease expired and the store has closed the job."""
 
     job: str
     client: str
@@ -83,19 +125,21 @@ class JobLapsed:
 
 @dataclass(frozen=True)
 class JobStays:
-    """The job was to be taken back for that reason, but its update was posted before: it will arrive."""
+    """A job could not be taken back for `reason`, because its update is already posted and will arrive."""
 
     job: str
     client: str
-    reason: str = "returned"
+    reason: AbandonReason = AbandonReason.RETURNED
 
 
 @dataclass(frozen=True)
 class Evaluated:
+    """A central evaluation has finished."""
+
     version: int
     metrics: Mapping[str, float]
     error: str = ""
-    """Type and message of the exception where the task's evaluation raised."""
+    """Type and message of the exception that the task's evaluation raised."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +148,8 @@ class Tick:
 
 
 Event = (
-    ClientJoined | ClientLeft | UpdateArrived | UpdateLoaded | UpdateUnreadable | JobEnded | JobLapsed
-    | JobStays | Evaluated | Tick
+    ClientJoined | ClientLeft | UpdateArrived | UpdateLoaded | UpdateUnreadable | InvalidEntry | JobEnded
+    | LeaseExpired | JobLapsed | JobStays | Evaluated | Tick
 )  # fmt: skip
 
 # Actions
@@ -113,17 +157,18 @@ Event = (
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Open job number `number` for the client: `steps` batches of local training, or as configured where it is 0."""
+    """Open job number `number` for the client."""
 
     job: str
     number: int
     client: str
     steps: int = 0
+    """Batches of local training; 0: as configured."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """Read the update's payload, and its base version where the aggregation needs it."""
+    """Read the update's payload, and its base version if `with_base`; the next event is its outcome."""
 
     arrived: UpdateArrived
     header: Update
@@ -132,25 +177,39 @@ class Load:
 
 @dataclass(frozen=True)
 class Commit:
-    """`Federation.model` is version `version` now: write it down with its ledger record."""
+    """`Federation.model` is now version `version`: store it with its ledger record."""
 
     version: int
     merged: tuple[UpdateArrived, ...]
     record: Mapping[str, Any]
+    publish_now: bool = False
+    """The jobs that are dispatched next must train from this version (a barrier). Else it may wait for later ones."""
+
+
+class CloseCondition(StrEnum):
+    """Which jobs a `Close` may end, as the store finds them."""
+
+    ANY = "any"
+    LAPSED = "lapsed"
+    """Only if the lease has not been renewed. The outcome is `JobLapsed`, or no event."""
+    UNPOSTED = "unposted"
+    """Only if no update is posted. The outcome is `JobStays` if one is."""
 
 
 @dataclass(frozen=True)
 class Close:
-    """End a job that is not merged; `entry` is the stream entry to acknowledge."""
+    """End a job that is not merged."""
 
     job: str
     entry: str
+    """ID of the stream entry to acknowledge with it, or an empty string."""
     record: Mapping[str, Any]
+    only_if: CloseCondition = CloseCondition.ANY
 
 
 @dataclass(frozen=True)
 class Acknowledge:
-    """Acknowledge an entry that ends no job, with a ledger record where there is one."""
+    """Acknowledge a stream entry that ends no job, and append its ledger record if it has one."""
 
     entry: str
     record: Mapping[str, Any] | None
@@ -158,15 +217,29 @@ class Acknowledge:
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure `Federation.model`, which is version `version`, beside the merging."""
+    """Evaluate `Federation.model`, which is version `version`, while merging continues."""
 
     version: int
 
 
 @dataclass(frozen=True)
 class Stop:
+    """The run has ended."""
+
     because: str
     failed: bool = False
 
 
 Action = Dispatch | Load | Commit | Close | Acknowledge | Evaluate | Stop
+
+
+def make_order(config: Config, dispatch: Dispatch) -> Order:
+    """Make the order that the client's worker gets. Its seed differs from job to job and from run to run."""
+    steps = {"local_steps": dispatch.steps} if dispatch.steps else {}
+    return Order(
+        run=config.name,
+        job=dispatch.job,
+        client=dispatch.client,
+        seed=(config.seed * 1_000_003 + dispatch.number) % 2**53,
+        training=config.training.model_copy(update=steps),
+    )

@@ -1,16 +1,17 @@
 """Semi-asynchronous scheduling after FedCompass: fast clients take more local steps, so that groups arrive together.
 
-Li et al., arXiv 2309.14675, §3. The scheduler learns how many seconds a step takes each client, s_i. A client that is
-free joins the group with whose expected arrival T it can be on time with the most steps, q = ⌊(T − now) / s_i⌋,
-Q_min ≤ q ≤ Q_max. Where there is none, it opens a group of its own: its q is the largest, at most Q_max, with which it
-would arrive together with the next turn of some present group (that group's latest arrival, then Q_max steps of its
-fastest client). A group waits for its members until all have come, or until its latest arrival, now + λ · q · s_i at
-its opening; then a version is made and its members get new jobs, the fastest first. A client's first job has Q_min
-steps and no group, which is how its speed becomes known: it makes a version alone.
+Li et al., arXiv 2309.14675, §3. The scheduler learns s_i, the seconds per local step of each client. A free client
+joins the group whose expected arrival T it can meet with the most steps, q = ⌊(T − now) / s_i⌋, Q_min ≤ q ≤ Q_max.
+If there is no such group, the client opens one. Its q is the largest, at most Q_max, with which it would arrive
+together with the next arrival of a present group (that group's latest arrival, plus Q_max steps of its fastest
+client). A group waits for its members until all have arrived, or until its latest arrival, which is now + λ · q · s_i
+when it is opened. Then a version is made, and its members get new jobs, the fastest first. A client's first job has
+Q_min steps and no group. It measures the client's speed, and its update makes a version alone.
 
-Where we differ: the paper has a buffer for each group, and merges late updates with the next group's. Here all wait in
-one buffer, so a version also has the updates of other groups that have come by then: none of them waits longer than in
-the paper. What becomes of a version's updates is the aggregation mode's affair, not the scheduler's.
+Difference from the paper: the paper has a buffer for each group, and merges late updates with those of the next
+group. Here all updates wait in one buffer. So a version also contains the updates of other groups that have arrived,
+and no update waits longer than in the paper. The aggregation decides how a version's updates are merged; the
+scheduler does not.
 """
 
 from __future__ import annotations
@@ -24,32 +25,37 @@ from fedqueue.config.dispatch import FedCompassConfig
 
 @dataclass
 class Group:
-    """Clients that are to arrive together; times are of the run's clock."""
+    """Clients that are scheduled to arrive together. Times are seconds of the run's clock."""
 
     expected: float
     latest: float
     training: set[str] = field(default_factory=set)
     arrived: set[str] = field(default_factory=set)
-    """Those that wait for the others."""
+    """Members whose update is here, which wait for the others."""
 
     @property
     def members(self) -> set[str]:
+        """All clients of the group."""
         return self.training | self.arrived
 
     def is_over(self, now: float) -> bool:
+        """Whether every member has arrived, or the latest arrival has passed."""
         return not self.training or now >= self.latest
 
 
 @dataclass(frozen=True)
 class RunningJob:
-    """A job: when it was dispatched, and with how many steps."""
+    """A job that is being trained: the time of its dispatch, and its number of steps."""
 
     since: float
     steps: int
 
 
 class FedCompass:
-    """`step_seconds` (client → s_i) is committed with every version; groups are not: a successor begins new ones."""
+    """Assigns steps and groups.
+
+    `step_seconds` (client → s_i) is committed with every version. Groups are not: a resumed run begins new ones.
+    """
 
     def __init__(self, config: FedCompassConfig, step_seconds: dict[str, float]) -> None:
         self._config, self._step_seconds = config, step_seconds
@@ -58,11 +64,11 @@ class FedCompass:
         self._underway: dict[str, RunningJob] = {}
 
     def fastest(self, clients: Sequence[str]) -> str:
-        """Who is assigned first; clients of unknown speed come before all others."""
+        """Return the client that gets the next job; clients of unknown speed come before all others."""
         return min(clients, key=lambda client: (self._step_seconds.get(client, 0.0), client))
 
     def assign(self, client: str, now: float) -> int:
-        """How many steps the client's next job has, which begins now; the client is a member of a group from now on."""
+        """Return the number of steps of the client's next job, which begins now; add the client to a group."""
         seconds = self._step_seconds.get(client)
         if seconds is None:
             self._underway[client] = RunningJob(now, self._config.min_steps)
@@ -87,24 +93,24 @@ class FedCompass:
         return group, steps
 
     def _open(self, seconds: float, now: float) -> tuple[Group, int]:
-        turns = [
-            math.floor((self._next_turn(group) - now) / seconds)
+        later = [
+            math.floor((self._next_arrival(group) - now) / seconds)
             for group in self.groups
             if now < group.latest and group.members
         ]
-        fitting = [steps for steps in turns if steps <= self._config.max_steps]
+        fitting = [steps for steps in later if steps <= self._config.max_steps]
         steps = max(self._config.min_steps, *fitting) if fitting else self._config.max_steps
         group = Group(now + steps * seconds, now + self._config.latest_factor * steps * seconds)
         self.groups.append(group)
         return group, steps
 
-    def _next_turn(self, group: Group) -> float:
-        """When the group would arrive again, if its fastest member then took as many steps as it may."""
+    def _next_arrival(self, group: Group) -> float:
+        """Time at which the group would arrive again, if its fastest member then took Q_max steps."""
         fastest = min(self._step_seconds[client] for client in group.members)
         return group.latest + fastest * self._config.max_steps
 
     def arrived(self, client: str, now: float) -> bool:
-        """The client's update is here: its speed is learned. True where it is to make a version at once, alone."""
+        """Learn the client's speed from its update; return whether that update makes a version at once, alone."""
         job = self._underway.pop(client, None)
         if job:
             measured = max(now - job.since, 1e-9) / job.steps
@@ -116,12 +122,12 @@ class FedCompass:
         group.training.discard(client)
         if group in self.groups:
             group.arrived.add(client)
-        else:  # too late: it is not waited for, and waits for nobody
+        else:  # too late: its group is closed, so the client waits for no other
             del self._group_of[client]
         return False
 
     def lost(self, client: str) -> None:
-        """The client's job ended without an update, or its update was rejected."""
+        """Remove a client whose job ended without an update, or whose update was rejected."""
         self._underway.pop(client, None)
         group = self._group_of.pop(client, None)
         if group:
@@ -129,12 +135,12 @@ class FedCompass:
             group.arrived.discard(client)
 
     def waits(self, client: str) -> bool:
-        """Whether the client has arrived, and waits for the others of its group."""
+        """Whether the client has arrived and waits for the others of its group."""
         group = self._group_of.get(client)
         return group is not None and client in group.arrived
 
     def close_groups(self, now: float) -> list[str]:
-        """End the groups that nobody is waited for any more; returns the clients that are free to train again."""
+        """Close groups that are complete or past their deadline; return their clients that arrived."""
         free: list[str] = []
         for group in [group for group in self.groups if group.is_over(now)]:
             self.groups.remove(group)
@@ -144,5 +150,5 @@ class FedCompass:
         return free
 
     def next_deadline(self) -> float | None:
-        """When the next group ends at the latest that somebody has arrived for."""
+        """The earliest latest arrival of the groups in which a client waits, or None."""
         return min((group.latest for group in self.groups if group.arrived), default=None)

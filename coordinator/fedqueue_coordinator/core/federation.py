@@ -1,16 +1,18 @@
-"""The federation as a pure state machine: events in, actions out. No clock, no socket, no thread.
+"""The federation as a pure state machine: events in, actions out. No clock, no socket, no thread, no file.
 
-Read `handle` from top to bottom: it is the path of an update. The caller (`service.py` over Redis, a test, a
-simulation) tells what happened and when, and carries the actions out in the order in which they come back.
+Read `handle` from top to bottom: it is the path of an update. The caller (`service/coordinator.py` over Redis, the
+simulation, or a test) passes each event with its time, and carries out the actions in the order in which they come
+back. An action can have an outcome, which is the next event: the caller passes it after all actions of the present
+event.
 
-    a client joins          → it is idle                      → dispatch
-    a header arrives        → its slot is free at once        → dispatch, then load the payload
-    the payload is there    → weigh it by its staleness now   → add it to the aggregate
-    the buffer is full      → the server optimizer steps      → commit the new version
-    a job ends otherwise    → its slot is free                → dispatch
+    a client joins            → it is idle                      → dispatch
+    a header arrives          → its slot is free at once        → dispatch, then load the payload
+    the payload is loaded     → weigh it by its staleness now   → add it to the aggregate
+    the buffer is full        → the server optimizer steps      → commit the new version
+    a job ends without update → its slot is free                → dispatch
 
-The arrival order is the only input that decides the bits of the model: with the same updates in the same order, every
-version is the same, whoever crashed in between.
+The arrival order is the only input that decides the bits of the model: the same updates in the same order give the same
+versions, whether or not a coordinator crashed in between.
 """
 
 from __future__ import annotations
@@ -19,28 +21,34 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedqueue.config.loading import Config
+import torch
+
+from fedqueue.config.schema import Config
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downward, upward
 from fedqueue.tensors.frame import Delta, Frame
+from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
-from fedqueue_coordinator.core import admission
-from fedqueue_coordinator.core.admission import Inadmissible, admit_frame, admit_header, admit_to_round
-from fedqueue_coordinator.core.evaluation_schedule import EvaluationSchedule
+from fedqueue_coordinator.core.admission import Inadmissible, admit_delta, admit_header, admit_to_round
+from fedqueue_coordinator.core.evaluation import EvaluationSchedule
 from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
     ClientJoined,
     ClientLeft,
     Close,
+    CloseCondition,
     Commit,
     Evaluate,
     Evaluated,
     Event,
+    InvalidEntry,
     JobEnded,
     JobLapsed,
     JobStays,
+    LeaseExpired,
     Load,
     Stop,
     Tick,
@@ -48,23 +56,17 @@ from fedqueue_coordinator.core.events import (
     UpdateLoaded,
     UpdateUnreadable,
 )
-from fedqueue_coordinator.core.ledger_records import abandoned_record, merged_line, rejected_record, version_record
-from fedqueue_coordinator.core.norm_limit import NormLimit
-from fedqueue_coordinator.core.outlier_filter import OutlierFilter
-from fedqueue_coordinator.core.penalties import penalize_ending, penalize_rejection
+from fedqueue_coordinator.core.ledger_records import abandoned_record, merged_update, rejected_record, version_record
+from fedqueue_coordinator.core.outliers import NormLimit, OutlierFilter
+from fedqueue_coordinator.core.reasons import OUTLIER, AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
 from fedqueue_coordinator.core.stop_conditions import stop_reason, target_reached
-from fedqueue_coordinator.service.payload_reader import PayloadReader
 
 
 class Federation:
-    """One run's coordinator. `model` is the newest version's frame, `version` its number.
-
-    A successor continues where the last commit left off: it passes what that commit stored, and then `adopt`s the
-    jobs that were open. `norms` are those of the updates merged so far, where `[admission]` asks for a quantile.
-    """
+    """One run's coordinator. `model` is the newest version's frame, `version` its number."""
 
     def __init__(
         self,
@@ -73,19 +75,28 @@ class Federation:
         version: int = 0,
         job_number: int = 0,
         optimizer_state: bytes = b"",
-        totals: RunCounters | None = None,
+        run_counters: RunCounters | None = None,
         evaluates: bool = True,
         epoch: int = 0,
         norms: Sequence[float] = (),
     ) -> None:
+        """Begin a run with `model`, or resume it from what the last commit stored; then call `restore_jobs`.
+
+        `norms` are those of the updates merged so far, oldest first, if `[admission]` limits the norm by a quantile.
+        Raises ConfigurationError for an aggregation or an optimizer that cannot be made, and StoreError for an
+        `optimizer_state` that does not fit.
+        """
         self.config = config
         self.epoch = epoch
         self.model = model
         self.version = version
-        self.totals = totals or RunCounters()
+        self.run_counters = run_counters or RunCounters()
         self.rejected: Counter[str] = Counter()
+        """Reason → rejected updates, since this process began."""
         self.abandoned: Counter[str] = Counter()
-        self.evaluated: Evaluated | None = None  # the newest central evaluation
+        """Reason → abandoned jobs, since this process began."""
+        self.evaluated: Evaluated | None = None
+        """The newest central evaluation."""
         self.stopped: Stop | None = None
         self.up = upward(config.compression, model.manifest)
         self.down = downward(config.compression, model.manifest)
@@ -93,17 +104,16 @@ class Federation:
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)
         self._filter = OutlierFilter(config.aggregation.filter, model.manifest.parameters)
         self._accumulator = self._aggregator.init(model.manifest)
-        self.payloads = PayloadReader(self._aggregator, self._accumulator, self.up)
         state = load_state(optimizer_state)
         self._optimizer.restore(state[OPTIMIZER])
         self._filter.restore(state[FILTER])
         self._accumulator.state.update(state[AGGREGATION])
         if state[MODEL]:
             model.parameters.copy_(state[MODEL]["parameters"])
-        self._buffer: list[tuple[UpdateArrived, dict[str, Any]]] = []
-        self._arriving: set[str] = set()  # jobs whose update is here, neither merged nor rejected yet
+        self._buffer: list[tuple[UpdateArrived, dict[str, Any]]] = []  # with the record of each
+        self._arriving: set[str] = set()  # jobs whose update has arrived and is neither merged nor rejected yet
         self._norms = NormLimit(config.admission, norms)
-        self._scheduler = Scheduler(config, self.totals, epoch, job_number, started=version > 0 or job_number > 0)
+        self._scheduler = Scheduler(config, self.run_counters, epoch, job_number, started=version > 0 or job_number > 0)
         self._alone: set[str] = set()  # jobs whose update makes a version without waiting for others
         self._evaluations = EvaluationSchedule(config.evaluation, evaluates)
 
@@ -113,134 +123,137 @@ class Federation:
         registered: Mapping[str, int],
         last_jobs: Mapping[str, int] | None = None,
     ) -> None:
-        """Take over the jobs (→ client) that a predecessor left open, what clients had registered, and their turns.
-
-        `last_jobs` is client → the number of its last job.
-        """
+        """Restore open jobs (→ client), registrations (→ examples) and each client's last job number."""
         self._scheduler.restore_jobs(open_jobs, registered, last_jobs or {})
 
     def restore_quarantines(self, ledger: Iterable[Mapping[str, Any]], now: float) -> None:
-        """Of a predecessor's ledger: who is quarantined by the filter, and until when."""
-        for client, end in self._filter.restore_quarantines(ledger, now).items():
-            self._scheduler.backoff.rest(client, end)
+        """Restore the outlier filter's strikes and the quarantines that end after `now` from the ledger."""
+        self._scheduler.restore_rests(self._filter.restore_quarantines(ledger, now))
 
     # The path of an update
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """What to do about `event`, which happened at `now` seconds of the run's clock."""
+        """Return the actions for `event`, which happened at `now` seconds of the run's clock."""
         if self.stopped:
-            return self._turn_away(event, now)
+            return self._handle_after_stop(event, now)
         actions: list[Action] = []
         match event:
             case ClientJoined(client, examples):
                 self._scheduler.join(client, examples)
-            case ClientLeft(client, keeps_job):
-                self._scheduler.leave(client)
-                if not keeps_job:
-                    actions += self._take_back_job_of(client, now)
-            case UpdateArrived() if self.open_jobs.get(event.job) != event.client:
-                actions.append(self._refuse_unknown(event, now))
-            case UpdateArrived(distrust=(reason, detail)):
-                self._scheduler.arrived(event.job, event.client, now)
-                actions.append(self._reject(event, reason, detail, now))
+            case ClientLeft():
+                actions += self._leave(event, now)
             case UpdateArrived():
-                self._arriving.add(event.job)
-                if self._scheduler.arrived(event.job, event.client, now):
-                    self._alone.add(event.job)
-                actions += self._dispatch(now)
-                actions += self._admit(event, now)
-            case UpdateLoaded(load, frame, base):
-                actions += self._merge(load, frame, base, now)
-            case UpdateUnreadable(load, detail, why):
-                actions.append(self._reject(load.arrived, why, detail, now))
-            case JobEnded() if self.open_jobs.get(event.job) != event.client:
-                actions.append(Acknowledge(event.entry, None))  # the job was taken back before
-            case JobEnded(entry, job, client, reason, error):
-                actions.append(self._abandon(job, client, entry, reason, error, now))
-                penalize_ending(self._scheduler.backoff, client, reason, now)
-                actions += self._pass_on(job, client, now)
+                actions += self._receive(event, now)
+            case UpdateLoaded(load, delta, base):
+                actions += self._merge(load, delta, base, now)
+            case UpdateUnreadable(load, reason, detail):
+                actions.append(self._reject(load.arrived, reason, detail, now))
+            case InvalidEntry():
+                actions.append(self._refuse_entry(event, now))
+            case JobEnded():
+                actions += self._end_job(event, now)
+            case LeaseExpired(job):
+                actions += self._close_lapsed(job, now)
             case JobLapsed(job, client):
-                self.abandoned["lapsed"] += 1
+                self.abandoned[AbandonReason.LAPSED] += 1
                 actions += self._pass_on(job, client, now)
-            case JobStays(job, client, reason):
-                self.abandoned[reason] -= 1
+            case JobStays(job, client, abandoned_for):
+                self.abandoned[abandoned_for] -= 1
                 self.restore_jobs({job: client}, {})
             case Evaluated():
                 self.evaluated = event
                 self._evaluations.finished()
             case Tick():
-                for client in self._scheduler.backoff.rested(now):
-                    self._scheduler.offer(client)
+                self._scheduler.end_rests(now)
         actions += self._dispatch(now)
         if isinstance(event, Tick) and self._round_closes(now):
             actions += self._commit(now)
             actions += self._dispatch(now)
         actions += self._close_groups(now)
-        actions += self._stop(now)
-        if not self.stopped:  # the evaluation that reached the target stays the last one
+        actions += self._stop_if_due(now)
+        if not self.stopped:  # else the evaluation that reached the target would not be the last one
             actions += self._evaluate(now)
-        # Loads come last: what was loaded may come back, and change the model, before this list is done with.
-        return sorted(actions, key=lambda action: isinstance(action, Load))
+        return actions
 
-    def _admit(self, event: UpdateArrived, now: float) -> list[Action]:
+    def _receive(self, arrived: UpdateArrived, now: float) -> list[Action]:
+        """Free the slot of the job, and check the header."""
+        if self.open_jobs.get(arrived.job) != arrived.client:
+            return [self._refuse_unknown(arrived, now)]
+        alone = self._scheduler.arrived(arrived.job, arrived.client, now)
+        if arrived.distrust:
+            reason, detail = arrived.distrust
+            return [self._reject(arrived, reason, detail, now)]
+        self._arriving.add(arrived.job)
+        if alone:
+            self._alone.add(arrived.job)
+        dispatched = self._dispatch(now)
+        return [*dispatched, self._admit(arrived, now)]
+
+    def _admit(self, arrived: UpdateArrived, now: float) -> Load | Close:
         try:
             header = admit_header(
-                event,
+                arrived,
                 self.up,
                 self.version,
                 self.config.aggregation.max_staleness,
-                self._scheduler.registered.get(event.client, 0),
+                self._scheduler.registered.get(arrived.client, 0),
                 self.config.barrier,
             )
         except Inadmissible as verdict:
-            return [self._reject(event, verdict.reason, verdict.detail, now)]
-        return [Load(event, header, self._aggregator.needs_base)]
+            return self._reject(arrived, verdict.reason, verdict.detail, now)
+        return Load(arrived, header, self._aggregator.needs_base)
 
-    def _merge(self, load: Load, frame: Delta, base: Frame | None, now: float) -> list[Action]:
+    def _merge(self, load: Load, delta: Delta, base: Frame | None, now: float) -> list[Action]:
         arrived, header = load.arrived, load.header
         try:
             if self.config.barrier:
                 admit_to_round(arrived.base, self.version)
-            norm = admit_frame(frame)
+            norm = admit_delta(delta)
             self._norms.check(norm)
             if self.config.aggregation.filter.on or not self._aggregator.takes_pieces:
-                frame = frame.whole()
-                self._filter.judge(frame.parameters, norm)
+                delta = delta.whole()
+                self._filter.judge(delta.parameters, norm)
             self._norms.accept(norm)
         except Inadmissible as verdict:
             return [self._reject(arrived, verdict.reason, verdict.detail, now)]
         self._arriving.discard(arrived.job)
-        self._scheduler.backoff.succeeded(arrived.client)
-        self._scheduler.offer(arrived.client)  # an earlier update's rejection may have set it aside meanwhile
+        self._scheduler.merged(arrived.client)
         staleness = self.version - arrived.base
-        update = Contribution(frame, header.examples, staleness, base, arrived.client)
+        update = Contribution(delta, header.examples, staleness, base, arrived.client)
         if self.config.aggregation.filter.on:
-            self._filter.admitted(frame.whole().parameters, norm)
+            self._filter.admitted(delta.whole().parameters, norm)
         weight = self._aggregator.add(self._accumulator, update, self.model)
-        line = merged_line(arrived, header, staleness=staleness, weight=weight, norm=norm, seconds=now)
-        self._buffer.append((arrived, line))
+        record = merged_update(arrived, header, staleness=staleness, weight=weight, norm=norm, seconds=now)
+        self._buffer.append((arrived, record))
         return self._commit(now) if self._buffer_is_full(arrived.job) else []
 
     def _buffer_is_full(self, job: str) -> bool:
-        """Whether this job's update was the last that the coming version waited for."""
-        if not self._scheduler.fedcompass:
+        """Whether this job's update was the last that the coming version waits for."""
+        if not self._scheduler.forms_groups:
             return len(self._buffer) >= self._aggregator.buffer_size
         alone = job in self._alone
         self._alone.discard(job)
         return alone or len(self._buffer) >= max(self._aggregator.buffer_size, self.config.concurrency)
 
     def _commit(self, now: float) -> list[Action]:
+        """Make the next version from the buffer."""
         self._optimizer.step(self._aggregator.finish(self._accumulator, self.model))
         self._accumulator.clear()
         buffer, self._buffer = self._buffer, []
         self._filter.committed(arrived.client for arrived, _ in buffer)
         self.version += 1
-        self._scheduler.turns.committed(self.version, [arrived.client for arrived, _ in buffer], now)
-        for arrived, line in buffer:
-            line["share"] = self._scheduler.turns.share(arrived.client)
-        record = version_record(self.version, [line for _, line in buffer], now)
-        commit = Commit(self.version, tuple(arrived for arrived, _ in buffer), record)
+        self._scheduler.committed(self.version, [arrived.client for arrived, _ in buffer], now)
+        for arrived, record in buffer:
+            record["share"] = self._scheduler.share(arrived.client)
+        commit = Commit(
+            self.version,
+            tuple(arrived for arrived, _ in buffer),
+            version_record(self.version, [record for _, record in buffer], now),
+            publish_now=self.config.barrier,
+        )
         return [commit, *self._close_round(now)] if self.config.barrier else [commit]
+
+    # What the caller reads
 
     @property
     def clients(self) -> Mapping[str, int]:
@@ -258,28 +271,50 @@ class Federation:
         return self._aggregator.needs_base
 
     @property
+    def takes_pieces(self) -> bool:
+        """Whether a loaded delta may be one that is read piece by piece."""
+        return self._aggregator.takes_pieces
+
+    @property
+    def free_memory(self) -> BlobBuffer | None:
+        """The accumulator's bytes, uint8 [manifest.nbytes], while it is empty: the next payload may be read into them.
+
+        None while the accumulator has an update.
+        """
+        return self._accumulator.memory if self._accumulator.updates == 0 else None
+
+    @property
     def unfinished(self) -> dict[str, str]:
-        """Job → client for every job that has no ending yet: open, on its way, or buffered."""
+        """Job → client for every job that is open, or whose update is buffered."""
         return {**self.open_jobs, **{arrived.job: arrived.client for arrived, _ in self._buffer}}
 
     @property
     def job_number(self) -> int:
-        """How many jobs have been dispatched."""
+        """Number of jobs that have been dispatched."""
         return self._scheduler.job_number
 
     @property
     def buffered(self) -> int:
-        """How many updates wait for the next version."""
+        """Number of updates that wait for the next version."""
         return len(self._buffer)
 
     @property
     def optimizer_state(self) -> bytes:
-        """What the server remembers after `version`: of optimizer, aggregation, filter, and the model if it is rounded.
+        """The server's state after `version`: of the optimizer, the aggregation and the outlier filter.
 
-        A version is rounded when it is published; a successor goes on from the exact one, which is in no version.
+        The exact float32 parameters are stored here too, if published versions are rounded.
         """
         parts = {OPTIMIZER: self._optimizer.state, AGGREGATION: self._accumulator.state, FILTER: self._filter.state}
         return save_state({**parts, MODEL: {"parameters": self.model.parameters}} if self.down.encoding else parts)
+
+    def next_deadline(self) -> float | None:
+        """Latest time of the next `Tick`, on the run's clock; None if nothing depends on time."""
+        ends = [
+            self._scheduler.next_deadline(buffered=bool(self._buffer)),
+            self.config.stop.seconds,
+            self._evaluations.next_deadline(self.version),
+        ]
+        return min((end for end in ends if end is not None), default=None)
 
     # Slots
 
@@ -287,29 +322,31 @@ class Federation:
         return [*self._scheduler.dispatch(len(self._arriving), len(self._buffer), self.version, now)]
 
     def _pass_on(self, job: str, client: str, now: float) -> list[Action]:
-        """The job ended without an update: its slot goes to another client, or back to this one if it is alone."""
+        """Give the slot of a job that ended to another client, or to this one if no other is idle."""
         self._scheduler.lost(job, client)
         actions = self._dispatch(now)
         self._scheduler.offer(client)
         return actions
 
     def _round_closes(self, now: float) -> bool:
-        """Behind a barrier, the round closes with those who came at its deadline, or when nobody can join it any more.
+        """Whether the round behind a barrier closes with the updates it has: at its deadline, or if no client can join.
 
-        Asked at a tick: a successor reads the updates of its predecessor before it knows who is alive.
+        Only a tick asks: a resumed run reads the updates that wait before it knows which clients are alive.
         """
         if not (self.config.barrier and self._buffer) or self._arriving:
             return False
-        return self._scheduler.cohort.is_over(now) or self._scheduler.nobody_can_join
+        return self._scheduler.round_is_over(now)
 
     def _close_round(self, now: float) -> list[Action]:
-        """Whoever still trains for the version that was made is late; everybody may train for the next one."""
-        return [self._abandon(job, client, "", "late", "", now) for job, client in self._scheduler.close_round()]
+        """Begin the next round; the jobs that are still open are late."""
+        return [
+            self._abandon(job, client, "", AbandonReason.LATE, "", now, CloseCondition.UNPOSTED)
+            for job, client in self._scheduler.close_round()
+        ]
 
     def _close_groups(self, now: float) -> list[Action]:
-        """A group that has come, or is waited for no longer, makes a version; then its clients go on."""
-        fedcompass = self._scheduler.fedcompass
-        free = fedcompass.close_groups(now) if fedcompass and not self._arriving else []
+        """Make a version from each group that is complete or past its deadline; then its clients may train again."""
+        free = self._scheduler.close_groups(now) if not self._arriving else []
         if not free:
             return []
         actions = self._commit(now) if self._buffer else []
@@ -319,82 +356,124 @@ class Federation:
 
     # Endings other than a merge
 
-    def _reject(self, arrived: UpdateArrived, reason: str, detail: str, now: float) -> Close:
+    def _reject(self, arrived: UpdateArrived, reason: RejectionReason, detail: str, now: float) -> Close:
+        """Reject an update whose job has no slot any more."""
         self.rejected[reason] += 1
         self._arriving.discard(arrived.job)
         self._alone.discard(arrived.job)
-        self._scheduler.rejected(arrived.client)
-        detail += penalize_rejection(self._scheduler.backoff, self._filter, arrived.client, reason, now)
-        self._scheduler.withdraw(arrived.client)
-        self._scheduler.offer(arrived.client)
-        return Close(arrived.job, arrived.entry, rejected_record(arrived, reason, detail, self.version, now))
+        quarantine = self._filter.strike(arrived.client) if reason in OUTLIER else 0.0
+        if quarantine:
+            detail += f"; quarantined for {quarantine:g} s"
+        self._scheduler.rejected(arrived.client, reason, quarantine, now)
+        return Close(arrived.job, arrived.entry.id, rejected_record(arrived, reason, detail, self.version, now))
 
-    def _abandon(self, job: str, client: str, entry: str, reason: str, error: str, now: float) -> Close:
+    def _abandon(
+        self,
+        job: str,
+        client: str,
+        entry: str,
+        reason: AbandonReason,
+        error: str,
+        now: float,
+        only_if: CloseCondition = CloseCondition.ANY,
+    ) -> Close:
         self.abandoned[reason] += 1
-        return Close(job, entry, abandoned_record(job, client, reason, error, self.version, now))
+        return Close(job, entry, abandoned_record(job, client, reason, error, self.version, now), only_if)
 
-    def _take_back_job_of(self, client: str, now: float) -> list[Action]:
-        """A worker that leaves has ended the job it trained for: one still open was waiting in its queue."""
-        jobs = [job for job, of in self.open_jobs.items() if of == client]
+    def _leave(self, left: ClientLeft, now: float) -> list[Action]:
+        """Remove a client.
+
+        A worker that announces that it leaves has ended the job it trained: a job that is still open waits in its
+        queue, and is taken back unless another worker serves the client. Otherwise the job keeps its own lease.
+        """
+        self._scheduler.leave(left.client)
+        if left.served or not left.announced:
+            return []
+        jobs = [job for job, client in self.open_jobs.items() if client == left.client]
         for job in jobs:
-            self._scheduler.lost(job, client)
-        return [self._abandon(job, client, "", "returned", "", now) for job in jobs]
+            self._scheduler.lost(job, left.client)
+        return [
+            self._abandon(job, left.client, "", AbandonReason.RETURNED, "", now, CloseCondition.UNPOSTED)
+            for job in jobs
+        ]
+
+    def _end_job(self, ended: JobEnded, now: float) -> list[Action]:
+        if self.open_jobs.get(ended.job) != ended.client:
+            return [Acknowledge(ended.entry, None)]  # the job was taken back before
+        close = self._abandon(ended.job, ended.client, ended.entry, ended.reason, ended.error, now)
+        self._scheduler.penalize_ending(ended.client, ended.reason, now)
+        return [close, *self._pass_on(ended.job, ended.client, now)]
+
+    def _close_lapsed(self, job: str, now: float) -> list[Action]:
+        """Close a job whose lease is over; it counts once the store has closed it (`JobLapsed`)."""
+        client = self.open_jobs.get(job)
+        if client is None:
+            return []
+        record = abandoned_record(job, client, AbandonReason.LAPSED, "", self.version, now)
+        return [Close(job, "", record, CloseCondition.LAPSED)]
 
     def _refuse_unknown(self, arrived: UpdateArrived, now: float) -> Acknowledge:
-        """An entry that no open job accounts for: forged, or the second one of its job."""
-        self.rejected[admission.UNKNOWN_JOB] += 1
-        record = rejected_record(arrived, admission.UNKNOWN_JOB, "no such job is open", self.version, now)
-        return Acknowledge(arrived.entry, record)
+        """Refuse an update for which no job is open: it is forged, or the second one of its job."""
+        reason = RejectionReason.UNKNOWN_JOB
+        self.rejected[reason] += 1
+        return Acknowledge(arrived.entry.id, rejected_record(arrived, reason, "no such job is open", self.version, now))
+
+    def _refuse_entry(self, invalid: InvalidEntry, now: float) -> Acknowledge:
+        record = rejected_record(invalid.entry, invalid.reason, invalid.detail, self.version, now)
+        return Acknowledge(invalid.entry.id, record)
 
     # Evaluation and the end
 
     def _evaluate(self, now: float) -> list[Action]:
         return [Evaluate(self.version)] if self._evaluations.begin_if_due(self.version, now) else []
 
-    def _stop(self, now: float) -> list[Action]:
-        if self._scheduler.registered and all(map(self._scheduler.backoff.set_aside, self._scheduler.registered)):
+    def _stop_if_due(self, now: float) -> list[Action]:
+        if self._scheduler.all_set_aside:
             return self.stop(Stop("every client failed too often and was set aside", failed=True), now)
         if self.evaluated and self.evaluated.error:
             return self.stop(Stop(f"the evaluation failed: {self.evaluated.error}", failed=True), now)
         if self.evaluated and (reached := target_reached(self.config.stop.target, self.evaluated)):
             return self.stop(Stop(reached), now)
-        because = stop_reason(self.config.stop, self.version, self.totals.updates, now)
+        because = stop_reason(self.config.stop, self.version, self.run_counters.updates, now)
         return self.stop(Stop(because), now) if because else []
 
     def stop(self, stop: Stop, now: float) -> list[Action]:
-        """End the run: what is buffered is turned away, what is open is abandoned."""
+        """End the run: reject the buffered updates and abandon the open jobs."""
         self.stopped = stop
         actions: list[Action] = [
-            self._reject(arrived, admission.RUN_ENDED, "the run ended before its buffer was full", now)
+            self._reject(arrived, RejectionReason.RUN_ENDED, "the run ended before its buffer was full", now)
             for arrived, _ in self._buffer
         ]
         self._buffer = []
         actions += [
-            self._abandon(job, client, "", "run_ended", "", now) for job, client in sorted(self.open_jobs.items())
+            self._abandon(job, client, "", AbandonReason.RUN_ENDED, "", now)
+            for job, client in self._scheduler.close_all()
         ]
-        self._scheduler.open_jobs.clear()
         return [*actions, stop]
 
-    def _turn_away(self, event: Event, now: float) -> list[Action]:
+    def _handle_after_stop(self, event: Event, now: float) -> list[Action]:
+        """Settle what still arrives, so that no stream entry and no job is left."""
         match event:
-            case UpdateArrived(entry=entry):  # its job was abandoned when the run ended
-                return [Acknowledge(entry, None)]
-            case UpdateLoaded(load) | UpdateUnreadable(load):
-                return [self._reject(load.arrived, admission.RUN_ENDED, "the run has ended", now)]
+            case UpdateArrived():  # its job was abandoned when the run ended
+                return [Acknowledge(event.entry.id, None)]
+            case UpdateLoaded(load=load) | UpdateUnreadable(load=load):
+                return [self._reject(load.arrived, RejectionReason.RUN_ENDED, "the run has ended", now)]
+            case InvalidEntry():
+                return [self._refuse_entry(event, now)]
             case JobEnded(entry=entry):
                 return [Acknowledge(entry, None)]
             case JobStays(job, client, reason):
                 self.abandoned[reason] -= 1
-                return [self._abandon(job, client, "", "run_ended", "", now)]
+                return [self._abandon(job, client, "", AbandonReason.RUN_ENDED, "", now)]
         return []
 
-    def next_deadline(self) -> float | None:
-        """When a `Tick` is needed at the latest, on the run's clock; None where nothing waits for time."""
-        ends = [
-            self._scheduler.backoff.next_end(),
-            self.config.stop.seconds or None,
-            self._evaluations.next_deadline(self.version),
-            self._scheduler.cohort.deadline if self._buffer else None,
-            self._scheduler.fedcompass.next_deadline() if self._scheduler.fedcompass else None,
-        ]
-        return min((end for end in ends if end is not None), default=None)
+
+def initial_model(config: Config, module: torch.nn.Module) -> Frame:
+    """Make version 0 from the module's values, rounded as versions are published.
+
+    A replay of the run begins from the stored version 0, so version 0 itself must be what is stored.
+    """
+    model = Frame(Manifest.from_module(module))
+    model.read(module)
+    codec = downward(config.compression, model.manifest)
+    return codec.decode(codec.encode(model, 0)).whole() if codec.encoding else model

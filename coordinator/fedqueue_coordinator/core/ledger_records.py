@@ -1,6 +1,7 @@
-"""The records of the ledger: what became of every job, and every version. Plain maps, for msgpack and JSON.
+"""Makes the records of the ledger: the outcome of every job, and every version. Plain maps, for msgpack and JSON.
 
-Seconds are of the run's own clock. PROTOCOL.md lists the fields; the store adds its fencing token to a version's.
+Seconds are of the run's own clock. PROTOCOL.md lists the fields. The store adds its fencing token to a version's
+record.
 """
 
 from __future__ import annotations
@@ -9,15 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedqueue.protocol.messages import Update
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue_coordinator.core.events import UpdateArrived
+from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 
 LedgerRecord = dict[str, Any]
 
 
-def merged_line(
+def merged_update(
     arrived: UpdateArrived, header: Update, *, staleness: int, weight: float, norm: float, seconds: float
 ) -> LedgerRecord:
-    """One update of a version's record, in the order in which it was added."""
+    """Describe one update of a version's record."""
     return {
         "job": arrived.job, "client": arrived.client, "attempt": arrived.attempt, "base": arrived.base,
         "staleness": staleness, "examples": header.examples, "weight": weight, "norm": norm, "at": seconds,
@@ -27,28 +30,35 @@ def merged_line(
 
 
 def version_record(version: int, merged: Sequence[LedgerRecord], seconds: float) -> LedgerRecord:
+    """Describe a version; `merged` are its updates, in the order in which they were added."""
     return {"kind": "version", "version": version, "seconds": seconds, "merged": list(merged)}
 
 
-def rejected_record(arrived: UpdateArrived, reason: str, detail: str, version: int, seconds: float) -> LedgerRecord:
+def rejected_record(
+    arrived: UpdateArrived | StreamEntry, reason: RejectionReason, detail: str, version: int, seconds: float
+) -> LedgerRecord:
+    """Describe an update, or an invalid entry, that is not merged; `version` is the newest one."""
     return {
         "kind": "rejected", "job": arrived.job, "client": arrived.client, "attempt": arrived.attempt,
-        "base": arrived.base, "reason": reason, "detail": detail, "version": version, "seconds": seconds,
+        "base": arrived.base, "reason": str(reason), "detail": detail, "version": version, "seconds": seconds,
     }  # fmt: skip
 
 
-def abandoned_record(job: str, client: str, reason: str, error: str, version: int, seconds: float) -> LedgerRecord:
-    """`reason`: lapsed, returned, late, failed, refused, forged, foreign, run_ended or epoch_lost."""
+def abandoned_record(
+    job: str, client: str, reason: AbandonReason, error: str, version: int, seconds: float
+) -> LedgerRecord:
+    """Describe a job that ended without an update; `version` is the newest one."""
     return {
-        "kind": "abandoned", "job": job, "client": client, "reason": reason, "error": error,
+        "kind": "abandoned", "job": job, "client": client, "reason": str(reason), "error": error,
         "version": version, "seconds": seconds,
     }  # fmt: skip
 
 
 def evaluation_record(version: int, metrics: Mapping[str, float], seconds: float) -> LedgerRecord:
+    """Describe a finished evaluation."""
     return {"kind": "evaluation", "version": version, "metrics": dict(metrics), "seconds": seconds}
 
 
 def epoch_record(epoch: int, version: int, job_number: int, seconds: float) -> LedgerRecord:
-    """Where a new epoch starts: what was recorded after this version is lost."""
+    """Describe the start of a new epoch: Redis lost all records after this version."""
     return {"kind": "epoch", "epoch": epoch, "version": version, "job_number": job_number, "seconds": seconds}

@@ -1,4 +1,4 @@
-"""What a successor needs to go on counting and choosing: committed with each version, or counted anew in the ledger."""
+"""Counters restored on recovery: from the commit of a version, or by replaying the ledger."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from typing import Any, Self
 
 @dataclass
 class RunCounters:
-    """Plain numbers, names and lists."""
+    """Counts of merged updates, and what the scheduler learned about the clients."""
 
     updates: int = 0
+    """Merged updates."""
     seconds: float = 0.0
-    """When the newest version was made, on the run's clock."""
+    """Time at which the newest version was made, on the run's clock."""
     step_seconds: dict[str, float] = field(default_factory=dict)
-    """Client → seconds per local step, where the schedule learns them."""
+    """Client → seconds per local step, if the schedule measures them."""
     merged_by: dict[str, int] = field(default_factory=dict)
     """Client → its merged updates."""
     last_merged: dict[str, int] = field(default_factory=dict)
-    """Client → the newest version that has an update of it."""
+    """Client → the newest version with an update of it."""
     recent: list[list[str]] = field(default_factory=list)
-    """The clients of the last `dispatch.share_window` versions, a list for each version, the newest last."""
+    """The clients of the last `dispatch.share_window` versions: a list for each version, the newest last."""
 
     @classmethod
     def from_ledger(cls, committed: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]], window: int) -> Self:
-        """As they were when `committed` was, at the last version in `ledger`."""
-        totals = cls(**committed)
+        """Restore the counters of the last version in `ledger`, with which `committed` was stored."""
+        counters = cls(**committed)
         for record in ledger:
             if record["kind"] == "version":
-                totals._count(record["version"], [line["client"] for line in record["merged"]], window)
-        return totals
+                counters._count(record["version"], [line["client"] for line in record["merged"]], window)
+        return counters
 
     def committed(self) -> dict[str, Any]:
-        """What is stored with a version, as msgpack. What the ledger tells anyway is not: it grows with the clients."""
+        """Return the counters that are stored with a version: those that the ledger does not contain."""
         return {"updates": self.updates, "seconds": self.seconds, "step_seconds": dict(self.step_seconds)}
 
     def commit(self, version: int, clients: Sequence[str], window: int, now: float) -> None:
-        """Count a new version, made of one update of each of `clients` (one twice counts twice)."""
+        """Count a new version of one update of each of `clients`; a client may occur twice."""
         self.updates += len(clients)
         self.seconds = now
         self._count(version, clients, window)

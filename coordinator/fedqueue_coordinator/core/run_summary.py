@@ -1,37 +1,85 @@
-"""What a run came to, computed from its ledger: the numbers in `summary.json` agree with it by construction."""
+"""Computes the run summary from its ledger, so the numbers in `summary.json` agree with the ledger by construction."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fedqueue.tensors.frame import Frame
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run: its model (the version that reached the target, else the newest), and why it ended."""
+    """The end of a run: its model, which is the version that reached the target or else the newest, and its ledger.
+
+    >>> import torch
+    >>> import fedqueue
+    >>> class Mean(fedqueue.Task):
+    ...     def model(self):
+    ...         return torch.nn.Linear(1, 1)
+    ...     def train_data(self, client):
+    ...         return torch.utils.data.TensorDataset(torch.ones(32, 1), torch.full((32, 1), 3.0))
+    ...     def test_data(self):
+    ...         return torch.ones(1, 1)
+    ...     def loss(self, model, batch):
+    ...         return torch.nn.functional.mse_loss(model(batch[0]), batch[1])
+    ...     def evaluate(self, model, data):
+    ...         return {"error": abs(3.0 - float(model(data).detach()))}
+    >>> result = fedqueue.simulate(Mean, clients=2, versions=3)
+    >>> [point["version"] for point in result.history], result.stopped_because
+    ([0, 1, 2, 3], 'versions: 3 of 3')
+    >>> Mean().model().load_state_dict(result.state_dict())
+    <All keys matched successfully>
+    """
 
     version: int
     model: Frame
     stopped_because: str
     failed: bool
     ledger: list[dict[str, Any]]
+    """One record for each version, rejected update, abandoned job and evaluation."""
     refused: dict[str, int]
+    """Reason → posts that Redis refused."""
     jobs_dispatched: int
+    folder: Path | None = None
+    """Where the run left its files."""
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """The central evaluations in order: `version`, `seconds` since the start, and each metric by its name."""
+        return history_of(self.ledger)
+
+    @property
+    def ledger_path(self) -> Path | None:
+        """The ledger's file, one JSON record a line; None for a run that has no folder."""
+        return self.folder / "ledger.jsonl" if self.folder else None
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """The model's tensors by their own names, dtypes and shapes, as `load_state_dict` takes them."""
+        return self.model.state_dict()
+
+
+def history_of(ledger: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The central evaluations among the records of a ledger."""
+    evaluations = (r for r in ledger if r["kind"] == "evaluation")
+    return [{"version": r["version"], "seconds": round(r["seconds"], 3), **r["metrics"]} for r in evaluations]
 
 
 def summarize(
     run: str,
-    mode: str,
+    strategy: str,
     seed: int,
     stopped_because: str,
     ledger: Iterable[Mapping[str, Any]],
     refused: Mapping[str, int],
 ) -> dict[str, Any]:
-    """The summary of a run; `seconds` is the time of its last record, on the run's clock."""
+    """Summarize a run; `seconds` in the summary is the time of the last record, on the run's clock."""
     records = list(ledger)
     merged = [line for r in records if r["kind"] == "version" for line in r["merged"]]
     evaluations = [r for r in records if r["kind"] == "evaluation"]
@@ -42,7 +90,7 @@ def summarize(
     seconds = max((r["seconds"] for r in records), default=0.0)
     return {
         "run": run,
-        "mode": mode,
+        "strategy": strategy,
         "seed": seed,
         "versions": sum(r["kind"] == "version" for r in records),
         "updates_merged": len(merged),
@@ -60,6 +108,6 @@ def summarize(
         "clients": dict(sorted(clients.items())),
         "shares": {client: round(count / len(merged), 4) for client, count in sorted(clients.items())},
         "metrics": evaluations[-1]["metrics"] if evaluations else {},
-        "history": [{"version": r["version"], "seconds": round(r["seconds"], 3), **r["metrics"]} for r in evaluations],
+        "history": history_of(evaluations),
         "stopped_because": stopped_because,
     }

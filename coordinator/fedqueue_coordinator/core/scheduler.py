@@ -1,149 +1,228 @@
-"""Who trains, who could, and who gets the next job: the slots of a federation.
+"""The scheduler: which clients are alive, which of them may train, and which one gets the next job.
 
-A client is offered its place when it joins, when its update arrives and when its job ends; `dispatch` fills what is
-free. Whether a client may train again depends on its rests (`dispatch.py`), its round (`cohort.py`) or its group
-(`compass.py`); which one of those that may is chosen by `turns.py`.
+A client becomes idle when it joins, when its update arrives and when its job ends; `dispatch` gives jobs to idle
+clients while slots are free. Whether a client may become idle depends on its rests (`backoff.py`), on its round
+(`sync_round.py`) or on its group (`fedcompass.py`). `selection.py` chooses among the idle clients.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
 from fedqueue.protocol.keys import job_name
-from fedqueue_coordinator.core.dispatch import Backoff, IdlePool
+from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.events import Dispatch
-from fedqueue_coordinator.core.fair_share import FairShare
 from fedqueue_coordinator.core.fedcompass import FedCompass
+from fedqueue_coordinator.core.idle_pool import IdlePool
+from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.selection import FairShare
 from fedqueue_coordinator.core.sync_round import SyncRound
 
 
 class Scheduler:
-    """`job_number` is that of the last job; job names of different `epoch`s differ."""
+    """Owns the slots of a federation. Times are seconds of the run's clock."""
 
-    def __init__(self, config: Config, totals: RunCounters, epoch: int, job_number: int, started: bool) -> None:
+    def __init__(self, config: Config, run_counters: RunCounters, epoch: int, job_number: int, started: bool) -> None:
+        """`job_number` is the number of the last job. Job names of different epochs differ."""
         self.clients: dict[str, int] = {}
         """Alive clients, with the number of examples each registered."""
         self.registered: dict[str, int] = {}
-        """Also of clients that left: their late updates are checked too."""
+        """As `clients`, and also clients that left, whose late updates must be checked."""
         self.open_jobs: dict[str, str] = {}
         """Job → client."""
         self.job_number = job_number
-        rests, limit = config.dispatch, config.admission.max_rejections
-        self.backoff = Backoff(rests.backoff_seconds, rests.max_client_failures, limit)
-        self.turns = FairShare(config, totals)
-        self.cohort = SyncRound(config)  # stays empty without a barrier
-        fedcompass = config.dispatch.schedule == "compass"
-        self.fedcompass = FedCompass(config.dispatch.compass, totals.step_seconds) if fedcompass else None
-        self._config, self._totals, self._epoch = config, totals, epoch
-        self._idle = IdlePool()
-        self._busy: Counter[str] = Counter()  # client → open jobs; more than one only where they were adopted
+        self._config = config
+        self._run_counters = run_counters
+        self._epoch = epoch
         self._started = started
+        limits = config.dispatch
+        self._backoff = Backoff(limits.backoff_seconds, limits.max_client_failures, config.admission.max_rejections)
+        self._fair_share = FairShare(config, run_counters)
+        self._round = SyncRound(config)  # stays empty without a barrier
+        fedcompass = config.dispatch.schedule == "fedcompass"
+        self._fedcompass = FedCompass(config.dispatch.fedcompass, run_counters.step_seconds) if fedcompass else None
+        self._idle = IdlePool()
+        self._busy: Counter[str] = Counter()  # client → open jobs; more than one only after a recovery
+
+    # Recovery
 
     def restore_jobs(
         self, open_jobs: Mapping[str, str], registered: Mapping[str, int], last_jobs: Mapping[str, int]
     ) -> None:
-        """Take over what a predecessor left; `last_jobs` is client → the number of its last job."""
+        """Restore open jobs (→ client), registrations, and each client's last job number."""
         self.open_jobs.update(open_jobs)
         self._busy.update(open_jobs.values())
         self.registered.update(registered)
-        self.turns.last_job.update(last_jobs)
+        self._fair_share.last_job.update(last_jobs)
         if self._config.barrier:
             for client in open_jobs.values():
-                self.cohort.ask(client, self._totals.seconds)  # its round began with the newest version
+                self._round.add(client, self._run_counters.seconds)  # the round began with the newest version
+
+    def restore_rests(self, ends: Mapping[str, float]) -> None:
+        """Restore rests: client → end of its rest."""
+        for client, end in ends.items():
+            self._backoff.rest(client, end)
+
+    # Clients
 
     def join(self, client: str, examples: int) -> None:
-        self.clients[client] = self.registered[client] = examples
+        """Add a client that registered with `examples` examples."""
+        self.clients[client] = examples
+        self.registered[client] = examples
         self.offer(client)
 
     def leave(self, client: str) -> None:
+        """Remove a client; its open jobs stay open."""
         self.clients.pop(client, None)
         self._idle.discard(client)
 
+    def offer(self, client: str) -> None:
+        """Make the client idle if it may train: it is alive, has no job, no rest, no round and no group to wait for."""
+        in_group = self._fedcompass is not None and self._fedcompass.waits(client)
+        taken = self._busy[client] > 0 or client in self._round or in_group
+        if client in self.clients and not taken and self._backoff.allows(client):
+            self._idle.add(client)
+
+    def end_rests(self, now: float) -> None:
+        """Make the clients idle whose rest is over."""
+        for client in self._backoff.rested(now):
+            self.offer(client)
+
+    @property
+    def all_set_aside(self) -> bool:
+        """Whether every client that ever registered is set aside, so that no job can be dispatched again."""
+        return bool(self.registered) and all(map(self._backoff.set_aside, self.registered))
+
+    # Updates
+
     def arrived(self, job: str, client: str, now: float) -> bool:
-        """The job's update is here: its slot is free. True where the schedule has it make a version alone."""
-        self.free(job, client)
-        self.turns.arrived(client)
-        alone = self.fedcompass.arrived(client, now) if self.fedcompass else False
+        """Free the slot of a job whose update arrived; return whether that update makes a version alone."""
+        self._free(job, client)
+        self._fair_share.arrived(client)
+        alone = self._fedcompass.arrived(client, now) if self._fedcompass else False
         self.offer(client)
         return alone
 
-    def free(self, job: str, client: str) -> None:
-        if self.open_jobs.pop(job, None) is not None:
-            self._busy[client] -= 1
+    def merged(self, client: str) -> None:
+        """Reset the client's failures, as its update is merged."""
+        self._backoff.succeeded(client)
+        self.offer(client)  # the rejection of an earlier update may have set it aside in the meantime
 
-    def lost(self, job: str, client: str) -> None:
-        """The job ends without an update: its slot is free, and no cohort and no group waits for the client."""
-        self._leave_group(client)
-        self.free(job, client)
-
-    def rejected(self, client: str) -> None:
-        """Its update is not merged; it may have begun another job meanwhile, which stays as it is."""
-        self.turns.rejected(client)
+    def rejected(self, client: str, reason: RejectionReason, quarantine_seconds: float, now: float) -> None:
+        """Apply the penalty for an update that is not merged. Another job of the client stays as it is."""
+        self._fair_share.rejected(client)
         if not self._busy[client]:
             self._leave_group(client)
-
-    def _leave_group(self, client: str) -> None:
-        self.cohort.drop(client)
-        if self.fedcompass:
-            self.fedcompass.lost(client)
-
-    def withdraw(self, client: str) -> None:
-        """The client is not to be chosen until it is offered its place again."""
+        self._backoff.penalize_rejection(client, reason, quarantine_seconds, now)
         self._idle.discard(client)
+        self.offer(client)
 
-    def offer(self, client: str) -> None:
-        """The client may train again, if it is alive, idle, rested, and waits for no cohort or group."""
-        taken = self._busy[client] > 0 or client in self.cohort or (self.fedcompass and self.fedcompass.waits(client))
-        if client in self.clients and not taken and self.backoff.allows(client):
-            self._idle.add(client)
+    def committed(self, version: int, clients: Sequence[str], now: float) -> None:
+        """Count a version that consists of one update of each of `clients`."""
+        self._fair_share.committed(version, clients, now)
+
+    def share(self, client: str) -> float:
+        """Return the client's share, from 0 to 1, of the updates in recent versions."""
+        return self._fair_share.share(client)
+
+    # Jobs that end without an update
+
+    def lost(self, job: str, client: str) -> None:
+        """Free the slot of a job that ended; neither a round nor a group waits for the client any longer."""
+        self._leave_group(client)
+        self._free(job, client)
+
+    def penalize_ending(self, client: str, reason: AbandonReason, now: float) -> None:
+        """Apply the penalty for a job that its worker ended."""
+        self._backoff.penalize_ending(client, reason, now)
+
+    def close_all(self) -> list[tuple[str, str]]:
+        """Close every open job, as the run ends; return the jobs and their clients."""
+        jobs = sorted(self.open_jobs.items())
+        self.open_jobs.clear()
+        return jobs
+
+    # Rounds and groups
+
+    @property
+    def forms_groups(self) -> bool:
+        """Whether clients are scheduled in groups that arrive together (FedCompass)."""
+        return self._fedcompass is not None
+
+    def round_is_over(self, now: float) -> bool:
+        """Whether the round's deadline has passed, or no client can join the round."""
+        can_grow = self.open_jobs or self._idle or self._backoff.resting
+        return self._round.is_over(now) or not can_grow
 
     def close_round(self) -> list[tuple[str, str]]:
-        """The version is made: all may train for the next one. Returns the jobs (and clients) that are late."""
+        """Begin the next round: every client may train for it. Returns the jobs and clients that are late."""
         late = sorted(self.open_jobs.items())
         for job, client in late:
-            self.free(job, client)
-        self.cohort.close()
+            self._free(job, client)
+        self._round.close()
         for client in self.clients:
             self.offer(client)
         return late
 
-    @property
-    def nobody_can_join(self) -> bool:
-        """Whether no client trains, is idle or will be after a rest."""
-        return not (self.open_jobs or self._idle or self.backoff.resting)
+    def close_groups(self, now: float) -> list[str]:
+        """Close groups that are complete or past their deadline; return their clients that arrived."""
+        return self._fedcompass.close_groups(now) if self._fedcompass else []
+
+    def next_deadline(self, buffered: bool) -> float | None:
+        """Time at which a rest, a round or a group ends, or None. A round only ends by time with updates `buffered`."""
+        ends = [
+            self._backoff.next_end(),
+            self._round.deadline if buffered else None,
+            self._fedcompass.next_deadline() if self._fedcompass else None,
+        ]
+        return min((end for end in ends if end is not None), default=None)
+
+    # Dispatch
 
     def dispatch(self, arriving: int, buffered: int, version: int, now: float) -> list[Dispatch]:
-        """Fill the free slots; `arriving` and `buffered` updates are behind theirs."""
+        """Give jobs to idle clients while slots are free.
+
+        `arriving` updates are being read and `buffered` ones wait for the next version; `version` is the newest one.
+        """
         self._started = self._started or len(self.clients) >= self._config.minimum_clients
         dispatched: list[Dispatch] = []
         while self._started and self._idle and self._has_room(arriving + buffered):
             client = self._choose(self.job_number + 1, version, nothing_under_way=not (self.open_jobs or arriving))
-            if client is None:  # each has had its share for now
+            if client is None:  # every idle client has reached its share
                 break
             self.job_number += 1
             self._idle.discard(client)
             self._busy[client] += 1
-            self.turns.last_job[client] = self.job_number
+            self._fair_share.last_job[client] = self.job_number
             if self._config.barrier:
-                self.cohort.ask(client, now)
-            steps = self.fedcompass.assign(client, now) if self.fedcompass else 0
+                self._round.add(client, now)
+            steps = self._fedcompass.assign(client, now) if self._fedcompass else 0
             job = job_name(self._config.name, self._epoch, self.job_number, client)
             self.open_jobs[job] = client
             dispatched.append(Dispatch(job, self.job_number, client, steps))
         return dispatched
 
-    def _has_room(self, behind: int) -> bool:
+    def _has_room(self, without_slot: int) -> bool:
         if self._config.barrier:
-            return self.cohort.has_room(len(self.open_jobs) + behind)
+            return self._round.has_room(len(self.open_jobs) + without_slot)
         return len(self.open_jobs) < self._config.concurrency
 
     def _choose(self, number: int, version: int, nothing_under_way: bool) -> str | None:
-        candidates = self.turns.within_share(self._idle.clients, self._busy, nothing_under_way)
+        candidates = self._fair_share.within_share(self._idle.clients, self._busy, nothing_under_way)
         if not candidates:
             return None
-        if self.fedcompass:
-            return self.fedcompass.fastest(candidates)
-        return self.turns.choose(candidates, number, version, self.registered)
+        if self._fedcompass:
+            return self._fedcompass.fastest(candidates)
+        return self._fair_share.choose(candidates, number, version, self.registered)
+
+    def _free(self, job: str, client: str) -> None:
+        if self.open_jobs.pop(job, None) is not None:
+            self._busy[client] -= 1
+
+    def _leave_group(self, client: str) -> None:
+        self._round.drop(client)
+        if self._fedcompass:
+            self._fedcompass.lost(client)

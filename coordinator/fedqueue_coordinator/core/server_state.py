@@ -1,6 +1,7 @@
-"""What the server remembers from version to version, as bytes that are committed with each version.
+"""Packs the server's state, which is committed with each version, as bytes.
 
-Parts such as the server optimizer's moments, an aggregation's cache and a filter's estimates: each a map of tensors.
+Its parts are maps of tensors: the server optimizer's moments, an aggregation's cache, the outlier filter's estimates
+and, if published versions are rounded, the exact parameters.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from fedqueue.errors import StoreError
 State = Mapping[str, torch.Tensor]
 
 OPTIMIZER, AGGREGATION, FILTER = "optimizer", "aggregation", "filter"
-MODEL = "model"  # its exact parameters, where what is published is rounded: `compression.down`
+MODEL = "model"  # the exact parameters, where published versions are rounded: `compression.downlink`
 
 
 def save_state(parts: Mapping[str, State]) -> bytes:
-    """Every part's tensors as one safetensors file, named PART:NAME; b"" where there are none."""
+    """Pack all tensors as one safetensors file, under the names PART:NAME; b"" without tensors."""
     tensors = {f"{part}:{name}": value for part, state in parts.items() for name, value in state.items()}
     return safetensors.torch.save(tensors) if tensors else b""
 
 
 def load_state(data: bytes) -> dict[str, dict[str, torch.Tensor]]:
-    """The inverse of `save_state`, bit for bit; raises StoreError where `data` is no such state."""
+    """Unpack what `save_state` packed, bit for bit; raises StoreError for other bytes."""
     parts: dict[str, dict[str, torch.Tensor]] = {OPTIMIZER: {}, AGGREGATION: {}, FILTER: {}, MODEL: {}}
     try:
         tensors = safetensors.torch.load(data) if data else {}

@@ -1,15 +1,15 @@
-"""When a run has done what it was to do."""
+"""Stop conditions: the configured limits of a run, and its target."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedqueue.config.loading import StopConfig
+from fedqueue.config.schema import StopConfig
 from fedqueue_coordinator.core.events import Evaluated
 
 
 def stop_reason(config: StopConfig, version: int, updates: int, seconds: float) -> str:
-    """Which limit is reached, in words, or an empty string."""
+    """Describe the limit that is reached; an empty string if no limit is."""
     if config.versions and version >= config.versions:
         return f"versions: {version} of {config.versions}"
     if config.updates and updates >= config.updates:
@@ -20,7 +20,7 @@ def stop_reason(config: StopConfig, version: int, updates: int, seconds: float) 
 
 
 def target_reached(target: Mapping[str, float], evaluated: Evaluated) -> str:
-    """In words, that every metric of the target is reached, or an empty string."""
+    """Describe the target if every metric of it is reached; an empty string otherwise."""
     if not target or not all(_meets(name, evaluated.metrics.get(name), value) for name, value in target.items()):
         return ""
     reached = ", ".join(f"{name} {evaluated.metrics[name]:.4f} (target {value:g})" for name, value in target.items())
@@ -28,6 +28,7 @@ def target_reached(target: Mapping[str, float], evaluated: Evaluated) -> str:
 
 
 def lower_is_better(metric: str) -> bool:
+    """Whether a metric with this name improves by falling: a loss or an error."""
     return metric.endswith(("loss", "error"))
 
 

@@ -1,12 +1,13 @@
-"""The coordinator's own copy of a run on disk, for the day on which Redis has lost everything.
+"""The coordinator's own copy of a run on disk, from which a run continues after Redis lost its data.
 
-One safetensors file, written beside the merging and moved into place whole: `model` and `optimizer_state` (uint8),
-`ledger` (msgpack, uint8), and the rest as JSON in its metadata.
+A checkpoint is one safetensors file, written by a background thread and renamed into place: `model` and
+`optimizer_state` (uint8), `ledger` (msgpack, uint8), and the rest as JSON in its metadata.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -21,10 +22,11 @@ import safetensors.numpy
 import structlog
 from pydantic import BaseModel, ConfigDict
 
-from fedqueue.config.sections import ClientId, RunName
+from fedqueue.config.names import ClientId, RunName
 from fedqueue.errors import StoreError, WireError
-from fedqueue.protocol.messages import Natural, unpack
-from fedqueue.transport.store import BlobBuffer
+from fedqueue.protocol.messages import Natural
+from fedqueue.protocol.msgpack import unpack
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue_coordinator.core.federation import Federation
 
 log = structlog.get_logger("fedqueue.coordinator")
@@ -35,7 +37,7 @@ FORMAT = "2"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A version with all that a new epoch needs to go on from it."""
+    """A version, and everything else that a new epoch needs to continue from it."""
 
     run: str
     manifest_digest: str
@@ -44,21 +46,21 @@ class Checkpoint:
     job_number: int
     totals: dict[str, Any]
     unfinished: dict[str, str]
-    """Job → client, for the jobs that were open or buffered: they end with the epoch."""
+    """Job → client for the jobs that were open or buffered; they end with the epoch."""
     model: BlobBuffer
     optimizer_state: bytes
     ledger: list[dict[str, Any]]
 
     @classmethod
     def from_federation(cls, federation: Federation, ledger: list[dict[str, Any]]) -> Checkpoint:
-        """A copy of the federation as its last commit left it; `ledger` is the whole ledger up to now."""
+        """Copy the federation's state after its last commit; `ledger` is the whole ledger up to now."""
         return cls(
             run=federation.config.name,
             manifest_digest=federation.model.manifest.digest,
             epoch=federation.epoch,
             version=federation.version,
             job_number=federation.job_number,
-            totals=federation.totals.committed(),
+            totals=federation.run_counters.committed(),
             unfinished=federation.unfinished,
             model=federation.model.buffer.copy(),
             optimizer_state=federation.optimizer_state,
@@ -67,7 +69,7 @@ class Checkpoint:
 
 
 class _Plain(BaseModel):
-    """What a checkpoint holds beside its arrays, as read from a file that may be any file."""
+    """The metadata of a checkpoint, validated, since the file may be any file."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -81,7 +83,7 @@ class _Plain(BaseModel):
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write it beside `path` and move it there, so that `path` is always a whole one."""
+    """Write a new file and rename it to `path`, so that `path` is always a complete checkpoint; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = {k: v for k, v in vars(checkpoint).items() if k not in ("model", "optimizer_state", "ledger")}
     arrays = {
@@ -97,7 +99,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:
-    """The checkpoint at `path`, or None where there is none; raises StoreError for a file that is not one."""
+    """Read the checkpoint at `path`; None if no file exists. Raises StoreError for a file that is no checkpoint."""
     if not path.exists():
         return None
     try:
@@ -108,41 +110,43 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             plain = _Plain.model_validate_json(metadata["checkpoint"])
             model, state, ledger = (file.get_tensor(name) for name in ("model", "optimizer_state", "ledger"))
             if {tensor.dtype for tensor in (model, state, ledger)} != {np.dtype(np.uint8)} or model.ndim != 1:
-                raise ValueError("its tensors are no bytes")
-            records = unpack(ledger.tobytes(), sys.maxsize)  # a file of this machine's own, already in memory
+                raise ValueError("its tensors are not uint8")
+            records = unpack(ledger.tobytes(), sys.maxsize)  # the file is local and already in memory
             if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
-                raise ValueError("its ledger is no list of records")
+                raise ValueError("its ledger is not a list of records")
             return Checkpoint(**dict(plain), model=model, optimizer_state=state.tobytes(), ledger=records)
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, WireError) as error:
         raise StoreError(f"{path} cannot be read as a checkpoint: {error}") from error
 
 
 class Checkpointer:
-    """Saves one checkpoint at a time on a thread of its own; a slow disk makes them rarer, not the merging slower."""
+    """Saves one checkpoint at a time in a background thread; a slow disk does not delay merging."""
 
-    def __init__(self, path: Path, seconds: float) -> None:
+    def __init__(self, path: Path, seconds: float | None) -> None:
         self.path = path
-        self._seconds = seconds
-        self._next = seconds
+        self._seconds = math.inf if seconds is None else seconds
+        self._next = self._seconds
         self._thread: threading.Thread | None = None
 
     def due(self, now: float) -> bool:
-        return bool(self._seconds) and now >= self._next and not (self._thread and self._thread.is_alive())
+        """Whether the next checkpoint is due at `now`, in seconds of the run's clock, and no save is in progress."""
+        return now >= self._next and not (self._thread and self._thread.is_alive())
 
     def start(self, checkpoint: Checkpoint, now: float) -> None:
-        """Save `checkpoint`, whose arrays nobody changes any more."""
+        """Begin to save `checkpoint`; its arrays must not change afterwards."""
         self.join()
         self._next = now + self._seconds
         self._thread = threading.Thread(target=self._save, args=(checkpoint,), name="checkpoint")
         self._thread.start()
 
     def join(self) -> None:
+        """Wait until the save in progress has ended."""
         if self._thread:
             self._thread.join()
             self._thread = None
 
     def delete(self) -> None:
-        """The run is done: a later one of the same name starts from nothing."""
+        """Delete the checkpoint of a finished run, so that a later run of the same name starts from version 0."""
         self.join()
         self.path.unlink(missing_ok=True)
 
@@ -150,4 +154,4 @@ class Checkpointer:
         try:
             save_checkpoint(self.path, checkpoint)
         except OSError as error:
-            log.warning("checkpoint not saved", path=str(self.path), error=str(error))
+            log.warning("checkpoint not saved; check the disk", path=str(self.path), error=str(error))

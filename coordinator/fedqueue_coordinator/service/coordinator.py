@@ -1,82 +1,84 @@
-"""The coordinator's loop: what Redis says goes into the federation as events, what comes out is done in Redis.
+"""Translates stream entries into events and carries out the returned actions in Redis.
 
-There is nothing to decide here. An answer that gets lost, a process that dies between two lines: the next coordinator
-reads again what no commit has acknowledged, and the scripts refuse what has been done before.
+The federation decides; this module makes no decision about a client, a job or an update. It decides how Redis is
+used: how many versions one commit has (`MAX_VERSIONS_PER_COMMIT`), how long a read waits, and when leases, checkpoints
+and lost notifications are checked (`_watch`). It also keeps the ledger in the order of the actions: before an action
+that appends a record, it commits the versions that were made before.
+
+After a crash or a lost reply, the next coordinator re-reads every unacknowledged entry; the scripts are idempotent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import redis
 import structlog
 import torch
 
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
 from fedqueue.errors import Fenced, StoreError, WireError
 from fedqueue.protocol.messages import Evaluation, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
+from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import choose_device
 from fedqueue.transport import rq_jobs
 from fedqueue.transport.retry import RedisRetry
-from fedqueue.transport.store import chunks_of
 from fedqueue_coordinator.algorithms.registry import check_algorithms
-from fedqueue_coordinator.core.admission import TAMPERED, unusable_reason
-from fedqueue_coordinator.core.dispatch import make_order
+from fedqueue_coordinator.core.admission import unusable_reason
 from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
     ClientJoined,
     ClientLeft,
     Close,
+    CloseCondition,
     Commit,
     Dispatch,
     Evaluate,
     Evaluated,
     Event,
+    InvalidEntry,
     JobEnded,
     JobLapsed,
     JobStays,
+    LeaseExpired,
     Load,
     Stop,
     Tick,
-    UpdateArrived,
     UpdateLoaded,
     UpdateUnreadable,
+    make_order,
 )
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.core.ledger_records import LedgerRecord, abandoned_record, evaluation_record, rejected_record
+from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record, rejected_record
+from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_summary import RunResult
-from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER, keep_replay
-from fedqueue_coordinator.service.base_versions import BaseVersions
-from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME as CHECKPOINT_FILE
-from fedqueue_coordinator.service.checkpoint import Checkpoint, Checkpointer, load_checkpoint
+from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME, Checkpoint, Checkpointer, load_checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.entry_verifier import EntryVerifier, reason_of
+from fedqueue_coordinator.service.entry_verifier import EntryVerifier
 from fedqueue_coordinator.service.evaluator import Evaluator
 from fedqueue_coordinator.service.leader_election import LeaseRenewal, acquire_leadership
-from fedqueue_coordinator.service.recovery import (
-    as_buffer,
-    most_bytes,
-    restore_federation,
-    unstarted_orders,
-    verified_registrations,
-)
-from fedqueue_coordinator.service.streaming_payload import PayloadChanged
+from fedqueue_coordinator.service.payload_reader import BaseVersions, PayloadChanged, PayloadReader
+from fedqueue_coordinator.service.publication import publish_newest
+from fedqueue_coordinator.service.recovery import restore_federation
+from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER, keep_replay
 
 log = structlog.get_logger("fedqueue.coordinator")
 
-MOST_MADE = 32  # versions that are made before they are published
-LONGEST_WAIT = 1.0  # seconds; a blocked read ends at once when there is work, this bounds how long a signal waits
+MAX_VERSIONS_PER_COMMIT = 32  # versions in one commit
+MAX_WAIT_SECONDS = 1.0  # seconds; a read ends at once when an entry arrives, this bounds how long a signal waits
 
 
 class Coordinator:
-    """Leads one run over Redis from start, or from where a predecessor left off, to its end."""
+    """Leads one run over Redis to its end, from its beginning or from the last commit of another coordinator."""
 
     def __init__(
         self,
@@ -89,21 +91,32 @@ class Coordinator:
         sleep: Callable[[float], None] = time.sleep,
         failpoint: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """`folder` is for the checkpoint; `failpoint` is called with the name of each crash point under test."""
-        self.config, self.task, self.store = config, task, store
-        self._on_progress, self._clock, self._sleep, self._failpoint = on_progress, clock, sleep, failpoint
+        """`folder` is for the checkpoint; `failpoint` is called with the name of each crash point under test.
+
+        `on_progress` gets the federation and the seconds of the run's clock after each round of the loop. Raises
+        ConfigurationError for an algorithm that cannot be made.
+        """
+        self.config = config
+        self.task = task
+        self.store = store
         self._folder = folder
+        self._on_progress = on_progress
+        self._clock = clock
+        self._sleep = sleep
+        self._failpoint = failpoint
         self._zero = clock()  # of the run's clock
         self._next_watch = 0.0
         self._ending: Stop | None = None
         self._paused = False
-        self._known = False  # that the run is in Redis
-        self._made: list[Commit] = []  # versions that were made and are not published yet
-        self._checkpointer = Checkpointer(folder / CHECKPOINT_FILE, config.checkpoint.seconds)
+        self._known = False  # whether this process has seen the run in Redis
+        self._unpublished: list[Commit] = []  # versions that are not in Redis yet
+        self._checkpointer = Checkpointer(folder / CHECKPOINT_FILENAME, config.checkpoint.every_seconds)
         self._verifier = EntryVerifier(store.identity)
-        self._retry = RedisRetry(lambda: self._paused or self._ending is not None, sleep)
+        self._retry = RedisRetry(self._told_to_stop, sleep)
         self.federation: Federation
+        self._payloads: PayloadReader
         self._base_versions: BaseVersions
+        self._queues: rq_jobs.Queues
         torch.set_num_threads(config.aggregation.threads)
         check_algorithms(config)
         data = task.test_data()
@@ -115,19 +128,20 @@ class Coordinator:
         self._ending = Stop(because)
 
     def fail(self, because: str) -> None:
-        """End the run soon as failed."""
+        """End the run soon, as failed. Safe to call from a signal handler."""
         self._ending = Stop(because, failed=True)
 
     def pause(self) -> None:
-        """Leave the run as it is, for another coordinator to go on with. Safe to call from a signal handler."""
+        """Stop leading soon; another coordinator can resume the run. Safe to call from a signal handler."""
         self._paused = True
 
     def run(self, standby: bool = False) -> RunResult | None:
-        """Until the run has ended; None where it was paused.
+        """Lead the run until it has ended; returns None if it was paused.
 
-        An outage of Redis is ridden out: afterwards this coordinator takes the run over from itself, as a successor
-        would. Raises Fenced where another coordinator took over, ServerUnavailable where waiting cannot help, and
-        RunExists where another one leads and `standby` is not wanted.
+        After an outage of Redis, this coordinator resumes the run as another one would. With `standby`, it waits for as
+        long as another coordinator leads. Raises Fenced if another coordinator has taken over, ServerUnavailable for an
+        outage that waiting cannot end, RunExists if another one leads and `standby` is false, and RunLost if the run is
+        gone and no checkpoint exists.
         """
         while True:
             try:
@@ -135,19 +149,27 @@ class Coordinator:
             except redis.RedisError as error:
                 self._retry.wait(error)
             except PayloadChanged as error:
-                log.error("an update was changed while it was merged: the buffer is read again", error=str(error))
+                log.error("payload changed during merge; restarting from the last commit", error=str(error))
             except Fenced:
                 if self.store.exists():
                     raise
-                log.warning("the run is not in Redis any more")  # so nobody leads it: begin again, from the disk
+                log.warning("run missing from Redis; restarting from the checkpoint")  # no coordinator leads it
+
+    def _told_to_stop(self) -> bool:
+        return self._paused or self._ending is not None
 
     def _lead(self, standby: bool) -> RunResult | None:
+        """Acquire the leader lease, and lead until the run ends, is paused, or an error occurs."""
         try:
-            path, stopped = self._checkpointer.path, lambda: self._paused or self._ending is not None
-            if not acquire_leadership(self.store, self.config, path, self._known, standby, stopped, self._sleep):
+            acquired = acquire_leadership(
+                self.store, self.config, self._checkpointer.path, self._known, standby, self._told_to_stop, self._sleep
+            )
+            if not acquired:
                 return None
-            with LeaseRenewal(self.store.renew_lead, self.config.dispatch.leader_seconds):
-                return self._go_on()
+            with LeaseRenewal(self.store.renew_lead, self.config.dispatch.leader_lease_seconds):
+                self._resume()
+                self._loop()
+                return None if self._paused else self._end()
         finally:
             if self._evaluator:
                 self._evaluator.join()
@@ -155,8 +177,31 @@ class Coordinator:
             with contextlib.suppress(redis.RedisError):
                 self.store.release_lead()
 
-    def _go_on(self) -> RunResult | None:
-        self._begin()
+    def _resume(self) -> None:
+        """Begin or resume the run: restore the federation, then read every entry that no commit has acknowledged."""
+        store = self.store
+        checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
+        self.federation = restore_federation(
+            self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
+        )
+        self._known = True
+        self._zero = self._clock() - self.federation.run_counters.seconds
+        self._next_watch = self._now()
+        self._unpublished = []
+        self._queues = rq_jobs.Queues(store.redis)
+        self._payloads = PayloadReader(store, self.federation)
+        self._base_versions = BaseVersions(store, self.federation)
+        for order in store.unstarted_orders():
+            store.enqueue(self._rq_record(order, store.pack_order(order)))  # no change if RQ has the job
+        for entry in store.unacknowledged():
+            self._take(entry)
+        registrations = self._verifier.valid_registrations(store.signed_registrations())
+        for client in store.alive_clients():
+            if client in registrations:
+                self._handle(ClientJoined(client, registrations[client]))
+
+    def _loop(self) -> None:
+        """Read entries and handle them, until the run ends or is paused."""
         while not (self.federation.stopped or self._paused):
             self._publish()
             entries = self.store.receive(self._wait_seconds())
@@ -166,50 +211,28 @@ class Coordinator:
             self._watch()
             self._handle(Tick())
             if self._ending and not self.federation.stopped:
-                self._do(self.federation.stop(self._ending, self._now()))
+                self._perform(self.federation.stop(self._ending, self._now()))
             self._on_progress(self.federation, self._now())
-        return None if self._paused else self._end()
-
-    # Beginning
-
-    def _begin(self) -> None:
-        store = self.store
-        checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
-        self.federation = restore_federation(
-            self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
-        )
-        self._known = True
-        self._zero = self._clock() - self.federation.totals.seconds
-        self._next_watch = self._now()
-        self._made = []
-        self._queues = rq_jobs.Queues(store.redis)
-        self._base_versions = BaseVersions(store, self.federation)
-        for order in unstarted_orders(store):  # a job that is in its queue already is left alone
-            store.enqueue(self._record(order, store.pack_order(order)))
-        for entry in store.unacknowledged():
-            self._take(entry)
-        registrations = verified_registrations(store, self._verifier)
-        for client in store.alive_clients():
-            if client in registrations:
-                self._handle(ClientJoined(client, registrations[client]))
 
     # Events
 
     def _now(self) -> float:
+        """Seconds of the run's clock."""
         return self._clock() - self._zero
 
     def _wait_seconds(self) -> float:
+        """Longest time that the next read waits for an entry."""
         now = self._now()
-        ends = [now + LONGEST_WAIT, self._next_watch, self.federation.next_deadline()]
+        ends = [now + MAX_WAIT_SECONDS, self._next_watch, self.federation.next_deadline()]
         return max(0.001, min(end for end in ends if end is not None) - now)
 
     def _watch(self) -> None:
-        """Keep the lead, and see whose lease is over."""
+        """From time to time: renew the lead, save a checkpoint, read all streams, and find what has expired."""
         if self._now() < self._next_watch:
             return
         dispatch = self.config.dispatch
-        self._next_watch = self._now() + min(dispatch.leader_seconds / 3, dispatch.lease_seconds / 4)
-        self.store.renew_lead(dispatch.leader_seconds)
+        self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
+        self.store.renew_lead(dispatch.leader_lease_seconds)
         self._retry.succeeded()
         if self._checkpointer.due(self._now()):
             self._publish()
@@ -217,154 +240,170 @@ class Coordinator:
         for entry in self.store.sweep():
             self._take(entry)
         for client in [client for client in self.federation.clients if not self._verifier.trusts(client)]:
-            log.warning("client was revoked", client=client)
-            self._handle(ClientLeft(client, keeps_job=True))
+            log.warning("client was revoked; it gets no further job", client=client)
+            self._handle(ClientLeft(client, announced=False))
         jobs, clients = self.store.find_expired()
-        for client in filter(self.store.expire_client, clients):
-            log.warning("client is gone", client=client)
-            self._handle(ClientLeft(client, keeps_job=True))
+        for client in clients:
+            if self.store.expire_client(client):
+                log.warning("lease of client expired", client=client)
+                self._handle(ClientLeft(client, announced=False))
         for job in jobs:
-            client = self.federation.open_jobs.get(job, "")
-            record = abandoned_record(job, client, "lapsed", "", self.federation.version, self._now())
-            if client and self.store.close(job, record, self._payload_chunks, if_lapsed=True):
-                log.warning("lease is over: job abandoned", job=job, client=client)
-                rq_jobs.forget(self.store.redis, self.store.keys.queue(client), job)
-                self._handle(JobLapsed(job, client))
+            self._handle(LeaseExpired(job))
 
     def _take(self, entry: StreamEntry) -> None:
-        """One entry of the updates stream, as an event."""
-        try:
-            event = self._verifier.to_event(entry)
-        except WireError as error:
-            log.warning("an entry of the updates stream does not count", entry=entry.id, error=str(error))
-            arrived = UpdateArrived(entry.id, entry.job, entry.attempt, entry.client, entry.base, entry.body)
-            record = rejected_record(arrived, reason_of(error), str(error), self.federation.version, self._now())
-            self._note(entry.id, record)
-            return
+        """Handle one stream entry.
+
+        The federation, or the commit of a version, acknowledges the entry of an update or of a job's ending. The
+        entries of other events are acknowledged here, with the record of a finished evaluation.
+        """
+        event = self._verifier.to_event(entry)
         match event:
+            case InvalidEntry(_, reason, detail):
+                log.warning("ignoring invalid stream entry", entry=entry.id, reason=str(reason), error=detail)
             case JobEnded(client=client, reason=reason, error=detail) if detail:
-                log.warning("a job ended without an update", client=client, reason=reason, error=detail)
+                log.warning("job ended without an update", client=client, reason=str(reason), error=detail)
             case ClientJoined(client, examples):
                 log.info("client joined", client=client, examples=examples)
             case ClientLeft(client):
                 log.info("client left", client=client)
-                event = ClientLeft(client, keeps_job=self.store.is_served(client))
-            case Evaluated(version, metrics):
-                self._note(entry.id, evaluation_record(version, metrics, self._now()))
+                event = ClientLeft(client, served=self.store.is_served(client))
+            case Evaluated(version, metrics):  # before the records of the run's end, to which it may lead
+                self._perform([Acknowledge(entry.id, evaluation_record(version, metrics, self._now()))])
         self._handle(event)
         if isinstance(event, ClientJoined | ClientLeft):
-            self.store.ack(entry.id, None)
+            self._perform([Acknowledge(entry.id, None)])
 
     def _handle(self, event: Event) -> None:
-        self._do(self.federation.handle(event, self._now()))
+        """Pass the event to the federation and carry out its actions; then likewise the events they result in."""
+        events = deque([event])
+        while events:
+            events.extend(self._perform(self._actions_for(events.popleft())))
+
+    def _actions_for(self, event: Event) -> list[Action]:
+        try:
+            return self.federation.handle(event, self._now())
+        except PayloadChanged as error:
+            # The accumulator contains a part of the payload: close the job, and let `run` restart from the last commit.
+            assert isinstance(event, UpdateLoaded)
+            arrived, version = event.load.arrived, self.federation.version
+            record = rejected_record(arrived, RejectionReason.TAMPERED, str(error), version, self._now())
+            self._perform([Close(arrived.job, arrived.entry.id, record)])
+            raise
 
     # Actions
 
-    def _do(self, actions: list[Action]) -> None:
-        for action in actions:
-            match action:
-                case Dispatch():
-                    if self.config.barrier:
-                        self._publish()  # the round that begins trains from it
-                    order = make_order(self.config, action)
-                    self._failpoint("before dispatch")
-                    packed, lease = self.store.pack_order(order), self.config.dispatch.lease_seconds
-                    self.store.dispatch(order, packed, self._record(order, packed), action.number, lease)
-                case Load():
-                    self._load(action)
-                case Commit():
-                    self._made.append(action)
-                    if len(self._made) >= MOST_MADE:
-                        self._publish()
-                case Close(job, entry, record):
-                    self._publish()
-                    self._failpoint("before close")
-                    taken_back = not entry and record["reason"] in ("returned", "late")
-                    closed = self.store.close(job, record, self._payload_chunks, entry, unless_posted=taken_back)
-                    if taken_back and not closed and self.store.is_posted(job):
-                        self._handle(JobStays(job, record["client"], record["reason"]))
-                        continue
-                    if not entry:  # no worker has ended it, so RQ may still hold it
-                        rq_jobs.forget(self.store.redis, self.store.keys.queue(record["client"]), job)
-                    if record["kind"] == "rejected":
-                        log.warning("update rejected", client=record["client"], reason=record["reason"])
-                case Acknowledge(entry, record):
-                    self._note(entry, dict(record) if record else None)
-                case Evaluate(version):
-                    assert self._evaluator is not None
-                    self._publish()
-                    self._evaluator.start(version, self.federation.model)
-                case Stop(because):
-                    self._publish()
-                    log.info("stopping", because=because)
+    def _perform(self, actions: Iterable[Action]) -> list[Event]:
+        """Carry out the actions in order; return the events that they result in."""
+        outcomes = [self._perform_one(action) for action in actions]
+        return [event for event in outcomes if event is not None]
 
-    def _record(self, order: Order, packed: bytes) -> rq_jobs.RqJobRecord:
+    def _perform_one(self, action: Action) -> Event | None:
+        match action:
+            case Dispatch():
+                self._dispatch(action)
+            case Load():
+                return self._load(action)
+            case Commit():
+                self._unpublished.append(action)
+                if action.publish_now or len(self._unpublished) >= MAX_VERSIONS_PER_COMMIT:
+                    self._publish()
+            case Close():
+                return self._close(action)
+            case Acknowledge(entry, record):
+                self._acknowledge(entry, record)
+            case Evaluate(version):
+                assert self._evaluator is not None
+                self._publish()
+                self._evaluator.start(version, self.federation.model)
+            case Stop(because):
+                self._publish()
+                log.info("stopping", because=because)
+        return None
+
+    def _dispatch(self, dispatch: Dispatch) -> None:
+        order = make_order(self.config, dispatch)
+        packed = self.store.pack_order(order)
+        self._failpoint("before dispatch")
+        lease = self.config.dispatch.lease_seconds
+        self.store.dispatch(order, packed, self._rq_record(order, packed), dispatch.number, lease)
+
+    def _rq_record(self, order: Order, packed: bytes) -> rq_jobs.RqJobRecord:
         queue = self.store.keys.queue(order.client)
         return self._queues.record(queue, order, packed if self.store.identity else None)
 
-    @property
-    def _payload_chunks(self) -> int:
-        return chunks_of(self.federation.up.largest)
-
-    def _load(self, load: Load) -> None:
-        arrived = load.arrived
+    def _load(self, load: Load) -> UpdateLoaded | UpdateUnreadable:
         try:
-            delta = self.federation.payloads.receive(self.store, load)
-            base = self._base_versions.of(arrived.base) if load.with_base else None
+            delta = self._payloads.read(load)
+            base = self._base_versions.frame(load.arrived.base) if load.with_base else None
         except (StoreError, WireError) as error:
-            self._handle(UpdateUnreadable(load, str(error), unusable_reason(error)))
-            return
+            return UpdateUnreadable(load, unusable_reason(error), str(error))
         self._failpoint("after load")
-        try:
-            actions = self.federation.handle(UpdateLoaded(load, delta, base), self._now())
-        except PayloadChanged as error:
-            record = rejected_record(arrived, TAMPERED, str(error), self.federation.version, self._now())
-            self._do([Close(arrived.job, arrived.entry, record)])
-            raise
-        self._do(actions)
+        return UpdateLoaded(load, delta, base)
 
-    def _publish(self) -> None:
-        """Commit the versions that were made: one step for all that came out of the entries read at once.
+    def _close(self, close: Close) -> JobStays | JobLapsed | None:
+        """Close the job in the store, and remove it from RQ unless its worker ended it."""
+        store = self.store
+        reason, client = close.record["reason"], close.record["client"]
+        self._publish()
+        self._failpoint("before close")
+        closed = store.close(
+            close.job,
+            close.record,
+            chunks_of(self.federation.up.largest),
+            close.entry,
+            if_lapsed=close.only_if == CloseCondition.LAPSED,
+            unless_posted=close.only_if == CloseCondition.UNPOSTED,
+        )
+        if close.only_if == CloseCondition.LAPSED and not closed:
+            return None
+        if close.only_if == CloseCondition.UNPOSTED and not closed and store.is_posted(close.job):
+            return JobStays(close.job, client, AbandonReason(reason))
+        if not close.entry:
+            rq_jobs.forget(store.redis, store.keys.queue(client), close.job)
+        if close.record["kind"] == "rejected":
+            log.warning("update rejected", client=client, reason=reason)
+        if close.only_if == CloseCondition.LAPSED:
+            log.warning("lease of job expired: job abandoned", job=close.job, client=client)
+            return JobLapsed(close.job, client)
+        return None
 
-        Only the last of them is stored. What a worker could see in between is the version before them; and whoever
-        goes on after a crash finds none of their updates acknowledged, and makes the same versions again.
-        """
-        if not self._made:
-            return
-        federation, made = self.federation, self._made
-        merged = [
-            StreamEntry(u.entry, "update", u.body, u.client, u.job, u.attempt, u.base) for m in made for u in m.merged
-        ]
-        self._failpoint("before commit")
-        wire = federation.down.encode(federation.model, made[-1].version)
-        stored = self.store.publish(
-            made[-1].version, wire, as_buffer(federation.optimizer_state),
-            [m.record for m in made], federation.totals.committed(), merged, self.config.ledger.keep_payloads,
-            federation.job_number, most_bytes(federation),
-        )  # fmt: skip
-        self._made = []
-        self._failpoint("after commit")
-        self._base_versions.published(stored, wire)
-
-    def _note(self, entry: str, record: LedgerRecord | None) -> None:
-        """Acknowledge an entry; what the ledger says of it comes after the versions that were made before."""
+    def _acknowledge(self, entry: str, record: Mapping[str, Any] | None) -> None:
+        """Acknowledge an entry that ends no job; its ledger record follows the versions that were made before."""
         if record:
             self._publish()
         self.store.ack(entry, record)
 
+    def _publish(self) -> None:
+        """Commit the versions that were made since the last time, in one step.
+
+        Only the last of them is stored: until now, workers have seen the version before them. After a crash before this
+        commit, no update in them is acknowledged, so the next coordinator makes the same versions again.
+        """
+        if not self._unpublished:
+            return
+        self._failpoint("before commit")
+        stored, wire = publish_newest(self.store, self.federation, self._unpublished)
+        self._unpublished = []
+        self._failpoint("after commit")
+        self._base_versions.keep_stored(stored, wire)
+
     def _report(self, evaluation: Evaluation) -> None:
-        """Called on the evaluation's thread. One that an outage swallows is measured again by whoever goes on."""
+        """Append an evaluation to the coordinator's own stream; called on the evaluator's thread.
+
+        A result that is lost in an outage is measured again when the run is resumed.
+        """
         try:
             self.store.report("evaluated", evaluation.pack())
         except redis.RedisError as error:
-            log.warning("evaluation not reported", error=str(error))
+            log.warning("evaluation not reported; it is repeated after the outage", error=str(error))
 
     # The end
 
     def _end(self) -> RunResult:
-        """Close what is open, measure the last version, and leave nothing in Redis but what retention says."""
+        """Settle the entries that are left, evaluate the last version, and leave in Redis what retention requires."""
         federation, store = self.federation, self.store
         assert federation.stopped is not None
+        keep_payloads = self.config.ledger.keep_payloads
         if self._evaluator:
             self._evaluator.join()
         for entry in store.sweep(count=10_000):
@@ -372,27 +411,34 @@ class Coordinator:
         version, model = self._final_version()
         for client in store.registrations():
             rq_jobs.delete_queue(store.redis, store.keys.queue(client))
-        ledger, refused, jobs = self._ledger(), store.refused(), store.job_number()
-        if self.config.ledger.keep_payloads and not federation.epoch:  # a new epoch begins without the old payloads
+        ledger = self._ledger()
+        refused = store.refused()
+        jobs = store.job_number()
+        if keep_payloads and not federation.epoch:  # a later epoch lacks the payloads of the one before
             keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
-        if self._ending:  # the operator ended it early, and may want to go on after all
+        if self._ending:  # the operator ended it early, and may want to continue after all
             self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())
         else:
             self._checkpointer.delete()
-        kept = [0] if self.config.ledger.keep_payloads else []
-        most = chunks_of(federation.down.largest)
-        store.end(federation.stopped.because, self.config.redis.retention_hours * 3600, most, kept)
+        store.end(
+            federation.stopped.because,
+            self.config.redis.retention_hours * 3600,
+            chunks_of(federation.down.largest),
+            [0] if keep_payloads else [],
+        )
         return RunResult(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
 
     def _ledger(self) -> list[LedgerRecord]:
+        """Read the whole ledger, and log an error if it is not the one that was signed."""
         ledger, identity = self.store.ledger(), self.store.identity
-        self.store.renew_lead(self.config.dispatch.leader_seconds)  # where Redis has lost the run, nothing was read
-        if identity and not identity.tells(ledger):
-            log.error("the ledger in Redis was changed: it does not tell the versions that were made")
+        # Raises Fenced if Redis has lost the run and its ledger.
+        self.store.renew_lead(self.config.dispatch.leader_lease_seconds)
+        if identity and not identity.matches_history(ledger):
+            log.error("ledger in Redis does not match the committed versions; run `fedqueue audit`")
         return ledger
 
     def _final_version(self) -> tuple[int, Frame]:
-        """The version that reached the target, else the newest one, which is evaluated if it has not been."""
+        """Return the version that reached the target, else the newest one; evaluate that if it has not been."""
         federation, evaluator = self.federation, self._evaluator
         assert federation.stopped is not None
         if evaluator and evaluator.snapshot:

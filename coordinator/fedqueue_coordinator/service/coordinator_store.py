@@ -1,4 +1,4 @@
-"""What a coordinator does in Redis: lead, dispatch, receive, commit, close."""
+"""What a coordinator does in Redis: lead a run, dispatch jobs, receive reports, commit versions, close jobs."""
 
 from __future__ import annotations
 
@@ -8,46 +8,56 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import redis
+import structlog
 
-from fedqueue.errors import Fenced, SignatureError, StoreError
+from fedqueue.errors import Fenced, SignatureError, StoreError, WireError
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.protocol.keys import RUNS
 from fedqueue.protocol.messages import Order, read
-from fedqueue.protocol.signed_envelope import digest_of, packed
-from fedqueue.protocol.stream_entry import StreamEntry
+from fedqueue.protocol.msgpack import pack_record
+from fedqueue.protocol.signed_envelope import digest_of
+from fedqueue.protocol.stream_entry import StreamEntry, split_entry_id
+from fedqueue.tensors.blobs import BlobBuffer, chunks_of
 from fedqueue.tensors.codec import Codec
-from fedqueue.tensors.frame import Frame, Manifest
-from fedqueue.transport.read_ahead import ReadAhead
-from fedqueue.transport.store import BlobBuffer, Call, Store, chunks_of, number
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
+from fedqueue.transport.lua_scripts import Call
+from fedqueue.transport.store import Store, number
+from fedqueue_coordinator.core.reasons import JobState
 from fedqueue_coordinator.service.inbox import Inbox
+from fedqueue_coordinator.service.read_ahead import ReadAhead
 
-if TYPE_CHECKING:  # RQ, which what only shows a run can do without
+if TYPE_CHECKING:  # RQ, which a command that only shows a run does without
     from fedqueue.transport.rq_jobs import RqJobRecord
 
-STAGED_SECONDS = 3600  # what a leader wrote and never committed goes by itself
-LOOKED_AT = 1000  # open jobs in one commit, to see which versions nobody holds any more
-MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # of a job's payload that are deleted with it: how many there are, workers say
+log = structlog.get_logger("fedqueue.coordinator")
+
+STAGED_SECONDS = 3600  # after which blobs expire that a leader staged and never committed
+SCANNED_JOBS = 1000  # open jobs that one commit may scan for the base versions that they need
+MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # bounds on the payload keys deleted with a job: workers write these counts
 
 
 @dataclass(frozen=True)
 class OpenJob:
+    """A job that has not ended: dispatched, and possibly posted."""
+
     job: str
     client: str
-    state: str  # "open" or "posted"
+    state: JobState
     attempt: int
     order: bytes
 
 
 def new_owner() -> str:
-    """A name that tells this coordinator process from every other one."""
+    """A random name for this coordinator process, to own the leader lease with."""
     return uuid.uuid4().hex
 
 
 class CoordinatorStore(Store):
-    """Every write carries the fencing token that `lead` got; where another one leads by now, it raises Fenced."""
+    """Every write carries the fencing token that `lead` got; it raises Fenced once another coordinator leads."""
 
     def __init__(self, client: redis.Redis, run: str, owner: str, identity: CoordinatorIdentity | None = None) -> None:
-        """With `authority`, what is published, ordered and reported is signed."""
+        """With `identity`, this store signs versions, orders and evaluations, and checks what it reads back."""
         super().__init__(client, run)
         self.owner = owner
         self.identity = identity
@@ -58,17 +68,19 @@ class CoordinatorStore(Store):
     # Leadership
 
     def lead(self, lease_seconds: float) -> bool:
-        """Take the lead where nobody else has it; then `token` is the fencing token, and every script is loaded."""
+        """Acquire the leader lease if it is free; then `token` is the fencing token, and every script is loaded."""
         self.token = self._leader("take", lease_seconds)
         if self.token > 0:
             self.load_scripts()
         return self.token > 0
 
     def renew_lead(self, lease_seconds: float) -> None:
+        """Extend the leader lease; raises Fenced if another coordinator leads."""
         if self._leader("renew", lease_seconds) != self.token:
             raise Fenced(f"another coordinator leads run {self.run!r} by now")
 
     def release_lead(self) -> None:
+        """Give the leader lease back, so that another coordinator need not wait for its end."""
         self._inbox.close()
         self._leader("release", 0)
 
@@ -78,19 +90,20 @@ class CoordinatorStore(Store):
     # The run as a whole
 
     def exists(self) -> bool:
-        """Whether the run is there, with a version of this epoch committed."""
+        """Whether Redis has this run with at least one version committed in the present epoch."""
         return bool(self.redis.exists(self.keys.versions))
 
     def create(
-        self, config: str, manifest: Manifest, epoch: int = 0, clients: Iterable[str] = (), floor: int = 0
+        self, config: str, manifest: Manifest, epoch: int = 0, clients: Iterable[str] = (), first_version: int = 0
     ) -> None:
-        """Write down what the run is. More clients may join than these.
+        """Write the run's configuration, manifest and clients; more clients may join later.
 
-        `epoch` counts how often Redis had lost it, `floor` is its first version then.
+        `epoch` is the number of times that Redis has lost the run, and `first_version` the version that this epoch
+        starts from.
         """
         signed: dict[Any, Any] = {}
         if self.identity:
-            signed["descriptor"] = self.identity.begin(config.encode(), manifest, epoch, floor)
+            signed["descriptor"] = self.identity.begin(config.encode(), manifest.pack(), epoch, first_version)
         self.redis.hset(
             self.keys.config,
             mapping={
@@ -102,15 +115,12 @@ class CoordinatorStore(Store):
                 **signed,
             },
         )
-        self._know(clients)
-        self.redis.sadd(RUNS, self.run)
-
-    def _know(self, clients: Iterable[str]) -> None:
         if names := list(clients):
             self.redis.sadd(self.keys.clients, *names)
+        self.redis.sadd(RUNS, self.run)
 
     def set_descriptor(self, descriptor: bytes) -> None:
-        """Say under which terms this leader goes on."""
+        """Replace the signed run descriptor, which states this leader's term; raises Fenced."""
         self._require_lead(
             self.script("set_descriptor", [self.keys.leader, self.keys.config], [self.token, descriptor])
         )
@@ -118,19 +128,23 @@ class CoordinatorStore(Store):
     def end(
         self, stopped_because: str, retention_seconds: float, model_chunks: int, versions: Sequence[int] = ()
     ) -> None:
-        """Mark the run as ended, and let its head, `versions` and records expire after `retention_seconds`.
+        """Mark the run as ended; its head, `versions` and records expire after `retention_seconds`.
 
-        Working keys and other versions are deleted. The leader's key stays: a token is never given out twice.
+        Working keys and all other versions are deleted. The leader's key stays, so that no fencing token is issued
+        twice. `model_chunks` is the number of chunks of the largest version. Raises Fenced.
         """
         keys = self.keys
         self._require_lead(
             self.script(
                 "end_run",
-                [keys.leader, keys.config, keys.head, keys.versions, keys.clients, keys.jobs, keys.pinned, keys.turns],
                 [
-                    self.token, stopped_because, keys.model_prefix, model_chunks + 1,  # and the seal
-                    keys.site_prefix,
-                    keys.updates_prefix, *versions,
+                    keys.leader, keys.config, keys.head, keys.versions, keys.clients,
+                    keys.jobs, keys.pinned, keys.last_jobs,
+                ],
+                [
+                    self.token, stopped_because,
+                    keys.model_prefix, model_chunks + 1,  # and the chunk of the signature
+                    keys.site_prefix, keys.updates_prefix, *versions,
                 ],
             )
         )  # fmt: skip
@@ -139,12 +153,12 @@ class CoordinatorStore(Store):
             self.redis.expire(key, max(1, round(retention_seconds)))
 
     def restore(self, version: int, job_number: int, ledger: Iterable[Mapping[str, Any]]) -> None:
-        """Bring back what a checkpoint knows, so that `publish` of `version` makes it the head of a new epoch."""
+        """Write back a checkpoint's ledger and counters; `publish` of `version` then makes it the head."""
         records = list(ledger)
         pipe = self.redis.pipeline(transaction=True)
         pipe.delete(self.keys.ledger)
         for record in records:
-            pipe.xadd(self.keys.ledger, {"record": packed(record)})
+            pipe.xadd(self.keys.ledger, {"record": pack_record(record)})
         if self.identity:
             self.identity.remember(records)
         pipe.execute()
@@ -160,41 +174,52 @@ class CoordinatorStore(Store):
         records: Sequence[Mapping[str, Any]],
         totals: Mapping[str, Any],
         merged: Sequence[StreamEntry],
-        keep_payloads: bool = False,
+        *,
         job_number: int = 0,
-        most_bytes: tuple[int, int] = (0, 0),
+        keep_payloads: bool = False,
+        largest_model: int | None = None,
+        largest_payload: int | None = None,
     ) -> set[int]:
-        """Stage the version's blobs under this leader's own keys, then commit them with all that belongs to them.
+        """Stage a version's blobs under this leader's own keys, then commit them in one step with all that belongs.
 
-        `most_bytes`: of any version, and of an update's payload, where they differ in size; else they are as `model`.
-        `records` are those of the ledger, one for each version since the head: only the last of these is stored, for
-        nobody could have seen the others. `merged` are the updates in all of them. Returns the versions that are still
-        stored. Raises Fenced, or StoreError where the head is another one.
+        `model` is the encoded frame. `records` are ledger records, one for each version since the head: only the last
+        of these versions is stored, because no worker could have read the others. `merged` are the stream entries of
+        all updates in them, which are acknowledged. `totals` are the counters that recovery needs, and `job_number`
+        is the last one in use. With `keep_payloads`, payloads of merged updates stay stored.
+
+        `largest_model` and `largest_payload` bound the bytes of any version and of any payload where their sizes
+        vary; by default both are as large as `model`.
+
+        Returns the versions that are still stored. Raises Fenced, and StoreError if the head is not the version
+        before these.
         """
         keys = self.keys
-        lines, sums = [packed({**record, "token": self.token}) for record in records], packed(totals)
+        packed_records = [pack_record({**record, "token": self.token}) for record in records]
+        packed_totals = pack_record(totals)
         staged = keys.staged_model(self.token), keys.staged_state(self.token)
         model_chunks, state_chunks = chunks_of(model.nbytes), chunks_of(optimizer_state.nbytes)
         first = self.begin_blob(staged[0], model, STAGED_SECONDS)
         first += self.begin_blob(staged[1], optimizer_state, STAGED_SECONDS)
-        if self.identity:  # the seal is one more chunk of the model: committed, and deleted, with it
-            envelope = self.identity.sign_version(version, model, optimizer_state, job_number, lines, sums)
+        if self.identity:  # the signature is one more chunk of the model: committed and deleted with it
+            envelope = self.identity.sign_version(
+                version, model, optimizer_state, job_number, packed_records, packed_totals
+            )
             first.append(("SET", f"{staged[0]}:{model_chunks}", envelope, "EX", STAGED_SECONDS))
             model_chunks += 1
-        most_model, most_payload = (chunks_of(max(most, model.nbytes)) for most in most_bytes)
         merged_args: list[Any] = []
         for entry in merged:
-            place, _, client = entry.id.partition("@")
-            merged_args += [client, place, entry.job, entry.attempt]
+            position, client = split_entry_id(entry.id)
+            merged_args += [client, position, entry.job, entry.attempt]
         answer = self.script(
             "commit",
             [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.pinned],
             [
-                self.token, version, len(lines), sums,
+                self.token, version, len(packed_records), packed_totals,
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
-                most_model + 1, most_payload, LOOKED_AT,
-                *lines, *merged_args,
+                chunks_of(max(largest_model or 0, model.nbytes)) + 1,  # and the chunk of the signature
+                chunks_of(max(largest_payload or 0, model.nbytes)),
+                SCANNED_JOBS, *packed_records, *merged_args,
             ],
             first,
         )  # fmt: skip
@@ -204,17 +229,19 @@ class CoordinatorStore(Store):
                     self.redis.unlink(f"{prefix}:{i}")
         self._require_lead(answer[0])
         if answer[0] == -2:
-            raise StoreError(f"version {version} of run {self.run!r} was not committed within {STAGED_SECONDS} s")
+            raise StoreError(
+                f"version {version} of run {self.run!r} was not committed within {STAGED_SECONDS} s; check the network"
+            )
         if answer[0] == 0:
-            raise StoreError(f"version {version} does not follow the head of run {self.run!r}")
+            raise StoreError(f"version {version} does not follow the head of run {self.run!r}; restart the coordinator")
         return set(map(int, answer[1:]))
 
     def pin_version(self, version: int) -> None:
-        """Keep a version stored whatever is committed after it."""
+        """Keep a version stored until the run ends."""
         self.redis.sadd(self.keys.pinned, version)
 
     def read_model(self, version: int, codec: Codec) -> Frame:
-        """As any store's; raises SignatureError, too, where it is not what was signed."""
+        """A version, decoded; raises as `Store.read_model`, and SignatureError for one that was not signed."""
         wire = self.read_wire(version, codec)
         if self.identity:
             self.identity.check_version(version, self.read_version_signature(version, wire.nbytes), wire)
@@ -227,62 +254,76 @@ class CoordinatorStore(Store):
             raise SignatureError(f"the payload of job {job} is not the one that its client signed")
 
     def expect_payloads(self, entries: Iterable[StreamEntry], codec: Codec) -> None:
-        """Begin to fetch what these updates brought, one after another: they are merged in this order."""
-        if not codec.zstd:  # else each says its size itself
+        """Prefetch the payloads of these updates in the given order, in which they will be merged."""
+        if not codec.zstd:  # with zstd, each payload states its own size
             updates = [entry for entry in entries if entry.kind == "update"]
             self.ahead.expect((self.keys.payload(entry.job, entry.attempt), codec.nbytes) for entry in updates)
 
     def read_optimizer_state(self, version: int) -> bytes:
+        """The server optimizer's state after `version`; raises StoreError if a chunk is missing."""
         chunks = int(cast(bytes | None, self.redis.hget(self.keys.head, "state_chunks")) or 0)
         parts = [cast(bytes | None, self.redis.get(f"{self.keys.state(version)}:{i}")) for i in range(chunks)]
         if None in parts:
-            raise StoreError(f"the server optimizer's state of version {version} is not whole")
+            raise StoreError(f"the server optimizer's state of version {version} is incomplete")
         return b"".join(cast(list[bytes], parts))
 
     # Jobs
 
     def dispatch(self, order: Order, packed: bytes, record: RqJobRecord, number: int, lease_seconds: float) -> None:
-        """Open the job and put it into its client's queue, both in one exchange; doing it twice changes nothing.
+        """Open a job and put it into its client's RQ queue, in one round trip; repeating it changes nothing.
 
-        `packed` is the order as `pack_order` gives it. Where another coordinator leads, the job that is in the queue
-        by then is not open, so no worker would begin it; it is taken back.
+        `packed` is the order as `pack_order` returns it, and `number` the job's number. Raises Fenced if another
+        coordinator leads; then the job is removed from the queue. It was not open, so no worker could begin it.
         """
         keys, job = self.keys, order.job
         opening = (
             "dispatch",
             [
                 keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.site(order.client), keys.head,
-                keys.clients, keys.turns,
+                keys.clients, keys.last_jobs,
             ],
             [self.token, job, order.client, packed, round(lease_seconds * 1000), number],
         )  # fmt: skip
-        led, enqueued = self.scripts([opening, _enqueueing(record)])
+        led, enqueued = self.scripts([opening, _enqueue_call(record)])
         if led == -1 and enqueued:
             self.redis.lrem(record.queue, 0, job)
             self.redis.delete(record.key)
         self._require_lead(led)
 
     def enqueue(self, record: RqJobRecord) -> None:
-        """Put a job that is open into its queue again, unless RQ still knows it."""
-        self.scripts([_enqueueing(record)])
+        """Put an open job into its RQ queue again, unless RQ still has a record of it."""
+        self.scripts([_enqueue_call(record)])
 
     def pack_order(self, order: Order) -> bytes:
+        """The order as it is stored and sent: in a signed run, an envelope."""
         return self.identity.sign_order(order) if self.identity else order.pack()
 
     def unpack_order(self, data: bytes) -> Order:
-        """An order that lies in a job's record; raises WireError where it is not this coordinator's."""
+        """The inverse of `pack_order`; raises WireError for an order that this coordinator did not give."""
         return self.identity.open_order(data) if self.identity else read(Order, data)
 
+    def unstarted_orders(self) -> list[Order]:
+        """The orders of open jobs that no worker has begun; an invalid order is logged and skipped."""
+        orders = []
+        for job in self.jobs():
+            if job.state == JobState.OPEN and job.attempt == 0:
+                try:
+                    orders.append(self.unpack_order(job.order))
+                except WireError as error:
+                    log.warning("ignoring invalid order; its job ends by its lease", job=job.job, error=str(error))
+        return orders
+
     def job_number(self) -> int:
+        """The number of the last job that was dispatched."""
         return int(cast(bytes | None, self.redis.hget(self.keys.head, "job_number")) or 0)
 
     def last_jobs(self) -> dict[str, int]:
         """Client → the number of its last job."""
-        turns = cast(dict[bytes, bytes], self.redis.hgetall(self.keys.turns))
-        return {client.decode(): int(number) for client, number in turns.items()}
+        numbers = cast(dict[bytes, bytes], self.redis.hgetall(self.keys.last_jobs))
+        return {client.decode(): int(number) for client, number in numbers.items()}
 
     def jobs(self) -> list[OpenJob]:
-        """Every job that is dispatched or posted and not in the ledger yet."""
+        """Every job that has been dispatched and has no ledger record yet."""
         names = sorted(job.decode() for job in cast(set[bytes], self.redis.smembers(self.keys.jobs)))
         pipe = self.redis.pipeline(transaction=False)
         for job in names:
@@ -290,7 +331,7 @@ class CoordinatorStore(Store):
             pipe.hmget(self.keys.attempt(job), "posted", "number")
         answers = pipe.execute()
         return [
-            OpenJob(job, client.decode(), "posted" if posted else "open", number(attempt), order)
+            OpenJob(job, client.decode(), JobState.POSTED if posted else JobState.OPEN, number(attempt), order)
             for job, (client, order), (posted, attempt) in zip(names, answers[::2], answers[1::2], strict=True)
             if client is not None
         ]
@@ -304,15 +345,19 @@ class CoordinatorStore(Store):
         if_lapsed: bool = False,
         unless_posted: bool = False,
     ) -> bool:
-        """End a job without merging it; False where it had ended before, its lease is not over, or it was posted."""
+        """End a job without merging it, and append `record` to the ledger; `entry`, if given, is acknowledged.
+
+        Returns False if the job had ended before, if `if_lapsed` and its lease has not ended, or if `unless_posted`
+        and it was posted. Raises Fenced.
+        """
         condition = "lapsed" if if_lapsed else "unposted" if unless_posted else "any"
         keys = self.keys
-        place, _, feedback = entry.partition("@")
+        position, client = split_entry_id(entry)
         answer = self.script(
             "close",
-            [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(feedback)],
+            [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(client)],
             [
-                self.token, job, packed(record), place, condition, f"{keys.payload_prefix}{job}:",
+                self.token, job, pack_record(record), position, condition, f"{keys.payload_prefix}{job}:",
                 payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS,
             ],
         )  # fmt: skip
@@ -320,42 +365,45 @@ class CoordinatorStore(Store):
         return bool(answer)
 
     def is_posted(self, job: str) -> bool:
-        """Whether an update of the job waits for its merge, or an ending for its record."""
+        """Whether the job's update or ending is in the stream and not acknowledged yet."""
         return bool(self.redis.hexists(self.keys.attempt(job), "posted"))
 
     def ack(self, entry: str, record: Mapping[str, Any] | None) -> bool:
-        """Acknowledge an entry that is no update, with a ledger record where there is one; False: it was before."""
-        place, _, feedback = entry.partition("@")
+        """Acknowledge an entry that ends no job, and append `record`, if given, to the ledger.
+
+        Returns False if it was acknowledged before. Raises Fenced.
+        """
+        position, client = split_entry_id(entry)
         answer = self.script(
             "ack",
-            [self.keys.leader, self.keys.ledger, self.keys.updates(feedback)],
-            [self.token, packed(record) if record else b"", place],
+            [self.keys.leader, self.keys.ledger, self.keys.updates(client)],
+            [self.token, pack_record(record) if record else b"", position],
         )
         self._require_lead(answer)
         return bool(answer)
 
     def find_expired(self) -> tuple[list[str], list[str]]:
-        """Jobs whose lease is over, and clients that are no longer alive, by the server's clock."""
+        """Jobs whose lease has ended, and clients whose worker's lease has ended, by the server's clock."""
         keys = self.keys
         jobs, clients = self.script("find_expired", [keys.jobs, keys.clients], [keys.attempt(""), keys.site_prefix])
         return [j.decode() for j in jobs], [c.decode() for c in clients]
 
     def expire_client(self, client: str) -> bool:
-        """Take a client that is no longer alive off the lists; False where it has come back."""
+        """Release a client whose worker's lease has ended; False if a worker has renewed the lease meanwhile."""
         return bool(self.script("expire_client", [self.keys.site(client)], []))
 
     def is_served(self, client: str) -> bool:
-        """Whether some worker holds the client by now."""
+        """Whether a worker serves the client."""
         return bool(self.redis.hexists(self.keys.site(client), "holder"))
 
-    # What workers report
+    # What workers report: test doubles of the run override these, so they are methods of the store
 
     def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         """The next entries, as `Inbox.receive`."""
         return self._inbox.receive(block_seconds, count)
 
     def sweep(self, count: int = 32) -> list[StreamEntry]:
-        """The next entries, as `Inbox.sweep`."""
+        """The next entries of every stream, as `Inbox.sweep`."""
         return self._inbox.sweep(count)
 
     def unacknowledged(self) -> list[StreamEntry]:
@@ -363,7 +411,7 @@ class CoordinatorStore(Store):
         return self._inbox.unacknowledged()
 
     def report(self, kind: str, body: bytes) -> None:
-        """Append an entry of the coordinator's own, such as a finished evaluation."""
+        """Append an entry to the coordinator's own stream, such as a finished evaluation."""
         if self.identity:
             body = self.identity.sign_evaluation(body)
         pipe = self.redis.pipeline(transaction=False)
@@ -376,5 +424,5 @@ class CoordinatorStore(Store):
             raise Fenced(f"another coordinator leads run {self.run!r} by now; nothing was written")
 
 
-def _enqueueing(record: RqJobRecord) -> Call:
+def _enqueue_call(record: RqJobRecord) -> Call:
     return "enqueue", [record.key, record.queue], [record.job, *record.fields]

@@ -1,4 +1,4 @@
-"""Takes the lead, and keeps it while this process lives, however long the main thread is at one thing."""
+"""Acquires the leader lease and renews it from a background thread."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Self
 import redis
 import structlog
 
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
 from fedqueue.errors import Fenced, RunExists, RunLost
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 log = structlog.get_logger("fedqueue.coordinator")
 
-RUN_LOST = "Redis has lost it, and its checkpoint is not here"
+RUN_LOST = "run missing from Redis and no local checkpoint found"
 
 
 def acquire_leadership(
@@ -29,13 +29,14 @@ def acquire_leadership(
     stopped: Callable[[], bool],
     sleep: Callable[[float], None],
 ) -> bool:
-    """Wait for the lead; False where told to stop. Without `standby`, only as long as a dead leader holds it.
+    """Wait for the leader lease; False once `stopped` returns true. Without `standby`, wait no longer than two leases.
 
-    `known`: this process has seen the run in Redis before. A run that was there and is gone is for whoever has its
-    `checkpoint`, not to be started from nothing; so a standby that finds nothing leaves others the time to come first.
-    Raises RunExists where another one leads for longer, and RunLost where nobody does and there is no checkpoint.
+    `known`: this process has seen the run in Redis before. If such a run is gone, only a coordinator with its
+    `checkpoint` may continue it; it must not start from version 0. So a standby that finds no run first gives other
+    coordinators time to start it. Raises RunExists if another coordinator keeps the lease, and RunLost if the run is
+    gone and `checkpoint` does not exist.
     """
-    lease = config.dispatch.leader_seconds
+    lease = config.dispatch.leader_lease_seconds
     waited, said = 0.0, ""
 
     def why_not() -> str:
@@ -46,12 +47,12 @@ def acquire_leadership(
             return ""
         if known:
             return RUN_LOST
-        return "nobody has started it" if standby and waited < lease else ""
+        return "no coordinator has started it" if standby and waited < lease else ""
 
     while True:
         why = why_not()
         if not why and store.lead(lease):
-            if not why_not():  # Redis may have lost it between the two
+            if not why_not():  # Redis may have lost the run in the meantime
                 return True
             store.release_lead()
         if stopped():
@@ -59,7 +60,10 @@ def acquire_leadership(
         if not standby and waited > 2 * lease:
             if why == RUN_LOST:
                 raise RunLost(config.name, checkpoint)
-            raise RunExists(config.name, "is led by another coordinator (--standby waits for it to end)")
+            hint = (
+                "choose another name with --set name=NAME, or start `fedqueue coordinator --standby`, which takes over"
+            )
+            raise RunExists(config.name, "is led by another coordinator", hint)
         if (why := why or "another coordinator leads it") != said:
             log.info("waiting to lead this run", why=why, run=config.name, standby=standby)
             said = why
@@ -68,10 +72,10 @@ def acquire_leadership(
 
 
 class LeaseRenewal:
-    """Renews three times in `seconds` on a thread of its own; a stopped or dead process renews nothing.
+    """Renews the lease three times in `seconds` from a background thread, while this process runs.
 
-    Without it a last evaluation, or a large version on a slow network, would hand the lead to a standby half-way.
-    Where another one leads by now the thread ends: the main thread learns it from its own next write.
+    Without it the lease would end during a long evaluation, or while a large version is sent over a slow network. If
+    another coordinator leads, the thread ends; the main thread gets Fenced from its own next write.
     """
 
     def __init__(self, renew: Callable[[float], None], seconds: float) -> None:
@@ -86,14 +90,14 @@ class LeaseRenewal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Not joined: it may be in the middle of an outage, and a renewal after the release changes nothing."""
+        """Stop renewing. The thread is not joined: it may wait for Redis, and a late renewal has no effect."""
         self._done.set()
 
     def _run(self) -> None:
         while not self._done.wait(self._seconds / 3):
             try:
                 self._renew(self._seconds)
-            except redis.RedisError:  # the main thread sees the outage too, and says so
+            except redis.RedisError:  # the main thread sees and logs the outage too
                 continue
             except Fenced:
                 return

@@ -1,36 +1,37 @@
-"""How a coordinator comes to lead a run: it starts it, goes on from the last commit, or begins a new epoch.
+"""Recovery: makes the federation of a new leader, which starts a run, resumes it, or begins a new epoch.
 
-A crash, a restart, a standby and an outage of Redis all end here: whoever gets the lead reads what the last commit left
-and every entry that it did not acknowledge, and so reaches the state that its predecessor had.
+After a crash, a restart, a takeover by a standby or an outage of Redis, the leader restores what the last commit
+stored, and then reads every entry that no commit has acknowledged. So it reaches the state of the coordinator before
+it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import structlog
-import torch
 
-from fedqueue.config.loading import Config
-from fedqueue.errors import ConfigurationError, RunExists, StoreError, WireError
+from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError, RunExists, StoreError
 from fedqueue.protocol.coordinator_identity import require_signed
-from fedqueue.protocol.messages import Order
 from fedqueue.task import Task
 from fedqueue.tensors.codec import downward
-from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import set_seed
-from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import abandoned_record, epoch_record
+from fedqueue_coordinator.core.reasons import AbandonReason
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.service.checkpoint import Checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.entry_verifier import EntryVerifier
+from fedqueue_coordinator.service.publication import publish_newest
 
 log = structlog.get_logger("fedqueue.coordinator")
 
 MAY_CHANGE = {"redis", "security", "stop", "evaluation", "checkpoint", "dispatch"}
-"""Sections that another coordinator of the same run may set differently."""
+"""Sections of the configuration that may change when a run is resumed."""
 
 
 def restore_federation(
@@ -41,13 +42,13 @@ def restore_federation(
     evaluates: bool,
     verifier: EntryVerifier,
 ) -> Federation:
-    """The federation as it stands in Redis; the caller leads the run.
+    """Make the federation of the run in Redis, or of `checkpoint`, or of a new run; the caller leads the run.
 
     Raises RunExists for a run that has ended, ManifestMismatch for another model, ConfigurationError for settings that
-    cannot change while a run goes on.
+    cannot change during a run, StoreError for a checkpoint of another run, and SignatureError for forged contents.
     """
     set_seed(config.seed)
-    module = task.model()  # kept by nobody: it is as large as a version
+    module = task.model()  # not stored: it takes as much memory as a version
     manifest = Manifest.from_module(module)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)
@@ -57,32 +58,18 @@ def restore_federation(
     store.create(config.model_dump_json(), manifest, epoch=0, clients=config.clients.ids)
     if config.ledger.keep_payloads:
         store.pin_version(0)
-    wire = federation.down.encode(federation.model, 0)
-    state = as_buffer(federation.optimizer_state)
-    store.publish(0, wire, state, [], RunCounters().committed(), [], most_bytes=most_bytes(federation))
+    publish_newest(store, federation)
     return federation
-
-
-def most_bytes(federation: Federation) -> tuple[int, int]:
-    """Of a stored version, and of a posted update."""
-    return federation.down.largest, federation.up.largest
-
-
-def initial_model(config: Config, module: torch.nn.Module) -> Frame:
-    """The module's values, rounded as they are published: a replay begins from what is stored of version 0."""
-    model = Frame(Manifest.from_module(module))
-    model.read(module)
-    codec = downward(config.compression, model.manifest)
-    return codec.decode(codec.encode(model, 0)).whole() if codec.encoding else model
 
 
 def _resume(
     config: Config, store: CoordinatorStore, manifest: Manifest, evaluates: bool, verifier: EntryVerifier
 ) -> Federation:
-    """Goes on from the head. Where the run is signed, it is verified anew, and so are the registrations."""
+    """Resume from the head. The contents of a signed run, and all registrations, are verified again."""
     info = store.info()
     if info.state != "running":
-        raise RunExists(config.name, f"has ended ({info.stopped_because})")
+        hint = "choose another name with --set name=NAME, or wait until redis.retention_hours have passed since its end"
+        raise RunExists(config.name, f"has ended ({info.stopped_because})", hint)
     Manifest.unpack(info.manifest).require(manifest)
     _require_same(config, info.config)
     require_signed(store.identity, info)
@@ -94,7 +81,7 @@ def _resume(
         envelope = store.read_version_signature(info.version, wire.nbytes)
         signed = store.identity.check_version(info.version, envelope, wire, state)
         store.identity.check_history(info.version, signed, ledger, info.totals)
-        job_number = max(job_number, signed.job_number)  # a name that was given out is not given out again
+        job_number = max(job_number, signed.job_number)  # a job's name must not be used twice
     federation = Federation(
         config,
         codec.decode(wire).whole(),
@@ -107,9 +94,9 @@ def _resume(
         _norms(config, ledger),
     )
     jobs = {job.job: job.client for job in store.jobs()}
-    federation.restore_jobs(jobs, verified_registrations(store, verifier), store.last_jobs())
+    federation.restore_jobs(jobs, verifier.valid_registrations(store.signed_registrations()), store.last_jobs())
     if config.aggregation.filter.on:
-        federation.restore_quarantines(ledger, federation.totals.seconds)
+        federation.restore_quarantines(ledger, federation.run_counters.seconds)
     log.info("resumed", run=config.name, version=info.version, jobs=len(jobs))
     return federation
 
@@ -117,12 +104,13 @@ def _resume(
 def _new_epoch(
     config: Config, store: CoordinatorStore, manifest: Manifest, checkpoint: Checkpoint, evaluates: bool
 ) -> Federation:
-    """Redis holds nothing of the run, the disk does: go on from there, under a number that stragglers do not know."""
+    """Resume a lost run from its checkpoint, under a new epoch number, so that late workers are refused."""
     if checkpoint.run != config.name or checkpoint.manifest_digest != manifest.digest:
         raise StoreError(
-            f"the checkpoint is of run {checkpoint.run!r} or of another model; delete it to start {config.name!r} anew"
+            f"the checkpoint is of run {checkpoint.run!r} or of another model; "
+            f"delete it to start {config.name!r} from version 0"
         )
-    totals = RunCounters.from_ledger(checkpoint.totals, checkpoint.ledger, config.dispatch.share_window)
+    run_counters = RunCounters.from_ledger(checkpoint.totals, checkpoint.ledger, config.dispatch.share_window)
     epoch = checkpoint.epoch + 1
     federation = Federation(
         config,
@@ -130,58 +118,28 @@ def _new_epoch(
         checkpoint.version,
         checkpoint.job_number,
         checkpoint.optimizer_state,
-        totals,
+        run_counters,
         evaluates,
         epoch,
         _norms(config, checkpoint.ledger),
     )
     lost = [
-        abandoned_record(job, client, "epoch_lost", "", checkpoint.version, totals.seconds)
+        abandoned_record(job, client, AbandonReason.EPOCH_LOST, "", checkpoint.version, run_counters.seconds)
         for job, client in sorted(checkpoint.unfinished.items())
     ]
-    record = epoch_record(epoch, checkpoint.version, checkpoint.job_number, totals.seconds)
-    federation.restore_quarantines(checkpoint.ledger, totals.seconds)
-    store.create(config.model_dump_json(), manifest, epoch, config.clients.ids, floor=checkpoint.version)
+    record = epoch_record(epoch, checkpoint.version, checkpoint.job_number, run_counters.seconds)
+    federation.restore_quarantines(checkpoint.ledger, run_counters.seconds)
+    store.create(config.model_dump_json(), manifest, epoch, config.clients.ids, first_version=checkpoint.version)
     store.restore(checkpoint.version, checkpoint.job_number, [*checkpoint.ledger, *lost, record])
-    store.publish(
-        checkpoint.version,
-        federation.down.encode(federation.model, checkpoint.version),
-        as_buffer(federation.optimizer_state),
-        [],
-        checkpoint.totals,
-        [],
-        job_number=checkpoint.job_number,
-        most_bytes=most_bytes(federation),
+    publish_newest(store, federation)
+    log.warning(
+        "run missing from Redis: a new epoch begins from the checkpoint", epoch=epoch, version=checkpoint.version
     )
-    log.warning("Redis had lost the run: a new epoch starts", epoch=epoch, version=checkpoint.version)
     return federation
 
 
-def verified_registrations(store: CoordinatorStore, verifier: EntryVerifier) -> dict[str, int]:
-    """Client → examples, for every client whose registration holds."""
-    examples: dict[str, int] = {}
-    for client, data in store.signed_registrations().items():
-        try:
-            examples[client] = verifier.registration(client, data).examples
-        except WireError as error:
-            log.warning("a registration does not count", client=client, error=str(error))
-    return examples
-
-
-def unstarted_orders(store: CoordinatorStore) -> list[Order]:
-    """The orders of the jobs that nobody has begun; one that is not this coordinator's is left to its lease."""
-    orders = []
-    for job in store.jobs():
-        if job.state == "open" and job.attempt == 0:
-            try:
-                orders.append(store.unpack_order(job.order))
-            except WireError as error:
-                log.warning("a job's order does not count", job=job.job, error=str(error))
-    return orders
-
-
 def _norms(config: Config, ledger: list[dict[str, Any]]) -> list[float]:
-    """Of the updates merged so far, the newest that the norm limit looks at; none where it looks at none."""
+    """Norms of the merged updates in the window of the norm limit; empty if the limit does not depend on them."""
     if not config.admission.norm_quantile:
         return []
     norms = [line["norm"] for record in ledger if record["kind"] == "version" for line in record["merged"]]
@@ -189,15 +147,13 @@ def _norms(config: Config, ledger: list[dict[str, Any]]) -> list[float]:
 
 
 def _require_same(config: Config, stored: dict[str, Any]) -> None:
+    """Raise ConfigurationError for a section that must not change and differs from the `stored` one."""
     mine = config.model_dump(mode="json")
     for section in mine.keys() - MAY_CHANGE:
         if mine[section] != stored.get(section):
             raise ConfigurationError(
                 section,
                 mine[section],
-                f"cannot change while the run goes on; it was started with {stored.get(section)!r}",
+                f"differs from the run's own, {stored.get(section)!r}, and cannot change during a run",
+                "restore it, or start another run",
             )
-
-
-def as_buffer(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return np.frombuffer(data, np.uint8)
