@@ -1,1 +1,1 @@
-"""Part of fedqueue; see ARCHITECTURE.md."""
+"""The worker of a site: joins a run, trains on local data, posts updates. See ARCHITECTURE.md."""

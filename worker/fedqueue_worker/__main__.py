@@ -1,4 +1,4 @@
-"""`python -m fedqueue_worker`, which is what `fedqueue run` starts."""
+"""`python -m fedqueue_worker` runs the command `fedqueue-worker`. `fedqueue run` and `fedqueue worker` start it so."""
 
 from fedqueue_worker.cli import main
 

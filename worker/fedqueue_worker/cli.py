@@ -1,120 +1,181 @@
-"""`fedqueue-worker`: what a site with data runs."""
+"""The command `fedqueue-worker`, which a site with data runs. `fedqueue worker` starts the same program."""
 
 from __future__ import annotations
 
 import signal
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.terminal import configure_logging, exit_at_once
-from fedqueue.terminal import main as run_app
+from fedqueue.exit_codes import exit_at_once, run_app
+from fedqueue.logs import configure_logging, log_level
 
 if TYPE_CHECKING:
-    from fedqueue.config.loading import Config
+    from fedqueue.config.schema import Config
 
-app = typer.Typer(
-    add_completion=False,
+PROGRAM = "fedqueue-worker"
+EPILOG = """
+Examples:
+
+- `fedqueue-worker federation.toml` serves one free partition of the run, until the run ends.
+
+- `fedqueue-worker federation.toml -u rediss://HOST --client north --policy policy.toml` serves the client `north`,
+within this site's policy.
+
+- `fedqueue-worker federation.toml --client north --client south --processes 2 --logs logs` serves two clients, each in
+a process.
+
+- `fedqueue-worker federation.toml --max-jobs 1 --verbose` trains one job and shows every step of it.
+"""
+
+
+class WorkerApp(typer.Typer):
+    """Has one name in help and in shell completion, however it was started."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **{"prog_name": PROGRAM, **kwargs})
+
+
+app = WorkerApp(
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # wraps paragraphs, and shows [task] as it is
+    rich_markup_mode="markdown",  # wraps paragraphs, and shows [task] unchanged
 )
 
 
-@app.command()
+def _once_is_renamed(given: bool) -> None:
+    if given:
+        raise typer.BadParameter("use --max-jobs 1 instead")
+
+
+@app.command(epilog=EPILOG)
 def worker(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The configuration, with this site's [task].")],
-    redis: Annotated[str, typer.Option(metavar="URL", help="Redis, instead of the configuration's redis.url.")] = "",
-    run: Annotated[str, typer.Option(metavar="NAME", help="The run, instead of the configuration's name.")] = "",
+    redis: Annotated[
+        str,
+        typer.Option(
+            "--redis",
+            "--url",
+            "-u",
+            metavar="URL",
+            help="The Redis server (redis://…, rediss://…, unix://…); default: redis.url.",
+            show_default=False,
+        ),
+    ] = "",
+    run: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="The run to join; default: the configuration's name.", show_default=False),
+    ] = "",
     client: Annotated[
         list[str] | None,
-        typer.Option(metavar="ID", help="Serve this client; repeat it to serve several, in turn."),
+        typer.Option(metavar="ID", help="Serve this client. Repeat the option to serve several, in turn."),
     ] = None,
     partition: Annotated[
         list[str] | None,
-        typer.Option(metavar="I/N|auto", help="Serve partition I of N (from 0), or claim one that nobody serves."),
+        typer.Option(
+            metavar="I/N|auto",
+            help="Serve partition I of N (from 0), or any free one. Without --client and --partition: auto.",
+        ),
     ] = None,
     policy: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="What this site agrees to, instead of security.policy.", show_default=False),
+        typer.Option(metavar="FILE", help="This site's limits for jobs; default: security.policy.", show_default=False),
     ] = None,
     processes: Annotated[
         int,
-        typer.Option(metavar="N", min=1, help="Deal the clients out to N processes, which share one import of torch."),
+        typer.Option(metavar="N", min=1, help="Divide the clients among N processes, which share one import of torch."),
     ] = 1,
     logs: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="With --processes: where each writes worker-I.log.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Process I writes its log to DIR/worker-I.log; default: stderr.", show_default=False
+        ),
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Train one job, then leave.")] = False,
+    max_jobs: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="End after N jobs; with --processes, N in each.", show_default=False),
+    ] = None,
+    burst: Annotated[
+        bool, typer.Option("--burst", "-b", help="End as soon as no job is waiting in the clients' queues.")
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Log debug lines too, such as each posted update.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override section.key of CONFIG.toml."),
+        typer.Option("--set", "-s", metavar="KEY=VALUE", help="Override a key of CONFIG.toml: training.threads=2."),
     ] = None,
+    once: Annotated[bool, typer.Option("--once", hidden=True, callback=_once_is_renamed)] = False,
 ) -> None:
     """Train on this machine's own data for a federated run: rows stay here, model updates leave.
 
     Waits for the run to start, joins it as one or more clients, and trains the jobs that the coordinator puts into
-    their queues, until the run ends or SIGTERM comes (then the present job is handed back).
+    their queues. Ends when the run ends. On SIGTERM or Ctrl-C, it hands its running job back and ends.
     """
     from fedqueue.config.loading import load_config
 
-    configure_logging()
-    for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker has handlers of its own
+    level = log_level(verbose, quiet)
+    configure_logging(level=level)
+    for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker installs its own handlers
         signal.signal(signum, exit_at_once)
     settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
     candidates = choose_candidates(settings, client or [], partition or [])
     url = settings.redis.address(redis)
     if not url:
-        raise ConfigurationError("redis.url", "", "is required: set it, or pass --redis URL")
+        raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
     folder = config.resolve().parent
     if processes > 1 or logs:
         from fedqueue_worker.prefork import fork, preload
 
         preload(settings.task.entrypoint, folder)
-        number = fork(count := min(processes, len(candidates)), logs)
+        number = fork(count := min(processes, len(candidates)), logs, level)
         candidates = candidates[number::count]
 
     from fedqueue.task import load_task
     from fedqueue.transport.connection import check, connect
     from fedqueue.transport.worker_store import WorkerStore
     from fedqueue_worker.egress_log import open_egress_log
-    from fedqueue_worker.policy import ANYTHING, load_policy
+    from fedqueue_worker.policy import ALLOW_ALL, load_policy
     from fedqueue_worker.process import Worker, new_token
 
     connection = connect(url, tls=settings.redis.tls)
     security, token = settings.security, new_token()
-    terms = policy or (Path(security.policy) if security.policy else None)
-    agreed = load_policy(terms) if terms else ANYTHING
+    policy_path = policy or (Path(security.policy) if security.policy else None)
+    site_policy = load_policy(policy_path) if policy_path else ALLOW_ALL
     identity = None
     if security.signatures == "required":
         from fedqueue.protocol.site_identity import load_site_identity
 
         identity = load_site_identity(Path(security.keys), settings.name, token)
         candidates = [only_with_keys(options, identity.clients, security.keys) for options in candidates]
-    egress_log = open_egress_log(security.outbox, settings.name, token)
+    egress_log = open_egress_log(security.egress_log, settings.name, token)
     check(connection, url)
     task = load_task(settings.task.entrypoint, settings.task.options, folder)
     store = WorkerStore(connection, settings.name, token, identity)
-    because = Worker(settings, task, store, agreed, egress_log).run(candidates, once)
-    typer.echo(f"fedqueue-worker: {because}", err=True)
+    ended_because = Worker(settings, task, store, site_policy, egress_log).run(candidates, max_jobs, burst)
+    if not quiet:
+        typer.echo(f"{PROGRAM}: {ended_because}", err=True)
 
 
 def only_with_keys(candidates: list[str], clients: list[str], folder: str) -> list[str]:
-    """Those in whose name this site can sign; raises ConfigurationError where there is none."""
+    """The candidates that this site has a key for; raises ConfigurationError where it has none."""
     possible = [client for client in candidates if client in clients]
     if not possible:
-        accepted = f"there is a key for {', '.join(clients)} only, not for {', '.join(candidates)}"
-        raise ConfigurationError("security.keys", folder, accepted)
+        problem = f"has keys of {', '.join(clients) or 'no client'} only, not of {', '.join(candidates)}"
+        raise ConfigurationError("security.keys", folder, problem, "name one of those, or add the key")
     return possible
 
 
 def choose_candidates(config: Config, clients: list[str], partitions: list[str]) -> list[list[str]]:
-    """For each client to serve, the identities it may take; without options, one free partition."""
+    """For each client to serve, the ids it may have. Without clients and partitions, one free partition.
+
+    Raises ConfigurationError for an invalid id or partition.
+    """
     from pydantic import TypeAdapter, ValidationError
 
-    from fedqueue.config.sections import ClientId
+    from fedqueue.config.names import ClientId
 
     ids = list(config.clients.ids)
     candidates = []
@@ -131,11 +192,15 @@ def choose_candidates(config: Config, clients: list[str], partitions: list[str])
         index, slash, count = partition.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count) == len(ids)):
             raise ConfigurationError(
-                "--partition", partition, f"'auto', or I/{len(ids)} with I from 0 to {len(ids) - 1}"
+                "--partition",
+                partition,
+                "no such partition",
+                f"write 'auto', or I/{len(ids)} with I from 0 to {len(ids) - 1}",
             )
         candidates.append([ids[int(index)]])
     return candidates
 
 
 def main() -> None:
+    """Run `fedqueue-worker` with the arguments of this process."""
     run_app(app)

@@ -1,7 +1,7 @@
-"""What left this site: one line of JSON for each post, for its data officer to read. Never a row, never a parameter.
+"""The log of what left this site: one line of JSON for each post, without any row or parameter.
 
-The line is written before the post: nothing leaves that is not in the log, and where the log cannot be written, nothing
-leaves. A post that Redis then refused (the job was over) gets a second line.
+A site's data officer reads it. The line is written before the post, so nothing leaves without a line; where the log
+cannot be written, nothing leaves. A post that Redis then refuses, because the job was closed, gets a second line.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.messages import Ending, Registration, Update
 from fedqueue.protocol.signed_envelope import digest_of
-from fedqueue.transport.store import BlobBuffer
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.transport.worker_store import Claim
 
 
@@ -24,29 +24,29 @@ def _utc() -> datetime:
 
 
 class EgressLog:
-    """Appends to `path`; None: nowhere."""
+    """Appends lines to the file `path`; None switches the log off."""
 
     def __init__(self, path: Path | None, run: str = "", clock: Callable[[], datetime] = _utc) -> None:
         self._path, self._run, self._clock = path, run, clock
 
-    def registers(self, registration: Registration) -> None:
-        """The number of examples is to be told."""
+    def log_registration(self, registration: Registration) -> None:
+        """Log a registration. Call this before the client's number of examples is sent."""
         self._append("registration", client=registration.client, examples=registration.examples)
 
-    def posts(self, claim: Claim, update: Update, payload: BlobBuffer) -> None:
-        """An update is to be posted: its size and SHA-256, the names of its metrics, from which version."""
+    def log_update(self, claim: Claim, update: Update, payload: BlobBuffer) -> None:
+        """Log an update: bytes, SHA-256, names of metrics, seconds, base version. Call this before the post."""
         if self._path is not None:
             self._append(
                 "update", **_job(claim), bytes=payload.nbytes, sha256=update.digest or digest_of(payload),
                 examples=update.examples, metrics=sorted(update.metrics), seconds=round(update.seconds, 3),
             )  # fmt: skip
 
-    def ends(self, claim: Claim, ending: Ending) -> None:
-        """A job is to end without an update: the text is what the coordinator gets to read."""
+    def log_ending(self, claim: Claim, ending: Ending) -> None:
+        """Log an ending without an update, with the text that the coordinator receives. Call this before the post."""
         self._append(ending.reason, **_job(claim), bytes=len(ending.error.encode()), text=ending.error)
 
-    def was_refused(self, claim: Claim, reason: str) -> None:
-        """Redis did not take the post of the line before, and deleted its payload."""
+    def log_refused_post(self, claim: Claim, reason: str) -> None:
+        """Log that Redis refused the post of the previous line and deleted its payload."""
         self._append("not taken", **_job(claim), reason=reason)
 
     def _append(self, what: str, **fields: Any) -> None:
@@ -56,28 +56,30 @@ class EgressLog:
         with self._path.open("ab", buffering=0) as file:
             whole = f"{json.dumps(line)}\n".encode()
             if file.write(whole) != len(whole):
-                raise OSError(f"{self._path}: no room for a whole line")
+                raise OSError(
+                    f"{self._path}: the disk is full; free space, because no update leaves without a line here"
+                )
 
 
 def _job(claim: Claim) -> dict[str, Any]:
     return {"client": claim.client, "job": claim.job, "attempt": claim.attempt, "version": claim.version}
 
 
-SILENT = EgressLog(None)
+NO_EGRESS_LOG = EgressLog(None)
 
 
-def open_egress_log(folder: str, run: str, token: str) -> EgressLog:
-    """The outbox of one worker process: `FOLDER/RUN-TOKEN.jsonl`; an empty folder's name: none.
+def open_egress_log(folder: str | None, run: str, token: str) -> EgressLog:
+    """Open the log of one worker process, `FOLDER/RUN-TOKEN.jsonl`; without a `folder` nothing is logged.
 
-    Raises ConfigurationError where it cannot be written.
+    Raises ConfigurationError where the file cannot be written.
     """
     if not folder:
-        return SILENT
+        return NO_EGRESS_LOG
     path = Path(folder) / f"{run}-{token[:12]}.jsonl"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch(mode=0o640)
     except OSError as error:
-        accepted = f"what leaves this site cannot be logged there ({error.strerror}); name another folder, or none"
-        raise ConfigurationError("security.outbox", folder, accepted) from None
+        problem, hint = f"cannot be written ({error.strerror})", "name another folder, or 'off' for no log"
+        raise ConfigurationError("security.egress_log", folder, problem, hint) from None
     return EgressLog(path, run)

@@ -1,7 +1,7 @@
-"""The worker's sign of life: a thread that keeps its clients alive and renews the lease of its job.
+"""The worker's heartbeat: a thread that keeps its clients alive and renews the lease of its running job.
 
-The lease is renewed only while training makes progress, so a hung loader or device loses its job as a dead process
-does. What the coordinator decided meanwhile comes back with the same beat.
+The lease is renewed only while training makes progress, so a worker with a hung loader or device loses its job as a
+dead one does. The reply to a heartbeat tells the worker of a lost job, an expired client, or the end of the run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import redis
 import structlog
 
-from fedqueue.errors import ClientTaken, JobClosed, SignatureError
+from fedqueue.errors import ClientTaken, JobClosed, RunNotFound, SignatureError
 from fedqueue.protocol.messages import Registration
 from fedqueue.transport.worker_store import Claim, WorkerStore
 
@@ -21,7 +21,7 @@ log = structlog.get_logger("fedqueue.worker")
 
 
 class Heartbeat:
-    """Beats every third of the lease. `on_end` is called on its thread, once, when the worker has to go."""
+    """Beats every third of the lease. Calls `on_end` once, on its own thread, when the worker has to stop."""
 
     def __init__(
         self,
@@ -35,7 +35,8 @@ class Heartbeat:
         self._store, self._clients, self._on_end, self._clock = store, list(clients), on_end, clock
         self._lease_seconds, self._stall_seconds = lease_seconds, stall_seconds
         self._registrations: dict[str, Registration] = {}
-        self._signed_with: dict[str, str] = {}  # client → the key under which its registration was said
+        # client → id of the key that signed its registration; None until a repeated registration has succeeded
+        self._signed_with: dict[str, str | None] = {}
         self._current: Claim | None = None
         self._last_progress = 0.0
         self._lost = False
@@ -43,82 +44,93 @@ class Heartbeat:
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
+        """Start the thread."""
         self._thread.start()
 
     def stop(self) -> None:
+        """Stop the thread, and wait for its last heartbeat unless this is that thread."""
         self._done.set()
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
     def register(self, registration: Registration) -> None:
-        """Say that the client is ready; said again should the coordinator have given it up for lost."""
+        """Register the client; repeated if the coordinator expires it. Raises ClientTaken."""
         self._registrations[registration.client] = registration
         self._signed_with[registration.client] = self._store.key_of(registration.client)
         if not self._store.register(registration):
-            raise ClientTaken(f"client {registration.client} is served by another worker by now")
+            raise ClientTaken(f"another worker now serves client {registration.client}")
 
     # The job
 
     def begin(self, claim: Claim) -> None:
+        """Renew the lease of this job from now on."""
         self._last_progress, self._lost = self._clock(), False
         self._current = claim  # last: the other thread looks at it first
 
     def progress(self) -> None:
-        """Training goes forward; raises JobClosed where the job is no longer this attempt's."""
+        """Note that training made progress; raises JobClosed where the job no longer belongs to this attempt."""
         self._last_progress = self._clock()
         if self._lost:
-            raise JobClosed("the lease of the job is over")
+            raise JobClosed("the job's lease has expired")
 
     def finish(self) -> None:
+        """Renew no lease until the next `begin`."""
         self._current = None
 
     # The beat
 
     def beat(self) -> None:
-        """One sign of life; what comes back is acted upon at once."""
+        """Send one heartbeat and act on its reply."""
         current = self._current
         progressing = self._clock() - self._last_progress < self._stall_seconds
-        pulse = self._store.heartbeat(self._clients, self._lease_seconds, current, progressing)
-        if current and current is self._current and not pulse.holds_job:
+        reply = self._store.heartbeat(self._clients, self._lease_seconds, current, progressing)
+        if current and current is self._current and not reply.owns_job:
             self._lost = True
         if current and not progressing:
-            log.warning("training makes no progress: its lease runs out", job=current.job)
-        if pulse.run_state == "ended":
+            log.warning(
+                "training makes no progress: the job's lease is not renewed; check data loader and device",
+                job=current.job,
+            )
+        if reply.run_state == "ended":
             self._end("the run has ended")
             return
-        if not pulse.run_state:  # Redis has lost everything; a coordinator will bring the run back from its disk
-            log.warning("the run is not in Redis: waiting for its coordinator")
+        if not reply.run_state:  # Redis has lost its data; the coordinator restores the run from its checkpoint
+            log.warning("run missing from Redis: waiting for its coordinator to restore it")
             return
-        for client in pulse.lost_clients:
+        for client in reply.lost_clients:
             self._rejoin(client)
         for client, key in list(self._signed_with.items()):
             if self._store.key_of(client) != key:
-                log.info("this client has a new key: registered again", client=client)
-                self._say_again(client)
+                why = "its last registration failed" if key is None else "it has a new key"
+                log.info("registering the client again", client=client, because=why)
+                self._register_again(client)
 
     def _rejoin(self, client: str) -> None:
-        """The coordinator gave the client up (a long pause, a lost network): serve it again, if nobody else does."""
+        """Serve a client again that the coordinator expired after a pause, unless another worker serves it by now."""
         if self._store.join([client], self._lease_seconds) is None:
-            self._end(f"client {client} is served by another worker by now")
+            self._end(f"another worker now serves client {client}")
         elif client in self._registrations:
-            log.warning("the coordinator had given this client up: registered again", client=client)
-            self._say_again(client)
+            log.warning("the coordinator expired this client: registering it again", client=client)
+            self._register_again(client)
 
-    def _say_again(self, client: str) -> None:
-        self._signed_with[client] = self._store.key_of(client)
+    def _register_again(self, client: str) -> None:
+        # Cleared first: if Redis fails here, the client is held, so no later reply names it as lost.
+        key, self._signed_with[client] = self._store.key_of(client), None
         try:
             self._store.register(self._registrations[client])
         except SignatureError as error:
-            self._end(f"the run is not to be trusted: {error}")
+            self._end(f"the run cannot be verified: {error}")
+        else:
+            self._signed_with[client] = key
 
-    def _end(self, because: str) -> None:
+    def _end(self, reason: str) -> None:
         if not self._done.is_set():
             self._done.set()
-            self._on_end(because)
+            self._on_end(reason)
 
     def _run(self) -> None:
         while not self._done.wait(self._lease_seconds / 3):
             try:
                 self.beat()
-            except redis.RedisError as error:
-                log.warning("heartbeat failed", error=str(error))
+            except (redis.RedisError, RunNotFound) as error:  # RunNotFound: the data were lost after the beat's reply
+                log.warning("heartbeat failed: trying again", error=str(error))

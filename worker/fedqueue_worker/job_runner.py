@@ -17,16 +17,18 @@ from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Ending, Order
+from fedqueue.protocol.post_result import PostResult
 from fedqueue.task import Progress, Task
 from fedqueue.tensors.codec import downward, upward
 from fedqueue.tensors.error_feedback import ErrorFeedback
-from fedqueue.tensors.frame import Frame, Manifest
-from fedqueue.transport.retry import RedisRetry
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue.transport.zero_copy import Command
-from fedqueue_worker.egress_log import SILENT, EgressLog
+from fedqueue_worker.egress_log import NO_EGRESS_LOG, EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
-from fedqueue_worker.policy import ANYTHING, Policy
+from fedqueue_worker.policy import ALLOW_ALL, Policy
+from fedqueue_worker.retrying_store import RetryingStore
 
 log = structlog.get_logger("fedqueue.worker")
 
@@ -36,11 +38,15 @@ ERROR_MESSAGE = 500  # characters
 
 
 class HandBack(BaseException):
-    """The worker was told to stop: the job goes back at once. Raised by the signal handler, inside training."""
+    """The worker was told to stop, so its job goes back at once. Raised by the signal handler, inside training."""
+
+
+def no_progress_listener() -> None:
+    """No-op, where no caller follows the progress of a job."""
 
 
 class JobRunner:
-    """Trains jobs for the clients of one worker process; model, buffers and data stay warm between them."""
+    """Trains jobs for the clients of one worker process; model, buffers and data stay in memory between jobs."""
 
     def __init__(
         self,
@@ -51,11 +57,12 @@ class JobRunner:
         lease_seconds: float,
         keep_base: bool,
         slowdown: Mapping[str, float],
-        policy: Policy = ANYTHING,
-        egress_log: EgressLog = SILENT,
+        policy: Policy = ALLOW_ALL,
+        egress_log: EgressLog = NO_EGRESS_LOG,
         compression: CompressionConfig = UNCOMPRESSED,
     ) -> None:
         self._store, self._task, self._model, self._heartbeat = store, task, model, heartbeat
+        self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
         manifest = Manifest.from_module(model)
         self._base = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
@@ -63,45 +70,61 @@ class JobRunner:
         self._down, self._feedback = downward(compression, manifest), ErrorFeedback(upward(compression, manifest))
         self._data: dict[str, Any] = {}
         self._policy, self._egress_log = policy, egress_log
-        self._retry = RedisRetry(lambda: self.told_to_stop)
-        self.on_progress: Callable[[], None] = lambda: None
-        self.closing: Callable[[], list[Command]] = list
-        """The commands with which RQ's record of the job ends, if they may travel with the job's post."""
-        self.closed = False
-        """Whether they have: of the last job."""
         self.jobs = 0
+        """The number of attempts that have ended, however they ended."""
         self.told_to_stop = False
         self.interruptible = False
-        """Whether a signal handler may raise HandBack now."""
+        """Whether `stop` raises HandBack: only while a job is in training."""
 
     def load(self, client: str, data: Any) -> None:
+        """Serve this client with this data from now on."""
         self._data[client] = data
         if self._feedback.holds_back:
             log.info("error feedback begins at zero", client=client)
 
-    def train(self, order: bytes | dict[str, Any]) -> None:
-        """Run the order (sealed, or as a map) to its end; whatever happens to its job is reported, nothing is raised.
+    def stop(self) -> None:
+        """Begin no further attempt; raises HandBack where one is in training. Called by a signal handler."""
+        self.told_to_stop = True
+        if self.interruptible:
+            self.interruptible = False
+            raise HandBack
 
-        Raises WireError for what is no order of the run's coordinator.
+    def train(
+        self,
+        order: bytes | dict[str, Any],
+        on_progress: Callable[[], None] = no_progress_listener,
+        commands_for_post: Callable[[], list[Command]] = list,
+    ) -> bool:
+        """Carry out an order (signed: bytes, unsigned: a map), and report how its job ended.
+
+        `on_progress` is called after the download, after each batch and after encoding; it may raise RedisError.
+        `commands_for_post` is called once, before the post of the update: its commands are sent behind the post.
+        Returns whether commands of `commands_for_post` were sent.
+
+        Raises WireError where the order is malformed, not signed by the run's coordinator, or not for a client here.
         """
-        self.closed = False
-        wanted = self._retry.call(lambda: self._store.open_order(order))
+        wanted = self._retrying.open_order(order)
         if wanted.run != self._store.run or wanted.client not in self._data:
             raise WireError(f"order for client {wanted.client} of run {wanted.run}: not served here")
         try:
-            claim = self._retry.call(lambda: self._store.claim(wanted.job, self._lease_seconds, wanted.client))
+            claim = self._retrying.claim(wanted.job, self._lease_seconds, wanted.client)
         except (JobClosed, ServerUnavailable, SignatureError) as error:
             log.warning("job not begun", job=wanted.job, reason=str(error))
-            return
+            return False
         self._heartbeat.begin(claim)
         try:
             with self._interruptible():
-                self._attempt(wanted, claim)
+                return self._attempt(wanted, claim, on_progress, commands_for_post)
         except (PolicyRefusal, SignatureError) as error:
-            log.warning("job refused", job=wanted.job, client=wanted.client, reason=str(error))
+            log.warning(
+                "job refused; compare it with this site's policy and keys",
+                job=wanted.job,
+                client=wanted.client,
+                reason=str(error),
+            )
             self._end(claim, Ending(reason="refused", error=str(error)[:ERROR_MESSAGE]))
         except (JobClosed, StoreError) as error:  # a version that is gone belongs to a job that is gone
-            log.warning("work dropped", job=wanted.job, reason=str(error))
+            log.warning("job dropped: it was closed during training", job=wanted.job, reason=str(error))
         except HandBack:
             self._hand_back(claim)
         except Exception as error:
@@ -110,52 +133,64 @@ class JobRunner:
         finally:
             self._heartbeat.finish()
             self.jobs += 1
+        return False
 
-    def _end(self, claim: Claim, ending: Ending) -> None:
-        self._egress_log.ends(claim, ending)
-        self._retry.call(lambda: self._store.end(claim, ending))
+    def _attempt(
+        self,
+        order: Order,
+        claim: Claim,
+        on_progress: Callable[[], None],
+        commands_for_post: Callable[[], list[Command]],
+    ) -> bool:
+        """Train and post; returns whether commands were sent behind the post."""
 
-    def _attempt(self, order: Order, claim: Claim) -> None:
-        self._policy.agree_to(order.training, self._task.num_examples(self._data[order.client]))
-        self._retry.call(lambda: self._store.fetch_model(claim.version, self._down, self._base))
+        def made_progress() -> None:
+            self._heartbeat.progress()
+            with contextlib.suppress(redis.RedisError):  # RQ's tools then show less, which costs no update
+                on_progress()
+
+        data = self._data[order.client]
+        self._policy.check_job(order.training, self._task.num_examples(data))
+        self._retrying.fetch_model(claim.version, self._down, self._base)
         if not self._keep_base:
-            self._retry.call(lambda: self._store.release_base(claim))
-        self._progress()
+            self._retrying.release_base(claim)
+        made_progress()
 
-        progress = slowed(self._progress, self._slowdown.get(order.client, 1.0))
-        update = compute_update(
-            self._task, self._model, self._data[order.client], order, self._base, self._local, progress
-        )
-        update = self._policy.let_out(update)
-        update, wire = self._feedback.encode(order.client, self._local, update, order.seed)
-        update = self._store.described(update, wire)
-        self._egress_log.posts(claim, update, wire)
-        self._progress()
-        closing = self.closing()
-        refused = self._retry.call(lambda: self._store.post(claim, update, wire, closing))
-        self.closed = bool(closing)
-        if refused in ("", "replayed"):  # replayed: it was taken, and the answer was lost
+        progress = slowed(made_progress, self._slowdown.get(order.client, 1.0))
+        update = compute_update(self._task, self._model, data, order, self._base, self._local, progress)
+        update = self._policy.without_withheld_metrics(update)
+        update, payload = self._feedback.encode(order.client, self._local, update, order.seed)
+        update = self._store.described(update, payload)
+        self._egress_log.log_update(claim, update, payload)
+        made_progress()
+
+        commands = commands_for_post()
+        result = self._retrying.post(claim, update, payload, commands)
+        # Replayed: an earlier try was stored, and its answer was lost.
+        if result in (PostResult.ACCEPTED, PostResult.REPLAYED):
             self._feedback.accepted(order.client, self._local)
-        if refused:
-            self._egress_log.was_refused(claim, refused)
-            log.warning("update refused", job=order.job, reason=refused)
+        if result is not PostResult.ACCEPTED:
+            self._egress_log.log_refused_post(claim, result)
+            log.warning(
+                "update refused: its job has ended or belongs to another attempt", job=order.job, reason=result.value
+            )
         else:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
+        return bool(commands)
 
-    def _progress(self) -> None:
-        self._heartbeat.progress()
-        with contextlib.suppress(redis.RedisError):  # whoever looks at RQ sees less: no reason to drop the work
-            self.on_progress()
+    def _end(self, claim: Claim, ending: Ending) -> None:
+        self._egress_log.log_ending(claim, ending)
+        self._retrying.end(claim, ending)
 
     def _hand_back(self, claim: Claim) -> None:
         ending = Ending(reason="returned")
         try:
-            self._egress_log.ends(claim, ending)
-            refused = self._store.end(claim, ending)
-        except redis.RedisError as error:  # no time to wait: its lease will run out
-            log.warning("job not handed back", job=claim.job, reason=str(error))
+            self._egress_log.log_ending(claim, ending)
+            result = self._store.end(claim, ending)
+        except redis.RedisError as error:  # there is no time to wait: the lease expires instead
+            log.warning("job not handed back: its lease has to expire", job=claim.job, reason=str(error))
         else:
-            log.info("job handed back", job=claim.job, refused=refused or None)
+            log.info("job handed back", job=claim.job, refused=result.value or None)
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -169,7 +204,7 @@ class JobRunner:
 
 
 def slowed(progress: Progress, factor: float) -> Progress:
-    """`progress`, after sleeping so long that what came before took `factor` times as long: emulates a slow site."""
+    """A `progress` that sleeps before each call, so that training takes `factor` times as long: a slow site."""
     if factor <= 1.0:
         return progress
     return _slow(progress, factor, time.perf_counter, time.sleep)
@@ -188,7 +223,7 @@ def _slow(progress: Progress, factor: float, clock: Callable[[], float], sleep: 
 
 
 def describe(error: Exception) -> str:
-    """Type, message and last frames of a task's exception: where it was raised, without any variable."""
+    """Type, message and last frames of a task's exception: where it was raised, without the value of any variable."""
     frames = traceback.extract_tb(error.__traceback__)[-ERROR_FRAMES:]
     where = " < ".join(f"{frame.name} ({frame.filename.rpartition('/')[2]}:{frame.lineno})" for frame in frames[::-1])
     return f"{type(error).__name__}: {str(error)[:ERROR_MESSAGE]}; in {where}"

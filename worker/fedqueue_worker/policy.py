@@ -1,13 +1,13 @@
-"""What a site agrees to: a TOML file of its own, which no order of a coordinator can widen.
+"""A site's policy: a TOML file with limits that no order of a coordinator can exceed.
 
     entrypoints = ["task.py:Digits"]   # task entry points that may run here; left out: the configuration's own
-    max_epochs = 5                     # passes over the data per job, whether they are asked for as epochs or as steps
+    max_epochs = 5                     # passes over the data per job, whether the job states epochs or steps
     max_steps = 2000                   # batches per job
-    metrics = ["loss"]                 # names that may leave; left out: all of them; []: none
-    min_examples = 50                  # fewer examples are not trained on: an update would say much about each
+    metrics = ["loss"]                 # names of metrics that may leave; left out: all of them; []: no metric
+    min_examples = 50                  # no training on fewer examples: an update would reveal much about each
     require = ["clip_norm"]            # settings of [training] that a job must carry, with a value other than 0
 
-A job that asks for more is refused before anything of it is done. Metrics are left out, which is no reason to refuse.
+A job beyond a limit is refused before any of its work is done. A metric that may not leave is removed from the update.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Limit = Annotated[int, Field(ge=1)]
 
 
 class Policy(BaseModel):
-    """None: not limited."""
+    """The limits of one site; None means no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -37,38 +37,39 @@ class Policy(BaseModel):
     min_examples: Limit | None = None
     require: list[str] = []
 
-    def agree_to_task(self, entrypoint: str) -> None:
-        """Raises PolicyRefusal unless that task may run here."""
+    def check_task(self, entrypoint: str) -> None:
+        """Raises PolicyRefusal where the policy does not allow the task."""
         if self.entrypoints is not None and entrypoint not in self.entrypoints:
-            raise PolicyRefusal(f"task {entrypoint!r} may not run here; entrypoints: {', '.join(self.entrypoints)}")
+            allowed = ", ".join(self.entrypoints)
+            raise PolicyRefusal(f"task {entrypoint!r} is not allowed here; allowed entrypoints: {allowed}")
 
-    def agree_to(self, training: TrainingConfig, examples: int) -> None:
-        """Raises PolicyRefusal unless a job with these settings, on so many examples, may run here."""
+    def check_job(self, training: TrainingConfig, examples: int) -> None:
+        """Raises PolicyRefusal where the policy does not allow a job with these settings on this number of examples."""
         steps_per_epoch = max(1, -(-examples // training.batch_size))
-        steps = training.steps or training.epochs * steps_per_epoch
-        epochs = -(-training.steps // steps_per_epoch) if training.steps else training.epochs
+        steps = training.local_steps or training.local_epochs * steps_per_epoch
+        epochs = -(-training.local_steps // steps_per_epoch) if training.local_steps else training.local_epochs
         for name, asked, limit in (("max_epochs", epochs, self.max_epochs), ("max_steps", steps, self.max_steps)):
             if limit is not None and asked > limit:
-                raise PolicyRefusal(f"{name}: the job asks for {asked}, at most {limit} are agreed to")
+                raise PolicyRefusal(f"{name}: the job asks for {asked}, this site allows at most {limit}")
         if self.min_examples is not None and examples < self.min_examples:
-            raise PolicyRefusal(f"min_examples: there are {examples} here, at least {self.min_examples} are agreed to")
+            raise PolicyRefusal(f"min_examples: the client has {examples}, this site requires {self.min_examples}")
         for name in self.require:
             if not getattr(training, name, None):
                 raise PolicyRefusal(f"require: the job sets no {name}, which this site requires")
 
-    def let_out(self, update: Update) -> Update:
-        """The header with those metrics that may leave."""
+    def without_withheld_metrics(self, update: Update) -> Update:
+        """The update's header without the metrics that may not leave this site."""
         if self.metrics is None:
             return update
         allowed = {name: value for name, value in update.metrics.items() if name in self.metrics}
         return update.model_copy(update={"metrics": allowed})
 
 
-ANYTHING = Policy()
+ALLOW_ALL = Policy()
 
 
 def load_policy(path: Path) -> Policy:
-    """Raises ConfigurationError that names the key, its value and what is accepted."""
+    """Read a policy file; raises ConfigurationError with the key, its value and the accepted values."""
     try:
         return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -76,10 +77,10 @@ def load_policy(path: Path) -> Policy:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("--policy", str(path), f"is not TOML: {error}") from None
     except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key = ".".join(map(str, problem["loc"]))
-        if problem["type"] == "extra_forbidden":
-            accepted = f"unknown key; known: {', '.join(Policy.model_fields)}"
+        first, hint = error.errors(include_url=False)[0], ""
+        key = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            problem, hint = "unknown key", f"known keys: {', '.join(Policy.model_fields)}"
         else:
-            accepted = problem["msg"][0].lower() + problem["msg"][1:]
-        raise ConfigurationError(f"{path.name}: {key}", problem["input"], accepted) from None
+            problem = first["msg"].replace("Input should ", "must ")
+        raise ConfigurationError(f"{path.name}: {key}", first["input"], problem, hint) from None

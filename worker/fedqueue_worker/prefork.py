@@ -1,9 +1,10 @@
-"""Several worker processes out of one that has imported torch: the import is paid once, and its memory is shared."""
+"""Forks worker processes from one that has imported torch: one import, and its memory is shared."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import signal
 import sys
@@ -17,37 +18,40 @@ import structlog
 import torch
 
 from fedqueue.config.entrypoint import import_entrypoint
-from fedqueue.terminal import DONE, FAILED, configure_logging, exit_at_once, last_line
+from fedqueue.exit_codes import DONE, FAILED, exit_at_once
+from fedqueue.logs import configure_logging, last_line
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of Linux
-GRACE_SECONDS = 30  # to hand back its job; then a child that was told to end is killed
+GRACE_SECONDS = 30  # for a child to hand back its job after a signal, before it is killed
 
 
 def preload(entrypoint: str, folder: Path) -> None:
-    """Import once what every worker needs: torch, what its first optimizer brings, RQ, and the task's module.
+    """Import what every worker needs: torch, what its first optimizer imports, RQ, and the task's module.
 
-    Raises TaskError where the module cannot be imported. No connection is opened. torch gets one thread: a child that
-    is forked after its parent has computed with several may hang.
+    Raises TaskError where the module cannot be imported. Opens no connection. Gives torch one thread, because a child
+    may hang that is forked after its parent has computed with several.
     """
-    import fedqueue_worker.process  # noqa: F401 - RQ and all that a worker uses
+    import fedqueue_worker.process  # noqa: F401 - imports RQ and everything else that a worker uses
 
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     import_entrypoint(entrypoint, folder, "task.entrypoint")
     log = structlog.get_logger("fedqueue.worker")
     if threading.active_count() > 1:
-        log.warning("importing the task starts threads, which its worker processes do not have", entrypoint=entrypoint)
+        log.warning(
+            "importing the task starts threads, which forked workers lack: start them later", entrypoint=entrypoint
+        )
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        log.warning("importing the task uses the GPU, so its worker processes cannot", entrypoint=entrypoint)
+        log.warning("importing the task uses the GPU, so forked workers cannot: use it later", entrypoint=entrypoint)
 
 
-def fork(count: int, logs: Path | None) -> int:
-    """The number of the worker that this process is from now on: `count` children return, this process never does.
+def fork(count: int, logs: Path | None, level: int = logging.INFO) -> int:
+    """Fork `count` children. Returns in each child, with its number from 0; never returns in this process.
 
-    It passes SIGTERM and SIGINT on, kills what has not ended GRACE_SECONDS later, reports a child that ends by itself,
-    and exits with the worst exit code once all have ended. A child gets SIGTERM when this process dies. With `logs`,
-    child i writes to logs/worker-i.log.
+    This process passes SIGTERM and SIGINT on, kills a child that has not ended GRACE_SECONDS later, reports a child
+    that ends by itself, and exits with the highest exit code once all have ended. A child gets SIGTERM when this
+    process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on.
     """
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
@@ -55,12 +59,12 @@ def fork(count: int, logs: Path | None) -> int:
     sys.stderr.flush()
     gc.collect()
     gc.freeze()  # a collection in a child would write to every page that it shares
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # none of them between a fork and its handlers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its handlers
     parent, children = os.getpid(), dict[int, int]()
     for number in range(count):
         child = os.fork()
         if not child:
-            _begin(parent, log_of(logs, number))
+            _begin(parent, log_of(logs, number), level)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             return number
         children[child] = number
@@ -68,11 +72,12 @@ def fork(count: int, logs: Path | None) -> int:
 
 
 def log_of(logs: Path | None, number: int) -> Path | None:
+    """The log file of child `number`."""
     return logs / f"worker-{number}.log" if logs else None
 
 
-def _begin(parent: int, log: Path | None) -> None:
-    """In a child: what must not be its siblings' too."""
+def _begin(parent: int, log: Path | None, level: int) -> None:
+    """Set up a child: signals, its log, and random numbers that differ from those of the other children."""
     for signum in SIGNALS:
         signal.signal(signum, exit_at_once)
     if sys.platform == "linux":
@@ -84,15 +89,15 @@ def _begin(parent: int, log: Path | None) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        configure_logging()  # which looks whether stderr is a terminal
+        configure_logging(level=level)  # again, because stderr is a file now: no colours
     np.random.seed()  # as in a process of its own; Python's generator does that itself, torch's is seeded for each job
 
 
 def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
-    """Signals are waited for and not handled: one that came just before a blocking call would not interrupt it."""
+    """Wait for signals and children until no child is left. No handlers: a signal just before a wait would be lost."""
     running, told, worst = dict(children), False, DONE
     watched = {*SIGNALS, signal.SIGCHLD, signal.SIGALRM}
-    signal.signal(signal.SIGCHLD, lambda *_: None)  # what is ignored cannot be waited for
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # an ignored signal cannot be waited for
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     while True:
         for pid, code in _ended(running):
@@ -100,8 +105,8 @@ def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
             worst = max(worst, code if code >= 0 else FAILED)
             if not told:
                 log = log_of(logs, number)
-                said = f": {last_line(log)}" if log else ""
-                print(f"worker {number} (pid {pid}) ended with {code}{said}", file=sys.stderr, flush=True)  # noqa: T201
+                last = f": {last_line(log)}" if log else ""
+                print(f"worker {number} (pid {pid}) ended with {code}{last}", file=sys.stderr, flush=True)  # noqa: T201
         if not running:
             sys.exit(worst)
         signum = signal.sigwait(watched)
@@ -114,7 +119,7 @@ def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
 
 
 def _ended(running: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Those that have ended, with their exit codes; what the task's module has started is not ours to wait for."""
+    """Children that have ended, with their exit codes. Processes that the task's module started are left alone."""
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:

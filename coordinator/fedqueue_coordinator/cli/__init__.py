@@ -1,1 +1,1 @@
-"""The command line `fedqueue`."""
+"""The command line `fedqueue`: `main` has the app, the other modules its commands."""
