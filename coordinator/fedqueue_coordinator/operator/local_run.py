@@ -1,108 +1,163 @@
-"""`fedqueue run`: the whole federation on this machine. A server, a coordinator, and real worker processes."""
+"""`fedqueue run`: a whole federation on this machine, with an embedded server, a coordinator and worker processes.
+
+The coordinator runs in this process. `launch.json` in the run's folder records how the run was started, so that
+`--resume DIR` can start it again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from fedqueue.config.loading import Config
-from fedqueue.errors import RunExists, ServerUnavailable
-from fedqueue.terminal import DONE, FAILED, INTERRUPTED
+from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError, MissingExtra, RunExists, ServerUnavailable
+from fedqueue.exit_codes import DONE, FAILED, INTERRUPTED
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
-from fedqueue_coordinator.operator.launch_record import Launch, write_launch
-from fedqueue_coordinator.operator.local_workers import KEYS, LOGS, OUTBOX, LocalWorkers
+from fedqueue_coordinator.operator.local_workers import EGRESS, KEYS, LOGS, LocalWorkers
 
-if TYPE_CHECKING:  # they import torch: late, while the workers do
+if TYPE_CHECKING:  # these modules import torch, which `run_federation` does while the workers do
+    from fedqueue.task import Task
     from fedqueue_coordinator.core.federation import Federation
     from fedqueue_coordinator.core.run_summary import RunResult
     from fedqueue_coordinator.operator.progress_view import LiveView
     from fedqueue_coordinator.service.coordinator import Coordinator
 
 URL_FILE = "redis.url"
+LAUNCH_FILENAME = "launch.json"
 INTERRUPT = "interrupted"
 
 
-def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool) -> int:
-    """Run `config`, which `launch` names, to its end; returns the exit code.
+@dataclass(frozen=True)
+class Launch:
+    """How a local run was started."""
 
-    Whatever happens, no process is left behind; the model so far and the report lie in `folder`. With `resume`, goes
-    on from the server's data or the checkpoint that an earlier run left there.
+    config: Path
+    """Absolute path of the configuration file."""
+    overrides: Sequence[str]
+    """KEY=VALUE texts, in the order given."""
+    workers: int
+    """Number of worker processes."""
+
+
+def write_launch(folder: Path, launch: Launch) -> None:
+    """Write `launch` to launch.json in `folder`."""
+    record = {"config": str(launch.config), "overrides": list(launch.overrides), "workers": launch.workers}
+    (folder / LAUNCH_FILENAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def read_launch(folder: Path, overrides: Sequence[str]) -> Launch:
+    """Read the launch of the run in `folder` and append `overrides`.
+
+    Raises ConfigurationError if `folder` contains no run, or a run that has ended.
+    """
+    try:
+        record = json.loads((folder / LAUNCH_FILENAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        hint = "pass the folder of a run that `fedqueue run` started"
+        raise ConfigurationError("--resume", str(folder), f"holds no {LAUNCH_FILENAME} of a run", hint) from error
+    if not ((folder / "redis").exists() or (folder / "checkpoint.safetensors").exists()):
+        hint = "leave out --resume to run it again from version 0"
+        raise ConfigurationError(
+            "--resume", str(folder), "the run in this folder has ended and cannot be resumed", hint
+        )
+    return Launch(Path(record["config"]), [*record["overrides"], *overrides], record["workers"])
+
+
+def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool) -> int:
+    """Run `config` as `run_federation` does; returns the exit code."""
+    result = run_federation(config, launch, folder, quiet, resume)
+    return INTERRUPTED if result is None else exit_code(result)
+
+
+def run_federation(
+    config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool, task: Task | None = None
+) -> RunResult | None:
+    """Run `config`, which was loaded from `launch.config`, until it ends; None if interrupted before version 0.
+
+    The coordinator uses `task`, or else the task that `config` names. Writes the results to `folder`, and stops the
+    server and the workers on every exit path. With `resume`, continues from the server's data or the checkpoint in
+    `folder`. Raises RunExists if a run in `folder` is still active.
     """
     _require_free(folder)
     if not resume:
-        _remove(folder, URL_FILE, "redis", LOGS, KEYS, OUTBOX)
+        _remove(folder, URL_FILE, "redis", LOGS, KEYS, EGRESS)
     with contextlib.ExitStack() as stack:
-        not_begun = stack.enter_context(contextlib.ExitStack())
+        remove_if_not_started = stack.enter_context(contextlib.ExitStack())
         if not resume:
-            not_begun.callback(_remove, folder, "redis", KEYS)
+            remove_if_not_started.callback(_remove, folder, "redis", KEYS)
         url = config.redis.address() or stack.enter_context(_embedded_server(folder))
         connection = connect(url, tls=config.redis.tls)
         check(connection, url)
         (folder / URL_FILE).write_text(url)
-        (folder / URL_FILE).chmod(0o600)  # a URL may hold a password
+        (folder / URL_FILE).chmod(0o600)  # a URL may contain a password
         stack.callback((folder / URL_FILE).unlink, missing_ok=True)
         signed = config.security.signatures == "required"
-        if signed:  # with keys of this run alone, made here and deleted with its server
+        if signed:  # with keys that exist for this run only and are deleted with its server
             from fedqueue_coordinator.operator.access.enrolment import SITES, enroll_missing
 
             enroll_missing(folder / KEYS, config.clients.ids, folder / KEYS / SITES)
-        sites = LocalWorkers(launch, url, folder, config.clients.ids)  # their import of torch goes on beside ours
-        stack.callback(sites.stop)
+        # Started before the imports below, so that both import torch at the same time.
+        workers = LocalWorkers(launch.config, launch.overrides, launch.workers, config.clients.ids, url, folder)
+        stack.callback(workers.stop)
 
         from fedqueue.protocol.coordinator_identity import load_coordinator_identity
         from fedqueue.task import load_task
         from fedqueue_coordinator.algorithms.registry import check_algorithms
-        from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER
         from fedqueue_coordinator.operator.progress_view import LiveView
         from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_results
         from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME as CHECKPOINT_FILE
         from fedqueue_coordinator.service.coordinator import Coordinator
         from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
+        from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 
-        task = load_task(config.task.entrypoint, config.task.options, launch.config.parent)
+        task = task or load_task(config.task.entrypoint, config.task.options, launch.config.parent)
         check_algorithms(config)
         if not resume:
             _remove(folder, *RESULT_FILENAMES, CHECKPOINT_FILE, REPLAY_FOLDER)
         write_launch(folder, launch)
-        not_begun.pop_all()
+        remove_if_not_started.pop_all()
         identity = load_coordinator_identity(folder / KEYS, config.name) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
 
         def on_progress(federation: Federation, now: float) -> None:
             view.update(federation, now)
-            for message in sites.deaths():
+            for message in workers.new_messages():
                 view.console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
-            if not sites.any_alive() and not federation.stopped:
-                coordinator.fail("every worker process has ended; their logs are in " + str(folder / LOGS))
+            if not workers.any_alive() and not federation.stopped:
+                coordinator.fail(f"every worker process has ended; see the logs in {folder / LOGS}")
 
         coordinator = Coordinator(
             config, task, CoordinatorStore(connection, config.name, new_owner(), identity), folder, on_progress
         )
         stack.enter_context(_signals(coordinator))
         result = coordinator.run()
-        if result is None:  # interrupted before it had begun
-            return INTERRUPTED
-        sites.stop()
+        if result is None:
+            return None
+        workers.stop()
     _remove(folder, "redis", KEYS)
     summary = write_results(folder, config, result)
-    print_result(view, summary, folder)
-    return exit_code(result)
+    print_result(view, summary, folder, result.failed)
+    return result
 
 
 def exit_code(result: RunResult) -> int:
+    """Return the exit code of a run: 0 done, 1 failed, 130 interrupted."""
     if result.stopped_because == INTERRUPT:
         return INTERRUPTED
     return FAILED if result.failed else DONE
 
 
-def print_result(view: LiveView, summary: dict[str, Any], folder: Path) -> None:
-    """The last lines that a user sees: what came out, and where it lies."""
+def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: bool = False) -> None:
+    """Print the final metrics, why the run stopped, and the paths of the result files."""
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items()) or "not evaluated"
     view.console.print(
         f"[bold]{summary['run']}[/]: {metrics} after {summary['seconds']:.1f} s: {summary['versions']} versions of "
@@ -111,31 +166,38 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    view.console.print(f"stopped by {summary['stopped_because']}", highlight=False, soft_wrap=True)
-    view.console.print(
-        f"report: {folder / 'report.png'}   model: {folder / 'model.safetensors'}   numbers: {folder / 'summary.json'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    why = f"the run failed: {summary['stopped_because']}" if failed else f"stopped by {summary['stopped_because']}"
+    view.console.print(why, style="red" if failed else "none", markup=False, highlight=False, soft_wrap=True)
+    report = folder / "report.png"
+    paths = [f"report: {report}"] if report.exists() else []
+    paths += [f"model: {folder / 'model.safetensors'}", f"numbers: {folder / 'summary.json'}"]
+    view.console.print("   ".join(paths), highlight=False, soft_wrap=True)
+    if not report.exists():
+        missing = MissingExtra("report.png", "matplotlib", "plots")
+        view.console.print(str(missing), markup=False, highlight=False, soft_wrap=True)
 
 
 def _require_free(folder: Path) -> None:
-    """Raise RunExists where a run is still going on in `folder`."""
+    """Raise RunExists if the server of a run in `folder` still answers."""
     address = folder / URL_FILE
     if address.exists():
         client = connect(address.read_text().strip(), retries=0)
         try:
             check(client, "")
         except ServerUnavailable:
-            pass  # what served that run is gone
+            pass  # the server of that run has ended
         else:
-            raise RunExists(folder.name, f"is still going on in {folder}")
+            problem, hint = (
+                f"is still active in {folder}",
+                "wait for its end or stop it, or choose another --output DIR",
+            )
+            raise RunExists(folder.name, problem, hint)
         finally:
             client.close()
 
 
 def _remove(folder: Path, *names: str) -> None:
-    """Files and folders of an earlier run, where there are any."""
+    """Delete files and folders of an earlier run, if they exist."""
     for name in names:
         if (folder / name).is_dir():
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -154,12 +216,13 @@ def _embedded_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _signals(coordinator: Coordinator) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the run politely."""
+    """End the run on Ctrl-C and SIGTERM, with the results so far."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         coordinator.interrupt(INTERRUPT)
 
-    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM)}
+    handled = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM) if handled}
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""What `fedqueue run` and `fedqueue coordinator` show while a run goes on."""
+"""The progress display of `fedqueue run` and `fedqueue coordinator`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
 from fedqueue_coordinator.core.federation import Federation
 
 REFRESH_SECONDS = 0.25
-LINE_SECONDS = 2.0  # where the output is no terminal, a line so often
+"""Time between two updates of the table on a terminal."""
+LINE_SECONDS = 2.0
+"""Time between two lines if the output is not a terminal."""
 BARS = "▁▂▃▄▅▆▇█"
 
 
 class LiveView:
-    """A small table that renews itself on a terminal; plain lines elsewhere; nothing when quiet."""
+    """Shows a table that is updated in place on a terminal, and plain lines elsewhere; shows nothing if `quiet`."""
 
     def __init__(self, config: Config, quiet: bool, console: Console | None = None) -> None:
         self._config, self._quiet = config, quiet
@@ -40,7 +42,7 @@ class LiveView:
             self._live.stop()
 
     def update(self, federation: Federation, now: float) -> None:
-        """Show where the federation stands at `now` seconds, unless it was shown a moment ago."""
+        """Show the state of the federation at `now` (seconds since the start), unless the last update is too recent."""
         evaluated = federation.evaluated
         if evaluated and evaluated.metrics and (not self._history or self._history[-1][0] != evaluated.version):
             shown = "accuracy" if "accuracy" in evaluated.metrics else next(iter(evaluated.metrics))
@@ -58,7 +60,7 @@ class LiveView:
         parts = [
             f"{now:6.1f} s",
             f"version {federation.version}",
-            f"{federation.totals.updates} updates",
+            f"{federation.run_counters.updates} updates",
             f"{len(federation.clients)} clients",
             f"{len(federation.open_jobs)} jobs",
         ]
@@ -70,7 +72,7 @@ class LiveView:
 
     def _table(self, federation: Federation, now: float) -> Table:
         config = self._config
-        table = Table(title=f"{config.name}: {config.aggregation.mode}", title_justify="left", show_header=False)
+        table = Table(title=f"{config.name}: {config.aggregation.strategy}", title_justify="left", show_header=False)
         table.add_column(style="bold")
         table.add_column()
         clients = f"{len(federation.clients)} of {len(config.clients.ids)} alive"
@@ -81,8 +83,8 @@ class LiveView:
             "version",
             f"{federation.version} ({federation.buffered} of {config.buffer_size} updates buffered)",
         )
-        rate = federation.totals.updates / now if now else 0.0
-        table.add_row("updates", f"{federation.totals.updates} merged, {rate:.1f}/s")
+        rate = federation.run_counters.updates / now if now else 0.0
+        table.add_row("updates", f"{federation.run_counters.updates} merged, {rate:.1f}/s")
         table.add_row("clients", clients)
         table.add_row("jobs", f"{len(federation.open_jobs)} open")
         for name, counts in (("rejected", federation.rejected), ("abandoned", federation.abandoned)):
@@ -97,7 +99,7 @@ class LiveView:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """The last `width` values as bars between their minimum and maximum."""
+    """Draw the last `width` values as bars between their minimum and maximum."""
     recent = values[-width:]
     if not recent:
         return ""

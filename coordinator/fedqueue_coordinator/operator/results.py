@@ -1,14 +1,16 @@
-"""What a run leaves on disk: summary.json, model.safetensors, ledger.jsonl and report.png."""
+"""Writes the result files of a run: summary.json, model.safetensors, ledger.jsonl and report.png."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
+from fedqueue.errors import MissingExtra
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.run_summary import RunResult, summarize
 
@@ -16,13 +18,15 @@ RESULT_FILENAMES = ("summary.json", "model.safetensors", "ledger.jsonl", "report
 
 
 def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, Any]:
-    """Write the four files into `folder`, and return the summary."""
-    from fedqueue_coordinator.operator.reports.run import draw_report  # matplotlib: not before it is needed
+    """Write RESULT_FILENAMES into `folder`; returns the summary.
 
+    Without matplotlib there is no report.png, and one of an earlier run is deleted.
+    `result` is what `Coordinator.run` or `Simulation.run` returned.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarize(
         config.name,
-        config.aggregation.mode,
+        config.aggregation.strategy,
         config.seed,
         result.stopped_because,
         result.ledger,
@@ -34,10 +38,14 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
     with (folder / "ledger.jsonl").open("w", encoding="utf-8") as ledger:
         ledger.writelines(json.dumps(record) + "\n" for record in result.ledger)
     save_model(folder / "model.safetensors", result.model)
-    draw_report(folder / "report.png", summary, result.ledger)
+    (folder / "report.png").unlink(missing_ok=True)
+    with contextlib.suppress(MissingExtra):
+        from fedqueue_coordinator.operator.reports.run import draw_report  # imports matplotlib, which takes long
+
+        draw_report(folder / "report.png", summary, result.ledger)
     return summary
 
 
 def save_model(path: Path, model: Frame) -> None:
-    """A plain `state_dict` of the model's own names, dtypes and shapes, as safetensors."""
+    """Write the model's `state_dict`, with its own names, dtypes and shapes, as safetensors."""
     save_file(model.state_dict(), path)

@@ -1,33 +1,41 @@
-"""A federation under a virtual clock: production's state machine, real training, and no waiting for anybody.
+"""Simulates a federation under a virtual clock: the coordinator's own state machine and real training, without waiting.
 
-One process plays every part. A job trains when its worker would have fetched its base, from that base and with that
-job's seed, so its bits are those that a worker would have posted; only when they arrive is computed and not measured:
+    result = Simulation(config, ClientDatasets(task), TimingModel(batch_seconds=0.02)).run()
+    result.model, result.ledger, result.stopped_because
+
+Everything happens in this process. A job trains when its worker would have fetched its base, from that base and with
+the seed of that job, so its update has the bits that a worker would have posted. Only its arrival is computed, in
+seconds:
 
     arrival = dispatch + job_seconds + batches · batch_seconds · slowdown · noise
 
-So two runs with the same configuration and speeds are the same to the bit, a client that is twenty times slower costs
-no time, and what is compared is who waits for whom. What is not simulated: the time that merging, evaluating and
-moving a model take, failures of machines, and a worker that serves more than one client.
+Two simulations with the same configuration, data and timing therefore give the same bits, and a client that is twenty
+times slower takes no longer to simulate.
+
+Not simulated: the time that merging, evaluation and the transfer of models take, failures of machines, and a worker
+that serves more than one client.
 """
 
 from __future__ import annotations
 
 import heapq
 import random
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
 from fedqueue.errors import RunFailed
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Order
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import choose_device, set_seed
-from fedqueue_coordinator.core.dispatch import make_order
+from fedqueue_coordinator.core.evaluation import evaluate
 from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
@@ -44,33 +52,37 @@ from fedqueue_coordinator.core.events import (
     Tick,
     UpdateArrived,
     UpdateLoaded,
+    make_order,
 )
-from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record
+from fedqueue_coordinator.core.reasons import AbandonReason
 from fedqueue_coordinator.core.run_summary import RunResult
-from fedqueue_coordinator.service.evaluator import evaluate
-from fedqueue_coordinator.service.recovery import initial_model
 
 
 @dataclass(frozen=True)
 class TimingModel:
-    """How long a job takes, in virtual seconds; `clients.slowdown` of the configuration multiplies the batches."""
+    """The duration of a job in virtual seconds; the key clients.slowdown multiplies the time of its batches."""
 
     batch_seconds: float = 0.01
-    """One batch of local training, on a client that is not slowed down."""
+    """Seconds per batch of local training, on a client with slowdown 1."""
     job_seconds: float = 0.0
-    """From the dispatch until training begins: the way of the order and of the base version."""
+    """Seconds from the dispatch until training begins: the transfer of the order and of the base version."""
     jitter: float = 0.0
-    """Standard deviation of the logarithm of each job's noise: 0.1 is about 10 %."""
+    """Standard deviation of the logarithm of each job's noise; 0.1 is about 10 %, and 0 switches the noise off."""
 
     def training_seconds(self, batches: int, slowdown: float, seed: int) -> float:
-        """The duration of a job's training; its noise is log-normal with median 1, drawn by the job's seed."""
+        """Return the seconds that `batches` take, with log-normal noise of median 1 drawn with the job's `seed`."""
         noise = random.Random(seed).lognormvariate(0.0, self.jitter) if self.jitter else 1.0  # nosec B311
         return batches * self.batch_seconds * slowdown * noise
 
 
 class ClientDatasets:
-    """Every client's data, loaded once, and one model that trains them all in turn; it may serve several runs."""
+    """The data of every client of a task, loaded once; several simulations may share it.
+
+    `task.test_data()` is called at once, and `task.train_data(client)` when a client's data is first used. Simulations
+    that share an instance must have the same [clients], because the data is kept by client id.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -78,7 +90,7 @@ class ClientDatasets:
         self._data: dict[str, Any] = {}
 
     def data(self, config: Config, client: str) -> Any:
-        """The client's own examples, as its worker would load them."""
+        """Return what `task.train_data` returns for the client, as its worker would load it."""
         if client not in self._data:
             self._data[client] = self.task.train_data(config.clients.client(client))
         return self._data[client]
@@ -86,76 +98,91 @@ class ClientDatasets:
 
 @dataclass
 class Job:
-    """A dispatched job; `base` is the version it trains from, `wire` what it posts, once its worker has begun."""
+    """A dispatched job."""
 
     order: Order
     base: int = -1
+    """The version that it trains from; −1 before training begins."""
     wire: Bytes | None = None
-    left: Frame | None = None
-    """What the encoding left out."""
+    """The encoded update that it posts; None before training begins."""
+    residual: Frame | None = None
+    """What the encoding left out of the update, for error feedback."""
 
 
 @dataclass(frozen=True)
 class TrainingStarted:
-    """The worker has fetched the newest version, and trains."""
+    """The event that a worker has fetched the newest version and begins to train."""
 
     job: str
 
 
 @dataclass(order=True)
 class ScheduledEvent:
-    """Something that will happen; what happens at the same time does so in the order in which it was planned."""
+    """An event at a virtual time; events of the same time are ordered by `number`, the order of scheduling."""
 
     seconds: float
     number: int
-    what: Event | TrainingStarted = field(compare=False)
+    event: Event | TrainingStarted = field(compare=False)
 
 
 class Simulation:
-    """One run from its first version to its end."""
+    """One run, from version 0 until a condition of [stop] is met; `run` may be called once.
+
+    The sections [redis], [security] and [checkpoint] of `config` have no effect. Times such as stop.seconds are virtual
+    seconds. The constructor seeds torch's global random generator with config.seed and builds the model.
+    `on_progress(federation, now)` is called after each event, with `now` in virtual seconds.
+    """
 
     def __init__(
         self,
         config: Config,
-        sites: ClientDatasets,
-        speeds: TimingModel,
+        datasets: ClientDatasets,
+        timing: TimingModel,
         on_progress: Callable[[Federation, float], None] = lambda federation, now: None,
     ) -> None:
-        self.config, self.sites, self.speeds = config, sites, speeds
+        self.config, self.datasets, self.timing = config, datasets, timing
         self.now = 0.0
+        """Virtual seconds since the start."""
         self.ledger: list[LedgerRecord] = []
         self.trace: list[tuple[float, str, str]] = []
-        """(seconds, "begins", "arrives" or "waits", job) in the order in which it happened: a real run's script."""
+        """(virtual seconds, "begins" | "arrives" | "waits", job) in order, with which a real run can be driven."""
         self._on_progress = on_progress
         self._device = choose_device(config.training.device)
         set_seed(config.seed)
-        self._module = sites.task.model()
+        self._module = datasets.task.model()
         first = initial_model(config, self._module)
-        self.federation = Federation(config, first, evaluates=sites.test_data is not None)
+        self.federation = Federation(config, first, evaluates=datasets.test_data is not None)
         self._feedback = ErrorFeedback(self.federation.up)
         self._jobs: dict[str, Job] = {}
-        self._versions: dict[int, Frame] = {}  # those that open jobs train from, or that their merge will need
+        self._versions: dict[int, Frame] = {}  # the base versions of open jobs
         self._evaluated: tuple[int, Frame] | None = None
-        self._agenda: list[ScheduledEvent] = []
-        self._planned = 0
+        self._events: list[ScheduledEvent] = []
+        self._scheduled = 0
 
     def run(self) -> RunResult:
-        """Until the run has ended; raises RunFailed where nothing is left that could happen."""
+        """Simulate until the run has ended.
+
+        The result has the model (the version that reached the target, else the newest), whose `state_dict()` has the
+        names, shapes and dtypes of the task's own model, and the ledger, whose times are virtual seconds. Raises
+        RunFailed if no event is left before a stop condition is met, for example because too few clients are left.
+        """
         federation = self.federation
         for client in self.config.clients.ids:
-            examples = self.sites.task.num_examples(self.sites.data(self.config, client))
+            examples = self.datasets.task.num_examples(self.datasets.data(self.config, client))
             self._handle(ClientJoined(client, examples))
         while not federation.stopped:
             deadline = federation.next_deadline()
-            if self._agenda and (deadline is None or self._agenda[0].seconds <= deadline):
-                moment = heapq.heappop(self._agenda)
-                self.now = moment.seconds
-                self._happen(moment.what)
+            if self._events and (deadline is None or self._events[0].seconds <= deadline):
+                scheduled = heapq.heappop(self._events)
+                self.now = scheduled.seconds
+                self._process(scheduled.event)
             elif deadline is not None:
                 self.now = max(self.now, deadline)
                 self.trace.append((self.now, "waits", ""))
             else:
-                raise RunFailed(f"at {self.now:.1f} virtual seconds nobody trains, and nothing is waited for")
+                raise RunFailed(
+                    f"the run stalled at {self.now:.1f} virtual seconds: no client trains, no deadline is open"
+                )
             self._handle(Tick())
             self._on_progress(federation, self.now)
         assert federation.stopped is not None
@@ -165,37 +192,40 @@ class Simulation:
             federation.job_number,
         )  # fmt: skip
 
-    def _plan(self, seconds: float, what: Event | TrainingStarted) -> None:
-        self._planned += 1
-        heapq.heappush(self._agenda, ScheduledEvent(seconds, self._planned, what))
+    def _schedule(self, seconds: float, event: Event | TrainingStarted) -> None:
+        self._scheduled += 1
+        heapq.heappush(self._events, ScheduledEvent(seconds, self._scheduled, event))
 
-    def _happen(self, what: Event | TrainingStarted) -> None:
-        match what:
+    def _process(self, event: Event | TrainingStarted) -> None:
+        match event:
             case TrainingStarted(job):
                 if job in self._jobs:
                     self.trace.append((self.now, "begins", job))
                     self._train(self._jobs[job])
             case UpdateArrived(job=job):
-                if job in self._jobs:  # else it was closed, and its worker has dropped the work
+                if job in self._jobs:  # otherwise the job was closed, and its worker has dropped the update
                     self.trace.append((self.now, "arrives", job))
                     posted = self._jobs[job]
-                    assert posted.left is not None
-                    self._feedback.accepted(posted.order.client, posted.left)
-                    self._handle(what)
+                    assert posted.residual is not None
+                    self._feedback.accepted(posted.order.client, posted.residual)
+                    self._handle(event)
             case JobEnded(job=job):
                 if job in self._jobs:
-                    self._handle(what)
+                    self._handle(event)
             case _:
-                self._handle(what)
+                self._handle(event)
 
     def _handle(self, event: Event) -> None:
-        for action in self.federation.handle(event, self.now):
-            self._do(action)
+        events = deque([event])
+        while events:
+            for action in self.federation.handle(events.popleft(), self.now):
+                if (outcome := self._perform(action)) is not None:
+                    events.append(outcome)
 
-    # What workers do
+    # The workers
 
     def _train(self, job: Job) -> None:
-        """Train now what arrives later: the base is the newest version of this moment."""
+        """Train a job on the newest version and schedule the arrival of its update."""
         order, federation = job.order, self.federation
         job.base = federation.version
         if job.base not in self._versions:
@@ -209,40 +239,44 @@ class Simulation:
             nonlocal batches
             batches += 1
 
-        data = self.sites.data(self.config, order.client)
+        data = self.datasets.data(self.config, order.client)
         slowdown = self.config.clients.slowdown.get(order.client, 1.0)
         entry = f"{order.job}-arrival"
         try:
-            header = compute_update(self.sites.task, self._module, data, order, base, local, progress)
-        except Exception as error:  # the task's own: its worker would report it
-            seconds = self.speeds.training_seconds(batches, slowdown, order.seed)
-            failed = JobEnded(entry, order.job, order.client, "failed", f"{type(error).__name__}: {error}")
-            self._plan(self.now + seconds, failed)
+            header = compute_update(self.datasets.task, self._module, data, order, base, local, progress)
+        except Exception as error:  # an error in the task, which a worker would report
+            seconds = self.timing.training_seconds(batches, slowdown, order.seed)
+            failed = JobEnded(entry, order.job, order.client, AbandonReason.FAILED, f"{type(error).__name__}: {error}")
+            self._schedule(self.now + seconds, failed)
             return
         header, job.wire = self._feedback.encode(order.client, local, header, order.seed)
-        job.left = local
-        seconds = self.speeds.training_seconds(batches, slowdown, order.seed)
+        job.residual = local
+        seconds = self.timing.training_seconds(batches, slowdown, order.seed)
         body = header.model_copy(update={"seconds": seconds}).pack()
-        self._plan(self.now + seconds, UpdateArrived(entry, order.job, 1, order.client, job.base, body))
+        self._schedule(
+            self.now + seconds,
+            UpdateArrived(StreamEntry(entry, "update", body, order.client, order.job, 1, job.base), body),
+        )
 
-    # What the coordinator's surroundings do
+    # The service around the state machine
 
-    def _do(self, action: Action) -> None:
+    def _perform(self, action: Action) -> Event | None:
+        """Carry the action out; return the event that it results in, if any."""
         match action:
             case Dispatch(job=job):
                 self._jobs[job] = Job(make_order(self.config, action))
-                self._plan(self.now + self.speeds.job_seconds, TrainingStarted(job))
+                self._schedule(self.now + self.timing.job_seconds, TrainingStarted(job))
             case Load(arrived=arrived):
                 wire = self._jobs[arrived.job].wire
                 assert wire is not None
                 delta = self.federation.up.decode(wire)
                 base = self._versions[arrived.base] if action.with_base else None
-                self._handle(UpdateLoaded(action, delta, base))
+                return UpdateLoaded(action, delta, base)
             case Commit():
                 self.ledger.append(dict(action.record))
                 for arrived in action.merged:
                     del self._jobs[arrived.job]
-                self._let_go_of_bases()
+                self._drop_unused_bases()
             case Close(job, _, record):
                 self.ledger.append(dict(record))
                 self._jobs.pop(job, None)
@@ -250,22 +284,23 @@ class Simulation:
                 self.ledger += [dict(record)] if record else []
             case Evaluate(version):
                 self._evaluated = version, self.federation.model.copy()
-                result = evaluate(self.sites.task, self.sites.test_data, self._evaluated[1], self._device)
+                result = evaluate(self.datasets.task, self.datasets.test_data, self._evaluated[1], self._device)
                 self.ledger.append(evaluation_record(version, result.metrics, self.now))
-                self._plan(self.now, Evaluated(version, result.metrics, result.error))
+                self._schedule(self.now, Evaluated(version, result.metrics, result.error))
             case Stop():
                 pass
+        return None
 
-    def _let_go_of_bases(self) -> None:
+    def _drop_unused_bases(self) -> None:
         used = {job.base for job in self._jobs.values()}
         self._versions = {version: frame for version, frame in self._versions.items() if version in used}
 
     def _final_version(self, stop: Stop) -> tuple[int, Frame]:
-        """The version that reached the target, else the newest one, which is evaluated if it has not been."""
+        """Return the version that reached the target, else the newest, and evaluate it if that has not happened."""
         federation = self.federation
         if self._evaluated and stop.because.startswith("target"):
             return self._evaluated
         measured = self._evaluated is not None and self._evaluated[0] == federation.version
-        if self.sites.test_data is not None and not stop.failed and not measured:
-            self._do(Evaluate(federation.version))
+        if self.datasets.test_data is not None and not stop.failed and not measured:
+            self._perform(Evaluate(federation.version))
         return federation.version, federation.model

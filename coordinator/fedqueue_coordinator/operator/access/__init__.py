@@ -1,1 +1,1 @@
-"""Who may do what in Redis, and whose signatures are valid."""
+"""Redis users (`acl.py`), TLS certificates (`certificates.py`) and the keys that sign messages (`enrolment.py`)."""

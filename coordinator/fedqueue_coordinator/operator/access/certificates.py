@@ -1,7 +1,7 @@
-"""`fedqueue certs`: a certificate authority of one's own, for tests and small closed networks.
+"""`fedqueue certs`: a private certificate authority and its TLS certificates, for tests and small closed networks.
 
-Keys are on the curve P-256. The authority signs nothing but leaves (path length 0); a leaf is for a server or for a
-client, not for both.
+Keys are on the curve P-256. The authority signs only end-entity certificates (path length 0), each of them either for a
+server or for a client.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedqueue.errors import ConfigurationError
 
 Key = ec.EllipticCurvePrivateKey
-CLOCK_SKEW = datetime.timedelta(minutes=5)  # machines whose clocks are a little late accept a new certificate
+CLOCK_SKEW = datetime.timedelta(minutes=5)
+"""Certificates are valid from this long ago, so that machines with slow clocks accept them."""
 
 
 def write_certificates(folder: Path, hosts: Sequence[str], clients: Sequence[str], days: int) -> list[Path]:
-    """Write `ca`, `server` and one pair for each of `clients` as NAME.pem and NAME.key; returns the certificates.
+    """Write NAME.pem and NAME.key for `ca`, `server` and each of `clients`; returns the paths of the certificates.
 
-    An authority that is there already signs; certificates are issued anew. `hosts` are the names and addresses of the
-    server, `days` how long all of them are valid. Keys are readable by their owner alone.
+    An existing authority in `folder` is used; the other certificates are replaced. `hosts` are the DNS names and IP
+    addresses of the server. The certificates are valid for `days`. Keys are readable by their owner only. Raises
+    ConfigurationError for less than one day, and for a ca.key of another type.
     """
     if days < 1:
         raise ConfigurationError("--days", days, "must be at least 1")
@@ -54,7 +56,9 @@ def _authority(folder: Path, until: datetime.datetime) -> tuple[Key, x509.Certif
     if (folder / "ca.key").exists():
         key = serialization.load_pem_private_key((folder / "ca.key").read_bytes(), None)
         if not isinstance(key, Key):
-            raise ConfigurationError("DIR", str(folder), "its ca.key is not one that `fedqueue certs` made")
+            raise ConfigurationError(
+                "DIR", str(folder), "its ca.key is not from `fedqueue certs`", "choose another folder"
+            )
         return key, x509.load_pem_x509_certificate((folder / "ca.pem").read_bytes())
     key = ec.generate_private_key(ec.SECP256R1())
     usage = x509.KeyUsage(
@@ -94,9 +98,9 @@ def _general_name(host: str) -> x509.GeneralName:
 
 def _write_pair(folder: Path, name: str, key: Key, certificate: x509.Certificate) -> Path:
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    place = folder / f"{name}.key"
-    place.unlink(missing_ok=True)
-    with os.fdopen(os.open(place, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+    path = folder / f"{name}.key"
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
         file.write(pem)
     (folder / f"{name}.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     return folder / f"{name}.pem"

@@ -1,9 +1,8 @@
-"""`fedqueue enroll` and `fedqueue revoke`: which sites the coordinator believes.
+"""`fedqueue enroll` and `fedqueue revoke`: write the folder of keys by which coordinator and sites verify each other.
 
-The folder itself is read in `fedqueue.protocol.coordinator_identity`.
-
-What a site needs lies in a folder of its own, `KEYS/sites/CLIENT` unless another one is named: `CLIENT.key`, which is
-secret, and `coordinator.pub`. A site that would rather make its key itself sends a public one instead.
+`fedqueue.protocol.coordinator_identity` reads the folder. The files for a site are in a folder of their own,
+KEYS/sites/CLIENT by default: CLIENT.key, which is secret, and coordinator.pub. A site may instead make its key pair
+itself and send the operator the public key.
 """
 
 from __future__ import annotations
@@ -13,18 +12,29 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from fedqueue.config.sections import ClientId
+from fedqueue.config.names import ClientId
 from fedqueue.errors import ConfigurationError
-from fedqueue.protocol.coordinator_identity import CLIENTS, COORDINATOR_KEY, REVOKED
-from fedqueue.protocol.key_files import PublicKey, SigningKey, read_public_keys, read_signing_key, write_public_keys
-from fedqueue.protocol.site_identity import COORDINATOR, COORDINATOR_PUBLIC, KEY_SUFFIX
+from fedqueue.protocol.key_files import (
+    CLIENTS,
+    COORDINATOR,
+    COORDINATOR_KEY,
+    COORDINATOR_PUBLIC,
+    KEY_SUFFIX,
+    REVOKED,
+    PublicKey,
+    SigningKey,
+    read_public_keys,
+    read_signing_key,
+    write_public_keys,
+)
 
 SITES = "sites"
-KEPT = 2  # public keys per client: the present one, and the one before it
+ACCEPTED_KEYS = 2
+"""Public keys that are valid at the same time after a rotation: the new one and the previous one."""
 
 
 def coordinator_key(folder: Path) -> PublicKey:
-    """The coordinator's public key; a pair is made where there is none."""
+    """Return the coordinator's public key; generates the key pair if there is none."""
     path = folder / COORDINATOR_KEY
     if not path.exists():
         SigningKey.generate().save(path)
@@ -35,45 +45,45 @@ def coordinator_key(folder: Path) -> PublicKey:
 
 
 def rotate_coordinator(folder: Path, site: Path | None = None) -> Path:
-    """Give the coordinator a new key; returns the file for the sites, in which the one before it counts too.
+    """Generate a new key for the coordinator; returns the path of coordinator.pub, with the new and the previous key.
 
-    It is written to `site` as well, or to each site's folder that lies in `folder`. A coordinator that runs keeps the
-    key that it has: the next one to lead takes the new one.
+    Writes coordinator.pub to the folder `site` too, or else to each site's folder in `folder`. A running coordinator
+    keeps its key; the next coordinator that takes the lead uses the new one.
     """
     coordinator_key(folder)
     new = SigningKey.generate()
-    _publish(folder, [new.public, *read_public_keys(folder / COORDINATOR_PUBLIC)][:KEPT], site)
+    _publish(folder, [new.public, *read_public_keys(folder / COORDINATOR_PUBLIC)][:ACCEPTED_KEYS], site)
     new.save(folder / COORDINATOR_KEY)
     return folder / COORDINATOR_PUBLIC
 
 
 def _publish(folder: Path, keys: Sequence[PublicKey], site: Path | None = None) -> None:
-    for place in (folder, *([site] if site else sorted((folder / SITES).glob("*")))):
-        write_public_keys(place / COORDINATOR_PUBLIC, keys)
+    for target in (folder, *([site] if site else sorted((folder / SITES).glob("*")))):
+        write_public_keys(target / COORDINATOR_PUBLIC, keys)
 
 
 def enroll(
     folder: Path, client: str, site: Path | None = None, rotate: bool = False, public: Path | None = None
 ) -> Path:
-    """Make or replace the client's key pair, or take over the public key in `public`; returns the site's folder.
+    """Generate the client's key pair, or accept the public key in the file `public`; returns the site's folder.
 
-    The client `coordinator`, with `rotate`, is the coordinator itself: see `rotate_coordinator`.
+    With `rotate`, the client gets a new key, and its previous key stays valid until it is revoked or the key is rotated
+    again. The client `coordinator` with `rotate` is the coordinator itself: see `rotate_coordinator`.
 
-    With `rotate` the key before it counts too, until it is revoked or replaced once more. Raises ConfigurationError for
-    a bad name, for a client that is enrolled already, and with `rotate` for one that is not.
+    Raises ConfigurationError for an invalid name, for a client that is already enrolled, and, with `rotate`, for a
+    client that is not enrolled.
     """
     if client == COORDINATOR and rotate and not public:
         return rotate_coordinator(folder, site)
     _check_name(client)
-    place = folder / CLIENTS / f"{client}.pub"
-    if place.exists() != rotate:
-        accepted = (
-            "is not enrolled yet: leave out --rotate" if rotate else "is enrolled already: --rotate makes a new key"
-        )
-        raise ConfigurationError("CLIENT", client, accepted)
+    enrolled = folder / CLIENTS / f"{client}.pub"
+    if enrolled.exists() != rotate:
+        problem = "is not enrolled" if rotate else "is already enrolled"
+        hint = "leave out --rotate" if rotate else "pass --rotate for a new key"
+        raise ConfigurationError("CLIENT", client, problem, hint)
     coordinator_key(folder)
     site = site or folder / SITES / client
-    before = read_public_keys(place) if rotate else []
+    before = read_public_keys(enrolled) if rotate else []
     key = None
     if public:
         new = read_public_keys(public, "--public")[:1]
@@ -81,16 +91,16 @@ def enroll(
         key = SigningKey.generate()
         new = [key.public]
     write_public_keys(site / COORDINATOR_PUBLIC, read_public_keys(folder / COORDINATOR_PUBLIC))
-    if key and not rotate:  # whoever is enrolled has a key
+    if key and not rotate:  # before the client is enrolled, so that an enrolled client always has a key
         key.save(site / f"{client}{KEY_SUFFIX}")
-    write_public_keys(place, [*new, *before][:KEPT])
-    if key and rotate:  # a worker signs with its new key at once, so it is known before
+    write_public_keys(enrolled, [*new, *before][:ACCEPTED_KEYS])
+    if key and rotate:  # after its public key is known: a worker signs with its new key at once
         key.save(site / f"{client}{KEY_SUFFIX}")
     return site
 
 
 def enroll_missing(folder: Path, clients: Sequence[str], site: Path | None = None) -> list[str]:
-    """Enroll those that are not yet; returns them. One that was revoked stays out."""
+    """Enroll each of `clients` that is neither enrolled nor revoked; returns those."""
     coordinator_key(folder)
     missing = [
         client
@@ -103,24 +113,24 @@ def enroll_missing(folder: Path, clients: Sequence[str], site: Path | None = Non
 
 
 def revoke(folder: Path, client: str, previous: bool = False) -> None:
-    """From now on nothing counts that the client signs, or with `previous` nothing that its former key signed.
+    """Revoke the client's keys, or with `previous` only the key before the last rotation; takes effect immediately.
 
-    Of the coordinator itself only the former key can be revoked. Raises ConfigurationError where the client is not
+    For the client `coordinator`, only the previous key can be revoked. Raises ConfigurationError if the client is not
     enrolled.
     """
     if client == COORDINATOR and previous:
         _publish(folder, [coordinator_key(folder)])
         return
     _check_name(client)
-    place = folder / CLIENTS / f"{client}.pub"
-    if not place.exists():
-        raise ConfigurationError("CLIENT", client, "is not enrolled")
-    keys = read_public_keys(place)
+    enrolled = folder / CLIENTS / f"{client}.pub"
+    if not enrolled.exists():
+        raise ConfigurationError("CLIENT", client, "is not enrolled", f"{folder / CLIENTS} has the enrolled clients")
+    keys = read_public_keys(enrolled)
     if previous:
-        write_public_keys(place, keys[:1])
+        write_public_keys(enrolled, keys[:1])
         return
-    write_public_keys(folder / REVOKED / place.name, keys)
-    place.unlink()
+    write_public_keys(folder / REVOKED / enrolled.name, keys)
+    enrolled.unlink()
 
 
 def _check_name(client: str) -> None:
@@ -129,4 +139,4 @@ def _check_name(client: str) -> None:
     except ValidationError as error:
         raise ConfigurationError("CLIENT", client, error.errors()[0]["msg"].removeprefix("Value error, ")) from None
     if client == COORDINATOR:
-        raise ConfigurationError("CLIENT", client, "another name: files of this one hold the coordinator's own keys")
+        raise ConfigurationError("CLIENT", client, "is the name of the coordinator's own keys", "choose another name")

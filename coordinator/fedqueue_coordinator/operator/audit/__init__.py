@@ -1,1 +1,9 @@
-"""Checks what a run wrote down against the invariants."""
+"""`fedqueue audit`: checks a run's ledger, jobs, model and signatures against the invariants of PROTOCOL.md.
+
+Reading order:
+
+1. `audit_input.py` reads one consistent snapshot of a run, from Redis or from a folder of results.
+2. `audit.py` holds the checks I1 to I4 and S. It is pure: an `AuditInput` in, a list of `Check` out.
+3. `replay.py` repeats every merge from version 0 and compares the bits (part of I3).
+4. `signatures.py` verifies what the coordinator signed (S). `fedqueue export` uses it too.
+"""

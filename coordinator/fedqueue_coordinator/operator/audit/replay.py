@@ -1,4 +1,4 @@
-"""Replays a run from version 0 out of its ledger and the payloads that were kept, and compares the bits (I3)."""
+"""Replays a run from version 0 with its ledger and its kept payloads, and compares the bits (invariant I3)."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from typing import Any
 
 import numpy as np
 
-from fedqueue.config.loading import Config, parse_config
+from fedqueue.config.loading import parse_config
+from fedqueue.config.schema import Config
 from fedqueue.errors import BlobMissing, WireError
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downward, upward
-from fedqueue.tensors.frame import Frame, Manifest
-from fedqueue.transport.store import BlobBuffer
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-
-REPLAY_FOLDER = "replay"
-OWN_CODE = "folder.txt"  # where the configuration was read from, if it names code of the user's own
+from fedqueue_coordinator.service.replay_archive import OWN_CODE, kept_payloads
 
 
 @dataclass(frozen=True)
 class Replay:
+    """The result of a replay."""
+
     updates: int
+    """Updates that were merged again."""
     problems: Sequence[str]
+    """Differences from the ledger or the expected model; empty if there is none."""
 
 
 def replay(
@@ -38,10 +42,10 @@ def replay(
     expected: Frame,
     rounded: bool = False,
 ) -> Replay:
-    """Run every merge of the ledger again on `model`, version 0, and compare the end with `expected`.
+    """Repeat every merge of the ledger on `model`, version 0, in place, and compare the result with `expected`.
 
-    `read_payload(job, attempt)` gives a payload as it was posted, or raises BlobMissing. `rounded`: what is expected
-    is the last version as workers get it.
+    `read_payload(job, attempt)` returns a payload as it was posted, or raises BlobMissing. With `rounded`, `expected`
+    is the last version as it was published to workers; otherwise it has the exact float32 parameters.
     """
     up, down = upward(config.compression, model.manifest), downward(config.compression, model.manifest)
 
@@ -63,7 +67,7 @@ def replay(
                 return Replay(updates, [f"the payload of job {line['job']} cannot be read: {error}"])
             base = bases.get(line["base"])
             if aggregator.needs_base and line["staleness"] and base is None:
-                return Replay(updates, [f"job {line['job']}: version {line['base']} is not its base in this ledger"])
+                return Replay(updates, [f"job {line['job']}: version {line['base']} is not available as its base"])
             if not aggregator.takes_pieces:
                 delta = delta.whole()
             contribution = Contribution(delta, line["examples"], line["staleness"], base, line["client"])
@@ -86,43 +90,13 @@ def replay(
 def replay_store(
     config: Config, store: CoordinatorStore, manifest: Manifest, ledger: Sequence[Mapping[str, Any]], head: Frame
 ) -> Replay:
-    """Replay from what Redis keeps, up to `head` as it lies there."""
+    """Replay from the payloads in Redis up to `head`, the newest version as stored."""
     first = store.read_model(0, downward(config.compression, manifest))
-    return replay(config, ledger, first, _payloads(config, store, manifest), head, rounded=True)
-
-
-def _payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -> Callable[[str, int], BlobBuffer]:
-    codec = upward(config.compression, manifest)
-
-    def read(job: str, attempt: int) -> BlobBuffer:
-        prefix = store.keys.kept_payload(job, attempt)
-        wire = np.empty(store.blob_size(prefix, codec), np.uint8)
-        store.read_blob(prefix, wire)
-        return wire
-
-    return read
-
-
-def keep_replay(
-    folder: Path, config: Config, store: CoordinatorStore, ledger: Sequence[Mapping[str, Any]], head: Frame
-) -> None:
-    """Copy the first version, the last one (exact) and every merged payload out of Redis into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
-    if config.aggregation.own:
-        (folder / OWN_CODE).write_text(str(config.folder.resolve()), encoding="utf-8")
-    (folder / "manifest.msgpack").write_bytes(head.manifest.pack())
-    head.buffer.tofile(folder / "head.bin")
-    first = store.read_model(0, downward(config.compression, head.manifest))
-    first.buffer.tofile(folder / "version-0.bin")
-    read_payload = _payloads(config, store, head.manifest)
-    for record in ledger:
-        for line in record["merged"] if record["kind"] == "version" else ():
-            read_payload(line["job"], line["attempt"]).tofile(folder / f"{line['job']}.{line['attempt']}.bin")
+    return replay(config, ledger, first, kept_payloads(config, store, manifest), head, rounded=True)
 
 
 def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
-    """Replay from what `keep_replay` left."""
+    """Replay from the files that `keep_replay` wrote to `folder`; raises BlobMissing if one is missing."""
     config = parse_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     if (folder / OWN_CODE).exists():
         config = config.located(Path((folder / OWN_CODE).read_text(encoding="utf-8")))

@@ -1,6 +1,6 @@
-"""What `fedqueue audit` makes of signatures: is what lies in Redis what the run's coordinator signed?
+"""Verifies that the data of a run in Redis is the data that its coordinator signed.
 
-It needs the coordinator's public key and nothing secret, so a site can ask as well as the operator.
+This needs only the coordinator's public key, so sites can verify a run as well as the operator.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ import numpy as np
 
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, SignatureError, StoreError, WireError
-from fedqueue.protocol.key_files import PublicKey, read_public_keys
+from fedqueue.protocol.key_files import COORDINATOR_PUBLIC, PublicKey, read_public_keys
+from fedqueue.protocol.ledger_chain import history_of
 from fedqueue.protocol.messages import Order, read
+from fedqueue.protocol.msgpack import pack_record
+from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import (
     ORDER,
     RUN_DESCRIPTOR,
@@ -25,38 +28,40 @@ from fedqueue.protocol.signed_envelope import (
     Scope,
     VersionRecord,
     digest_of,
-    history_of,
     open_envelope,
-    packed,
 )
-from fedqueue.protocol.site_identity import COORDINATOR_PUBLIC
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downward, upward
-from fedqueue.tensors.frame import Manifest
-from fedqueue.transport.store import BlobBuffer, RunInfo, Store
+from fedqueue.tensors.manifest import Manifest
+from fedqueue.transport.store import Store
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 LedgerRecord = Mapping[str, Any]
-WHO = "the coordinator"
+SIGNER = "the coordinator"
+"""The signer's name in error messages."""
 
 
 @dataclass(frozen=True)
 class Signatures:
-    """`checked` counts by kind what holds or is among the `problems`; `unchecked` says what could not be verified."""
+    """The result of a verification."""
 
     checked: Mapping[str, int]
+    """Kind of signed data → how many were verified, with or without success."""
     problems: Sequence[str]
     unchecked: str
+    """What could not be verified, and why."""
 
 
 def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[LedgerRecord], keys: Path) -> Signatures:
-    """Verify run descriptor, versions, history, totals, open orders and kept payloads of the run at `info`.
+    """Verify run descriptor, versions, history, totals, open orders and kept payloads of a run.
 
-    `ledger` is of that moment. Raises BlobMissing where the head was replaced meanwhile.
+    `info` and `ledger` are of the same moment. `keys` is the folder with the coordinator's public key. Raises
+    BlobMissing if the newest version was replaced since that moment; the caller retries.
     """
     if not info.descriptor:
         return Signatures({}, [], "the run is not signed (security.signatures)")
     if not (keys / COORDINATOR_PUBLIC).exists():
-        return Signatures({}, [], f"no {COORDINATOR_PUBLIC} in {keys}: --keys names the folder that has it")
+        return Signatures({}, [], f"no {COORDINATOR_PUBLIC} in {keys}; pass its folder with --keys")
     public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
     return _Verification(store, info, list(ledger), public).result()
 
@@ -64,10 +69,10 @@ def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[L
 def verify_model(
     store: Store, info: RunInfo, version: int, model: BlobBuffer, keys: Path, state: bytes | None = None
 ) -> str:
-    """Raises SignatureError unless `model`, as it is stored, is that version as the coordinator signed it.
+    """Verify `model`, the stored bytes of `version`, and `state`, the server's state if given.
 
-    With `state`, unless that is the server's state as it was signed, too. Returns why it could not be verified; an
-    empty string where it was.
+    Returns an empty string, or why it could not be verified. Raises SignatureError if the model or the state is not
+    the one that the coordinator signed.
     """
     if not info.descriptor:
         return "the run is not signed"
@@ -81,17 +86,17 @@ def verify_model(
 
 
 def descriptor_scope(info: RunInfo, public: Sequence[PublicKey]) -> Scope:
-    """The scope of the run's signatures, from its descriptor.
+    """Verify the run descriptor and return the scope of the run's signatures.
 
-    Raises SignatureError unless configuration and manifest in Redis are the ones that the descriptor names.
+    Raises SignatureError unless the digests of configuration and manifest in Redis are those in the descriptor.
     """
     descriptor = read(
-        RunDescriptor, open_envelope(info.descriptor, public, RUN_DESCRIPTOR, Scope(info.run), [], WHO).body
+        RunDescriptor, open_envelope(info.descriptor, public, RUN_DESCRIPTOR, Scope(info.run), [], SIGNER).body
     )
     if info.config_digest != descriptor.config:
-        raise SignatureError("the configuration in Redis is not the one that the run descriptor names")
+        raise SignatureError("the configuration in Redis is not the one in the run descriptor")
     if digest_of(info.manifest) != descriptor.manifest:
-        raise SignatureError("the manifest in Redis is not the one that the run descriptor names")
+        raise SignatureError("the manifest in Redis is not the one in the run descriptor")
     return Scope(info.run, descriptor.instance, descriptor.epoch)
 
 
@@ -99,7 +104,7 @@ def _signed_version(
     store: Store, scope: Scope, public: Sequence[PublicKey], version: int, model: BlobBuffer
 ) -> VersionRecord:
     envelope = store.read_version_signature(version, model.nbytes)
-    signed = read(VersionRecord, open_envelope(envelope, public, VERSION, scope, [version], WHO).body)
+    signed = read(VersionRecord, open_envelope(envelope, public, VERSION, scope, [version], SIGNER).body)
     if digest_of(model) != signed.model:
         raise SignatureError(f"the model in Redis is not version {version} as it was signed")
     return signed
@@ -120,11 +125,11 @@ class _Verification:
         self._scope = Scope(info.run)
         self._checked: dict[str, int] = {}
         self._problems: list[str] = []
-        self._unchecked = ["records of the ledger that are no versions", "what clients say until it is merged"]
+        self._unchecked = ["ledger records other than versions", "messages of clients before they are merged"]
 
     def result(self) -> Signatures:
         self._try("descriptor", self._descriptor)
-        if not self._problems:  # else nobody knows what the rest has to be about
+        if not self._problems:  # without a valid descriptor, the scope of the other signatures is unknown
             for version in self._store.stored_versions():
                 if version == self._info.version:
                     self._try("version", self._head, version)
@@ -153,43 +158,43 @@ class _Verification:
         return _signed_version(self._store, self._scope, self._public, version, wire)
 
     def _head(self, version: int) -> None:
-        """The newest version, and all that was signed with it."""
+        """Verify the newest version, and the history, totals and state that were signed with it."""
         signed = self._version(version)
         if history_of(self._ledger) != signed.history:
             self._problems.append(f"the ledger is not the history of version {version} as it was signed")
-        if digest_of(packed(self._info.totals)) != signed.totals:
+        if digest_of(pack_record(self._info.totals)) != signed.totals:
             self._problems.append(f"the totals are not those of version {version} as they were signed")
         self._checked["history"] = self._checked["totals"] = 1
         if self._info.state == "running":
             self._state(version, signed)
         else:
-            self._unchecked.append("the server optimizer's state, deleted at the end")
+            self._unchecked.append("the server's state, which is deleted at the end")
 
     def _state(self, version: int, signed: VersionRecord) -> None:
         state: bytes | None = None
         with contextlib.suppress(StoreError):
             state = self._store.read_optimizer_state(version)
-        if self._store.info().version != version:  # then that was of another one, or half gone
+        if self._store.info().version != version:  # the state read may belong to another version, or be incomplete
             raise BlobMissing(self._store.keys.state(version))
         _require_state(version, signed, state)
 
     def _order(self, job: str, client: str, data: bytes) -> None:
-        order = read(Order, open_envelope(data, self._public, ORDER, self._scope, [], WHO).body)
+        order = read(Order, open_envelope(data, self._public, ORDER, self._scope, [], SIGNER).body)
         if (order.job, order.client) != (job, client):
-            raise SignatureError(f"the record of {client}'s job {job} holds the order of {order.job} of {order.client}")
+            raise SignatureError(f"the record of {client}'s job {job} has the order of {order.client}, job {order.job}")
 
     def _payloads(self) -> None:
-        """Merged payloads that were kept: their digests are in the history."""
+        """Verify the merged payloads that were kept; their digests are in the history."""
         lines = [line for record in self._ledger for line in record.get("merged", ()) if line.get("digest")]
         for line in lines:
             prefix = self._store.keys.kept_payload(line["job"], line["attempt"])
             try:
                 wire = np.empty(self._store.blob_size(prefix, self._up), np.uint8)
                 self._store.read_blob(prefix, wire)
-            except StoreError:  # not kept, or not all of it
+            except StoreError:  # not kept, or not completely
                 continue
             self._checked["payload"] = self._checked.get("payload", 0) + 1
             if digest_of(wire) != line["digest"]:
                 self._problems.append(f"the payload of job {line['job']} is not the one that was merged")
         if len(lines) > self._checked.get("payload", 0):
-            self._unchecked.append("payloads that were not kept (ledger.keep_payloads)")
+            self._unchecked.append("payloads, which were not kept (ledger.keep_payloads)")

@@ -1,1 +1,1 @@
-"""Tables and pictures of runs."""
+"""Tables and pictures of runs, comparisons and audits."""

@@ -1,7 +1,8 @@
-"""What `fedqueue compare` leaves: a table for the terminal and as markdown, every figure as JSON, and one picture."""
+"""The results of `fedqueue compare`: a table for the terminal and in markdown, all figures in JSON, and one picture."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -10,41 +11,34 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from rich.table import Table
 
+from fedqueue.errors import MissingExtra
 from fedqueue_coordinator.core.stop_conditions import lower_is_better
-from fedqueue_coordinator.simulation.compare import Outcome
+from fedqueue_coordinator.simulation.comparison import Outcome
 
 COMPARISON_FILENAMES = ("comparison.md", "comparison.json", "comparison.png")
-COLOURS = ("#2563a8", "#d97706", "#16803c", "#c0262d", "#7c3aed", "#0891b2", "#a16207", "#db2777", "#4b5563")
-GREY = "#6b7280"
-LOGARITHMIC_FROM = 12.0  # where the slowest takes so many times longer than the fastest, time is drawn on a log scale
 
 Groups = dict[str, list[Outcome]]
-"""Contender → its outcomes, in the order of the comparison."""
+"""Variant → its outcomes, in the order of the comparison."""
 
 
 def grouped(outcomes: Sequence[Outcome]) -> Groups:
+    """Group the outcomes by variant."""
     groups: Groups = {}
     for outcome in outcomes:
-        groups.setdefault(outcome.contender, []).append(outcome)
+        groups.setdefault(outcome.variant, []).append(outcome)
     return groups
 
 
 def rows(outcomes: Sequence[Outcome], target: Mapping[str, float]) -> list[list[str]]:
-    """The table, its first row the head: mean ± standard deviation over the seeds.
+    """Return the table with its header as the first row; values are mean ± standard deviation over the seeds.
 
-    `seconds` and `updates` are those at which the target was reached, over the seeds that reached it.
+    `seconds` and `updates` say when the target was reached, over the seeds that reached it.
     """
     metric = next(iter(target))
     tuned = sorted({key for outcome in outcomes for key in outcome.tuned})
-    head = ["mode", *(key.rpartition(".")[2] for key in tuned), "reached", "seconds", "updates", f"final {metric}"]
+    head = ["variant", *(key.rpartition(".")[2] for key in tuned), "reached", "seconds", "updates", f"final {metric}"]
     head += ["staleness", "least share", "lost"]
     table = [head]
     for name, group in grouped(outcomes).items():
@@ -67,18 +61,19 @@ def rows(outcomes: Sequence[Outcome], target: Mapping[str, float]) -> list[list[
 
 
 def least_share(outcome: Outcome) -> float:
-    """The share of the client that was merged least often; 0 where one was never merged at all."""
+    """Return the smallest share of the merged updates that a client has; 0 if a client has no merged update."""
     return min((outcome.shares.get(client, 0.0) for client in outcome.clients), default=0.0)
 
 
 def target_in_words(target: Mapping[str, float]) -> str:
+    """Write {"accuracy": 0.9} as "accuracy ≥ 0.9"."""
     return ", ".join(
         f"{metric} {'≤' if lower_is_better(metric) else '≥'} {value:g}" for metric, value in target.items()
     )
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation; a dash where there is no value."""
+    """Write mean ± standard deviation (of the sample, n − 1); a dash if there is no value."""
     if not values:
         return "–"
     deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
@@ -86,6 +81,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def terminal_table(table: Sequence[Sequence[str]], title: str) -> Table:
+    """Return `rows` as a rich table."""
     shown = Table(title=title, title_justify="left")
     for i, name in enumerate(table[0]):
         shown.add_column(name, justify="left" if i == 0 else "right")
@@ -95,6 +91,7 @@ def terminal_table(table: Sequence[Sequence[str]], title: str) -> Table:
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:
+    """Return `rows` as a markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in table
@@ -106,7 +103,10 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 def write_comparison(
     folder: Path, title: str, about: Sequence[str], outcomes: Sequence[Outcome], target: Mapping[str, float]
 ) -> None:
-    """Write the three files into `folder`; `about` says how the figures came to be, a line each."""
+    """Write COMPARISON_FILENAMES into `folder`; `about` are the lines that describe how the figures were obtained.
+
+    Without matplotlib there is no comparison.png, and one of an earlier comparison is deleted.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(rows(outcomes, target))
     text = "\n".join([f"# {title}", "", table, *about])
@@ -114,90 +114,8 @@ def write_comparison(
     plain: dict[str, Any] = {"title": title, "about": list(about), "target": dict(target)}
     plain["outcomes"] = [asdict(outcome) for outcome in outcomes]
     (folder / "comparison.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
-    draw(folder / "comparison.png", title, outcomes, target)
+    (folder / "comparison.png").unlink(missing_ok=True)
+    with contextlib.suppress(MissingExtra):
+        from fedqueue_coordinator.operator.reports.comparison_plot import draw
 
-
-def draw(path: Path, title: str, outcomes: Sequence[Outcome], target: Mapping[str, float]) -> None:
-    """The metric against time and against updates, and the time to the target, each with every seed shown."""
-    metric, value = next(iter(target.items()))
-    groups = grouped(outcomes)
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups)}
-    with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(12, 4.4), layout="constrained")
-        FigureCanvasAgg(figure)
-        by_time, by_updates, to_target = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.85))
-        figure.suptitle(f"{title} · virtual clock", fontsize=10)
-        _curves(by_time, groups, colours, metric, value, "seconds")
-        _curves(by_updates, groups, colours, metric, value, "updates")
-        by_time.set_xlabel("virtual seconds")
-        by_time.set_ylabel(metric)
-        by_updates.set_xlabel("merged updates")
-        by_updates.tick_params(labelleft=False)
-        by_updates.sharey(by_time)
-        handles, labels = by_updates.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 8), frameon=False)
-        _times(to_target, groups, colours, target_in_words(target))
-        figure.savefig(path, dpi=110)
-
-
-def _curves(axes: Axes, groups: Groups, colours: Mapping[str, str], metric: str, target: float, against: str) -> None:
-    ends = [getattr(outcome.final, against) for group in groups.values() for outcome in group]
-    starts = [getattr(point, against) for group in groups.values() for o in group for point in o.points[1:2]]
-    logarithmic = against == "seconds" and min(ends) > 0 and max(ends) / min(ends) > LOGARITHMIC_FROM
-    for name, group in groups.items():
-        lines = [[(getattr(p, against), p.metrics[metric]) for p in o.points if metric in p.metrics] for o in group]
-        lines = [line for line in lines if line]
-        for line in lines:
-            axes.plot(*zip(*line, strict=True), color=colours[name], alpha=0.25, linewidth=0.8)
-        if lines:
-            grid = np.linspace(0.0, min(line[-1][0] for line in lines), 200)
-            if logarithmic:
-                grid = np.geomspace(max(min(starts), 1e-3), max(grid[-1], 2e-3), 200)
-            curves = [np.interp(grid, [x for x, _ in line], [y for _, y in line]) for line in lines]
-            axes.plot(grid, np.mean(curves, axis=0), color=colours[name], linewidth=1.8, label=name)
-    axes.axhline(target, color=GREY, linewidth=0.8, linestyle=(0, (4, 3)))
-    if logarithmic:
-        _logarithmic(axes)
-        axes.set_xlim(left=max(min(starts), max(ends) / 300))
-    else:
-        axes.set_xlim(left=0.0)
-    finals = [o.final.metrics[metric] for g in groups.values() for o in g if metric in o.final.metrics]
-    if finals and not lower_is_better(metric):  # the first steps from nothing would press the rest together
-        best = max(*finals, target)
-        axes.set_ylim(bottom=best - 6 * max(best - target, 0.03), top=best + 0.4 * max(best - target, 0.03))
-    axes.grid(alpha=0.25)
-
-
-def _logarithmic(axes: Axes) -> None:
-    """A log scale whose ticks are plain numbers."""
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _times(axes: Axes, groups: Groups, colours: Mapping[str, str], what: str) -> None:
-    axes.set_title(f"time to {what}", fontsize=9)
-    axes.set_xlabel("virtual seconds")
-    every = []
-    for row, (name, group) in enumerate(groups.items()):
-        times = [outcome.reached.seconds for outcome in group if outcome.reached]
-        every += times
-        axes.scatter(times, [row] * len(times), s=26, color=colours[name], alpha=0.55, linewidths=0)
-        if times:
-            axes.plot([mean(times)] * 2, [row - 0.28, row + 0.28], color=colours[name], linewidth=2.4)
-        missing = len(group) - len(times)
-        if missing:
-            words = "never" if missing == len(group) else f"{missing} of {len(group)}\nnever"
-            axes.annotate(
-                words, (1.02, row), xycoords=("axes fraction", "data"), annotation_clip=False,
-                ha="left", va="center", color=GREY, fontsize=8,
-            )  # fmt: skip
-    axes.margins(x=0.08)
-    axes.set_yticks(range(len(groups)), list(groups))
-    axes.set_ylim(len(groups) - 0.5, -0.5)
-    if every and min(every) > 0 and max(every) / min(every) > LOGARITHMIC_FROM:
-        _logarithmic(axes)
-    else:
-        axes.set_xlim(left=0.0)
-    axes.grid(alpha=0.25, axis="x")
+        draw(folder / "comparison.png", title, outcomes, target)

@@ -1,32 +1,42 @@
-"""`report.png`: a run on one page."""
+"""Draws report.png, one page about a run."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from fedqueue.errors import MissingExtra
+
+try:
+    import matplotlib as mpl
+    from matplotlib.axes import Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+except ModuleNotFoundError:
+    raise MissingExtra("report.png", "matplotlib", "plots") from None
 
 BLUE, ORANGE, RED, GREY = "#2563a8", "#d97706", "#c0262d", "#6b7280"
-MANY_CLIENTS = 24  # above so many, bars and rows are not named one by one
+MANY_CLIENTS = 24
+"""With more clients than this, bars and rows are not labelled individually."""
 
 
 def draw_report(path: Path, summary: Mapping[str, Any], ledger: Sequence[Mapping[str, Any]]) -> None:
-    """Metric against time, staleness histogram, updates per client, arrivals over time."""
+    """Draw metrics over time, a histogram of staleness, updates per client and arrivals over time to `path`.
+
+    `summary` is that of `summarize`, `ledger` the records that it was computed from.
+    """
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 7.5), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(2, 2)
-        rejected = sum(summary["updates_rejected"].values())
-        lost = summary["jobs_abandoned"] - summary["abandoned_because"].get("run_ended", 0)
+        rejected = sum(summary["updates_rejected"].values()) - summary["updates_rejected"].get("run_ended", 0)
+        abandoned = summary["jobs_abandoned"] - summary["abandoned_because"].get("run_ended", 0)
         figure.suptitle(
-            f"{summary['run']} · {summary['mode']} · {summary['versions']} versions of {summary['updates_merged']} "
-            f"updates in {summary['seconds']:.1f} s · {rejected} rejected, {lost} lost\n"
+            f"{summary['run']} · {summary['strategy']} · {summary['versions']} versions of {summary['updates_merged']} "
+            f"updates in {summary['seconds']:.1f} s · {rejected} rejected, {abandoned} abandoned\n"
             f"stopped by {summary['stopped_because']}",
             fontsize=10,
         )
@@ -46,16 +56,16 @@ def _metrics(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     names = [name for name in history[-1] if name not in ("version", "seconds")]
     shown = "accuracy" if "accuracy" in names else next(iter(names), None)
     marker = "." if len(history) < 80 else None
-    for name, place, colour in (
+    for name, side, colour in (
         (shown, axes, BLUE),
         ("loss" if shown != "loss" else None, axes.twinx(), ORANGE),
     ):
         points = [(h["seconds"], h[name]) for h in history if name in h] if name else []
         if not points:
-            place.set_axis_off() if place is not axes else None
+            side.set_axis_off() if side is not axes else None
             continue
-        place.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2)
-        place.set_ylabel(str(name), color=colour)
+        side.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2)
+        side.set_ylabel(str(name), color=colour)
     axes.set_xlim(left=0)
     if shown == "accuracy":
         axes.set_ylim(top=1.0)
@@ -87,7 +97,7 @@ def _clients(axes: Axes, clients: Mapping[str, int]) -> None:
         return
     bars = axes.barh(names, counts, color=BLUE)
     axes.bar_label(bars, [f"{n} · {n / sum(counts):.0%}" for n in counts], padding=2, color=GREY)
-    axes.margins(x=0.14)  # room for the labels
+    axes.margins(x=0.18)  # space for the labels
     axes.invert_yaxis()
     axes.set_xlabel("updates")
 
@@ -96,17 +106,21 @@ def _arrivals(axes: Axes, ledger: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("arrivals over time")
     axes.set_xlabel("seconds")
     merged = [(line["at"], line["client"]) for r in ledger if r["kind"] == "version" for line in r["merged"]]
-    rejected = [(r["seconds"], r["client"]) for r in ledger if r["kind"] == "rejected"]
-    abandoned = [(r["seconds"], r["client"]) for r in ledger if r["kind"] == "abandoned"]
-    clients = sorted({client for _, client in (*merged, *rejected, *abandoned)})
+    lost: dict[str, list[tuple[float, str]]] = {"rejected": [], "abandoned": [], "cut off at the end": []}
+    for record in ledger:
+        if record["kind"] in ("rejected", "abandoned"):
+            kind = "cut off at the end" if record["reason"] == "run_ended" else record["kind"]
+            lost[kind].append((record["seconds"], record["client"]))
+    clients = sorted({client for _, client in itertools.chain(merged, *lost.values())})
     if not clients:
         _empty(axes, "nothing arrived")
         return
     rows = {client: row for row, client in enumerate(clients)}
     kinds = (
         ("merged", merged, BLUE, "|"),
-        ("rejected", rejected, RED, "x"),
-        ("abandoned", abandoned, ORANGE, "v"),
+        ("rejected", lost["rejected"], RED, "x"),
+        ("abandoned", lost["abandoned"], ORANGE, "v"),
+        ("cut off at the end", lost["cut off at the end"], GREY, "."),
     )
     for label, points, colour, marker in kinds:
         if points:
@@ -118,7 +132,7 @@ def _arrivals(axes: Axes, ledger: Sequence[Mapping[str, Any]]) -> None:
         axes.set_ylabel("client")
     axes.invert_yaxis()
     axes.set_xlim(left=0)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3, frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=4, frameon=False)
 
 
 def _empty(axes: Axes, why: str) -> None:

@@ -1,33 +1,81 @@
-"""`fedqueue status` and `fedqueue runs`: where a run stands, read without disturbing it."""
+"""`fedqueue status` and `fedqueue list`: finds runs on Redis servers and in result folders, and shows their state.
+
+Reading order: where runs are found (`reachable_servers`, `finished_runs`), the two commands (`show_status`,
+`show_runs`), then what `fedqueue status` reads. Nothing here writes to Redis.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+import os
+from pathlib import Path
+from typing import Any
 
+import redis
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedqueue.errors import RunNotFound, StoreError
+from fedqueue.config.names import ENVIRONMENT_PREFIX
+from fedqueue.config.redis import RedisConfig
+from fedqueue.config.tls import Tls
+from fedqueue.errors import RunNotFound, ServerUnavailable, StoreError
+from fedqueue.transport.connection import TLS_SCHEMES, connect
 from fedqueue.transport.store import Store, list_runs
 from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.operator.run_locations import finished_runs, read_summary, servers
 
-if TYPE_CHECKING:
-    from fedqueue_coordinator.operator.audit.audit import Check  # which imports torch
+RUNS_FOLDER = Path("runs")
+DEFAULT_URL = "redis://localhost:6379"
 
-SHOWN_PROBLEMS = 20
+
+def reachable_servers(url: str) -> list[redis.Redis]:
+    """Return a connection to each server that answers.
+
+    With `url`, or else a URL in the environment (FEDQUEUE_REDIS__URL), only that server is tried, and
+    ServerUnavailable is raised if it does not answer. Without either, the servers of local runs under runs/ and
+    DEFAULT_URL are tried.
+    """
+    names = [f"{ENVIRONMENT_PREFIX}REDIS__{key}" for key in ("URL", "PASSWORD_FILE")]
+    address, password_file = (os.environ.get(name) or None for name in names)
+    given = RedisConfig(url=address, password_file=password_file).address(url)
+    local = [f.read_text().strip() for f in sorted(RUNS_FOLDER.glob("*/redis.url"))]
+    files = (f"{ENVIRONMENT_PREFIX}REDIS__{key}" for key in ("CA_FILE", "CERT_FILE", "KEY_FILE"))
+    tls = Tls(*(os.environ.get(name) or None for name in files))
+    clients, problems = [], []
+    for candidate in dict.fromkeys([given] if given else [*local, DEFAULT_URL]):
+        client = connect(candidate, retries=0, tls=tls if candidate.partition(":")[0] in TLS_SCHEMES else None)
+        try:
+            client.ping()
+        except redis.RedisError as error:
+            problems.append(str(error))
+        else:
+            clients.append(client)
+    if given and not clients:
+        raise ServerUnavailable(f"no Redis answers: {problems[0]}")
+    return clients
+
+
+def finished_runs() -> dict[str, Path]:
+    """Return run name → folder for each folder of results under runs/."""
+    return {f.parent.name: f.parent for f in sorted(RUNS_FOLDER.glob("*/summary.json"))}
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """Read the summary.json that `write_results` left in `folder`."""
+    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return summary
 
 
 def show_status(url: str, run: str, as_json: bool) -> None:
-    """Print the state of the run, or of the only one there is; raises RunNotFound."""
+    """Print the state of `run`, or of the only run found if `run` is empty.
+
+    Raises RunNotFound for an unknown name, and StoreError if `run` is empty and the choice is ambiguous.
+    """
     status = _live_status(url, run) or _finished_status(run)
     if status is None:
         if run:
             raise RunNotFound(run)
-        raise StoreError("there is no run, or more than one: name it with --run (`fedqueue runs` lists them)")
+        raise StoreError("found no run, or more than one; name one with --run NAME (`fedqueue list` shows them)")
     if as_json:
         typer.echo(json.dumps(status, indent=2))
         return
@@ -36,19 +84,19 @@ def show_status(url: str, run: str, as_json: bool) -> None:
     table.add_column()
     for key, value in status.items():
         if key != "run":
-            table.add_row(key.replace("_", " "), _words(value))
+            table.add_row(key.replace("_", " "), _text(value))
     Console().print(table)
 
 
 def show_runs(url: str, as_json: bool) -> None:
-    """Print every run on the servers that answer, and every folder of results under runs/."""
+    """Print each run on the reachable servers, and each folder of results under runs/."""
     rows = []
-    for place in servers(url):
-        for run in list_runs(place.client):
+    for client in reachable_servers(url):
+        for run in list_runs(client):
             try:
-                info = Store(place.client, run).info()
+                info = Store(client, run).info()
             except RunNotFound:
-                continue  # its keys have expired
+                continue  # the run is still listed, but its keys have expired
             rows.append({"run": run, "state": info.state, "version": info.version, "where": "Redis"})
     for run, folder in finished_runs().items():
         summary = read_summary(folder)
@@ -56,7 +104,7 @@ def show_runs(url: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif not rows:
-        typer.echo("no runs: neither on a Redis server that answers, nor under runs/")
+        typer.echo("no runs found on a Redis server or under runs/; `fedqueue run CONFIG.toml` starts one")
     else:
         table = Table("run", "state", "version", "where")
         for row in rows:
@@ -65,12 +113,12 @@ def show_runs(url: str, as_json: bool) -> None:
 
 
 def _live_status(url: str, run: str) -> dict[str, Any] | None:
-    for place in servers(url):
-        names = list_runs(place.client)
+    for client in reachable_servers(url):
+        names = list_runs(client)
         wanted = run or (names[0] if len(names) == 1 else "")
         if wanted not in names:
             continue
-        store = Store(place.client, wanted)
+        store = Store(client, wanted)
         try:
             info = store.info()
         except RunNotFound:
@@ -116,24 +164,10 @@ def _count(ledger: list[dict[str, Any]], kind: str) -> dict[str, int]:
     return counts
 
 
-def _words(value: Any) -> str:
+def _text(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{k}: {_words(v)}" for k, v in value.items()) or "none"
+        parts = (f"{k}: ({_text(v)})" if isinstance(v, dict) else f"{k}: {_text(v)}" for k, v in value.items())
+        return ", ".join(parts) or "none"
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     return f"{value:.4f}".rstrip("0").rstrip(".") if isinstance(value, float) else str(value) or "none"
-
-
-def show_audit(run: str, checks: Sequence[Check]) -> None:
-    """Print what was checked, and every violation."""
-    table = Table("", "invariant", "result", title=f"audit of {run}", title_justify="left")
-    for check in checks:
-        verdict = f"[red]{len(check.problems)} violations[/]" if check.problems else "[green]holds[/]"
-        table.add_row(check.name, check.says, f"{verdict}{f' ({check.skipped})' if check.skipped else ''}")
-    console = Console()
-    console.print(table)
-    for check in checks:
-        for problem in check.problems[:SHOWN_PROBLEMS]:
-            console.print(f"{check.name}: {problem}", highlight=False, soft_wrap=True)
-        if len(check.problems) > SHOWN_PROBLEMS:
-            console.print(f"{check.name}: … and {len(check.problems) - SHOWN_PROBLEMS} more", highlight=False)

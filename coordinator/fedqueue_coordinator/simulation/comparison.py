@@ -1,0 +1,294 @@
+"""Compares aggregation strategies: the same clients, data and speeds in one simulated run per variant and seed.
+
+Each variant runs with the same seeds until it has merged the same number of updates, or until stop.seconds of virtual
+time; reaching the target does not end a run. Each variant is also evaluated after about the same number of updates,
+however many updates make one version in its strategy. A variant that is evaluated more often would otherwise seem to
+reach the target sooner.
+
+    setup = Setup(Path("federation.toml"), overrides=(), timing=TimingModel(), updates=240)
+    for outcome in compare(setup, make_variants("fedavg,fedbuff"), seeds=3, combinations=[{}]):
+        print(outcome.variant, outcome.seed, outcome.reached)
+
+`fedqueue compare` (operator/compare.py) shows the progress and writes the table.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from fedqueue.config.loading import load_config
+from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError, TaskError
+from fedqueue.task import load_task
+from fedqueue_coordinator.core.events import Evaluated
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.run_summary import RunResult
+from fedqueue_coordinator.core.stop_conditions import lower_is_better, target_reached
+from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
+
+DEFAULT_STRATEGIES = "fedavg,fedasync,fedbuff"
+UPDATES_PER_CLIENT = 50
+"""Merged updates per run and client, if neither stop.updates nor --updates is set."""
+TUNING_SEEDS = (1000, 1001)
+"""Seeds of the runs that choose a setting; these runs are not part of the comparison."""
+
+Progress = Callable[[str, Federation], None]
+"""Called after each event with the name of the current run and its federation."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A named set of overrides (KEY=VALUE texts) that is compared with others, such as an aggregation strategy."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A central evaluation: its virtual time in seconds, the updates merged before it, and its metrics."""
+
+    seconds: float
+    updates: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of one variant."""
+
+    variant: str
+    """The variant's name."""
+    seed: int
+    tuned: Mapping[str, str]
+    """Key → value, as chosen by tuning."""
+    updates: int
+    """Merged updates."""
+    versions: int
+    seconds: float
+    """Virtual time of the last ledger record."""
+    staleness: float
+    """Mean over the merged updates, in versions."""
+    clients: Sequence[str]
+    shares: Mapping[str, float]
+    """Client → its share of the merged updates, 0 to 1; clients without a merged update are missing."""
+    lost: Mapping[str, int]
+    """Reason → number of rejected updates and abandoned jobs, except jobs that the end of the run cut off."""
+    reached: Point | None
+    """The first evaluation that met the target."""
+    points: Sequence[Point] = field(repr=False)
+    """All evaluations, in order."""
+
+    @property
+    def final(self) -> Point:
+        """The last evaluation."""
+        return self.points[-1]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What all variants share."""
+
+    path: Path
+    """The configuration file."""
+    overrides: tuple[str, ...]
+    """KEY=VALUE texts for every run."""
+    timing: TimingModel
+    updates: int
+    """Merged updates per run; 0 means stop.updates, or else UPDATES_PER_CLIENT for each client."""
+    seed_keys: tuple[str, ...] = ()
+    """Further keys that are set to the seed of each run, such as task.options.seed."""
+    datasets: dict[str, ClientDatasets] = field(default_factory=dict, repr=False)
+    """Loaded data, kept from run to run, by the settings that determine it."""
+
+    def config(self, variant: Variant, seed: int, tuned: Mapping[str, str]) -> Config:
+        """Return the configuration of one run, which its target does not end; raises ConfigurationError."""
+        seeds = [f"{key}={seed}" for key in ("seed", *self.seed_keys)]
+        settings = [f"{key}={value}" for key, value in tuned.items()]
+        config = load_config(self.path, [*self.overrides, *variant.overrides, *settings, *seeds])
+        clients = len(config.clients.ids)
+        updates = self.updates or config.stop.updates or UPDATES_PER_CLIENT * clients
+        evaluation = {"every_versions": max(1, clients // config.buffer_size), "every_seconds": None}
+        return config.model_copy(
+            update={
+                "stop": config.stop.model_copy(update={"updates": updates, "target": {}}),
+                "evaluation": config.evaluation.model_copy(update=evaluation),
+            }
+        )
+
+    @property
+    def target(self) -> dict[str, float]:
+        """Return metric → value to reach; raises ConfigurationError if the configuration has no stop.target."""
+        target = load_config(self.path, list(self.overrides)).stop.target
+        if not target:
+            raise ConfigurationError(
+                "stop.target", None, "is required to compare", "set the metrics to reach, such as {accuracy = 0.95}"
+            )
+        return target
+
+    def run(self, variant: Variant, seed: int, tuned: Mapping[str, str], on_progress: Progress) -> Outcome:
+        """Simulate one run; raises TaskError if the task has no test data."""
+        config = self.config(variant, seed, tuned)
+        name = f"{variant.name}, seed {seed}"
+        simulation = Simulation(
+            config, self._datasets(config), self.timing, lambda federation, now: on_progress(name, federation)
+        )
+        return outcome_of(simulation.run(), variant.name, seed, tuned, self.target, config.clients.ids)
+
+    def _datasets(self, config: Config) -> ClientDatasets:
+        key = json.dumps([config.task.model_dump(), config.clients.ids])
+        if key not in self.datasets:
+            task = load_task(config.task.entrypoint, config.task.options, self.path.resolve().parent)
+            self.datasets[key] = ClientDatasets(task)
+        if self.datasets[key].test_data is None:
+            raise TaskError(
+                "compare evaluates versions centrally, but the task's test_data() returned None; implement it"
+            )
+        return self.datasets[key]
+
+
+def outcome_of(
+    result: RunResult,
+    variant: str,
+    seed: int,
+    tuned: Mapping[str, str],
+    target: Mapping[str, float],
+    clients: Sequence[str],
+) -> Outcome:
+    """Derive the outcome of a run from its ledger; `target` is metric → value."""
+    merged: list[Mapping[str, Any]] = []
+    points: list[Point] = []
+    merged_until = {0: 0}  # version → updates
+    lost: Counter[str] = Counter()
+    for record in result.ledger:
+        match record["kind"]:
+            case "version":
+                merged += record["merged"]
+                merged_until[record["version"]] = len(merged)
+            case "evaluation":
+                points.append(Point(record["seconds"], merged_until[record["version"]], record["metrics"]))
+            case "rejected" | "abandoned" if record["reason"] != "run_ended":
+                lost[record["reason"]] += 1
+    by_client = Counter(line["client"] for line in merged)
+    return Outcome(
+        variant=variant,
+        seed=seed,
+        tuned=dict(tuned),
+        updates=len(merged),
+        versions=len(merged_until) - 1,
+        seconds=max(record["seconds"] for record in result.ledger),
+        staleness=mean(line["staleness"] for line in merged) if merged else 0.0,
+        clients=list(clients),
+        shares={client: count / len(merged) for client, count in sorted(by_client.items())},
+        lost=dict(sorted(lost.items())),
+        reached=next((point for point in points if target_reached(target, Evaluated(0, point.metrics))), None),
+        points=points,
+    )
+
+
+def make_variants(strategies: str, specifications: Sequence[str] = ()) -> list[Variant]:
+    """Parse `strategies`, "STRATEGY,STRATEGY,…", and `specifications`, each "NAME: KEY=VALUE …" with a shell's quotes.
+
+    With neither, the variants are DEFAULT_STRATEGIES. Raises ConfigurationError for a specification of another form,
+    for a name that occurs twice, and if there is no variant.
+    """
+    strategies = strategies or ("" if specifications else DEFAULT_STRATEGIES)
+    names = filter(None, map(str.strip, strategies.split(",")))
+    found = [Variant(name, (f"aggregation.strategy={name}",)) for name in names]
+    for specification in specifications:
+        name, colon, settings = specification.partition(":")
+        if not colon or not name.strip():
+            hint = 'write "NAME: section.key=value section.key=value"'
+            raise ConfigurationError("--variant", specification, "has no name and colon", hint)
+        found.append(Variant(name.strip(), tuple(shlex.split(settings))))
+    repeated = [name for name, count in Counter(c.name for c in found).items() if count > 1]
+    if repeated or not found:
+        problem = f"{repeated[0]!r} occurs twice" if repeated else "names no strategy"
+        raise ConfigurationError(
+            "--strategies", strategies, problem, "write different strategies, such as fedavg,fedbuff"
+        )
+    return found
+
+
+def grid(tune: Sequence[str]) -> list[dict[str, str]]:
+    """Return every combination of the values in "KEY=VALUE,VALUE,…"; one empty combination if `tune` is empty."""
+    axes = []
+    for text in tune:
+        key, equals, values = text.partition("=")
+        if not equals or not key or not all(values.split(",")):
+            raise ConfigurationError("--tune", text, "not a key with values", "write section.key=value,value,…")
+        axes.append([(key.strip(), value.strip()) for value in values.split(",")])
+    return [dict(combination) for combination in itertools.product(*axes)]
+
+
+def slowdown_overrides(config: Config, speeds: str) -> list[str]:
+    """Return an override of clients.slowdown that assigns the factors of `speeds` ("1:2:4") to the clients in turn."""
+    if not speeds:
+        return []
+    factors = itertools.cycle(speeds.split(":"))
+    try:
+        pairs = [f'"{client}" = {float(factor)}' for client, factor in zip(config.clients.ids, factors, strict=False)]
+    except ValueError:
+        hint = "write how many times slower the clients are, in turn, such as 1:2:4"
+        raise ConfigurationError("--speeds", speeds, "not a list of numbers", hint) from None
+    return [f"clients.slowdown={{{', '.join(pairs)}}}"]
+
+
+def best(trials: Sequence[Sequence[Outcome]], target: Mapping[str, float]) -> Mapping[str, str]:
+    """Return the settings of the best trial.
+
+    Trials are ordered by the number of runs that reached the target, then by its mean time, then by the final metric.
+    """
+    metric = next(iter(target))
+
+    def cost(outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
+        times = [outcome.reached.seconds for outcome in outcomes if outcome.reached]
+        final = mean(worst_if_missing(outcome.final.metrics.get(metric), metric) for outcome in outcomes)
+        return -len(times), mean(times) if times else 0.0, final if lower_is_better(metric) else -final
+
+    return min(trials, key=cost)[0].tuned
+
+
+def worst_if_missing(value: float | None, metric: str) -> float:
+    """Return `value`, or the worst value there is for None: an evaluation omits metrics that are not finite."""
+    worst = float("inf") if lower_is_better(metric) else float("-inf")
+    return worst if value is None else value
+
+
+def compare(
+    setup: Setup,
+    variants: Sequence[Variant],
+    seeds: int,
+    combinations: Sequence[Mapping[str, str]],
+    on_progress: Progress = lambda name, federation: None,
+) -> Iterator[Outcome]:
+    """Yield the outcome of each run as it ends, variant by variant, for the seeds 0 to `seeds` − 1.
+
+    With more than one of `combinations` (key → value, see `grid`), each variant first runs all of them with
+    TUNING_SEEDS and keeps the best. Those outcomes are yielded too.
+
+    Raises ConfigurationError before the first run if any configuration is invalid.
+    """
+    for variant in variants:
+        for tuned in combinations:
+            setup.config(variant, 0, tuned)
+    for variant in variants:
+        tuned = combinations[0]
+        if len(combinations) > 1:
+            trials: list[list[Outcome]] = []
+            for combination in combinations:
+                trials.append([])
+                for seed in TUNING_SEEDS:
+                    trials[-1].append(setup.run(variant, seed, combination, on_progress))
+                    yield trials[-1][-1]
+            tuned = best(trials, setup.target)
+        for seed in range(seeds):
+            yield setup.run(variant, seed, tuned, on_progress)
