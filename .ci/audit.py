@@ -1,7 +1,7 @@
-"""`make check`: holds the pinned dependencies against the known vulnerabilities, by pip-audit.
+"""`make check`: looks the pinned dependencies up among the known vulnerabilities, with pip-audit.
 
-Ends with 1 where a pinned version has one. Where the service of vulnerabilities cannot be asked, as on a machine that
-reaches a mirror of packages only, it says so in capitals and ends with 0: a check that could not be made did not fail.
+Exits with 1 if a pinned version has a vulnerability. If the vulnerability service cannot be reached, as on a machine
+that reaches only a mirror of packages, it says so in capitals and exits with 0.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ def main() -> int:
     except subprocess.TimeoutExpired:
         return skip(f"no answer within {SECONDS} s")
     except (ValueError, KeyError):
-        return skip(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip-audit said nothing")
+        return skip(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "pip-audit printed nothing")
     return judge(dependencies)
 
 
 def judge(dependencies: Sequence[Mapping[str, Any]]) -> int:
-    """The exit code for what pip-audit says of each dependency, and a line for each vulnerability."""
+    """Print a line for each vulnerability that pip-audit found; returns the exit code."""
     audited = [d for d in dependencies if "skip_reason" not in d]
     found = [(d["name"], d["version"], v) for d in audited for v in d["vulns"]]
     for name, version, vulnerability in found:
         fixed = ", ".join(vulnerability.get("fix_versions", [])) or "no version yet"
         print(f"{name} {version}: {vulnerability['id']}, fixed in {fixed}")
     if not audited:
-        return skip(dependencies[0]["skip_reason"] if dependencies else "there is no dependency")
+        return skip(dependencies[0]["skip_reason"] if dependencies else "pip-audit found no dependency")
     left_out = len(dependencies) - len(audited)
     print(f"pip-audit: {len(audited)} pinned versions, {len(found)} known vulnerabilities; not audited: {left_out}")
     return 1 if found else 0
 
 
 def skip(because: str) -> int:
+    """Say loudly that nothing was audited; returns the exit code 0."""
     print(f"*** SKIPPED: NO DEPENDENCY WAS AUDITED FOR KNOWN VULNERABILITIES: {because}", file=sys.stderr)
     return 0
 
