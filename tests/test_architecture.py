@@ -1,8 +1,10 @@
-"""Import rules between the packages, and what no module may import or do."""
+"""Rules for imports between packages, and for imports and operations that no module may use."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,15 +31,25 @@ EXECUTES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudp
 CALLS = {"eval", "exec", "compile", "__import__"}
 LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch.jit", "load"), ("os", "system")}
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc", "base", "tools", "lib", "core"}
-READS_ENVIRONMENT = {"loading.py", "run_locations.py", "child_processes.py", "main.py", "cli.py"}
+READS_ENVIRONMENT = {"loading.py", "runs.py", "child_processes.py", "main.py", "cli.py"}
 
 
+TEST_NAME = re.compile(r"^\s*(?:async )?def (test_\w+)", re.MULTILINE)
+MAX_NAME = 60
+
+
+@functools.cache
 def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
-def imported(tree: ast.AST) -> Iterator[str]:
-    """Every module that is imported anywhere in the file, `from a import b` as a.b too, late imports included."""
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """Return every module that the file imports, late imports and `from a import b` as a.b included."""
+    return frozenset(imports(tree_of(path)))
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -47,11 +59,11 @@ def imported(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def names_used(tree: ast.AST) -> Iterator[str]:
-    """Every name and dotted name that is read in the file."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name | ast.Attribute):
-            yield ast.unparse(node)
+@functools.cache
+def names_used(path: Path) -> frozenset[str]:
+    """Return every name and dotted name that the file reads."""
+    nodes = (node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Name | ast.Attribute))
+    return frozenset(map(ast.unparse, nodes))
 
 
 def test_there_are_modules_to_look_at():
@@ -60,30 +72,30 @@ def test_there_are_modules_to_look_at():
 
 
 @each_module
-def test_arrows_point_from_the_services_to_the_shared_package_only(package, path):
-    ours = {name.partition(".")[0] for name in imported(tree_of(path))} & set(PACKAGES)
+def test_services_import_only_the_shared_package_and_themselves(package, path):
+    ours = {name.partition(".")[0] for name in imported(path)} & set(PACKAGES)
     assert ours <= MAY_IMPORT[package], f"{path.name} imports {ours - MAY_IMPORT[package]}"
 
 
 @each_module
 def test_nothing_that_can_carry_code_is_imported(package, path):
-    assert not {name.partition(".")[0] for name in imported(tree_of(path))} & EXECUTES
+    assert not {name.partition(".")[0] for name in imported(path)} & EXECUTES
 
 
 @each_module
 def test_nothing_is_evaluated_or_loaded_as_code(package, path):
     tree = tree_of(path)
-    used = set(names_used(tree))
+    used = names_used(path)
     assert not used & CALLS
     assert not used & {f"{module}.{name}" for module, name in LOADERS}
-    assert not set(imported(tree)) & {f"{module}.{name}" for module, name in LOADERS}
+    assert not imported(path) & {f"{module}.{name}" for module, name in LOADERS}
     shells = [k for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "shell"]
     assert not shells
 
 
 @each_module
 def test_environment_is_read_in_few_places(package, path):
-    touches = {name for name in names_used(tree_of(path)) if name in ("os.environ", "os.getenv", "environ", "getenv")}
+    touches = {name for name in names_used(path) if name in ("os.environ", "os.getenv", "environ", "getenv")}
     assert not touches or path.name in READS_ENVIRONMENT
 
 
@@ -99,7 +111,7 @@ def test_every_module_says_what_it_is_for(package, path):
 
 @each_module
 def test_no_module_keeps_mutable_state(package, path):
-    """A constant table is fine; a container that starts empty is there to be filled."""
+    """A constant table is allowed; an empty container at module level would be filled later."""
     for node in tree_of(path).body:
         value = getattr(node, "value", None)
         if isinstance(node, ast.Assign | ast.AnnAssign) and value is not None:
@@ -118,7 +130,7 @@ def test_only_the_keys_module_spells_keys_of_redis():
         assert not [text for text in strings if text.startswith(("fedqueue:{", "fedqueue:run"))], path.name
 
 
-def test_every_script_is_called_and_documents_its_keys_and_arguments():
+def test_every_script_is_called_and_documents_its_keys():
     sources = "".join(path.read_text(encoding="utf-8") for _, path in MODULES)
     scripts = sorted((PACKAGES["fedqueue"] / "transport" / "scripts").glob("*.lua"))
     assert len(scripts) > 10
@@ -126,7 +138,7 @@ def test_every_script_is_called_and_documents_its_keys_and_arguments():
         header = "".join(line for line in script.read_text().splitlines(keepends=True) if line.startswith("--"))
         assert "KEYS[1]" in header, script.name
         assert "Returns" in header, script.name
-        assert f'"{script.stem}"' in sources, f"{script.name} is called by nobody"
+        assert f'"{script.stem}"' in sources, f"{script.name} is called by no module"
 
 
 def test_public_names_exist_and_are_sorted():
@@ -144,3 +156,9 @@ def test_public_classes_say_what_they_are():
 def test_every_package_is_typed():
     for folder in PACKAGES.values():
         assert (folder / "py.typed").exists()
+
+
+def test_names_of_tests_are_short():
+    names = {name for path in (ROOT / "tests").rglob("test_*.py") for name in TEST_NAME.findall(path.read_text())}
+    assert len(names) > 500
+    assert sorted(name for name in names if len(name) >= MAX_NAME or "_s_" in name) == []

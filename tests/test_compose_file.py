@@ -1,4 +1,4 @@
-"""docker-compose.yml and the Dockerfiles name nothing that is not there: commands, options, variables, paths, users."""
+"""Checks that the commands, options, variables, paths and users in docker-compose.yml and the Dockerfiles exist."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ import typer
 import yaml
 
 from fedqueue.config.loading import load_config
-from fedqueue.config.sections import ENVIRONMENT_PREFIX
-from fedqueue.transport.store import CHUNK
+from fedqueue.config.names import ENVIRONMENT_PREFIX
+from fedqueue.tensors.blobs import CHUNK
 from fedqueue_coordinator.cli.main import app as coordinator_app
-from fedqueue_coordinator.operator.access.acl_files import ACL_FILE, PASSWORD_FILE, SERVER_FOLDER, write_split_access
-from fedqueue_coordinator.operator.access.rules import COORDINATOR, POOL
+from fedqueue_coordinator.operator.access.acl import (
+    ACL_FILE,
+    COORDINATOR,
+    PASSWORD_FILE,
+    SERVER_FOLDER,
+    SHARED_WORKER,
+    write_access_folders,
+)
 from fedqueue_worker.cli import app as worker_app
+from tests.compose.run import CLIENT_EXPIRED
 
 ROOT = Path(__file__).parents[1]
 SERVICES = ("coordinator", "worker")
 BUILT = ("keys", "access", *SERVICES)
 APPS = {"fedqueue": coordinator_app, "fedqueue-worker": worker_app}
 INTERPOLATION = re.compile(r"(?<!\$)\$\{(\w+)(?::?([-?])([^}]*))?\}")
-APP_FOLDER = PurePosixPath("/app")  # of the images; the repository's `examples` is below it
+APP_FOLDER = PurePosixPath("/app")  # in the images; has the repository's `examples`
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +44,7 @@ def stack() -> dict[str, Any]:
 
 
 def interpolated(node: Any) -> Any:
-    """`node` as compose reads it where no variable is set, but those that have to be."""
+    """Return `node` as compose reads it if only the required variables are set."""
     match node:
         case dict():
             return {key: interpolated(value) for key, value in node.items()}
@@ -50,7 +57,7 @@ def interpolated(node: Any) -> Any:
 
 
 class Dockerfile:
-    """The instructions of a Dockerfile, stage by stage."""
+    """Holds the instructions of a Dockerfile by stage."""
 
     def __init__(self, path: Path) -> None:
         text = re.sub(r"^\s*#.*\n", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE).replace("\\\n", " ")
@@ -61,14 +68,14 @@ class Dockerfile:
         self.stages = [self.instructions[a:b] for a, b in zip(starts, ends, strict=True)]
 
     def last(self, instruction: str) -> str:
-        """What the image itself says, not the stages it was built in."""
+        """Return the instruction's last value in the last stage, which becomes the image."""
         return [value for name, value in self.stages[-1] if name == instruction][-1]
 
     def stage_names(self) -> list[str]:
         return [stage[0][1].partition(" AS ")[2] for stage in self.stages]
 
     def copies(self) -> list[tuple[str, list[str]]]:
-        """(stage copied from, or an empty string for the repository; sources) of each COPY."""
+        """List (source stage, source paths) of each COPY; the stage is empty for a copy from the repository."""
         found = []
         for name, value in self.instructions:
             if name == "COPY":
@@ -93,23 +100,23 @@ def dockerfile(service: str, stack: dict[str, Any]) -> Dockerfile:
 
 
 def parse(program: str, arguments: list[str]) -> dict[str, Any]:
-    """The parameters that the product's own command line makes of them; raises a usage error where it cannot."""
+    """Return the parameters that the program parses from the arguments; raise the program's usage error."""
     command = typer.main.get_command(APPS[program])
     if subcommands := commands(APPS[program]):
         name, *arguments = arguments
-        assert name in subcommands, f"{program} {name}: known are {', '.join(subcommands)}"
+        assert name in subcommands, f"{program} {name}: no such command; the commands are {', '.join(subcommands)}"
         command = subcommands[name]
     return dict(command.make_context(program, list(arguments)).params)
 
 
 def test_entrypoint_is_a_script_of_the_project(dockerfile: Dockerfile) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    (program,) = json.loads(dockerfile.last("ENTRYPOINT"))  # the exec form: signals reach it
+    (program,) = json.loads(dockerfile.last("ENTRYPOINT"))  # the exec form, so that signals reach the program
     assert program in project["scripts"]
     assert program in APPS
 
 
-def test_command_is_one_that_the_program_takes(dockerfile: Dockerfile, stack: dict[str, Any], service: str) -> None:
+def test_command_is_accepted_by_the_program(dockerfile: Dockerfile, stack: dict[str, Any], service: str) -> None:
     (program,) = json.loads(dockerfile.last("ENTRYPOINT"))
     for arguments in (json.loads(dockerfile.last("CMD")), stack["services"][service]["command"]):
         parameters = parse(program, arguments)
@@ -132,16 +139,16 @@ def settings(stack: dict[str, Any], service: str) -> dict[str, str | None]:
 EXAMPLES: dict[str, str] = {
     "FEDQUEUE_NAME": "second",
     "FEDQUEUE_SEED": "1",
-    "FEDQUEUE_CLIENTS__MINIMUM": "2",
-    "FEDQUEUE_TRAINING__EPOCHS": "2",
+    "FEDQUEUE_CLIENTS__MIN_AVAILABLE": "2",
+    "FEDQUEUE_TRAINING__LOCAL_EPOCHS": "2",
     "FEDQUEUE_STOP__VERSIONS": "10",
     "FEDQUEUE_STOP__SECONDS": "600",
     "FEDQUEUE_STOP__TARGET": "{accuracy = 0.9}",
 }
-"""A value for each setting that is passed through."""
+"""A value for each setting that compose passes on."""
 
 
-def test_every_setting_is_one_of_the_configuration(stack: dict[str, Any], service: str) -> None:
+def test_every_setting_is_a_key_of_the_configuration(stack: dict[str, Any], service: str) -> None:
     environment = {name: value or EXAMPLES[name] for name, value in settings(stack, service).items()}
     assert all(name.startswith(ENVIRONMENT_PREFIX) for name in environment)
     config = load_config(ROOT / "examples/digits/federation.toml", environment=environment)
@@ -151,7 +158,7 @@ def test_every_setting_is_one_of_the_configuration(stack: dict[str, Any], servic
     assert config.stop.target == {"accuracy": 0.9}
 
 
-def test_a_setting_that_does_not_exist_would_be_found(stack: dict[str, Any]) -> None:
+def test_unknown_setting_is_an_error(stack: dict[str, Any]) -> None:
     with pytest.raises(Exception, match="nosuch"):
         load_config(
             ROOT / "examples/digits/federation.toml",
@@ -159,24 +166,24 @@ def test_a_setting_that_does_not_exist_would_be_found(stack: dict[str, Any]) -> 
         )
 
 
-def test_each_part_has_a_user_of_its_own_and_no_password_is_in_the_file(stack: dict[str, Any]) -> None:
+def test_each_part_has_its_own_user_and_the_file_no_password(stack: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     assert not re.search(r"REDIS_PASSWORD|requirepass|://[^@\s]*:[^@\s]*@", text)
-    for service, user in (("coordinator", COORDINATOR), ("worker", POOL)):
+    for service, user in (("coordinator", COORDINATOR), ("worker", SHARED_WORKER)):
         url = urlsplit(settings(stack, service)["FEDQUEUE_REDIS__URL"])
         assert (url.scheme, url.username, url.password, url.port) == ("redis", user, None, 6379)
         assert stack["services"][service]["depends_on"][url.hostname] == {"condition": "service_healthy"}
         assert settings(stack, service)["FEDQUEUE_REDIS__PASSWORD_FILE"] == f"access/{user}/{PASSWORD_FILE}"
 
 
-def test_each_part_mounts_the_secret_of_its_own_user_and_no_other(stack: dict[str, Any]) -> None:
+def test_each_part_mounts_only_its_own_secret(stack: dict[str, Any]) -> None:
     mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
     held = {name: [mount for mount in of_part if mount.startswith("access")] for name, of_part in mounts.items()}
     assert held == {
         "keys": [],
         "access": [
             f"access:{APP_FOLDER}/access",
-            *(f"access-{user}:{APP_FOLDER}/access/{user}" for user in (SERVER_FOLDER, COORDINATOR, POOL)),
+            *(f"access-{user}:{APP_FOLDER}/access/{user}" for user in (SERVER_FOLDER, COORDINATOR, SHARED_WORKER)),
         ],
         "redis": ["access-server:/access:ro"],
         "coordinator": [f"access-coordinator:{APP_FOLDER}/access/coordinator:ro"],
@@ -188,20 +195,22 @@ def test_access_rules_are_written_before_redis_reads_them(stack: dict[str, Any],
     redis = stack["services"]["redis"]
     assert redis["depends_on"] == {"access": {"condition": "service_completed_successfully"}}
     parameters = parse("fedqueue", stack["services"]["access"]["command"])
-    assert (parameters["pool"], parameters["split"], parameters["output"]) == (True, True, Path("access"))
-    write_split_access(tmp_path, "digits", ["client-0"], pool=True)
+    assert parameters["shared_worker"]
+    assert parameters["dir_per_user"]
+    assert parameters["output"] == Path("access")
+    write_access_folders(tmp_path, "digits", ["client-0"], shared_worker=True)
     for path in (f"/access/{ACL_FILE}", f"/access/{PASSWORD_FILE}"):
         assert path in str(redis["command"]) + str(redis["healthcheck"])
         assert (tmp_path / SERVER_FOLDER / Path(path).name).exists()
     assert f"\naclfile /access/{ACL_FILE}\n" in redis["command"][-1]
-    assert "FEDQUEUE_NAME" in redis["environment"], "another run has other rules: Redis starts anew with them"
+    assert "FEDQUEUE_NAME" in redis["environment"], "access rules differ by run, so a new run must restart Redis"
 
 
 # Paths
 
 
 def ignored(path: str) -> bool:
-    """Whether .dockerignore keeps the path out of the build: it excludes all, and then lets some in again."""
+    """Whether .dockerignore excludes the path: it excludes everything, then allows some paths."""
     rules = [r for r in (ROOT / ".dockerignore").read_text().splitlines() if r and not r.startswith("#")]
     assert rules[0] == "*"
     allowed = [rule[1:] for rule in rules if rule.startswith("!")]
@@ -229,28 +238,28 @@ def test_secrets_and_results_stay_out_of_the_build() -> None:
         assert ignored(path)
 
 
-def test_volumes_are_declared_and_where_the_program_writes(stack: dict[str, Any]) -> None:
+def test_volumes_are_declared_and_writable(stack: dict[str, Any]) -> None:
     mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
     assert {mount.partition(":")[0] for all_ in mounts.values() for mount in all_} == set(stack["volumes"])
     coordinator = Dockerfile(ROOT / "coordinator/Dockerfile")
     assert coordinator.last("WORKDIR") == str(APP_FOLDER)
-    # The defaults of --output and security.keys are relative to it.
+    # The defaults of --output and security.keys are relative to the working directory.
     assert mounts["coordinator"][:2] == [f"runs:{APP_FOLDER}/runs", f"keys:{APP_FOLDER}/keys:ro"]
-    for name in BUILT:  # a volume is owned as the folder of the image that it is first mounted on
+    for name in BUILT:  # a new volume takes its owner from the image's folder at the mount point
         image = Dockerfile(ROOT / stack["services"][name]["build"]["dockerfile"])
         made = next(value for kind, value in image.stages[-1] if kind == "RUN" and "mkdir" in value)
         folders, given = (set(part.split()) for part in made.split("chown"))
         for mount in mounts[name]:
             folder = PurePosixPath(mount.split(":")[1])
-            assert str(folder) in folders or any(f.startswith(f"{folder}/") for f in folders), f"{folder} is made"
-            assert given & {str(folder), str(folder.parent)}, f"{folder} is given to the user"
+            assert str(folder) in folders or any(f.startswith(f"{folder}/") for f in folders), f"{folder} is missing"
+            assert given & {str(folder), str(folder.parent)}, f"{folder} is not the user's"
 
 
-def test_keys_are_made_before_the_others_start_and_private_ones_stay_apart(stack: dict[str, Any]) -> None:
+def test_keys_are_made_first_and_private_ones_stay_apart(stack: dict[str, Any]) -> None:
     for name in SERVICES:
         assert stack["services"][name]["depends_on"]["keys"] == {"condition": "service_completed_successfully"}
     mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
-    assert not [mount for mount in mounts["worker"] if mount.startswith("keys:")], "no coordinator's key at a worker"
+    assert not [mount for mount in mounts["worker"] if mount.startswith("keys:")], "a worker has the coordinator's keys"
     assert not [mount for mount in mounts["redis"] if "keys" in mount]
     assert not [mount for mount in mounts["access"] if "keys" in mount]
     folder = settings(stack, "worker")["FEDQUEUE_SECURITY__KEYS"]
@@ -268,7 +277,7 @@ def test_redis_writes_where_its_volume_is(stack: dict[str, Any]) -> None:
 # The images
 
 
-def test_runs_as_nobody_in_particular(dockerfile: Dockerfile, stack: dict[str, Any], service: str) -> None:
+def test_image_runs_as_an_unprivileged_user(dockerfile: Dockerfile, stack: dict[str, Any], service: str) -> None:
     user = dockerfile.last("USER")
     assert re.fullmatch(r"([1-9]\d{3,}):\1", user), user
     created = next(value for name, value in dockerfile.stages[-1] if name == "RUN" and value.startswith("useradd"))
@@ -288,16 +297,23 @@ def test_every_service_is_hardened(stack: dict[str, Any], name: str) -> None:
     assert "ports" not in part
 
 
-def test_server_takes_no_value_larger_than_a_chunk(stack: dict[str, Any]) -> None:
+def test_server_refuses_values_larger_than_a_chunk(stack: dict[str, Any]) -> None:
     assert f"\nproto-max-bulk-len {CHUNK}\n" in stack["services"]["redis"]["command"][-1]
 
 
 def test_both_images_are_built_by_the_same_steps() -> None:
-    """So that the engine builds them once, and both share the layer of torch and its kin."""
+    """With equal steps the engine builds them once, and both images share the layer that has torch."""
     coordinator, worker = (Dockerfile(ROOT / service / "Dockerfile") for service in SERVICES)
     assert coordinator.stages[:-1] == worker.stages[:-1]
     shared = [i for i, (name, _) in enumerate(worker.stages[-1]) if name == "COPY"][-1]
     assert coordinator.stages[-1][: shared + 1] == worker.stages[-1][: shared + 1]
+
+
+def test_only_the_coordinators_image_has_plots_and_numba() -> None:
+    coordinator, worker = (Dockerfile(ROOT / service / "Dockerfile") for service in SERVICES)
+    copied = ("COPY", "--from=coordinator-extras /extras/ /")
+    assert copied in coordinator.stages[-1]
+    assert copied not in worker.stages[-1]
 
 
 def test_torch_is_the_cpu_build_unless_told_otherwise(dockerfile: Dockerfile, stack: dict[str, Any]) -> None:
@@ -317,7 +333,7 @@ def test_versions_are_the_pinned_ones(dockerfile: Dockerfile) -> None:
         for part in re.split(r"&&|;", value)
         if "install" in part.split() and "uv==" not in part and "--no-deps" not in part
     ]
-    assert len(installs) == 2
+    assert len(installs) == 3
     assert all("--constraint constraints.txt" in part for part in installs)
 
 
@@ -333,7 +349,7 @@ def compose_variables() -> set[str]:
 def test_documented_variables_and_commands_exist() -> None:
     text = (ROOT / "docs/docker.md").read_text(encoding="utf-8")
     named = set(re.findall(r"\b(?:FEDQUEUE_\w+|[A-Z]{3,}_[A-Z]+)\b", text)) - {"FEDQUEUE_SECTION__KEY"}
-    given = {"FEDQUEUE_REDIS__PASSWORD_FILE", "FEDQUEUE_SECURITY__KEYS", "REDISCLI_AUTH"}  # by the file itself
+    given = {"FEDQUEUE_REDIS__PASSWORD_FILE", "FEDQUEUE_SECURITY__KEYS", "REDISCLI_AUTH"}  # set in the file itself
     assert named - given == compose_variables() - {"CONFIG"}
     assert all(name in (ROOT / "docker-compose.yml").read_text(encoding="utf-8") for name in given)
     assert "`CONFIG`" in text
@@ -343,4 +359,10 @@ def test_documented_variables_and_commands_exist() -> None:
 
 
 def commands(app: typer.Typer) -> dict[str, Any]:
-    return getattr(typer.main.get_command(app), "commands", {})  # a program of one command has none
+    return getattr(typer.main.get_command(app), "commands", {})  # a program with a single command has no subcommands
+
+
+def test_coordinator_logs_what_the_compose_test_looks_for() -> None:
+    """`make compose-test` searches the log for a lease that expired although its worker was told to stop."""
+    source = (ROOT / "coordinator/fedqueue_coordinator/service/coordinator.py").read_text(encoding="utf-8")
+    assert any(f'"{text}"' in source for text in CLIENT_EXPIRED)

@@ -1,4 +1,4 @@
-"""One server under access rules for all tests of a module, with a run that is going on."""
+"""One server with access control for all tests of a module, with a run in progress."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from acl_server import CLIENTS, AclServer
 
 from fedqueue.errors import ServerUnavailable
+from tests.support.acl_server import CLIENTS, AclServer
+from tests.support.sample_run import SampleRun
 
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., AclServer]]:
     servers = []
 
-    def start(pool: bool = False) -> AclServer:
+    def start(shared_worker: bool = False) -> AclServer:
         try:
-            servers.append(AclServer(tmp_path_factory.mktemp("acl"), "sample", CLIENTS, pool))
+            servers.append(AclServer(tmp_path_factory.mktemp("acl"), "sample", CLIENTS, shared_worker))
         except ServerUnavailable as error:
             if os.environ.get("CI"):
                 pytest.fail(f"CI must run these tests: {error}")
@@ -36,10 +37,10 @@ def guarded(start_server: Callable[..., AclServer]) -> AclServer:
 
 
 @pytest.fixture
-def led(guarded: AclServer, new_run: Any) -> Any:
-    """A run led by its coordinator's own user, on an empty server: jobs are named as the federation names them."""
+def led(guarded: AclServer) -> Any:
+    """Return a run led by its coordinator's Redis user, on an empty server, with job names as in a federation."""
     guarded.user("admin").flushall()
     guarded.denied()
-    run = new_run(guarded.user("coordinator"))
+    run = SampleRun(guarded.user("coordinator"))
     run.coordinator.create(run.config.model_dump_json(), run.manifest, clients=CLIENTS)
     return run

@@ -1,4 +1,4 @@
-"""A worker logs in under its own Redis user and tries everything that it must not be able to do, on a real server."""
+"""Rights of the Redis users on a real server: required commands are allowed, and all others are denied."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
-from acl_server import CLIENTS, AclServer, tagged
 
 from fedqueue.errors import ServerUnavailable
 from fedqueue.protocol.messages import Ending, Registration
+from fedqueue.transport.lua_scripts import script_digest
 from fedqueue.transport.retry import RedisRetry, transient_reason
-from fedqueue.transport.store import Store, script_digest
+from fedqueue.transport.store import Store
 from fedqueue.transport.worker_store import SCRIPTS, WorkerStore
 from fedqueue_coordinator.operator.embedded_server import find_server
+from tests.support.acl_server import CLIENTS, AclServer, tagged
+from tests.support.sample_run import SampleRun
 
 pytestmark = pytest.mark.server
 
-DENIED = r"(?i)no permissions|command not allowed|user executing the script can't"  # the last is Redis 7.0's
+DENIED = r"(?i)no permissions|command not allowed|user executing the script can't"  # Redis 7.0 sends the last message
 
 
 def worker_store(server: AclServer, client: str, token: str = "worker-a", user: str = "") -> WorkerStore:
@@ -35,7 +37,7 @@ def post(worker: WorkerStore, run: Any, claim: Any, value: float = 1.0) -> str:
 
 @pytest.fixture
 def victim(guarded: AclServer, led: Any) -> Any:
-    """Client c1 with one posted update and one job in training; c0, the attacker, serves its own client."""
+    """Return client c1, with a posted update and a job in training; the attacker c0 serves its own client."""
     run = led
     worker = worker_store(guarded, "c1", "worker-b")
     worker.join(["c1"], 60)
@@ -58,11 +60,11 @@ def victim(guarded: AclServer, led: Any) -> Any:
     return run
 
 
-# What a worker needs
+# Commands that a worker needs
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_worker_may_do_all_that_its_work_needs(guarded, led, client):
+def test_worker_may_run_the_commands_it_needs(guarded, led, client):
     run, worker = led, worker_store(guarded, client)
     assert worker.info().version == 0
     assert worker.join([client], 60) == client
@@ -73,7 +75,7 @@ def test_worker_may_do_all_that_its_work_needs(guarded, led, client):
     base = np.ones(run.manifest.nbytes, np.uint8)
     worker.fetch(claim.version, base)
     assert not base.any()
-    assert worker.heartbeat([client], 60, claim, True).holds_job
+    assert worker.heartbeat([client], 60, claim, True).owns_job
     worker.release_base(claim)
     assert post(worker, run, claim) == ""
     assert post(worker, run, claim) == "replayed"
@@ -88,7 +90,7 @@ def test_worker_may_do_all_that_its_work_needs(guarded, led, client):
     assert guarded.denied() == []
 
 
-def test_refused_posts_of_a_worker_are_counted_and_leave_nothing(guarded, victim):
+def test_refused_posts_are_counted_and_leave_nothing(guarded, victim):
     worker = worker_store(guarded, "c0")
     victim.coordinator.close(victim.own_job, {"kind": "abandoned"}, 1)
     assert post(worker, victim, victim.own_claim) == "closed"
@@ -96,7 +98,7 @@ def test_refused_posts_of_a_worker_are_counted_and_leave_nothing(guarded, victim
     assert not [name for name in victim.names() if name.startswith(f"payload:{victim.own_job}")]
 
 
-# What it must not be able to do
+# Commands that are denied to a worker
 
 
 FORBIDDEN: dict[str, Callable[[Any], tuple[Any, ...]]] = {
@@ -170,7 +172,7 @@ FORBIDDEN: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("deed", FORBIDDEN)
-def test_worker_may_not(guarded, victim, deed):
+def test_denied_worker_command_changes_nothing(guarded, victim, deed):
     before = victim.contents()
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("worker-c0").execute_command(*FORBIDDEN[deed](victim))
@@ -180,7 +182,7 @@ def test_worker_may_not(guarded, victim, deed):
 @pytest.mark.parametrize(
     "script", ["commit", "dispatch", "close", "ack", "end_run", "leader", "find_expired", "expire_client"]
 )
-def test_worker_may_not_run_a_script_of_the_coordinators(guarded, victim, script):
+def test_worker_may_not_run_the_coordinators_scripts(guarded, victim, script):
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("worker-c0").evalsha(script_digest(script), 1, victim.keys.leader, "1")
 
@@ -202,25 +204,25 @@ BY_OWN_SCRIPTS: dict[str, Callable[[WorkerStore, Any], Any]] = {
 
 @pytest.mark.parametrize("token", ["worker-a", "worker-b"], ids=["own token", "the victim's token"])
 @pytest.mark.parametrize("deed", BY_OWN_SCRIPTS)
-def test_worker_may_not_by_way_of_its_own_scripts(guarded, victim, deed, token):
-    """Not even one that has learnt the token of the process which serves the other client."""
+def test_worker_scripts_cannot_reach_other_clients_keys(guarded, victim, deed, token):
+    """Access is denied even with the token of the process that serves the other client."""
     own = victim.keys.attempt(victim.own_job)
     before = victim.contents() | {own: ...}
     with pytest.raises(redis.ResponseError, match=DENIED):
         BY_OWN_SCRIPTS[deed](worker_store(guarded, "c0", token), victim)
-    assert victim.contents() | {own: ...} == before, "nothing of another's was done before it was denied"
+    assert victim.contents() | {own: ...} == before, "the script changed another client's keys before the denial"
 
 
-def test_all_that_was_tried_is_something_that_can_be_done_with_more_rights(guarded, victim):
-    """The tests above can fail: the server knows each of these commands."""
+def test_each_denied_command_works_with_more_rights(guarded, victim):
+    """The server knows each of the denied commands, which shows that the tests above can fail."""
     admin = guarded.user("admin")
     for name, deed in FORBIDDEN.items():
         command = str(deed(victim)[0])
         assert admin.execute_command("COMMAND", "INFO", command), name
 
 
-def test_scripts_that_a_worker_runs_are_those_that_are_allowed(guarded):
-    """The list is complete: each is called by the worker's store, and it calls no other."""
+def test_allowed_scripts_are_those_that_a_worker_runs(guarded):
+    """The worker's store calls exactly the scripts of the list."""
     import inspect
 
     source = inspect.getsource(WorkerStore)
@@ -228,14 +230,14 @@ def test_scripts_that_a_worker_runs_are_those_that_are_allowed(guarded):
     assert source.count("self.script(") == len(SCRIPTS)
 
 
-# What a worker can write is not believed
+# Invalid data in a worker's own keys
 
 
 GARBAGE = ["", "x", "nan", "inf", "-inf", "1e400", "0x10", "99999999999999999999", "-1"]
 
 
 @pytest.mark.parametrize("value", GARBAGE)
-def test_garbage_in_a_workers_own_records_neither_stops_nor_slows_the_coordinator(guarded, victim, value):
+def test_garbage_in_worker_records_is_harmless(guarded, victim, value):
     attacker, run = guarded.user("worker-c0"), victim
     for field in ("number", "base", "held", "lease", "chunks", "posted"):
         attacker.hset(run.keys.attempt(run.own_job), field, value)
@@ -248,22 +250,22 @@ def test_garbage_in_a_workers_own_records_neither_stops_nor_slows_the_coordinato
     run.coordinator.refused()
     assert len(run.coordinator.jobs()) == 3
     forged = [e for e in run.updates() if e.client == "c0"]
-    assert [(e.client, e.job) for e in forged] == [("c0", run.job)], "it is known who says so"
+    assert [(e.client, e.job) for e in forged] == [("c0", run.job)], "the entry does not name the user that wrote it"
     run.publish(1)
     run.coordinator.expire_client("c0")
     run.coordinator.close(run.own_job, {"kind": "abandoned"}, 1)
     assert run.own_job not in [job.job for job in run.coordinator.jobs()]
 
 
-def test_attempts_beyond_all_reason_are_not_followed(guarded, victim):
+def test_attempt_numbers_beyond_the_limit_are_ignored(guarded, victim):
     guarded.user("worker-c0").hset(victim.keys.attempt(victim.own_job), mapping={"number": 10**15, "chunks": 10**15})
     assert victim.coordinator.close(victim.own_job, {"kind": "abandoned"}, 1)
 
 
-# Scripts that are gone
+# Missing scripts
 
 
-def test_worker_waits_for_its_coordinator_where_the_scripts_are_gone(guarded, victim):
+def test_worker_waits_for_the_coordinator_to_load_scripts(guarded, victim):
     guarded.user("admin").script_flush()
     worker = worker_store(guarded, "c0")
     with pytest.raises(redis.exceptions.NoScriptError) as caught:
@@ -304,7 +306,7 @@ VIEWER_MAY_NOT: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("deed", VIEWER_MAY_NOT)
-def test_viewer_may_not(guarded, victim, deed):
+def test_commands_of_a_viewer_beyond_reading_are_denied(guarded, victim, deed):
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("viewer").execute_command(*VIEWER_MAY_NOT[deed](victim))
 
@@ -319,22 +321,22 @@ def test_viewer_may_not(guarded, victim, deed):
     ],
     ids=lambda command: " ".join(map(str, command[:2])),
 )  # fmt: skip
-def test_coordinator_may_not_leave_its_run(guarded, command):
+def test_coordinator_may_not_access_other_runs(guarded, command):
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("coordinator").execute_command(*command)
 
 
-def test_nobody_comes_in_without_a_password(guarded):
+def test_login_without_a_password_is_refused(guarded):
     stranger = guarded.user("admin")
     stranger.connection_pool.connection_kwargs.update(username=None, password=None)
     with pytest.raises(redis.RedisError, match=r"(?i)auth"):
         stranger.ping()
 
 
-def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(start_server, new_run):
-    server = start_server(pool=True)
+def test_shared_worker_serves_any_client_but_not_the_model(start_server):
+    server = start_server(shared_worker=True)
     assert set(server.urls) == {"admin", "coordinator", "viewer", "worker", *(f"worker-{c}" for c in CLIENTS)}
-    run = new_run(server.user("coordinator"))
+    run = SampleRun(server.user("coordinator"))
     run.coordinator.create(run.config.model_dump_json(), run.manifest, clients=CLIENTS)
     worker = WorkerStore(server.user("worker"), "sample", "worker-a")
     assert worker.join(CLIENTS, 60) == "c0"
@@ -355,8 +357,8 @@ def test_pool_of_workers_may_serve_any_client_and_still_not_touch_the_model(star
 
 
 @pytest.mark.parametrize("program", ["embedded", "redis-server"])
-def test_what_scripts_wrote_is_there_again_after_a_restart(program, tmp_path):
-    """Redis 7.0 replays its append-only file as the default user, which is off; see access.NOBODY."""
+def test_writes_of_scripts_survive_a_restart(program, tmp_path):
+    """Redis 7.0 replays its append-only file as the default user, which is disabled; see acl.DEFAULT_USER."""
     path = find_server() if program == "embedded" else shutil.which(program)
     if path is None:
         pytest.skip(f"no {program} here")
@@ -367,10 +369,10 @@ def test_what_scripts_wrote_is_there_again_after_a_restart(program, tmp_path):
         server.restart()
         assert server.user("coordinator").mget(WRITTEN) == [b"1", b"2"]
         for stranger in ({"username": None, "password": None}, {"username": "default", "password": ""}):
-            nobody = server.user("admin")
-            nobody.connection_pool.connection_kwargs.update(stranger)
+            unknown = server.user("admin")
+            unknown.connection_pool.connection_kwargs.update(stranger)
             with pytest.raises(redis.RedisError, match=r"(?i)auth|invalid username"):
-                nobody.get(WRITTEN[0])
+                unknown.get(WRITTEN[0])
     finally:
         server.stop()
 
@@ -381,7 +383,7 @@ WRITTEN = ("fedqueue:{sample}:a", "fedqueue:{sample}:b")
 # Files
 
 
-def test_secrets_are_for_their_owner_only_and_the_acl_file_has_none(guarded):
+def test_secrets_are_private_and_not_in_the_acl_file(guarded):
     files = {path.name: path for path in (guarded.folder / "access").iterdir()}
     assert set(files) == {"users.acl", *(f"{user}.url" for user in guarded.urls)}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files.values()} == {0o600}
@@ -394,16 +396,16 @@ def test_secrets_are_for_their_owner_only_and_the_acl_file_has_none(guarded):
     assert "nopass" not in rules
 
 
-def test_worker_that_asks_for_another_client_is_told_what_its_user_may_serve(guarded, led):
-    """As `--partition auto` does."""
+def test_error_for_another_client_names_the_allowed_client(guarded, led):
+    """A worker with `--partition auto` asks for other clients."""
     worker = worker_store(guarded, "c1")
     with pytest.raises(ServerUnavailable, match=r"Redis refuses: .*serves its own client only.*--client") as caught:
         RedisRetry().call(lambda: worker.join(CLIENTS, 60))
     assert "\n" not in str(caught.value)
 
 
-def test_script_of_another_version_is_told_apart_from_an_outage(guarded, led, monkeypatch):
+def test_script_of_another_version_is_not_reported_as_an_outage(guarded, led, monkeypatch):
     worker = worker_store(guarded, "c0")
-    monkeypatch.setattr("fedqueue.transport.store.script_digest", lambda name: "0" * 40)
+    monkeypatch.setattr("fedqueue.transport.lua_scripts.script_digest", lambda name: "0" * 40)
     with pytest.raises(ServerUnavailable, match="version that wrote the rules"):
         RedisRetry().call(lambda: worker.heartbeat(["c0"], 60, None, True))

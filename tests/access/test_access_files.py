@@ -1,4 +1,4 @@
-"""`fedqueue acl`: what it writes, keeps, removes and prints."""
+"""`fedqueue acl`: the files that the command writes, keeps and removes, and its output."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typer.testing import CliRunner
 
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.cli.main import app
-from fedqueue_coordinator.operator.access.acl_files import chosen_clients, write_access, write_split_access
+from fedqueue_coordinator.operator.access.acl import chosen_clients, write_access, write_access_folders
 
 SERVER = "redis://redis.example.org:6380"
 
 
 def write(folder: Path, *clients: str, server: str = SERVER) -> dict[str, str]:
-    return write_access(folder, "digits", clients, server, pool=False)
+    return write_access(folder, "digits", clients, server, shared_worker=False)
 
 
 def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
@@ -30,7 +30,7 @@ def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
     assert len({url.split(":")[2] for url in urls.values()}) == len(urls)
 
 
-def test_acl_file_has_the_digest_of_each_password_and_no_default_user(tmp_path):
+def test_acl_file_has_password_digests_and_no_default_user(tmp_path):
     urls = write(tmp_path, "north")
     first, *lines = (tmp_path / "users.acl").read_text().splitlines()
     assert first == "user default reset off ~* &* +@all"
@@ -41,7 +41,7 @@ def test_acl_file_has_the_digest_of_each_password_and_no_default_user(tmp_path):
         assert digest == "#" + hashlib.sha256(password.encode()).hexdigest()
 
 
-def test_again_with_other_clients_keeps_passwords_and_forgets_who_is_gone(tmp_path):
+def test_rewriting_acls_keeps_passwords_and_drops_old_clients(tmp_path):
     before = write(tmp_path, "north", "south")
     after = write(tmp_path, "north", "east", server="rediss://redis.example.org")
     assert after["worker-north"] == before["worker-north"].replace("redis://", "rediss://").removesuffix(":6380")
@@ -49,7 +49,7 @@ def test_again_with_other_clients_keeps_passwords_and_forgets_who_is_gone(tmp_pa
     assert "worker-south" not in (tmp_path / "users.acl").read_text()
 
 
-def test_password_is_new_where_its_file_was_deleted(tmp_path):
+def test_deleted_password_file_gets_a_new_password(tmp_path):
     before = write(tmp_path, "north")
     (tmp_path / "worker-north.url").unlink()
     after = write(tmp_path, "north")
@@ -57,7 +57,7 @@ def test_password_is_new_where_its_file_was_deleted(tmp_path):
     assert after["viewer"] == before["viewer"]
 
 
-def test_files_that_others_could_read_are_replaced_by_ones_that_they_cannot(tmp_path):
+def test_readable_secret_files_are_replaced_by_private_ones(tmp_path):
     write(tmp_path, "north")
     for path in tmp_path.iterdir():
         path.chmod(0o644)
@@ -69,8 +69,8 @@ def passwords(folder: Path) -> dict[str, str]:
     return {path.parent.name: path.read_text().strip() for path in folder.glob("*/redis.password")}
 
 
-def test_split_into_a_folder_for_each_user_no_two_users_share_a_secret(tmp_path):
-    assert write_split_access(tmp_path, "digits", ["north"], pool=True) == [
+def test_user_folders_share_no_secret(tmp_path):
+    assert write_access_folders(tmp_path, "digits", ["north"], shared_worker=True) == [
         "coordinator", "viewer", "worker", "worker-north", "admin",
     ]  # fmt: skip
     made = passwords(tmp_path)
@@ -87,18 +87,18 @@ def test_split_into_a_folder_for_each_user_no_two_users_share_a_secret(tmp_path)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()].count("users.acl") == 1
 
 
-def test_split_again_for_another_run_keeps_passwords_and_forgets_who_is_gone(tmp_path):
-    write_split_access(tmp_path, "first", ["north", "south"], pool=True)
+def test_rewriting_folders_keeps_passwords_drops_old_users(tmp_path):
+    write_access_folders(tmp_path, "first", ["north", "south"], shared_worker=True)
     before = passwords(tmp_path)
-    write_split_access(tmp_path, "second", ["north"], pool=True)
+    write_access_folders(tmp_path, "second", ["north"], shared_worker=True)
     assert passwords(tmp_path) == {user: word for user, word in before.items() if user != "worker-south"}
     rules = (tmp_path / "server" / "users.acl").read_text()
     assert "fedqueue:{second}:" in rules
     assert "first" not in rules
 
 
-def test_split_is_what_the_command_writes_for_volumes(tmp_path):
-    arguments = ["acl", "digits", "--client", "north", "--output", str(tmp_path), "--pool", "--split"]
+def test_command_writes_folders_for_volumes(tmp_path):
+    arguments = ["acl", "digits", "--client", "north", "--output", str(tmp_path), "--shared-worker", "--dir-per-user"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0, said.output
     assert not [password for password in passwords(tmp_path).values() if password in said.output]
@@ -106,14 +106,14 @@ def test_split_is_what_the_command_writes_for_volumes(tmp_path):
 
 
 @pytest.mark.parametrize("server", ["http://h", "h:6379", "redis://u:hunter2@h", "redis://", "sentinel://h/s", ""])
-def test_server_that_is_none_or_has_credentials_is_refused_without_showing_them(tmp_path, server):
+def test_invalid_server_url_is_refused_without_credentials(tmp_path, server):
     with pytest.raises(ConfigurationError, match=r"^--server") as caught:
         write(tmp_path / "x", "north", server=server)
     assert "hunter2" not in str(caught.value)
     assert not (tmp_path / "x").exists()
 
 
-def test_run_and_clients_come_from_the_configuration_or_the_command_line(tmp_path):
+def test_acl_clients_come_from_configuration_or_command_line(tmp_path):
     path = tmp_path / "f.toml"
     path.write_text('name = "r"\n[task]\nentrypoint = "t.py:T"\n[clients]\ncount = 2\n[stop]\nversions = 1\n')
     assert chosen_clients(str(path), [], []) == ("r", ["client-0", "client-1"])
@@ -125,16 +125,16 @@ def test_run_and_clients_come_from_the_configuration_or_the_command_line(tmp_pat
     ("run", "clients", "key"),
     [("r", [], "--client"), ("r", ["a b"], "--client"), ("r*", ["a"], "RUN"), ("", ["a"], "RUN")],
 )
-def test_bad_names_and_no_client_are_errors_that_name_the_key(run, clients, key):
+def test_invalid_names_are_errors_that_name_the_key(run, clients, key):
     with pytest.raises(ConfigurationError, match=f"^{key}"):
         chosen_clients(run, clients, [])
 
 
-def test_secrets_are_printed_only_where_it_is_asked_for(tmp_path):
+def test_passwords_are_printed_only_on_request(tmp_path):
     arguments = ["acl", "digits", "--client", "north", "--output", str(tmp_path)]
     quiet = CliRunner().invoke(app, arguments)
     secrets = [path.read_text().strip() for path in tmp_path.glob("*.url")]
     assert quiet.exit_code == 0
     assert not [secret for secret in secrets if secret.split(":")[2].partition("@")[0] in quiet.output]
-    loud = CliRunner().invoke(app, [*arguments, "--show"])
+    loud = CliRunner().invoke(app, [*arguments, "--print-urls"])
     assert set(loud.output.splitlines()[1:]) == set(secrets)

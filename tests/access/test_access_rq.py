@@ -1,4 +1,4 @@
-"""RQ's worker under its own user: jobs that go well, raise, were taken back, or are none; nothing is denied."""
+"""RQ's worker as its own Redis user, with valid, raising, withdrawn and invalid jobs: no command is denied."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import msgpack
 import pytest
 import structlog
-from acl_server import AclServer, tagged
 
 from fedqueue.protocol.keys import client_tag
 from fedqueue.transport import rq_jobs
-from fedqueue.transport.rq_jobs import TRAIN, Serializer, client_queue, job_class
-from fedqueue_worker.process import TrainingWorker
+from fedqueue.transport.rq_jobs import TRAIN, client_queue
+from fedqueue_worker.rq_worker import TrainingWorker
+from tests.support.acl_server import AclServer, tagged
 
 pytestmark = pytest.mark.server
 
@@ -30,28 +30,24 @@ def _signal_handlers_restored() -> Iterator[None]:
 
 
 class Trainer:
-    """Stands in for a round."""
+    """Stands in for a job runner."""
 
-    interruptible = closed = told_to_stop = False
+    told_to_stop = False
 
     def __init__(self, raises: Exception | None = None) -> None:
         self.jobs: list[str] = []
         self._raises = raises
 
-    def train(self, order: dict[str, Any]) -> None:
+    def train(self, order: dict[str, Any], *rq: Any) -> None:
         self.jobs.append(order["job"])
         if self._raises:
             raise self._raises
 
 
 def work(server: AclServer, run: Any, trainer: Trainer) -> list[str]:
-    """A worker of client c0, logged in as its user, until its queue is empty; returns what it trained."""
-    client, cls = server.user("worker-c0"), job_class(trainer.train)
-    worker = TrainingWorker(
-        [client_queue(client, run.keys.queue("c0"), cls)],
-        name=f"fedqueue-{run.name}-{uuid.uuid4().hex[:12]}-{client_tag(run.name, 'c0')}",
-        connection=client, job_class=cls, serializer=Serializer, round=trainer,
-    )  # fmt: skip
+    """Run a worker of client c0, logged in as its Redis user, until its queue is empty; return the trained jobs."""
+    name = f"fedqueue-{run.name}-{uuid.uuid4().hex[:12]}-{client_tag(run.name, 'c0')}"
+    worker = TrainingWorker(trainer, server.user("worker-c0"), [run.keys.queue("c0")], name)
     with structlog.testing.capture_logs():
         worker.work(burst=True, logging_level="CRITICAL")
     return trainer.jobs
@@ -64,7 +60,7 @@ def enqueue(run: Any, number: int) -> str:
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no rows")], ids=["goes well", "raises"])
-def test_job_is_taken_and_told_of(guarded, led, error):
+def test_worker_takes_a_job_and_posts_its_end(guarded, led, error):
     job = enqueue(led, 1)
     assert work(guarded, led, Trainer(error)) == [job]
     failed = client_queue(led.client, led.keys.queue("c0")).failed_job_registry.get_job_ids(cleanup=False)
@@ -72,7 +68,7 @@ def test_job_is_taken_and_told_of(guarded, led, error):
     assert guarded.denied() == []
 
 
-def test_job_that_the_coordinator_takes_back_is_not_trained(guarded, led):
+def test_job_withdrawn_by_the_coordinator_is_not_trained(guarded, led):
     job = enqueue(led, 1)
     rq_jobs.forget(led.client, led.keys.queue("c0"), job)
     assert work(guarded, led, Trainer()) == []
@@ -89,7 +85,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_job_that_is_none_is_dropped_and_the_next_one_trained(guarded, led, what):
+def test_invalid_job_is_dropped_and_the_next_one_trained(guarded, led, what):
     admin, queue = guarded.user("admin"), led.keys.queue("c0")
     planted = tagged(led, 9, "c0").job
     good = {"data": msgpack.packb([TRAIN, None, [], {}]), "origin": queue, "status": "queued", "timeout": -1}
@@ -100,11 +96,11 @@ def test_job_that_is_none_is_dropped_and_the_next_one_trained(guarded, led, what
     assert guarded.denied() == []
 
 
-def test_job_of_another_client_in_its_queue_is_not_even_read(guarded, led):
+def test_worker_cannot_read_another_clients_job_in_its_queue(guarded, led):
     other, queue = tagged(led, 5, "c1"), led.keys.queue("c0")
     led.dispatch_order(other, 5)
     guarded.user("admin").lpush(f"rq:queue:{queue}", other.job)
     job = enqueue(led, 1)
-    first = work(guarded, led, Trainer())  # RQ's loop ends where it is denied something; a worker starts it again
+    first = work(guarded, led, Trainer())  # a denied command ends RQ's loop, and the worker starts the loop again
     assert [*first, *work(guarded, led, Trainer())] == [job]
     assert set(guarded.denied()) == {f"worker-c0: rq:job:{other.job}"}

@@ -1,4 +1,4 @@
-"""A whole federation, each part under its own Redis user, in processes that cannot unpickle anything."""
+"""Trains a federation in which each part has its own Redis user and no process can unpickle anything."""
 
 from __future__ import annotations
 
@@ -11,49 +11,51 @@ import time
 from pathlib import Path
 
 import pytest
-from acl_server import AclServer
 
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from tests.support import no_unpickling, toy_task
+from tests.support.acl_server import AclServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
-HERE = Path(__file__).parent
+NO_UNPICKLING = Path(no_unpickling.__file__).parent
+PYTHONPATH = os.pathsep.join([str(NO_UNPICKLING), *filter(None, [os.environ.get("PYTHONPATH")])])
 CONFIG = f"""
 name = "guarded"
 [task]
-entrypoint = "{HERE.parent / "runs" / "toy_task.py"}:ToyTask"
+entrypoint = "{toy_task.__file__}:ToyTask"
 [clients]
 names = ["north", "site.example.org"]
-minimum = 2
+min_available = 2
 [aggregation]
 buffer_size = 2
 [compression]
-up = "int8"  # merged by a compiled loop: its compiler unpickles nothing either
+uplink = "int8"  # merged by a compiled loop, whose compiler unpickles nothing either
 [stop]
 versions = 8
 """
 
 
 def launch(folder: Path, url: str, *words: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "FEDQUEUE_REDIS__URL": url, "PYTHONPATH": str(HERE)}
+    environment = {**os.environ, "FEDQUEUE_REDIS__URL": url, "PYTHONPATH": PYTHONPATH}
     return subprocess.Popen(
         [sys.executable, "-m", *words], cwd=folder, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def test_nothing_can_be_unpickled_in_those_processes(tmp_path):
+def test_processes_of_the_run_cannot_unpickle(tmp_path):
     data = pickle.dumps([1])
     for attempt in ("pickle.loads(data)", "pickle.Unpickler(io.BytesIO(data)).load()", "pickle.load(io.BytesIO(data))"):
         child = subprocess.run(
             [sys.executable, "-c", f"import io, pickle; data = {data!r}; {attempt}"],
-            env={**os.environ, "PYTHONPATH": str(HERE)}, capture_output=True, text=True, check=False,
+            env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True, text=True, check=False,
         )  # fmt: skip
         assert "something was unpickled" in child.stderr, attempt
 
 
-def test_federation_of_users_with_their_own_rights_trains_and_nothing_is_denied_or_unpickled(tmp_path):
+def test_federation_under_acls_trains_without_denials_or_pickle(tmp_path):
     (tmp_path / "federation.toml").write_text(CONFIG)
     enroll_missing(tmp_path / "keys", ["north", "site.example.org"], site=tmp_path / "keys")
     server = AclServer(tmp_path, "guarded", ["north", "site.example.org"])

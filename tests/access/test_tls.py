@@ -1,4 +1,4 @@
-"""TLS with an own CA and client certificates, against a real server behind a port that speaks nothing else."""
+"""TLS with a private CA and client certificates, to a real server behind a port that accepts TLS only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import pytest
 import redis
 from click.testing import Result
 from cryptography import x509
-from tls_proxy import TlsProxy
 from typer.testing import CliRunner
 
 from fedqueue.config.tls import Tls
@@ -20,13 +19,15 @@ from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.operator.access import certificates
 from fedqueue_coordinator.operator.access.certificates import write_certificates
+from tests.support.sample_run import SampleRun
+from tests.support.tls_proxy import TlsProxy
 
 pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """`good` has a CA, `server`, `elsewhere` (a server of another name) and `client`; `other` another CA's."""
+    """Fill `good` with a CA, `server`, `elsewhere` (for another server name) and `client`; `other` has another CA."""
     root = tmp_path_factory.mktemp("certs")
     write_certificates(root / "good", ["localhost", "127.0.0.1"], ["client"], 30)
     write_certificates(root / "other", ["localhost"], ["client"], 30)
@@ -42,11 +43,11 @@ def folder(tmp_path_factory):
                 patch.setattr(certificates.datetime, "datetime", Past)
             else:
                 patch.undo()
-            place = root / name
-            place.mkdir()
+            target = root / name
+            target.mkdir()
             for file in ("ca.pem", "ca.key"):
-                (place / file).write_bytes((root / "good" / file).read_bytes())
-            write_certificates(place, hosts, ["client"], 30)
+                (target / file).write_bytes((root / "good" / file).read_bytes())
+            write_certificates(target, hosts, ["client"], 30)
     return root
 
 
@@ -69,13 +70,15 @@ def proxy(server, folder):
         one.stop()
 
 
-def test_whole_path_of_an_update_goes_through_tls(server_client, proxy, folder, new_run):
+def test_update_passes_through_tls_from_dispatch_to_merge(server_client, proxy, folder):
     client = connect(proxy().url, tls=tls(folder))
-    run = new_run(client)
+    run = SampleRun(client)
     claim = run.join().claim(run.dispatch(), 60)
     assert run.post(run.worker(), claim) == ""
     assert run.publish(1, run.updates()) == {1}
-    assert server_client.hget(run.keys.head, "version") == b"1", "it is the server behind the proxy that has it"
+    assert server_client.hget(run.keys.head, "version") == b"1", (
+        "the server behind the TLS proxy does not have the version"
+    )
     client.close()
 
 
@@ -90,8 +93,8 @@ def test_large_blob_comes_through_tls_unchanged(server_client, proxy, folder):
     client.close()
 
 
-def test_sentinels_and_the_primary_that_they_name_are_reached_through_tls(server_client, proxy, folder, monkeypatch):
-    """Both ports speak TLS only, and ask for a client certificate. What a sentinel says is scripted."""
+def test_sentinels_and_their_primary_are_reached_through_tls(server_client, proxy, folder, monkeypatch):
+    """Both ports accept TLS only and require a client certificate; the sentinel's replies are scripted."""
     primary, sentinel = proxy(), proxy()
     client = connect(f"sentinels://localhost:{sentinel.port}/main", tls=tls(folder))
     manager = client.connection_pool.sentinel_manager
@@ -104,7 +107,7 @@ def test_sentinels_and_the_primary_that_they_name_are_reached_through_tls(server
 
 
 @pytest.mark.parametrize("why", ["a CA that did not sign it", "another host", "no client certificate"])
-def test_primary_that_a_sentinel_names_is_verified_as_any_other(why, proxy, folder, monkeypatch):
+def test_primary_named_by_a_sentinel_is_verified(why, proxy, folder, monkeypatch):
     of, options, says = REFUSED[why]
     url = f"sentinels://localhost:{proxy().port}/main"
     client = connect(url, tls=tls(folder, **options))
@@ -120,7 +123,9 @@ REFUSED = {
     "no CA of ours": ("good", {"ca": ""}, "is not signed by a CA of this system (set redis.ca_file)"),
     "an expired server": ("expired", {}, "the server's certificate has expired"),
     "another host": ("elsewhere", {}, "the server's certificate is for another host"),
-    "no client certificate": ("good", {"client": None}, "the server wants a client certificate: set redis.cert_file"),
+    "no client certificate": (
+        "good", {"client": None}, "the server requires a client certificate: set redis.cert_file",
+    ),
     "a client certificate of another CA": (
         "good", {"client": "other"}, "the server does not know the CA of redis.cert_file",
     ),
@@ -129,7 +134,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_connection_is_refused_at_once_with_one_line_because_of(why, proxy, folder):
+def test_refused_connection_is_a_one_line_error_at_once(why, proxy, folder):
     of, options, says = REFUSED[why]
     url = proxy(of).url
     with pytest.raises(ServerUnavailable) as caught:
@@ -138,7 +143,7 @@ def test_connection_is_refused_at_once_with_one_line_because_of(why, proxy, fold
     assert "\n" not in str(caught.value)
 
 
-def test_server_that_speaks_no_tls_is_named_as_such(folder, tmp_path):
+def test_error_says_that_the_server_has_no_tls(folder, tmp_path):
     import asyncio
     import threading
 
@@ -167,7 +172,7 @@ def test_server_that_speaks_no_tls_is_named_as_such(folder, tmp_path):
     thread.join()
 
 
-def test_plain_connection_to_a_tls_port_gets_nothing(proxy, folder):
+def test_plain_connection_to_a_tls_port_is_refused(proxy, folder):
     client = redis.Redis(port=proxy().port, socket_timeout=5, retry=None)
     with pytest.raises(redis.ConnectionError):
         client.ping()
@@ -177,17 +182,17 @@ def test_plain_connection_to_a_tls_port_gets_nothing(proxy, folder):
 # Files
 
 
-def test_certificates_where_the_url_has_no_tls_are_an_error_and_not_ignored(folder):
-    with pytest.raises(ConfigurationError, match="expected rediss:// or sentinels://"):
+def test_certificates_with_a_plain_url_are_an_error(folder):
+    with pytest.raises(ConfigurationError, match="write rediss:// or sentinels://"):
         connect("redis://localhost", tls=tls(folder))
 
 
-def test_key_without_certificate_is_an_error_that_names_the_other():
-    with pytest.raises(ConfigurationError, match=r"redis\.cert_file = '': is needed with redis\.key_file"):
+def test_key_without_certificate_is_an_error_naming_both():
+    with pytest.raises(ConfigurationError, match=r"redis\.cert_file: missing; redis\.key_file is set"):
         Tls(key_file="k.pem")
 
 
-def test_file_that_is_not_there_or_not_its_pair_is_named(folder, tmp_path):
+def test_missing_or_mismatched_file_is_named(folder, tmp_path):
     good = folder / "good"
     with pytest.raises(ConfigurationError, match=r"redis\.ca_file = '/nowhere\.pem'"):
         connect("rediss://localhost", tls=Tls("/nowhere.pem"))
@@ -198,13 +203,13 @@ def test_file_that_is_not_there_or_not_its_pair_is_named(folder, tmp_path):
         connect("rediss://h", tls=Tls(str(tmp_path / "empty.pem")))
 
 
-def test_own_ca_is_the_only_one_that_is_trusted(folder):
+def test_configured_ca_is_the_only_trusted_one(folder):
     subjects = {dict(s[0] for s in ca["subject"])["commonName"] for ca in tls(folder).context().get_ca_certs()}
     assert subjects == {"fedqueue test CA"}
     assert tls(folder).context().minimum_version >= ssl.TLSVersion.TLSv1_2
 
 
-def test_certificates_say_what_they_are_for_and_keys_are_their_owners_alone(folder):
+def test_certificates_state_their_purpose_and_keys_are_private(folder):
     good = folder / "good"
     assert stat.S_IMODE(good.stat().st_mode) == 0o700
     for name in ("ca", "server", "client"):
@@ -225,7 +230,7 @@ def test_certificates_say_what_they_are_for_and_keys_are_their_owners_alone(fold
         assert not certificate[name].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
-def test_command_adds_a_client_to_a_ca_that_is_there_and_refuses_no_days(tmp_path):
+def test_certs_command_adds_a_client_to_an_existing_ca(tmp_path):
     def certs(*words: str) -> Result:
         return CliRunner().invoke(app, ["certs", str(tmp_path / "c"), *words])
 

@@ -1,14 +1,15 @@
-"""The short version of `make chaos`: the same harness, a seed, a third of a minute."""
+"""Short version of `make chaos`: the same harness with a fixed seed, for 20 seconds."""
 
 from __future__ import annotations
 
 import random
 
 import pytest
-from arena import TARGET
-from faults import FAULTS, KINDS
-from schedule import schedule
-from survive import survive
+
+from tests.support.chaos.arena import TARGET
+from tests.support.chaos.faults import FAULTS, KINDS
+from tests.support.chaos.schedule import schedule
+from tests.support.chaos.survive import survive
 
 SECONDS = 20
 
@@ -26,7 +27,7 @@ def test_federation_survives_a_seeded_schedule_of_faults(tmp_path):
     assert report.survived.total() >= 5
 
 
-def test_schedule_has_each_fault_alone_then_each_pair_and_is_the_seed_s():
+def test_schedule_has_each_fault_then_each_pair_by_seed():
     first = [next_ for _, next_ in zip(range(300), schedule(list(FAULTS), random.Random(1)), strict=False)]
     again = [next_ for _, next_ in zip(range(300), schedule(list(FAULTS), random.Random(1)), strict=False)]
     assert first == again

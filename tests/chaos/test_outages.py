@@ -1,4 +1,4 @@
-"""Outages of Redis, and coordinators that go: the run waits, says for what, and goes on."""
+"""During an outage of Redis or the loss of a coordinator, the run waits, logs the reason, and continues."""
 
 from __future__ import annotations
 
@@ -11,27 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 import redis
-import worker_with_skew
-from arena import LEADER_SECONDS, RUN, Chaos
-from fleet import Member, warm_up
-from tcp_proxy import TcpProxy
-from tcp_server import TcpServer
 
-import fedqueue.transport.store
+import fedqueue.tensors.blobs
 from fedqueue.protocol.messages import Update
+from fedqueue.tensors.blobs import chunks_of
 from fedqueue.transport.connection import connect
 from fedqueue.transport.retry import RedisRetry
-from fedqueue.transport.store import chunks_of
 from fedqueue.transport.worker_store import Claim, WorkerStore
-from fedqueue_coordinator.operator.audit.audit import audit, ok, read_audit_input
+from fedqueue_coordinator.operator.audit.audit import audit, ok
+from fedqueue_coordinator.operator.audit.audit_input import read_audit_input
+from fedqueue_coordinator.service.checkpoint import load_checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.chaos import worker_with_skew
+from tests.support.chaos.arena import LEADER_SECONDS, RUN, Chaos
+from tests.support.chaos.fleet import Member
+from tests.support.forked import warm_up
+from tests.support.tcp_proxy import TcpProxy
+from tests.support.tcp_server import TcpServer
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(240)]
 
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
-    """A federation at work, for one test after another."""
+    """A running federation, shared by the tests of this module."""
     warm_up()
     running = Chaos(tmp_path_factory.mktemp("outages"), seed=0)
     running.wait(lambda: running.version() >= 2, "the first versions", 90)
@@ -40,7 +43,7 @@ def chaos(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chaos]:
 
 
 def deaths(chaos: Chaos) -> list[int]:
-    """Restarts of each worker; a coordinator may end because the standby was quicker to lead again."""
+    """Restarts of each worker. Coordinators are not counted: one may end because the standby took the lead."""
     return [one.restarts for one in chaos.fleet.workers]
 
 
@@ -69,7 +72,7 @@ def test_server_that_is_absent_for_seconds_is_waited_for(chaos: Chaos) -> None:
     chaos.wait(lambda: time.monotonic() > back, "four seconds pass")
     chaos.server.start()
     goes_on(chaos)
-    assert deaths(chaos) == before, "everybody waited, nobody died"
+    assert deaths(chaos) == before, "a worker died instead of waiting"
     check_books(chaos)
 
 
@@ -87,7 +90,7 @@ def test_server_out_of_memory_is_waited_for(chaos: Chaos) -> None:
     client.close()
 
 
-def test_coordinator_told_to_stop_releases_the_lead_and_the_standby_goes_on_at_once(chaos: Chaos) -> None:
+def test_stopped_coordinator_hands_the_lead_to_the_standby(chaos: Chaos) -> None:
     chaos.calm()
     leader = chaos.leader()
     assert leader is not None
@@ -111,7 +114,7 @@ def test_standby_commits_soon_after_the_leader_was_killed(chaos: Chaos) -> None:
     chaos.wait(lambda: int(chaos.store.redis.hget(chaos.store.keys.head, "token") or 0) > token, "a commit")
     seconds = time.monotonic() - killed
     sys.stdout.write(f"from kill -9 to the standby's first commit: {seconds:.2f} s\n")
-    assert seconds < LEADER_SECONDS + 5  # a loaded machine; measured alone it is about leader_seconds
+    assert seconds < LEADER_SECONDS + 5  # margin for a loaded machine; on an idle one it is about leader_lease_seconds
     check_books(chaos)
 
 
@@ -131,7 +134,7 @@ def test_wrong_password_is_one_clear_line_and_exit_1(chaos: Chaos, tmp_path: Pat
     assert "haddock" not in line
 
 
-def test_redis_that_has_lost_everything_gets_a_new_epoch_from_the_checkpoint(chaos: Chaos) -> None:
+def test_lost_redis_data_is_restored_from_the_checkpoint(chaos: Chaos) -> None:
     chaos.calm()
     checkpoints = [chaos.folder / f"out-{i}" / "checkpoint.safetensors" for i in (0, 1)]
     leader = chaos.leader()
@@ -142,7 +145,14 @@ def test_redis_that_has_lost_everything_gets_a_new_epoch_from_the_checkpoint(cha
     chaos.wait(lambda: any(job.attempt for job in chaos.store.jobs()), "a job in training")
     job = next(job for job in chaos.store.jobs() if job.attempt)
     straggler = Claim(job.job, job.attempt, chaos.version(), chaos.store.info().epoch)
+    chaos.fleet.stop_all()  # so that no coordinator saves another checkpoint before the data are lost
+    for other in checkpoints:
+        if other != place:  # saved perhaps after an outage, when every lease had expired and no job was open
+            other.unlink(missing_ok=True)
+    saved = load_checkpoint(place)
+    assert saved is not None
     chaos.server.client().flushall()
+    chaos.fleet.continue_all()
     chaos.wait(lambda: chaos.store.exists() and chaos.store.info().epoch == 1, "a new epoch")
     payload = np.zeros(344, np.uint8)
     late = WorkerStore(chaos.store.redis, RUN, "straggler")
@@ -151,9 +161,11 @@ def test_redis_that_has_lost_everything_gets_a_new_epoch_from_the_checkpoint(cha
     assert set(chaos.store.alive_clients()) == {"client-0", "client-1", "client-2", "client-3"}
     ledger = chaos.store.ledger()
     assert [r["epoch"] for r in ledger if r["kind"] == "epoch"] == [1]
-    assert any(r.get("reason") == "epoch_lost" for r in ledger)
+    lost = {r["job"]: r["client"] for r in ledger if r.get("reason") == "epoch_lost"}
+    assert lost == saved.unfinished
+    assert lost
     check_books(chaos)
-    results = chaos.end()  # also a run whose first epoch's payloads are gone can be ended
+    results = chaos.end()  # a run that lost the payloads of its first epoch can still be ended
     assert ok(audit(read_audit_input(str(results), "")))
 
 
@@ -182,7 +194,7 @@ def test_read_only_replica_is_waited_for_until_it_is_promoted(tmp_path: Path) ->
 
 @pytest.mark.parametrize("direction", ["post", "fetch"])
 def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(tmp_path, monkeypatch, direction):
-    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 1_000_000)
+    monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 1_000_000)
     server = TcpServer(tmp_path)
     proxy = TcpProxy(server.port)
     client = connect(server.url_through(proxy.port))
@@ -207,7 +219,7 @@ def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(tmp_path, monkeyp
 
 
 def test_client_that_gives_up_at_once_sees_the_cut(tmp_path):
-    """The proxy does cut: without retries the command fails."""
+    """The proxy cuts the connection: without retries the command fails."""
     server = TcpServer(tmp_path)
     proxy = TcpProxy(server.port)
     client = redis.Redis.from_url(server.url_through(proxy.port), retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0))

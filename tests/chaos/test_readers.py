@@ -1,11 +1,11 @@
-"""A slow reader gets the version that it began with, whole, however many appear meanwhile (I5), in bounded memory."""
+"""A slow reader gets all of the version that it began with, in bounded memory, despite newer versions (I5)."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-import fedqueue.transport.store
+import fedqueue.tensors.blobs
 from fedqueue.errors import BlobMissing
 
 CHUNKS = 9
@@ -14,11 +14,11 @@ NEWER = 20
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 8)  # of 72 bytes
+    monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 8)  # of 72 bytes
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_version_stays_whole_while_a_slow_reader_fetches_it_and_goes_when_it_is_done(run):
+def test_version_stays_until_its_slow_reader_is_done(run):
     run.publish(1)
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
@@ -29,7 +29,7 @@ def test_version_stays_whole_while_a_slow_reader_fetches_it_and_goes_when_it_is_
         for _ in range(NEWER // CHUNKS + 1):
             newer += 1
             stored = run.publish(newer)
-            assert stored == {1, newer}, "the version that is being fetched and the head: no other one is kept"
+            assert stored == {1, newer}, "a version is kept that is neither being fetched nor the newest"
     assert newer > NEWER
     assert np.array_equal(fetched, expected)
     worker.release_base(claim)
@@ -40,7 +40,7 @@ def test_version_stays_whole_while_a_slow_reader_fetches_it_and_goes_when_it_is_
 
 @pytest.mark.usefixtures("small_chunks")
 def test_version_that_nobody_holds_is_gone_with_the_next_commit(run):
-    """Without the claim the reader would find nothing: the hold is what keeps the version."""
+    """Without a claim, which pins the version, the next commit deletes it."""
     run.publish(1)
     run.publish(2)
     with pytest.raises(BlobMissing):
@@ -48,7 +48,7 @@ def test_version_that_nobody_holds_is_gone_with_the_next_commit(run):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_several_slow_readers_keep_their_own_versions_and_no_more(run):
+def test_slow_readers_keep_only_their_own_versions(run):
     claims = []
     for number in range(1, 5):
         worker = run.join(f"c{number}")

@@ -1,34 +1,37 @@
-"""Updates that are read anew for each pass: the same bits as held ones, whatever happens between two passes."""
+"""Streamed updates are read again for each pass and give the bits of updates in memory, whatever happens between."""
 
 from __future__ import annotations
 
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scripted_run import make_config, run_to_the_end
 
 import fedqueue.tensors.frame
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import BlobMissing, SignatureError
 from fedqueue.tensors.codec import upward
-from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Frame, Manifest, TensorSpec
+from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.kernels import kernel
-from fedqueue.transport import read_ahead
-from fedqueue.transport.read_ahead import ReadAhead
-from fedqueue_coordinator.algorithms.aggregator import Contribution, fedbuff
+from fedqueue.tensors.manifest import BUFFER, COUNTER, PARAMETER, Manifest, TensorSpec
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 from fedqueue_coordinator.algorithms.robust import Rule, norm_clipping, robust_fedbuff
 from fedqueue_coordinator.algorithms.staleness import constant
-from fedqueue_coordinator.operator.audit.audit import audit, ok, read_audit_input
+from fedqueue_coordinator.operator.audit.audit import audit, ok
+from fedqueue_coordinator.operator.audit.audit_input import read_audit_input
 from fedqueue_coordinator.operator.results import write_results
-from fedqueue_coordinator.service import payload_reader, streaming_payload
-from fedqueue_coordinator.service.streaming_payload import PayloadChanged, StreamedPayload
+from fedqueue_coordinator.service import payload_reader, read_ahead
+from fedqueue_coordinator.service.payload_reader import PayloadChanged, StreamedPayload
+from fedqueue_coordinator.service.read_ahead import ReadAhead
+from tests.support.scripted_run import run_to_the_end, scripted_config
 
 CLIPPED = robust_fedbuff(2, constant(), Rule("norm_clipping", weigh=norm_clipping(1.0)))
-FEDBUFF = {"aggregation": {"mode": "fedbuff", "buffer_size": 3}, "stop": {"versions": 3}}
+FEDBUFF = {"aggregation": {"strategy": "fedbuff", "buffer_size": 3}, "stop": {"versions": 3}}
 
 
 def manifest_of(parameters: int, buffers: int, counters: int) -> Manifest:
@@ -37,7 +40,7 @@ def manifest_of(parameters: int, buffers: int, counters: int) -> Manifest:
     return Manifest(tuple(TensorSpec(name, dtype, (n,), offset, n, role) for name, dtype, offset, n, role in entries))
 
 
-def frame_of(manifest: Manifest, seed: int) -> Frame:
+def random_frame(manifest: Manifest, seed: int) -> Frame:
     frame = Frame(manifest)
     frame.floats.copy_(torch.from_numpy(np.random.default_rng(seed).normal(size=manifest.floats).astype(np.float32)))
     frame.counters.fill_(seed)
@@ -53,15 +56,15 @@ def reader(buffer):
 
 
 @given(parameters=st.integers(1, 70), buffers=st.integers(0, 9), counters=st.integers(0, 3), piece=st.integers(1, 80))
-def test_streamed_update_is_the_frame_and_merges_to_the_same_bits(parameters, buffers, counters, piece):
+def test_streamed_update_merges_to_the_same_bits(parameters, buffers, counters, piece):
     manifest = manifest_of(parameters, buffers, counters)
-    frame, first = frame_of(manifest, 1), frame_of(manifest, 2)
+    frame, first = random_frame(manifest, 1), random_frame(manifest, 2)
     with pytest.MonkeyPatch.context() as patch:
-        for module in (fedqueue.tensors.frame, streaming_payload):
+        for module in (fedqueue.tensors.frame, payload_reader):
             patch.setattr(module, "PIECE", piece)
         sent = StreamedPayload(manifest, reader(frame.buffer), hashlib.sha256(frame.buffer).hexdigest())
         assert bytes(sent.whole().buffer) == bytes(frame.buffer)
-        aggregator, model = fedbuff(2, lambda tau: 0.7), frame_of(manifest, 3)
+        aggregator, model = fedbuff(2, lambda tau: 0.7), random_frame(manifest, 3)
         sums = []
         for second in (frame, sent):
             accumulator = aggregator.init(manifest)
@@ -71,9 +74,9 @@ def test_streamed_update_is_the_frame_and_merges_to_the_same_bits(parameters, bu
     assert sums[0] == sums[1]
 
 
-def test_first_pass_refuses_what_was_not_signed_and_later_ones_what_has_changed():
+def test_changed_payload_is_detected_in_each_streaming_pass():
     manifest = manifest_of(40, 3, 1)
-    buffer = frame_of(manifest, 1).buffer
+    buffer = random_frame(manifest, 1).buffer
     for place in (0, 4 * 40 + 1, len(buffer) - 1):  # a parameter, a buffer, a counter
         forged = buffer.copy()
         forged[place] ^= 1
@@ -88,9 +91,9 @@ def test_first_pass_refuses_what_was_not_signed_and_later_ones_what_has_changed(
         list(update.pieces())
 
 
-def test_payload_that_goes_away_is_missing_in_the_first_pass_and_torn_in_a_later_one():
+def test_vanished_payload_is_detected_in_each_streaming_pass():
     manifest, there = manifest_of(40, 0, 0), [True]
-    buffer = frame_of(manifest, 1).buffer
+    buffer = random_frame(manifest, 1).buffer
 
     def read(start, into, whole):
         if not there[0]:
@@ -108,7 +111,7 @@ def test_payload_that_goes_away_is_missing_in_the_first_pass_and_torn_in_a_later
 
 @pytest.fixture
 def streaming(monkeypatch):
-    """Every plain payload that finds the accumulator taken is streamed; the list says how many passes there were."""
+    """Stream every plain payload that finds the accumulator occupied; the list has one element for each pass."""
     monkeypatch.setattr(payload_reader, "CHUNK", 0)
     passes: list[StreamedPayload] = []
     pieces = StreamedPayload.pieces
@@ -121,8 +124,8 @@ def streaming(monkeypatch):
     return passes
 
 
-def test_run_that_streams_ends_with_the_bits_of_one_that_does_not(redis_client, tmp_path, request):
-    config = make_config(**FEDBUFF)
+def test_streaming_run_has_the_bits_of_a_plain_run(redis_client, tmp_path, request):
+    config = scripted_config(**FEDBUFF)
     held, _ = run_to_the_end(redis_client, config, tmp_path / "held", [])
     redis_client.flushall()
     passes = request.getfixturevalue("streaming")
@@ -131,8 +134,8 @@ def test_run_that_streams_ends_with_the_bits_of_one_that_does_not(redis_client, 
     assert len(passes) >= 2 * 2 * 3  # two passes over two of three updates, for each version
 
 
-def test_run_that_reads_ahead_ends_with_the_bits_of_one_that_does_not(redis_client, tmp_path, monkeypatch):
-    config = make_config(**FEDBUFF)
+def test_prefetching_run_has_the_bits_of_a_plain_run(redis_client, tmp_path, monkeypatch):
+    config = scripted_config(**FEDBUFF)
     plain, _ = run_to_the_end(redis_client, config, tmp_path / "plain", [], together=3)
     redis_client.flushall()
     monkeypatch.setattr(read_ahead, "LEAST", 1)
@@ -144,15 +147,13 @@ def test_run_that_reads_ahead_ends_with_the_bits_of_one_that_does_not(redis_clie
     assert len(fetched) >= 3
 
 
-def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_others_count(
-    redis_client, tmp_path, streaming, monkeypatch
-):
-    config = make_config(**FEDBUFF)
+def test_update_changed_before_its_merge_is_rejected_alone(redis_client, tmp_path, streaming, monkeypatch):
+    config = scripted_config(**FEDBUFF)
     changed: list[str] = []
     pieces = StreamedPayload.pieces
 
     def tampered(self):
-        if streaming.count(self) == 1 and len(streaming) > 4 and not changed:  # its check is done
+        if streaming.count(self) == 1 and len(streaming) > 4 and not changed:  # after the pass that checks it
             key = f"{self._read.args[0]}:0"
             redis_client.setrange(key, 8, b"\xff")
             changed.append(key)
@@ -173,9 +174,10 @@ def test_update_that_is_changed_between_check_and_merge_is_rejected_and_the_othe
 
 
 @pytest.mark.parametrize(("aggregator", "compiled"), [(fedbuff(2, constant()), 1), (CLIPPED, 0)])
-def test_coordinator_compiles_its_loop_before_the_first_update_comes(aggregator, compiled):
-    """Where updates are kept as frames, none is added while it is encoded, and nothing is compiled."""
+def test_coordinator_compiles_its_loop_before_the_first_update(aggregator, compiled):
+    """An aggregator that keeps updates as frames adds no encoded update, so no kernel is compiled for it."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()
-    payload_reader.PayloadReader(aggregator, aggregator.init(manifest), upward(CompressionConfig(up="int8"), manifest))
+    up = upward(CompressionConfig(uplink="int8"), manifest)
+    payload_reader.PayloadReader(None, SimpleNamespace(takes_pieces=aggregator.takes_pieces, up=up))
     assert kernel.cache_info().currsize == compiled

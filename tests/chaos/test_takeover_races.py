@@ -1,4 +1,4 @@
-"""What lies in the stream when a coordinator takes over, or is not read yet when it decides, is not lost."""
+"""Stream entries that a coordinator has not read before a takeover or a decision are not lost."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import threading
 
 import pytest
 import redis
-from scripted_run import EXAMPLES, Killed, SmallTask, Workers, lead, make_config
 
 from fedqueue.errors import Fenced
 from fedqueue.protocol.messages import Registration, Update
-from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.leader_election import LeaseRenewal
+from tests.support.builders import EXAMPLES
+from tests.support.scripted_run import Killed, Workers, lead, scripted_config
+from tests.support.small_task import SmallTask
 
 
 def post(worker: WorkerStore, claim: Claim) -> str:
@@ -22,15 +25,15 @@ def post(worker: WorkerStore, claim: Claim) -> str:
 
 
 class Idle(Workers):
-    """Workers that joined, and do nothing by themselves."""
+    """Workers that joined, but act only when a test tells them to."""
 
     def act(self) -> None:
         return None
 
 
-def test_update_posted_after_its_client_left_and_came_back_is_merged(fake_client, tmp_path):
-    """The successor reads that the client left, and only then that the job in its queue was done after all."""
-    config = make_config(aggregation={"mode": "fedasync"}, stop={"versions": 1})
+def test_update_posted_after_leaving_and_rejoining_is_merged(fake_client, tmp_path):
+    """The successor reads first that the client left, and then that the queued job was completed."""
+    config = scripted_config(aggregation={"strategy": "fedasync"}, stop={"versions": 1})
     workers = Idle(fake_client, config)
 
     def dies_once_jobs_are_open(point: str) -> None:
@@ -74,7 +77,7 @@ def test_kept_payload_survives_a_late_duplicate_of_its_post(run):
 
 
 class Renewals:
-    """Stands in for the store: `renew` raises what it is told to, then says that it was called."""
+    """Stands in for the store: `renew` raises the given errors, then signals that it was called."""
 
     def __init__(self, *errors: Exception | None) -> None:
         self._errors = list(errors)
@@ -89,7 +92,7 @@ class Renewals:
             raise error
 
 
-def test_lead_is_renewed_while_the_main_thread_is_busy_also_after_an_outage():
+def test_busy_leader_renews_its_lease_even_after_an_outage():
     renewals = Renewals(None, redis.ConnectionError("gone"), None)
     with LeaseRenewal(renewals, 0.01):
         assert renewals.enough.wait(10)

@@ -1,35 +1,29 @@
-"""Redis with a failover by Sentinel, and as a cluster: the same steps, on real servers."""
+"""The same steps on real servers in two topologies: Redis with Sentinel failover, and a Redis cluster."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
-from tcp_server import PASSWORD, TcpServer, free_port
 
 from fedqueue.protocol.messages import Ending
 from fedqueue.transport.connection import connect
 from fedqueue.transport.retry import RedisRetry
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.embedded_server import find_server
+from tests.support.sample_run import SampleRun
+from tests.support.tcp_server import PASSWORD, TcpServer, free_port
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
-def wait_until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-
-
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[redis.Redis]:
-    """A cluster of one node, which refuses a script that touches two slots as a larger one does."""
+    """A cluster of one node, which refuses a script that touches two slots, as a larger cluster does."""
     server = TcpServer(tmp_path, **{"cluster-enabled": "yes", "cluster-port": str(free_port())})
     client = server.client()
     client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
@@ -39,11 +33,11 @@ def cluster(tmp_path: Path) -> Iterator[redis.Redis]:
     server.stop()
 
 
-def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster, new_run):
+def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster):
     with pytest.raises(redis.ResponseError, match=r"(?i)slot"):
         cluster.eval("return redis.call('GET', KEYS[1])", 2, "a", "b")
-    run = new_run(cluster)
-    # RQ's own keys lie in several slots, wherever they are written from: its two are put into the run's here.
+    run = SampleRun(cluster)
+    # RQ's own keys are in several slots, which a cluster's script may not touch: here both keys use the run's slot.
     record = run.record
     run.record = lambda order: replace(record(order), key=f"rq:{{sample}}:{order.job}", queue="rq:{sample}")
     worker = run.join()
@@ -52,7 +46,7 @@ def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster, new_run):
     claim = worker.claim(run.dispatch(2), 60)
     worker.fetch(claim.version, run.payload())
     worker.release_base(claim)
-    assert worker.heartbeat(["c0"], 60, claim, progressing=True).holds_job
+    assert worker.heartbeat(["c0"], 60, claim, progressing=True).owns_job
     assert worker.end(claim, Ending(reason="returned")) == ""
     entry = run.coordinator.unacknowledged()[-1]
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 1, entry.id)
@@ -70,7 +64,7 @@ def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster, new_run):
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[tuple[str, TcpServer, TcpServer]]:
-    """URL, primary and replica, with one sentinel that promotes the replica a second after the primary's death."""
+    """Yield URL, primary and replica; one sentinel promotes the replica a second after the primary's death."""
     primary = TcpServer(tmp_path / "primary")
     replica = TcpServer(tmp_path / "replica", replicaof=f"127.0.0.1 {primary.port}")
     port = free_port()
@@ -97,12 +91,12 @@ def _knows_a_replica(sentinel: redis.Redis) -> bool:
         return False
 
 
-def test_run_goes_on_at_the_replica_that_sentinel_promotes(watched, new_run):
+def test_run_goes_on_at_the_replica_that_sentinel_promotes(watched):
     url, primary, replica = watched
-    run = new_run(connect(url))
+    run = SampleRun(connect(url))
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
-    assert run.client.wait(1, 10_000) == 1, "the replica has it"
+    assert run.client.wait(1, 10_000) == 1, "the replica did not acknowledge the write"
     primary.kill()
     retry = RedisRetry()
     assert retry.call(lambda: run.post(worker, claim)) == ""

@@ -1,28 +1,33 @@
-"""`fedqueue`: help, versions, and mistakes that are one line and an exit code."""
+"""`fedqueue`: help, versions, and usage errors, which are one line and an exit code."""
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import subprocess
 import sys
 from importlib import metadata
 
 import pytest
+import typer
 
 import fedqueue
-from fedqueue.terminal import main as run_app
+from fedqueue.exit_codes import run_app
 from fedqueue_coordinator.cli import main as cli
 from fedqueue_worker import cli as worker_cli
 
-COMMANDS = ("run", "coordinator", "status", "runs", "export", "audit", "init")
+COMMANDS = (
+    "run", "coordinator", "worker", "list", "status", "export", "audit", "compare", "acl", "certs", "enroll", "revoke",
+    "init",
+)  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
 
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
-    """Exit code, stdout and stderr of the command line with these arguments, in an empty folder."""
+    """Return the exit code, stdout and stderr of the command line with these arguments, in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("fedqueue_coordinator.operator.run_locations.DEFAULT_URL", f"unix://{tmp_path}/none.sock")
+    monkeypatch.setattr("fedqueue_coordinator.operator.runs.DEFAULT_URL", f"unix://{tmp_path}/none.sock")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fedqueue", *map(str, arguments)])
@@ -52,7 +57,7 @@ def test_help_lists_every_command(call):
         assert f" {command} " in out
 
 
-def test_no_command_is_help_and_a_usage_error(call):
+def test_missing_command_shows_help_and_is_a_usage_error(call):
     code, out, err = call()
     assert code == 2
     assert "Usage: " in out + err
@@ -61,12 +66,17 @@ def test_no_command_is_help_and_a_usage_error(call):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("run", ["CONFIG.toml", "--workers", "--set", "--output", "--seed", "--quiet", "Ctrl-C"]),
-        ("coordinator", ["CONFIG.toml", "--redis", "--run", "--set", "--output", "SIGTERM"]),
-        ("status", ["--redis", "--run", "--json"]),
-        ("runs", ["--redis", "--json"]),
+        ("run", ["CONFIG.toml", "--workers", "--set", "--output", "--seed", "--quiet", "Ctrl-C", "Examples:"]),
+        ("coordinator", ["CONFIG.toml", "--redis", "--url", "--run", "--set", "--output", "--verbose", "SIGTERM"]),
+        ("status", ["--redis", "--url", "--run", "--json"]),
+        ("list", ["--redis", "--url", "--json"]),
         ("export", ["RUN", "--version", "--output", "--redis", "safetensors"]),
         ("audit", ["RUN", "--redis"]),
+        ("compare", ["--strategies", "--variant", "--tune", "--speeds", "Examples:"]),
+        ("acl", ["--shared-worker", "--dir-per-user", "--print-urls"]),
+        ("certs", ["DIR", "--host", "--days"]),
+        ("enroll", ["CLIENT", "--config", "--rotate", "--public"]),
+        ("revoke", ["CLIENT", "--previous"]),
         ("init", ["DIR", "task.py"]),
     ],
 )
@@ -77,17 +87,110 @@ def test_help_of_each_command_names_its_options(call, command, words):
         assert word in out
 
 
-def test_every_command_is_covered_here():
-    assert {c.name or c.callback.__name__ for c in cli.app.registered_commands} >= set(COMMANDS)
+def test_help_of_every_command_is_tested():
+    assert {c.name or c.callback.__name__ for c in cli.app.registered_commands} == set(COMMANDS)
 
 
-def test_version_is_the_packages(call):
+def options_of(command):
+    """Return the names and the help text of each option, except those that typer adds."""
+    made = typer.main.get_command(cli.app).commands[command]
+    return {tuple(p.opts): p.help for p in made.params if p.opts[0].startswith("-")}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_has_a_help_text(command):
+    assert all(text and text.endswith((".", ")")) for text in options_of(command).values()), options_of(command)
+
+
+@pytest.mark.parametrize("command", ["coordinator", "list", "status", "export", "audit"])
+def test_server_option_has_three_names(command):
+    assert ("--redis", "--url", "-u") in options_of(command)
+
+
+def test_main_help_shows_examples_and_shell_completion(call):
+    _, out, _ = call("--help")
+    assert "Examples:" in out
+    assert "--install-completion" in out
+
+
+@pytest.mark.parametrize("program", ["fedqueue", "fedqueue-worker"])
+def test_shell_completion_is_offered(program, monkeypatch, capsys):
+    """The command is that of `eval "$(fedqueue --show-completion bash)"`."""
+    monkeypatch.setattr(sys, "argv", [program])
+    monkeypatch.setenv(f"_{program.upper().replace('-', '_')}_COMPLETE", "source_bash")
+    with pytest.raises(SystemExit) as ended:
+        (cli if program == "fedqueue" else worker_cli).main()
+    assert not ended.value.code
+    assert f"complete -o default -F _{program.replace('-', '_')}_completion {program}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("former", "present"),
+    [
+        (["runs"], "fedqueue list"),
+        (["enroll", "--all", "f.toml"], "fedqueue enroll --config"),
+        (["enroll", "--all=f.toml"], "fedqueue enroll --config"),
+        (["compare", "f.toml", "--modes", "fedavg"], "fedqueue compare --strategies"),
+        (["acl", "r", "--pool"], "fedqueue acl --shared-worker"),
+        (["acl", "r", "--split"], "fedqueue acl --dir-per-user"),
+        (["acl", "r", "--show"], "fedqueue acl --print-urls"),
+    ],
+)
+def test_former_name_is_an_error_that_gives_the_current_name(call, former, present):
+    code, out, err = call(*former)
+    assert (code, out) == (2, "")
+    assert f"is now `{present}`" in err
+
+
+# The worker's program
+
+
+def start(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "fedqueue_coordinator", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+def test_worker_command_starts_the_workers_own_program(tmp_path):
+    done = start("worker", "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Usage: fedqueue-worker" in done.stdout
+    assert "--max-jobs" in done.stdout
+
+
+@pytest.mark.slow
+def test_worker_command_passes_arguments_and_exit_code_on(tmp_path):
+    done = start("worker", str(tmp_path / "absent.toml"), "--partition", "auto", "-v")
+    assert done.returncode == 2
+    assert "absent.toml': cannot be read" in done.stderr
+
+
+def test_worker_command_without_a_worker_says_what_to_install(call, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, out, err = call("worker", "federation.toml")
+    assert (code, out) == (1, "")
+    assert err == (
+        "fedqueue: the worker is not installed on this machine: install it with `pip install fedqueue`\n"
+    )  # fmt: skip
+
+
+# Verbose and quiet
+
+
+def test_verbose_and_quiet_exclude_each_other(call, path):
+    code, _, err = call("coordinator", path, "-v", "-q")
+    assert code == 2
+    assert "not together with --verbose" in err
+
+
+def test_version_option_prints_the_version_of_the_package(call):
     assert call("--version") == (0, f"fedqueue {fedqueue.__version__}\n", "")
     assert metadata.version("fedqueue") == fedqueue.__version__
 
 
 @pytest.mark.parametrize("name", ["fedqueue", "fedqueue-worker"])
-def test_installed_command_is_the_modules_main(name):
+def test_installed_command_calls_main_of_the_module(name):
     [script] = [e for e in metadata.entry_points(group="console_scripts") if e.name == name]
     assert script.load() in (cli.main, worker_cli.main)
 
@@ -101,7 +204,7 @@ def test_package_can_be_run_as_a_module(monkeypatch, capsys, package):
     assert "Usage: " in capsys.readouterr().out
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize("command", ["run", "coordinator"])
@@ -109,12 +212,18 @@ def test_package_can_be_run_as_a_module(monkeypatch, capsys, package):
     ("override", "line"),
     [
         ("clients.cuont=3", "fedqueue: clients.cuont = 3: unknown key; did you mean 'count'?\n"),
-        ("clients.count=0", "fedqueue: clients.count = 0: input should be greater than or equal to 1\n"),
-        ("aggregation.mode=fedsum", "fedqueue: aggregation.mode = 'fedsum': input should be 'fedasync', 'fedbuff'"),
-        ("name=a b", "fedqueue: name = 'a b': 1 to 64 letters, digits, '_' and '-', the first a letter or digit\n"),
+        ("clients.count=0", "fedqueue: clients.count = 0: must be greater than or equal to 1\n"),
         (
-            "stop.versions=0",
-            "fedqueue: stop = '…': at least one of versions, updates, seconds and target must be",
+            "aggregation.strategy=fedsum",
+            "fedqueue: aggregation.strategy = 'fedsum': unknown strategy; write 'fedasync', 'fedbuff'",
+        ),
+        (
+            "name=a b",
+            "fedqueue: name = 'a b': must be 1 to 64 letters, digits, '_' and '-', the first a letter or digit\n",
+        ),
+        (
+            "stop.versions=off",
+            "fedqueue: stop: no limit is set; set at least one of versions, updates, seconds and target",
         ),
     ],
 )
@@ -149,7 +258,7 @@ def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call, path, tmp_path
 
 def test_coordinator_without_a_server_says_how_to_name_one(call, path):
     code, _, err = call("coordinator", path)
-    assert (code, err) == (2, "fedqueue: redis.url = '': is required: set it, or pass --redis URL\n")
+    assert (code, err) == (2, "fedqueue: redis.url: missing; set it, or pass --redis URL\n")
 
 
 @pytest.mark.parametrize("arguments", [["run", "--bogus"], ["walk"], ["run", "a", "b"], ["export", "run"], ["init"]])
@@ -166,14 +275,14 @@ def test_number_of_workers_is_at_least_one(call, path, workers):
     assert "--workers" in err
 
 
-def test_given_server_that_does_not_answer_is_exit_code_1(call, tmp_path, monkeypatch):
+def test_unreachable_given_server_is_exit_code_1(call, tmp_path, monkeypatch):
     monkeypatch.setenv("FEDQUEUE_REDIS__URL", f"unix://u:hunter2@{tmp_path}/none.sock")
-    for command in ("status", "runs"):
+    for command in ("status", "list"):
         code, _, err = call(command)
         assert (code, err.count("\n")) == (1, 1)
         assert err.startswith("fedqueue: no Redis answers: ")
         assert "hunter2" not in err
 
 
-def test_errors_go_through_the_same_door_in_both_programs():
+def test_both_programs_handle_errors_with_the_same_function():
     assert cli.run_app is worker_cli.run_app is run_app

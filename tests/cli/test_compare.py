@@ -1,4 +1,4 @@
-"""`fedqueue compare`: what it runs, how it counts, and the table and the picture that it leaves."""
+"""`fedqueue compare`: the runs, the figures, and the written table and picture."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fedqueue.errors import ConfigurationError, TaskError
 from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.compare import RunProgress, describe
-from fedqueue_coordinator.operator.reports.comparison import draw, markdown, rows, spread
-from fedqueue_coordinator.simulation.compare import (
+from fedqueue_coordinator.operator.reports.comparison import markdown, rows, spread
+from fedqueue_coordinator.operator.reports.comparison_plot import draw
+from fedqueue_coordinator.simulation.comparison import (
     TUNING_SEEDS,
     Outcome,
     Point,
@@ -26,14 +27,15 @@ from fedqueue_coordinator.simulation.compare import (
     Variant,
     best,
     compare,
-    dealt_timings,
     grid,
     make_variants,
     outcome_of,
+    slowdown_overrides,
 )
 from fedqueue_coordinator.simulation.virtual_clock import TimingModel
+from tests.support import toy_task, untested_task
 
-TASK = Path(__file__).parents[1] / "runs" / "toy_task.py"
+TASK = toy_task.__file__
 TARGET = {"accuracy": 0.9}
 
 
@@ -59,32 +61,34 @@ def nothing(name, federation):
 # The command
 
 
-def test_compare_runs_each_mode_with_each_seed_and_leaves_table_figures_and_picture(path, tmp_path):
-    arguments = ["compare", str(path), "--modes", "fedavg,fedbuff", "--seeds", "2", "--updates", "12"]
+def test_compare_runs_each_mode_with_each_seed(path, tmp_path):
+    arguments = ["compare", str(path), "--strategies", "fedavg,fedbuff", "--seeds", "2", "--updates", "12"]
     result = CliRunner().invoke(app, [*arguments, "--speeds", "1:3", "--output", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     plain = json.loads((tmp_path / "out" / "comparison.json").read_text())
-    assert [(o["contender"], o["seed"], o["updates"]) for o in plain["outcomes"]] == [
+    assert [(o["variant"], o["seed"], o["updates"]) for o in plain["outcomes"]] == [
         ("fedavg", 0, 12), ("fedavg", 1, 12), ("fedbuff", 0, 12), ("fedbuff", 1, 12),
     ]  # fmt: skip
     page = (tmp_path / "out" / "comparison.md").read_text()
     assert "| fedavg " in page
     assert "Virtual clock" in page
     assert "Virtual clock" in result.output
-    assert all(f"{mode}, seed {seed}: target" in result.output for mode in ("fedavg", "fedbuff") for seed in (0, 1))
-    assert "clients 1:3 times slower in turn" in page
+    assert all(
+        f"{strategy}, seed {seed}: target" in result.output for strategy in ("fedavg", "fedbuff") for seed in (0, 1)
+    )
+    assert "Clients are 1:3 times slower, in turn" in page
     with Image.open(tmp_path / "out" / "comparison.png") as picture:
         assert picture.size[0] > 1000
     synchronous, asynchronous = (plain["outcomes"][i] for i in (0, 2))
-    assert synchronous["seconds"] > asynchronous["seconds"]  # it waits for the slow ones
+    assert synchronous["seconds"] > asynchronous["seconds"]  # FedAvg waits for the slow clients
     assert synchronous["staleness"] == 0 < asynchronous["staleness"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--modes", "fedmagic"], "aggregation.mode"),
-        (["--modes", "fedavg,fedavg"], "twice"),
+        (["--strategies", "fedmagic"], "aggregation.strategy"),
+        (["--strategies", "fedavg,fedavg"], "twice"),
         (["--tune", "training.learning_rate"], "--tune"),
         (["--speeds", "fast"], "--speeds"),
         (["--speeds", "0.5"], "clients.slowdown"),
@@ -92,14 +96,14 @@ def test_compare_runs_each_mode_with_each_seed_and_leaves_table_figures_and_pict
         (["--set", "stop.target={}"], "stop.target"),
     ],
 )
-def test_what_is_wrong_is_told_before_the_first_run(path, tmp_path, arguments, words):
+def test_invalid_settings_are_errors_before_the_first_run(path, tmp_path, arguments, words):
     result = CliRunner().invoke(app, ["compare", str(path), *arguments, "--output", str(tmp_path / "out")])
     assert isinstance(result.exception, ConfigurationError)
     assert words in str(result.exception)
     assert not (tmp_path / "out").exists()
 
 
-def test_terminal_shows_which_run_is_on_and_how_it_goes(path):
+def test_terminal_shows_the_current_run_and_its_metrics(path):
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
     setup = setup_of(path)
@@ -111,54 +115,54 @@ def test_terminal_shows_which_run_is_on_and_how_it_goes(path):
     assert "16 updates" in screen.getvalue()
 
 
-# What a contender is
+# Variants
 
 
-def test_variant_is_a_contender_with_settings_of_its_own():
-    assert make_variants("fedavg", ['big buffer: aggregation.mode=fedbuff "task.options={a = 1}"']) == [
-        Variant("fedavg", ("aggregation.mode=fedavg",)),
-        Variant("big buffer", ("aggregation.mode=fedbuff", "task.options={a = 1}")),
+def test_variant_has_overrides_of_its_own():
+    assert make_variants("fedavg", ['big buffer: aggregation.strategy=fedbuff "task.options={a = 1}"']) == [
+        Variant("fedavg", ("aggregation.strategy=fedavg",)),
+        Variant("big buffer", ("aggregation.strategy=fedbuff", "task.options={a = 1}")),
     ]
 
 
-def test_without_modes_there_are_three_or_just_the_variants():
+def test_default_is_three_modes_or_only_the_given_variants():
     assert [c.name for c in make_variants("")] == ["fedavg", "fedasync", "fedbuff"]
     assert [c.name for c in make_variants("", ["x: seed=1"])] == ["x"]
-    with pytest.raises(ConfigurationError, match="names no mode"):
+    with pytest.raises(ConfigurationError, match="names no strategy"):
         make_variants(" , ")
 
 
-def test_speeds_are_dealt_out_in_turn(path):
-    config = load_config(path, dealt_timings(load_config(path), "1:2:4"))
+def test_speeds_are_assigned_to_the_clients_cyclically(path):
+    config = load_config(path, slowdown_overrides(load_config(path), "1:2:4"))
     assert config.clients.slowdown == {"client-0": 1.0, "client-1": 2.0, "client-2": 4.0, "client-3": 1.0}
 
 
-def test_target_does_not_end_a_run_and_every_mode_is_measured_after_as_many_updates(path):
+def test_compare_measures_all_modes_after_equal_updates(path):
     setup = setup_of(path)
     every = {}
-    for contender in make_variants("fedavg,fedasync,fedbuff"):
-        config = setup.config(contender, 0, {})
+    for variant in make_variants("fedavg,fedasync,fedbuff"):
+        config = setup.config(variant, 0, {})
         assert not config.stop.target
         assert config.stop.updates == 16
-        every[contender.name] = config.evaluation.every * config.buffer_size
+        every[variant.name] = config.evaluation.every_versions * config.buffer_size
     assert every == {"fedavg": 4, "fedasync": 4, "fedbuff": 4}
 
 
-def test_updates_per_run_are_fifty_a_client_unless_the_configuration_or_the_command_says_otherwise(path):
-    (contender,) = make_variants("fedbuff")
-    assert setup_of(path, updates=0).config(contender, 0, {}).stop.updates == 200
-    assert setup_of(path, "stop.updates=7", updates=0).config(contender, 0, {}).stop.updates == 7
-    assert setup_of(path, "stop.updates=7", updates=5).config(contender, 0, {}).stop.updates == 5
+def test_updates_per_run_default_to_fifty_per_client(path):
+    (variant,) = make_variants("fedbuff")
+    assert setup_of(path, updates=0).config(variant, 0, {}).stop.updates == 200
+    assert setup_of(path, "stop.updates=7", updates=0).config(variant, 0, {}).stop.updates == 7
+    assert setup_of(path, "stop.updates=7", updates=5).config(variant, 0, {}).stop.updates == 5
 
 
-def test_seed_goes_to_further_keys_too(path):
+def test_seed_is_set_for_additional_keys(path):
     setup = Setup(path, (), TimingModel(), 8, ("task.options.batch_seconds",))
     config = setup.config(make_variants("fedbuff")[0], 3, {"training.learning_rate": "0.25"})
     assert (config.seed, config.task.options["batch_seconds"], config.training.learning_rate) == (3, 3, 0.25)
 
 
 def test_task_without_test_data_cannot_be_compared(path):
-    setup = setup_of(path, f"task.entrypoint={Path(__file__).parent / 'untested_task.py'}:UntestedTask")
+    setup = setup_of(path, f"task.entrypoint={untested_task.__file__}:UntestedTask")
     with pytest.raises(TaskError, match="test_data"):
         setup.run(make_variants("fedbuff")[0], 0, {}, nothing)
 
@@ -174,7 +178,7 @@ def test_grid_is_every_combination():
 
 
 def chosen(path, tune):
-    """The setting with which the comparison itself is run, after the trials."""
+    """Return the setting that the trials chose for the comparison."""
     outcomes = list(compare(setup_of(path), make_variants("fedbuff"), 2, grid([tune]), nothing))
     assert [o.seed for o in outcomes if o.seed in TUNING_SEEDS] == [*TUNING_SEEDS] * (1 + tune.count(","))
     first, second = outcomes[-2:]
@@ -183,15 +187,15 @@ def chosen(path, tune):
     return first.tuned
 
 
-def test_setting_that_learns_is_chosen_over_those_that_cannot(path):
+def test_tuning_chooses_the_setting_that_learns(path):
     assert chosen(path, "training.learning_rate=1e-7,0.3,1e-6") == {"training.learning_rate": "0.3"}
 
 
-def test_setting_that_diverges_is_not_chosen(path):
+def test_tuning_does_not_choose_a_diverging_setting(path):
     assert chosen(path, "training.learning_rate=1e30,0.3") == {"training.learning_rate": "0.3"}
 
 
-def test_sooner_is_better_than_ending_better_and_more_often_is_better_than_sooner():
+def test_best_trial_reaches_the_target_most_often_then_soonest():
     def trial(name, *outcomes):
         return [replace(made("m", seed, *o), tuned={"name": name}) for seed, o in enumerate(outcomes)]
 
@@ -203,10 +207,10 @@ def test_sooner_is_better_than_ending_better_and_more_often_is_better_than_soone
     assert best([never, trial("better", (None, 0.4), (None, 0.4))], TARGET) == {"name": "better"}
 
 
-# Counting
+# Figures
 
 
-def test_outcome_says_when_the_target_was_first_met_and_what_was_lost():
+def test_outcome_has_the_first_evaluation_at_the_target():
     def version(number, seconds, *clients):
         merged = [{"client": client, "staleness": number} for client in clients]
         return {"kind": "version", "version": number, "seconds": seconds, "merged": merged}
@@ -238,18 +242,18 @@ def made(name, seed, reached, final, shares=None, metric="accuracy"):
     return Outcome(name, seed, {}, 50, 10, 5.0, 1.0, ["a", "b"], shares, {"stale": 2}, at, points)
 
 
-def test_table_has_mean_and_deviation_over_the_seeds_that_reached_the_target():
+def test_table_has_mean_and_deviation_over_successful_seeds():
     outcomes = [made("x", 0, 2.0, 0.9), made("x", 1, 4.0, 0.94), made("x", 2, None, 0.5), made("y", 0, None, 0.3)]
     head, x, y = rows(outcomes, TARGET)
     table = dict(zip(head, x, strict=True))
     assert table == {
-        "mode": "x", "reached": "2 of 3", "seconds": "3.0 ± 1.4", "updates": "30 ± 14",
+        "variant": "x", "reached": "2 of 3", "seconds": "3.0 ± 1.4", "updates": "30 ± 14",
         "final accuracy": "0.780 ± 0.243", "staleness": "1.0 ± 0.0", "least share": "25.0%", "lost": "2",
     }  # fmt: skip
     assert y[1:4] == ["0 of 1", "–", "–"]
 
 
-def test_client_that_was_never_merged_has_the_least_share():
+def test_smallest_share_is_zero_if_a_client_was_never_merged():
     assert rows([made("x", 0, 1.0, 0.9, {"a": 1.0})], TARGET)[1][-2] == "0.0%"
 
 
@@ -257,17 +261,17 @@ def test_spread_of_one_value_has_no_deviation():
     assert [spread([], 1), spread([1.25], 1), spread([1.0, 3.0], 0)] == ["–", "1.2", "2 ± 1"]
 
 
-def test_markdown_is_a_table_whose_columns_stand_under_each_other():
-    assert markdown([["mode", "n"], ["fedavg", "12"]]).splitlines() == [
-        "| mode   | n  |",
-        "|--------|----|",
-        "| fedavg | 12 |",
+def test_markdown_table_has_aligned_columns():
+    assert markdown([["variant", "n"], ["fedavg", "12"]]).splitlines() == [
+        "| variant | n  |",
+        "|---------|----|",
+        "| fedavg  | 12 |",
     ]
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
 @pytest.mark.parametrize("slowest", [4.0, 400.0])
-def test_picture_shows_every_seed_whatever_was_reached(tmp_path, metric, slowest):
+def test_picture_shows_every_seed_even_below_the_target(tmp_path, metric, slowest):
     def ink(outcomes):
         draw(tmp_path / "c.png", "title", outcomes, {metric: 0.9})
         with Image.open(tmp_path / "c.png") as picture:

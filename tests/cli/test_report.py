@@ -1,4 +1,4 @@
-"""The picture and the files that a run leaves, for runs of every kind."""
+"""Tests report.png and the other result files, for runs of every kind."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fedqueue.config.loading import parse_config
-from fedqueue.tensors.frame import Frame, Manifest
-from fedqueue_coordinator.core.run_summary import summarize
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
+from fedqueue_coordinator.core.run_summary import RunResult, summarize
 from fedqueue_coordinator.operator.reports.run import draw_report
 from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_results
-from fedqueue_coordinator.service.coordinator import RunResult
 
 
 def line(job, client, at, staleness=0):
@@ -63,7 +63,7 @@ LEDGERS = {
 
 
 @pytest.mark.parametrize("ledger", LEDGERS.values(), ids=LEDGERS.keys())
-def test_report_of_any_run_is_a_picture_with_something_in_each_quarter(tmp_path, ledger):
+def test_report_of_any_run_has_content_in_each_quarter(tmp_path, ledger):
     image = drawn(tmp_path, ledger)
     width, height = image.size
     assert width > 800
@@ -71,17 +71,17 @@ def test_report_of_any_run_is_a_picture_with_something_in_each_quarter(tmp_path,
         for top in (0, height // 2):
             quarter = image.crop((left, top, left + width // 2, top + height // 2))
             dark = sum(quarter.histogram()[:128])
-            assert dark > 500, "an empty quarter"
+            assert dark > 500, "a quarter of the report is empty"
 
 
-def test_report_shows_more_where_there_is_more(tmp_path):
+def test_report_shows_more_for_a_longer_run(tmp_path):
     def ink(ledger):
         return sum(drawn(tmp_path, ledger).histogram()[:200])
 
     assert ink(ledger_of(4)) > 1.3 * ink([])
 
 
-def test_drawing_leaves_the_settings_of_matplotlib_as_they_were(tmp_path):
+def test_drawing_does_not_change_matplotlib_settings(tmp_path):
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
@@ -89,7 +89,7 @@ def test_drawing_leaves_the_settings_of_matplotlib_as_they_were(tmp_path):
     assert dict(mpl.rcParams) == before
 
 
-def test_results_are_four_files_that_agree(tmp_path):
+def test_four_result_files_agree(tmp_path):
     ledger = ledger_of(4)
     manifest = Manifest.from_module(torch.nn.Linear(2, 1))
     model = Frame(manifest)

@@ -1,4 +1,4 @@
-"""`fedqueue init`: a starting point that loads, trains and is never written over somebody's work."""
+"""`fedqueue init`: the written files load and train, and existing files are not overwritten."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import sys
 import pytest
 import torch
 
+from fedqueue.config.client import Client
 from fedqueue.config.loading import load_config
-from fedqueue.task import Client, load_task
-from fedqueue.tensors.frame import Manifest
+from fedqueue.protocol.coordinator_identity import load_coordinator_identity
+from fedqueue.protocol.site_identity import load_site_identity
+from fedqueue.task import load_task
+from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.cli import main as cli
 from fedqueue_coordinator.operator.scaffold import SCAFFOLD_FILENAMES
 
@@ -37,7 +40,7 @@ def test_three_files_are_written_and_the_next_command_is_shown(init, tmp_path):
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(SCAFFOLD_FILENAMES)
 
 
-def test_what_is_written_loads_and_learns(init, tmp_path):
+def test_written_task_loads_and_learns(init, tmp_path):
     init("deep/er/mine")
     path = tmp_path / "deep/er/mine/federation.toml"
     config = load_config(path, environment={})
@@ -46,7 +49,7 @@ def test_what_is_written_loads_and_learns(init, tmp_path):
     model = task.model()
     Manifest.from_module(model)
     shares = [task.train_data(config.clients.client(c)) for c in config.clients.ids]
-    assert not torch.equal(shares[0].tensors[0], shares[1].tensors[0]), "each client has data of its own"
+    assert not torch.equal(shares[0].tensors[0], shares[1].tensors[0]), "two clients have the same data"
     before = task.evaluate(model, task.test_data())
     for share in shares:
         assert task.fit(model, share, config.training, lambda: None).num_examples == len(share)
@@ -56,14 +59,14 @@ def test_what_is_written_loads_and_learns(init, tmp_path):
     assert set(config.stop.target) <= set(after)
 
 
-def test_client_of_its_own_data_works_too(init, tmp_path):
+def test_client_with_its_own_data_is_supported(init, tmp_path):
     init("mine")
     task = load_task("task.py:MyTask", {}, tmp_path / "mine")
     assert len(task.train_data(Client("guest")))
 
 
 @pytest.mark.parametrize("name", SCAFFOLD_FILENAMES)
-def test_folder_that_holds_one_of_the_files_is_left_as_it_is(init, tmp_path, name):
+def test_folder_with_one_of_the_files_is_left_unchanged(init, tmp_path, name):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("precious")
     code, out, err = init("mine")
@@ -72,15 +75,35 @@ def test_folder_that_holds_one_of_the_files_is_left_as_it_is(init, tmp_path, nam
     assert [(p.name, p.read_text()) for p in (tmp_path / "mine").iterdir()] == [(name, "precious")]
 
 
-def test_folder_with_other_files_is_fine(init, tmp_path):
+def test_folder_with_other_files_is_accepted(init, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     assert init(".")[0] == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_every_option_in_the_configuration_is_explained_or_plain(init, tmp_path):
+def test_every_option_in_the_configuration_is_explained(init, tmp_path):
     init("mine")
     text = (tmp_path / "mine" / "federation.toml").read_text()
     assert text.startswith("# ")
     assert "--set" in text
     assert "FEDQUEUE_" in text
+
+
+def test_commands_of_the_readme_are_complete(init, tmp_path, monkeypatch):
+    """Signatures are required by default, so neither the coordinator nor a worker starts without keys."""
+    init("mine")
+    folder = tmp_path / "mine"
+    monkeypatch.chdir(folder)
+    text = (folder / "README.md").read_text()
+    commands = [line.split() for line in text.splitlines() if line.startswith("    ") and "fedqueue" in line]
+    enroll, coordinator, worker = commands[1:]
+    assert commands[0] == ["fedqueue", "run", "federation.toml"]
+    assert coordinator[:3] == ["fedqueue", "coordinator", "federation.toml"]
+    monkeypatch.setattr(sys, "argv", enroll)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    name, settings = worker[worker.index("--client") + 1], [worker[worker.index("--set") + 1]]
+    config = load_config(folder / worker[1], settings, environment={})
+    assert load_coordinator_identity(folder / "keys", config.name)
+    assert load_site_identity(folder / config.security.keys, config.name, "session").clients == [name]

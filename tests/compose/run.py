@@ -1,8 +1,8 @@
-"""A whole federation in containers: built, run, scaled up and down, killed, stopped, and gone on with.
+"""Runs `make compose-test`: builds, runs, scales, kills, stops and resumes a whole federation in containers.
 
-`make compose-test`. Needs a Docker engine and docker compose (v2, or docker-compose 1.29). Where there is none, or the
-base images cannot be had, it says so and exits 0. What it starts it removes, images and volumes too; all of it bears a
-name of its own.
+Needs a Docker engine and docker compose (v2, or docker-compose 1.29). Without them, or without the base images, it
+prints the reason and exits with 0. It removes everything that it starts, including images and volumes, all of which
+have unique names.
 
 The images are built as docker-compose.yml says: TORCH_BACKEND and PIP_ARGS in the environment choose where torch and
 the other packages come from.
@@ -30,18 +30,20 @@ COMPOSE_FILE = ROOT / "docker-compose.yml"
 DOCKERFILES = (ROOT / "coordinator/Dockerfile", ROOT / "worker/Dockerfile")
 
 RUN = "elastic"
-LEASE_SECONDS = 10.0  # the default of dispatch.lease_seconds: when a worker that is gone is missed
+LEASE_SECONDS = 10.0  # the default of dispatch.lease_seconds: a killed worker's client expires after it
 PULL_SECONDS, BUILD_SECONDS = 300, 1800
-PATIENCE = 120.0  # seconds for anything that a federation does; a loaded machine imports torch slowly
+PATIENCE = 120.0  # seconds to wait for an event of the run; an import of torch is slow on a loaded machine
 OUT_OF_REACH = "{accuracy = 1.01}"
 WITHIN_REACH = "{accuracy = 0.9}"
+CLIENT_EXPIRED = ("client is gone", "lease of client expired")
+"""What a coordinator logs when a client's worker is missing: test_compose_file.py checks that it still does."""
 AS_ADMIN = "REDISCLI_AUTH=$(cat /access/redis.password) redis-cli --user admin"  # in the container of Redis
 
 STARTED = time.monotonic()
 
 
 class Unavailable(Exception):
-    """What this needs is not here."""
+    """Docker, compose or an image is missing on this machine."""
 
 
 def say(message: str) -> None:
@@ -57,21 +59,21 @@ def execute(
 
 
 def docker(*arguments: str, seconds: float = PATIENCE) -> str:
-    """The output of a docker command that has to succeed."""
+    """Return the output of a docker command; raise an error if the command fails."""
     done = execute(["docker", *arguments], seconds)
     if done.returncode:
         raise AssertionError(f"docker {' '.join(arguments)} failed:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
     return done.stdout.strip()
 
 
-# What has to be there
+# Requirements
 
 
 def require_engine() -> list[str]:
-    """The command that compose answers to here; raises Unavailable."""
+    """Return this machine's compose command; raise Unavailable if there is no engine or no compose."""
     if not shutil.which("docker"):
         raise Unavailable("there is no docker command")
-    # Without a server, some clients report it in words and exit 0: ask for something only the server knows.
+    # Without a server, some clients print an error and exit with 0: ask for a value that only the server has.
     try:
         info = execute(["docker", "info", "--format", "{{.ServerVersion}}"], 20)
     except subprocess.TimeoutExpired:
@@ -87,7 +89,7 @@ def require_engine() -> list[str]:
 
 
 def require_base_images() -> None:
-    """Have every image that the stack is built from, pulling it where it is not here; raises Unavailable."""
+    """Pull each base image that is missing on this machine; raise Unavailable if that fails."""
     text = COMPOSE_FILE.read_text() + "".join(path.read_text() for path in DOCKERFILES)
     for image in sorted(set(re.findall(r"^(?:ARG PYTHON_IMAGE=|\s+image: )(\S+)$", text, re.MULTILINE))):
         if execute(["docker", "image", "inspect", image]).returncode == 0:
@@ -96,9 +98,9 @@ def require_base_images() -> None:
         try:
             pull = execute(["docker", "pull", "--quiet", image], PULL_SECONDS)
         except subprocess.TimeoutExpired:
-            raise Unavailable(f"{image} is not here, and pulling it takes more than {PULL_SECONDS} s") from None
+            raise Unavailable(f"{image} is missing, and pulling it takes more than {PULL_SECONDS} s") from None
         if pull.returncode:
-            raise Unavailable(f"{image} is not here, and cannot be pulled: {pull.stderr.strip().splitlines()[-1]}")
+            raise Unavailable(f"{image} is missing, and cannot be pulled: {pull.stderr.strip().splitlines()[-1]}")
 
 
 # The stack
@@ -113,7 +115,7 @@ class Stack:
         self._compose = [
             *compose, "--project-name", self.project, "--file", str(COMPOSE_FILE), "--env-file", str(self._env_file),
         ]  # fmt: skip
-        # Nothing of the caller's own stack: only what says where packages come from.
+        # Drop the caller's own settings, except those that choose the source of packages.
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("FEDQUEUE_", "COMPOSE_"))}
         self._environment.pop("CONFIG", None)
         self._settings = {"FEDQUEUE_NAME": RUN}
@@ -130,7 +132,7 @@ class Stack:
         return done.stdout
 
     def scale(self, workers: int) -> None:
-        """What a user does beside a running stack: only workers come or go."""
+        """Change the number of workers of the running stack, as a user does."""
         self.compose("up", "--detach", "--no-recreate", "--no-deps", "--scale", f"worker={workers}", "worker")
 
     def containers(self, service: str, *, all_: bool = False) -> list[str]:
@@ -143,7 +145,7 @@ class Stack:
         return only
 
     def status(self) -> dict[str, Any]:
-        """`fedqueue status` as the operator sees it, inside the coordinator's container; empty where none is yet."""
+        """Return the output of `fedqueue status` in the coordinator's container; empty before the run exists."""
         done = execute(["docker", "exec", self.container("coordinator"), "fedqueue", "status", "--json"])
         return json.loads(done.stdout) if done.returncode == 0 else {}
 
@@ -157,7 +159,7 @@ class Stack:
         return dict(self.status().get("jobs_abandoned", {}))
 
     def exit_codes(self) -> dict[str, str]:
-        """Of the coordinator and the workers."""
+        """Return the exit codes of the coordinator and the workers, by container name."""
         containers = [c for service in ("coordinator", "worker") for c in self.containers(service, all_=True)]
         return {inspect(c, ".Name"): inspect(c, ".State.ExitCode") for c in containers}
 
@@ -174,11 +176,11 @@ class Stack:
         label = f"label=com.docker.compose.project={self.project}"
         for kind in ("container", "volume", "network"):
             flags = ["--all"] if kind == "container" else []
-            assert not docker(kind, "ls", "--quiet", *flags, "--filter", label), f"a {kind} is left behind"
+            assert not docker(kind, "ls", "--quiet", *flags, "--filter", label), f"a {kind} was not removed"
 
 
 def output(container: str) -> list[str]:
-    """The lines that the container wrote, in all its lives."""
+    """Return all lines that the container wrote, across restarts."""
     done = execute(["docker", "logs", container])
     return (done.stdout + done.stderr).splitlines()
 
@@ -188,7 +190,7 @@ def inspect(container: str, what: str) -> str:
 
 
 def until(what: str, holds: Callable[[], Any], seconds: float = PATIENCE) -> Any:
-    """Wait until `holds()` is true; returns its value. Raises AssertionError after `seconds`."""
+    """Wait until `holds()` is true, and return its value; raise AssertionError after `seconds`."""
     started = time.monotonic()
     while not (value := holds()):
         if time.monotonic() - started > seconds:
@@ -199,12 +201,12 @@ def until(what: str, holds: Callable[[], Any], seconds: float = PATIENCE) -> Any
 
 
 def until_merging(stack: Stack, versions: int = 3) -> None:
-    """Wait until the model has gone `versions` further from now on: nothing stands still."""
+    """Wait until `versions` more versions exist."""
     first = stack.version()
     until(f"version {first} + {versions} is merged", lambda: stack.version() >= first + versions)
 
 
-# The story
+# The steps of the test
 
 
 def build(stack: Stack) -> None:
@@ -215,7 +217,7 @@ def build(stack: Stack) -> None:
 
 
 def check_hardening(stack: Stack) -> None:
-    """No container runs as root, writes to its own file system, or has a capability; Redis is not published."""
+    """Check that no container runs as root, can write to its image, or has a capability, and that Redis has no port."""
     for service in ("redis", "coordinator", "worker"):
         container = stack.containers(service)[0]
         status = docker("exec", container, "cat", "/proc/1/status")
@@ -263,18 +265,18 @@ print(len(denied), os.listdir("access"))
 
 
 def check_access(stack: Stack) -> None:
-    """What a worker's container holds opens neither another user nor anything but a worker's work."""
+    """Check that a worker's secrets allow neither a login as another user nor more than a worker's work."""
     denied = docker("exec", stack.container("redis"), "sh", "-c", f"{AS_ADMIN} acl log")
-    assert not denied, f"somebody was denied what its work needs:\n{denied}"
+    assert not denied, f"Redis denied commands that a part needs:\n{denied}"
     done = execute(["docker", "exec", stack.containers("worker")[0], "python", "-c", FORBIDDEN])
     assert done.returncode == 0, done.stdout + done.stderr
     count, _, folders = done.stdout.strip().partition(" ")
     assert folders == "['worker']", folders
-    say(f"nobody was denied what its work needs; to a worker's user {count} commands are denied, each of those tried")
+    say(f"no needed command was denied; all {count} forbidden commands that were tried are denied to a worker's user")
 
 
-def check_other_rules_are_read(stack: Stack) -> None:
-    """As after an upgrade: the rules are written anew while Redis runs, and nobody starts it anew."""
+def check_changed_rules_are_loaded(stack: Stack) -> None:
+    """Check that Redis loads changed access rules without a restart, as after an upgrade."""
     who = "user visitor on nopass -@all +ping"
     stack.compose(
         "run", "--rm", "--no-deps", "--entrypoint", "sh", "access", "-c", f"echo '{who}' >> access/server/users.acl"
@@ -283,15 +285,15 @@ def check_other_rules_are_read(stack: Stack) -> None:
     def known() -> bool:
         return "visitor" in docker("exec", stack.container("redis"), "sh", "-c", f"{AS_ADMIN} acl users")
 
-    until("rules that were written anew count", known)
+    until("Redis has loaded changed rules", known)
     until_merging(stack)
     stack.compose("run", "--rm", "--no-deps", "access")
-    until("and so do those that the service writes", lambda: not known())
+    until("Redis has loaded the rules that the service writes", lambda: not known())
     until_merging(stack)
 
 
 def scale(stack: Stack) -> None:
-    """Workers come, and go while they train: whoever is told to go hands back its job at once."""
+    """Add and remove workers while they train; a worker that is told to stop hands its job back at once."""
     stack.scale(6)
     until("6 workers hold a partition each", lambda: stack.alive() == 6)
     until_merging(stack)
@@ -300,13 +302,13 @@ def scale(stack: Stack) -> None:
     until("3 workers are left", lambda: stack.alive() == 3)
     assert len(stack.containers("worker")) == 3
     until_merging(stack)
-    lost = [line for line in output(stack.container("coordinator")) if "client is gone" in line]
-    assert not lost, f"a worker that was told to stop did not take its leave: {lost}"
+    expired = [line for line in output(stack.container("coordinator")) if any(text in line for text in CLIENT_EXPIRED)]
+    assert not expired, f"a worker that was told to stop let its lease expire: {expired}"
     say(f"jobs abandoned so far: {stack.abandoned()}")
 
 
 def kill(stack: Stack) -> str:
-    """One worker is killed for good; one, and the coordinator, crash and are started again. Merging goes on.
+    """Kill one worker for good, and crash another one and the coordinator, which Docker restarts. Merging continues.
 
     Returns the client that the killed worker served.
     """
@@ -314,33 +316,35 @@ def kill(stack: Stack) -> str:
     killed = served_by(container)[-1]
     docker("kill", container)
     until_merging(stack)
-    until(f"{killed}, whose worker was killed, is missed", lambda: stack.alive() == 2, 3 * LEASE_SECONDS)
+    until(f"{killed}, whose worker was killed, has expired", lambda: stack.alive() == 2, 3 * LEASE_SECONDS)
     until_merging(stack)
 
     crashed = stack.containers("worker")[0]
     crash(crashed)
-    until("the crashed worker is started again", lambda: inspect(crashed, ".RestartCount") == "1")
+    until("the crashed worker is restarted", lambda: inspect(crashed, ".RestartCount") == "1")
     before, after = until("and serves a client again", lambda: len(c := served_by(crashed)) == 2 and c)
-    until(f"{after} is served, {before} not longer than its lease", lambda: stack.alive() == 2, 3 * LEASE_SECONDS)
+    until(
+        f"{after} is served, and {before} only until its lease expired", lambda: stack.alive() == 2, 3 * LEASE_SECONDS
+    )
     until_merging(stack)
 
     coordinator = stack.container("coordinator")
     crash(coordinator)
-    until("the crashed coordinator is started again", lambda: inspect(coordinator, ".RestartCount") == "1")
+    until("the crashed coordinator is restarted", lambda: inspect(coordinator, ".RestartCount") == "1")
     until_merging(stack)
     say(f"jobs abandoned so far: {stack.abandoned()}")
     return killed
 
 
-def stop_and_go_on(stack: Stack) -> None:
-    """Everything stops and starts, and then gets a target within reach: the state is on the volumes."""
+def stop_and_resume(stack: Stack) -> None:
+    """Stop and restart all containers, whose state is on the volumes, then set a target that the run can reach."""
     version = stack.version()
     stack.compose("stop")
-    codes = {name: code for name, code in stack.exit_codes().items() if code != "137"}  # the one that was killed
+    codes = {name: code for name, code in stack.exit_codes().items() if code != "137"}  # not the killed worker
     assert set(codes.values()) == {"0"}, codes
-    say(f"stopped at version {version} or later; all {len(codes)} processes left with 0")
+    say(f"stopped at version {version} or later; all {len(codes)} processes exited with 0")
     stack.compose("up", "--detach", "--no-recreate", "--scale", "worker=4")
-    until(f"the run goes on from version {version}", lambda: stack.version() >= version)
+    until(f"the run continues from version {version}", lambda: stack.version() >= version)
     until("4 workers hold a partition each", lambda: stack.alive() == 4)
     until_merging(stack)
 
@@ -348,24 +352,24 @@ def stop_and_go_on(stack: Stack) -> None:
     stack.compose("up", "--detach", "--scale", "worker=4")
     coordinator = stack.container("coordinator")
     until("the run reaches its target", lambda: inspect(coordinator, ".State.Status") == "exited")
-    assert any("resumed" in line for line in output(coordinator)), "the coordinator began anew"
-    until("the workers leave by themselves", lambda: not stack.containers("worker"))
+    assert any("resumed" in line for line in output(coordinator)), "the coordinator did not resume"
+    until("the workers exit by themselves", lambda: not stack.containers("worker"))
     codes = stack.exit_codes()
     assert set(codes.values()) == {"0"}, codes
 
 
 def crash(container: str) -> None:
-    """End every process of the container but PID 1, which then ends as they did."""
+    """End every process of the container except PID 1, which then ends with the same status."""
     execute(["docker", "exec", container, "sh", "-c", "kill -9 -1"])
 
 
 def served_by(container: str) -> list[str]:
-    """The clients that the worker in the container has served, one for each of its starts."""
+    """Return the clients that the container's worker has served, one for each start."""
     return re.findall(r"ready +clients=\['([\w-]+)'\]", "\n".join(output(container)))
 
 
 def check_results(stack: Stack, folder: Path, killed: str) -> None:
-    """The results are whole, agree with each other, and tell what happened."""
+    """Check that the results are complete and agree with each other and with the steps of the test."""
     docker("cp", f"{stack.container('coordinator')}:/app/runs/{RUN}", str(folder))
     results = folder / RUN
     for name in ("summary.json", "model.safetensors", "ledger.jsonl", "report.png"):
@@ -391,11 +395,11 @@ def check_results(stack: Stack, folder: Path, killed: str) -> None:
 
 @contextlib.contextmanager
 def running_stack(compose: list[str], folder: Path) -> Iterator[Stack]:
-    """A stack that is gone afterwards; where something went wrong its logs are shown first."""
+    """Yield a stack, and remove it afterwards; on an error, print its logs first."""
     stack = Stack(compose, folder)
-    # Jobs so long that a worker which goes is nearly always training.
+    # Jobs are long, so that a worker is nearly always training when it is stopped.
     stack.configure(
-        FEDQUEUE_STOP__TARGET=OUT_OF_REACH, FEDQUEUE_STOP__SECONDS="900", FEDQUEUE_TRAINING__EPOCHS="50"
+        FEDQUEUE_STOP__TARGET=OUT_OF_REACH, FEDQUEUE_STOP__SECONDS="900", FEDQUEUE_TRAINING__LOCAL_EPOCHS="50"
     )  # fmt: skip
     try:
         yield stack
@@ -408,7 +412,7 @@ def running_stack(compose: list[str], folder: Path) -> Iterator[Stack]:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is removed
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that everything is removed
     try:
         compose = require_engine()
         require_base_images()
@@ -422,10 +426,10 @@ def main() -> int:
         until_merging(stack)
         check_hardening(stack)
         check_access(stack)
-        check_other_rules_are_read(stack)
+        check_changed_rules_are_loaded(stack)
         scale(stack)
         killed = kill(stack)
-        stop_and_go_on(stack)
+        stop_and_resume(stack)
         check_results(stack, Path(name), killed)
     say("passed")
     return 0

@@ -1,11 +1,11 @@
-"""What workers report reaches the coordinator: rung for, found without a ring, and not looked for in vain."""
+"""The inbox: reports arrive with and without a notification, and spurious notifications cost no read."""
 
 from __future__ import annotations
 
 from fedqueue_coordinator.service.inbox import LONGEST_NAME, Inbox
 
 
-def test_report_of_a_worker_ends_the_wait_for_it(run):
+def test_report_of_a_worker_wakes_the_waiting_coordinator(run):
     assert run.coordinator.unacknowledged() == []
     run.join()
     run.posted()
@@ -16,7 +16,7 @@ def test_report_of_a_worker_ends_the_wait_for_it(run):
     assert [e.kind for e in run.coordinator.receive(60.0)] == ["evaluated"]
 
 
-def test_entry_for_which_nobody_rang_is_found_by_the_sweep(run):
+def test_periodic_sweep_finds_an_entry_without_notification(run):
     run.join()
     run.coordinator.unacknowledged()
     run.client.xadd(run.keys.updates("c0"), {"kind": "left", "body": b""})
@@ -25,7 +25,7 @@ def test_entry_for_which_nobody_rang_is_found_by_the_sweep(run):
     assert run.coordinator.sweep() == []
 
 
-def test_only_the_streams_that_were_rung_for_are_read(run, monkeypatch):
+def test_only_the_streams_named_by_notifications_are_read(run, monkeypatch):
     for i in range(20):
         run.join(f"c{i}", token=f"t{i}")
     run.coordinator.unacknowledged()
@@ -39,7 +39,7 @@ def test_only_the_streams_that_were_rung_for_are_read(run, monkeypatch):
     assert read == [{run.keys.updates("c7")}]
 
 
-def test_ring_in_vain_reads_nothing_and_remembers_nothing(run):
+def test_spurious_notification_reads_and_stores_nothing(run):
     run.coordinator.unacknowledged()
     for name in (b"", b"\xff", b"somewhere else", run.keys.updates("nobody").encode(), b"x" * (10 * LONGEST_NAME)):
         run.client.publish(run.keys.wakeup, name)
@@ -47,7 +47,7 @@ def test_ring_in_vain_reads_nothing_and_remembers_nothing(run):
     assert run.coordinator._inbox._last == {}
 
 
-def test_stream_with_more_entries_than_asked_for_is_read_on_without_another_ring(run):
+def test_long_stream_is_read_to_the_end_without_more_wakeups(run):
     run.coordinator.unacknowledged()
     for i in range(5):
         run.coordinator.report("evaluated", b"%d" % i)
@@ -55,6 +55,6 @@ def test_stream_with_more_entries_than_asked_for_is_read_on_without_another_ring
     assert bodies == [[b"0", b"1"], [b"2", b"3"], [b"4"]]
 
 
-def test_what_is_rung_for_before_the_first_look_is_found_by_it(run):
+def test_read_finds_an_entry_older_than_the_subscription(run):
     run.join()
     assert [e.kind for e in run.coordinator.receive(0.0)] == ["joined"]

@@ -1,4 +1,4 @@
-"""RQ as fedqueue uses it: visible to RQ's tools, without pickle, and without anything that a planted job could run."""
+"""fedqueue's use of RQ: jobs are visible to RQ's tools, no pickle is read, and a planted job runs no code."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from rq.job import Job
 from fedqueue.errors import Fenced, JobClosed
 from fedqueue.transport import rq_jobs
 from fedqueue.transport.rq_jobs import TRAIN, Serializer, TrainingJob, client_queue
-from fedqueue_worker.process import TrainingWorker
+from fedqueue_worker.rq_worker import TrainingWorker
 
 QUEUE = "fedqueue:sample:c0"
 _UNPICKLE = pickle.loads
 
 
 class Recorder:
-    """Stands in for a round: records the orders that it is asked to train."""
+    """Stands in for a job runner: records the orders that it is asked to train."""
 
-    interruptible = closed = told_to_stop = False
+    told_to_stop = False
 
     def __init__(self, raises=None):
         self.orders, self._raises = [], raises
 
-    def on_progress(self):
-        raise AssertionError("the worker says what is to be called")
+    def stop(self):
+        self.told_to_stop = True
 
-    def train(self, order):
-        with contextlib.suppress(redis.RedisError):  # as a round does
-            self.on_progress()
+    def train(self, order, on_progress, commands_for_post):
+        with contextlib.suppress(redis.RedisError):  # a job runner suppresses these errors too
+            on_progress()
         self.orders.append(order["job"])
         if self._raises:
             raise self._raises
@@ -71,14 +71,14 @@ def _nothing_is_unpickled(monkeypatch):
 
 @pytest.fixture(autouse=True, params=["short", "long"])
 def duration(request, monkeypatch):
-    """Of every job; a long one is shown by RQ's tools while it runs, after its first progress."""
-    monkeypatch.setattr("fedqueue_worker.process.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
+    """Run each test with short jobs and with long jobs, which RQ's tools show from their first progress."""
+    monkeypatch.setattr("fedqueue_worker.rq_worker.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
     return request.param
 
 
 @pytest.fixture
 def executed(monkeypatch):
-    """What a planted job managed to run."""
+    """Record the function calls that a planted job makes."""
     seen = []
     monkeypatch.setattr(os, "system", lambda *a: seen.append(("os.system", a)))
     monkeypatch.setattr(builtins, "eval", lambda *a, **k: seen.append(("eval", a)))
@@ -87,7 +87,7 @@ def executed(monkeypatch):
     assert EXPLODED == []
 
 
-def test_the_bomb_would_explode():
+def test_pickle_bomb_runs_code_when_unpickled():
     _UNPICKLE(BOMB)
     assert EXPLODED.pop() == "boom"
 
@@ -104,24 +104,15 @@ class Bomb:
         return detonate, ()
 
 
-BOMB = pickle.dumps(Bomb())  # made before pickle is taken away
+BOMB = pickle.dumps(Bomb())  # pickled before the tests disable pickle
 
 
 def make_worker(client, recorder, queues=(QUEUE,)):
-    cls = rq_jobs.job_class(recorder.train)
-    return TrainingWorker(
-        [client_queue(client, name, cls) for name in queues],
-        name="sample-worker",
-        connection=client,
-        job_class=cls,
-        serializer=Serializer,
-        worker_ttl=60,
-        round=recorder,
-    )
+    return TrainingWorker(recorder, client, queues, "sample-worker")
 
 
 def work(client, recorder=None, queues=(QUEUE,)):
-    """Run a worker until its queues are empty; returns the jobs that it trained."""
+    """Run a worker until its queues are empty; return the jobs that the worker trained."""
     recorder = recorder or Recorder()
     with structlog.testing.capture_logs():
         make_worker(client, recorder, queues).work(burst=True, logging_level="CRITICAL")
@@ -143,7 +134,7 @@ def call(name, *args, instance=None, **kwargs):
 # As RQ's own tools see it
 
 
-def test_enqueued_order_is_a_job_of_rq(redis_client, run):
+def test_enqueued_order_is_an_rq_job(redis_client, run):
     run.dispatch(1)
     queue = Queue(QUEUE, connection=redis_client, serializer=Serializer)
     assert (len(queue), queue.job_ids) == (1, ["sample-00000001"])
@@ -155,7 +146,7 @@ def test_enqueued_order_is_a_job_of_rq(redis_client, run):
     assert job.description == "train c0 for sample"
 
 
-def test_record_of_a_job_is_what_rq_itself_would_have_written(redis_client, run):
+def test_job_record_equals_the_one_that_rq_writes(redis_client, run):
     run.dispatch(1)
     key = TrainingJob.key_for("sample-00000001")
     mine = redis_client.hgetall(key)
@@ -170,7 +161,7 @@ def test_record_of_a_job_is_what_rq_itself_would_have_written(redis_client, run)
     assert {n: v for n, v in mine.items() if n not in times} == {n: v for n, v in theirs.items() if n not in times}
 
 
-def test_queue_is_listed_once_for_all_its_jobs(redis_client, run):
+def test_queue_is_listed_once(redis_client, run):
     queues = rq_jobs.Queues(redis_client)
     for number in (1, 2):
         run.coordinator.enqueue(queues.record(QUEUE, run.order(number)))
@@ -182,7 +173,7 @@ def test_queue_is_listed_once_for_all_its_jobs(redis_client, run):
     assert redis_client.smembers("rq:queues") == {b"rq:queue:" + QUEUE.encode()}
 
 
-def test_job_that_rq_has_lost_can_be_put_into_its_queue_again(redis_client, run):
+def test_job_lost_by_rq_can_be_enqueued_again(redis_client, run):
     run.dispatch(1)
     rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     for _ in range(2):
@@ -190,13 +181,13 @@ def test_job_that_rq_has_lost_can_be_put_into_its_queue_again(redis_client, run)
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_scripts_that_a_restarted_server_does_not_know_are_loaded_and_none_is_left_out(redis_client, run):
+def test_scripts_are_reloaded_after_a_server_restart(redis_client, run):
     redis_client.script_flush()
     run.dispatch(1)
     assert [job.job for job in run.coordinator.jobs()] == work(redis_client) == ["sample-00000001"]
 
 
-def test_what_a_deposed_coordinator_puts_into_a_queue_is_begun_by_nobody(redis_client, run):
+def test_job_of_a_deposed_coordinator_never_starts(redis_client, run):
     redis_client.hset(run.keys.leader, "token", "another one's")
     with pytest.raises(Fenced):
         run.dispatch(1)
@@ -205,14 +196,14 @@ def test_what_a_deposed_coordinator_puts_into_a_queue_is_begun_by_nobody(redis_c
         run.worker().claim("sample-00000001", 60)
 
 
-def test_enqueueing_an_order_twice_is_one_job(redis_client, run):
+def test_enqueueing_an_order_twice_makes_one_job(redis_client, run):
     run.dispatch(1)
     run.dispatch(1)
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001"]
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_jobs_are_trained_in_the_order_of_the_queue_each_once(redis_client, run):
+def test_jobs_are_trained_once_in_queue_order(redis_client, run):
     for number in (3, 1, 2):
         run.dispatch(number)
     assert work(redis_client) == ["sample-00000003", "sample-00000001", "sample-00000002"]
@@ -226,24 +217,24 @@ def test_worker_with_several_queues_serves_them_all(redis_client, run):
 
 
 def rq_names(client):
-    """What is left of RQ, but for the worker's own record, which expires."""
+    """Return RQ's remaining keys, except the worker's own record, which expires."""
     names = {key.decode() for key in client.scan_iter(match="rq:*")}
     assert all(client.ttl(name) > 0 for name in names if name.startswith("rq:worker:"))
     return {name for name in names if not name.startswith("rq:worker:")}
 
 
-def test_trained_job_leaves_nothing_in_rq_but_the_queues_name(redis_client, run):
+def test_trained_job_leaves_only_the_queue_name_in_rq(redis_client, run):
     run.dispatch(1)
     work(redis_client)
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_job_that_the_coordinator_closed_meanwhile_leaves_nothing_in_rq(redis_client, run):
-    """The job is forgotten while it is being trained: RQ's own bookkeeping afterwards must not bring it back."""
+def test_closed_job_leaves_nothing_in_rq(redis_client, run):
+    """The job is deleted from RQ during its training, and RQ's later bookkeeping must not recreate the job's keys."""
 
     class Closing(Recorder):
-        def train(self, order):
-            super().train(order)
+        def train(self, order, *rq):
+            super().train(order, *rq)
             rq_jobs.forget(redis_client, QUEUE, order["job"])
 
     run.dispatch(1)
@@ -252,10 +243,10 @@ def test_job_that_the_coordinator_closed_meanwhile_leaves_nothing_in_rq(redis_cl
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_job_that_takes_long_is_shown_as_running(redis_client, run, duration):
+def test_long_job_is_shown_as_running(redis_client, run, duration):
     class Looking(Recorder):
-        def train(self, order):
-            super().train(order)
+        def train(self, order, *rq):
+            super().train(order, *rq)
             (worker,) = RqWorker.all(connection=redis_client)
             self.state = worker.get_state()
             self.running = client_queue(redis_client, QUEUE).started_job_registry.get_job_ids()
@@ -270,7 +261,7 @@ def test_job_that_takes_long_is_shown_as_running(redis_client, run, duration):
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_short_job_that_fails_is_shown_as_failed_and_is_nowhere_else(redis_client, run):
+def test_failed_job_is_only_in_the_failed_registry(redis_client, run):
     run.dispatch(1)
     work(redis_client, Recorder(RuntimeError("boom")))
     queue = client_queue(redis_client, QUEUE)
@@ -279,11 +270,11 @@ def test_short_job_that_fails_is_shown_as_failed_and_is_nowhere_else(redis_clien
     assert redis_client.hget(TrainingJob.key_for("sample-00000001"), "worker_name") == b"sample-worker"
 
 
-def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(redis_client, run):
+def test_job_closed_before_rq_shows_it_stays_closed(redis_client, run):
     class Closed(Recorder):
-        def train(self, order):
+        def train(self, order, *rq):
             rq_jobs.forget(redis_client, QUEUE, order["job"])
-            super().train(order)
+            super().train(order, *rq)
             self.left = {name for name in rq_names(redis_client) if order["job"] in name}
 
     closed = Closed()
@@ -292,10 +283,10 @@ def test_job_that_the_coordinator_closed_before_it_is_shown_is_not_brought_back(
     assert closed.left == set()
 
 
-# Forgetting
+# Deleting jobs
 
 
-def test_forgotten_job_is_neither_queued_nor_known(redis_client, run):
+def test_forgotten_job_is_not_in_its_queue_and_has_no_record(redis_client, run):
     run.dispatch(1)
     run.dispatch(2)
     rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
@@ -304,7 +295,7 @@ def test_forgotten_job_is_neither_queued_nor_known(redis_client, run):
     assert work(redis_client) == ["sample-00000002"]
 
 
-def test_forgetting_an_unknown_job_takes_its_name_off_the_queue(redis_client):
+def test_forgetting_an_unknown_job_removes_it_from_its_queue(redis_client):
     queue = client_queue(redis_client, QUEUE)
     redis_client.rpush(queue.key, "sample-00000007", "sample-00000008")
     rq_jobs.forget(redis_client, QUEUE, "sample-00000007")
@@ -318,8 +309,8 @@ def test_forgotten_job_can_be_enqueued_again(redis_client, run):
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_forgetting_reaches_a_job_whose_worker_died_before_it_began(redis_client, run):
-    """With one queue RQ moves a job to an intermediate list first; a worker that dies there leaves it."""
+def test_job_is_forgotten_if_its_worker_died_before_training(redis_client, run):
+    """With one queue RQ first moves a job to an intermediate list, where the job stays if the worker dies."""
     run.dispatch(1)
     queue = client_queue(redis_client, QUEUE)
     redis_client.lmove(queue.key, queue.intermediate_queue_key)
@@ -327,7 +318,7 @@ def test_forgetting_reaches_a_job_whose_worker_died_before_it_began(redis_client
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_forgetting_reaches_a_job_whose_worker_died_training_it(redis_client, run):
+def test_job_is_forgotten_if_its_worker_died_in_training(redis_client, run):
     class Death(BaseException):
         pass
 
@@ -345,13 +336,13 @@ def test_forgetting_reaches_a_job_whose_worker_died_training_it(redis_client, ru
     assert not redis_client.exists(TrainingJob.key_for("sample-00000001"))
 
 
-def test_forgetting_a_record_that_rq_cannot_read_deletes_it(redis_client):
+def test_forgetting_deletes_a_record_that_rq_cannot_read(redis_client):
     plant(redis_client, status="no such status")
     rq_jobs.forget(redis_client, QUEUE, "planted")
     assert rq_names(redis_client) == set()
 
 
-def test_deleting_a_queue_leaves_nothing_of_it(redis_client, run):
+def test_deleting_a_queue_leaves_no_keys(redis_client, run):
     for number in (1, 2, 3):
         run.dispatch(number)
     plant(redis_client, data=call("os.system", "true"))
@@ -365,7 +356,7 @@ def test_deleting_a_queue_leaves_nothing_of_it(redis_client, run):
     assert left == {"rq:queues", "rq:queue:fedqueue:sample:c1", "rq:job:sample-00000004"}
 
 
-# What must never run
+# Planted jobs
 
 PLANTED = {
     "a pickle in data": {"data": pickle.dumps(("os.system", None, ("true",), {}))},
@@ -400,7 +391,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_planted_job_executes_nothing_and_the_worker_goes_on_to_a_proper_one(redis_client, run, executed, what):
+def test_planted_job_executes_nothing_and_is_skipped(redis_client, run, executed, what):
     plant(redis_client, **PLANTED[what])
     run.dispatch(1)
     trained = work(redis_client)
@@ -411,7 +402,7 @@ def test_planted_job_executes_nothing_and_the_worker_goes_on_to_a_proper_one(red
     assert len(client_queue(redis_client, QUEUE).started_job_registry) == 0
 
 
-def test_worker_reads_nothing_of_a_record_but_what_is_to_be_called(redis_client):
+def test_worker_reads_only_the_call_in_a_job_record(redis_client):
     plant(
         redis_client, created_at="yesterday", timeout="soon", status="none", dependency_ids="{", failure_ttl="-9" * 30
     )
@@ -431,13 +422,13 @@ def test_foreign_function_is_refused_by_name(redis_client, name):
         _ = bare.func
 
 
-def test_train_as_a_method_of_something_is_not_trained(redis_client, run):
+def test_order_for_a_method_of_an_instance_is_not_trained(redis_client, run):
     plant(redis_client, data=call(TRAIN, instance="os", order={"job": "planted"}))
     run.dispatch(1)
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_refused_job_is_visible_as_failed_for_a_while(redis_client, executed):
+def test_refused_job_is_shown_as_failed_until_it_expires(redis_client, executed):
     plant(redis_client, data=call("os.system", "true"), failure_ttl=rq_jobs.FAILED_SECONDS)
     work(redis_client)
     assert client_queue(redis_client, QUEUE).failed_job_registry.get_job_ids() == ["planted"]
@@ -460,7 +451,7 @@ def test_planted_callbacks_and_webhooks_do_not_run(redis_client, executed, outco
     assert executed == []
 
 
-def test_planted_name_that_is_no_text_is_skipped(redis_client, run):
+def test_planted_non_text_name_is_skipped(redis_client, run):
     run.dispatch(1)
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"\xff\xfe")
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"not/a/job id")
@@ -474,7 +465,7 @@ def test_planted_record_of_another_type_is_skipped(redis_client, run):
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_planted_keys_that_break_the_bookkeeping_of_a_job_do_not_end_the_worker(redis_client, run):
+def test_planted_keys_do_not_stop_the_worker(redis_client, run):
     plant(redis_client)
     redis_client.set("rq:executions:planted", "where RQ expects a sorted set")
     run.dispatch(1)
@@ -482,18 +473,18 @@ def test_planted_keys_that_break_the_bookkeeping_of_a_job_do_not_end_the_worker(
     assert not redis_client.exists(TrainingJob.key_for("planted"))
 
 
-def test_timeout_of_a_record_says_nothing_about_how_long_rq_shows_it(redis_client):
+def test_record_timeout_does_not_limit_how_long_rq_shows_a_job(redis_client):
     plant(redis_client, timeout=10**12)
     job = TrainingJob.fetch("planted", connection=redis_client, serializer=Serializer)
     assert make_worker(redis_client, Recorder()).get_heartbeat_ttl(job) < 3600
 
 
-def test_remote_commands_are_not_listened_to(redis_client, run):
+def test_remote_rq_commands_are_ignored(redis_client, run):
     seen = []
 
     class Listening(Recorder):
-        def train(self, order):
-            super().train(order)
+        def train(self, order, *rq):
+            super().train(order, *rq)
             seen.append(redis_client.pubsub_numsub("rq:pubsub:sample-worker"))
 
     run.dispatch(1)
@@ -504,12 +495,12 @@ def test_remote_commands_are_not_listened_to(redis_client, run):
 # Stopping
 
 
-def test_worker_told_to_stop_between_jobs_takes_no_further_one(redis_client, run):
+def test_stop_between_jobs_prevents_the_next_job(redis_client, run):
     class Stopping(Recorder):
-        def train(self, order):
-            super().train(order)
+        def train(self, order, *rq):
+            super().train(order, *rq)
             os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)  # an impatient second one changes nothing
+            os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM changes nothing
 
     run.dispatch(1)
     run.dispatch(2)
@@ -517,7 +508,7 @@ def test_worker_told_to_stop_between_jobs_takes_no_further_one(redis_client, run
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000002"]
 
 
-def test_idle_worker_told_to_stop_stops_at_once_and_once(redis_client):
+def test_idle_worker_stops_at_once_on_a_stop_request(redis_client):
     worker = make_worker(redis_client, Recorder())
     with pytest.raises(StopRequested):
         worker.request_stop(signal.SIGTERM, None)
@@ -525,8 +516,8 @@ def test_idle_worker_told_to_stop_stops_at_once_and_once(redis_client):
 
 
 @pytest.mark.timeout(30)
-def test_stop_that_is_lost_inside_redis_py_is_heard_while_the_worker_waits(redis_client, monkeypatch):
-    """A signal's exception is lost where redis-py asks, around each command, whether anybody wants its telemetry."""
+def test_stop_swallowed_by_redis_py_still_ends_the_wait(redis_client, monkeypatch):
+    """redis-py's telemetry hooks around each command discard an exception raised by a signal handler."""
     asked, signals = recorder.get_observability_instance, [signal.SIGTERM]
 
     def interrupted():
@@ -540,13 +531,13 @@ def test_stop_that_is_lost_inside_redis_py_is_heard_while_the_worker_waits(redis
     with pytest.raises(StopRequested):
         worker.dequeue_job_and_maintain_ttl(1)
     assert not signals
-    assert worker.last_heartbeat is None, "it was heard in the wait, not on the way"
+    assert worker.last_heartbeat is None, "the stop did not end the wait itself"
 
 
 # The serializer
 
 
-def test_serializer_carries_plain_values_and_refuses_everything_else():
+def test_serializer_accepts_plain_values_only():
     assert Serializer.loads(Serializer.dumps({"a": [1, "b", None, 2.5]})) == {"a": [1, "b", None, 2.5]}
     with pytest.raises(Exception, match="cannot be sent"):
         Serializer.dumps(object())

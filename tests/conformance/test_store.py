@@ -1,6 +1,6 @@
 """Every script and every method of the stores, on fakeredis and on a real server.
 
-A lease of 0 or fewer seconds is over at once, so nothing here sleeps: the scripts read the server's own clock.
+The scripts read the server's clock, and a lease of 0 or fewer seconds is over at once, so no test sleeps.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import redis
 
-import fedqueue.transport.store
+import fedqueue.tensors.blobs
+import fedqueue.transport.blob_store
 from fedqueue.errors import BlobMissing, Fenced, JobClosed, RunNotFound, StoreError
 from fedqueue.protocol.keys import RUNS
 from fedqueue.protocol.messages import Ending, Order, Registration, read
@@ -21,13 +22,14 @@ from fedqueue.tensors.codec import Codec
 from fedqueue.transport.connection import connect
 from fedqueue.transport.store import Store, list_runs
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.sample_run import SampleRun
 
 
 @pytest.fixture(params=[1, 4], ids=["one chunk", "several chunks"])
 def chunks(request, monkeypatch):
-    """How many chunks a model of the sample run spans."""
+    """Return the number of chunks of a model of the sample run."""
     if request.param > 1:
-        monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 20)  # of 72 bytes
+        monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 20)  # a model has 72 bytes
     return request.param
 
 
@@ -36,7 +38,7 @@ def other(run, owner="owner-b"):
 
 
 def dethroned(run):
-    """`run.coordinator` lost the lead without knowing it; returns who has it now."""
+    """Depose `run.coordinator` without its knowledge; return the current leader."""
     run.coordinator.lead(-1)
     successor = other(run)
     assert successor.lead(60)
@@ -46,58 +48,58 @@ def dethroned(run):
 # Leadership
 
 
-def test_lead_goes_to_the_first_who_asks_and_a_second_waits(run):
+def test_only_the_first_coordinator_acquires_the_lease(run):
     second = other(run)
     assert run.coordinator.token > 0
     assert (second.lead(60), second.token) == (False, 0)
 
 
-def test_lead_passes_on_when_its_lease_is_over_and_the_token_rises(run):
+def test_expired_lease_passes_on_with_a_higher_token(run):
     successor = dethroned(run)
     assert successor.token == run.coordinator.token + 1
     assert not run.coordinator.lead(60)
 
 
-def test_leader_that_asks_or_renews_again_keeps_its_token(run):
+def test_leader_keeps_its_token_on_renewal(run):
     token = run.coordinator.token
     assert run.coordinator.lead(60)
     run.coordinator.renew_lead(60)
     assert run.coordinator.token == token
 
 
-def test_renewal_keeps_a_second_one_waiting(run):
+def test_renewed_lease_excludes_a_second_coordinator(run):
     run.coordinator.lead(-1)
     run.coordinator.renew_lead(60)
     assert not other(run).lead(60)
 
 
-def test_leader_whose_lease_ran_out_unnoticed_may_renew_it(run):
+def test_leader_may_renew_an_expired_lease_that_is_still_free(run):
     run.coordinator.lead(-1)
     run.coordinator.renew_lead(60)
     run.publish(1)
 
 
-def test_renewal_by_a_dethroned_leader_is_fenced(run):
+def test_renewal_by_a_deposed_leader_is_fenced(run):
     dethroned(run)
     with pytest.raises(Fenced, match="sample"):
         run.coordinator.renew_lead(60)
 
 
-def test_released_lead_can_be_taken_at_once(run):
+def test_released_lease_can_be_acquired_at_once(run):
     run.coordinator.release_lead()
     successor = other(run)
     assert successor.lead(60)
     assert successor.token == run.coordinator.token + 1
 
 
-def test_leader_of_a_run_that_redis_lost_is_fenced_from_the_next_one_of_that_name(run):
+def test_leader_of_a_lost_run_is_fenced_from_a_namesake(run):
     run.client.flushall()
-    assert type(run)(run.client).coordinator.token != run.coordinator.token
+    assert SampleRun(run.client).coordinator.token != run.coordinator.token
     with pytest.raises(Fenced):
         run.publish(1)
 
 
-def test_release_by_another_one_changes_nothing(run):
+def test_release_by_another_coordinator_changes_nothing(run):
     other(run).release_lead()
     assert not other(run).lead(60)
 
@@ -118,7 +120,7 @@ STALE_WRITES = {
 
 
 @pytest.mark.parametrize("write", STALE_WRITES)
-def test_what_a_dethroned_leader_writes_is_refused_and_leaves_no_trace(run, write):
+def test_deposed_leader_writes_are_refused_without_a_trace(run, write):
     run.join()
     run.posted()
     [entry] = run.updates()
@@ -129,8 +131,8 @@ def test_what_a_dethroned_leader_writes_is_refused_and_leaves_no_trace(run, writ
     assert run.contents() == before
 
 
-def test_dethroned_leader_cannot_overwrite_the_version_of_its_successor(chunks, run):
-    """It writes its blobs before the commit that is refused: they must not be the successor's."""
+def test_deposed_leader_cannot_overwrite_a_version(chunks, run):
+    """A former leader stages blobs before its commit is refused; these must not overwrite the successor's blobs."""
     successor = dethroned(run)
     good = run.payload(7.0)
     successor.publish(1, good, np.frombuffer(b"good", np.uint8), [{"kind": "version"}], {}, [])
@@ -142,7 +144,7 @@ def test_dethroned_leader_cannot_overwrite_the_version_of_its_successor(chunks, 
     assert successor.read_optimizer_state(1) == b"good"
 
 
-def test_what_a_leader_staged_before_it_died_expires_and_goes_with_the_next_commit(chunks, run):
+def test_staged_chunks_of_a_dead_leader_are_removed(chunks, run):
     run.coordinator.write_blob(run.keys.staged_model(run.coordinator.token), run.payload(), 60)
     run.coordinator.write_blob(run.keys.staged_state(run.coordinator.token), run.payload(), 60)
     successor = dethroned(run)
@@ -151,8 +153,8 @@ def test_what_a_leader_staged_before_it_died_expires_and_goes_with_the_next_comm
     assert not [name for name in run.names() if "staged" in name]
 
 
-def test_dethroned_leader_does_not_swallow_entries_of_the_stream(run):
-    """It wakes up and reads once more before it learns that another one leads."""
+def test_deposed_leader_consumes_no_stream_entries(run):
+    """A former leader reads the stream once more before learning that another coordinator leads."""
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
     successor = dethroned(run)
@@ -166,7 +168,7 @@ def test_dethroned_leader_does_not_swallow_entries_of_the_stream(run):
 # The run as a whole
 
 
-def test_run_exists_from_its_first_version_on(redis_client, run):
+def test_run_exists_from_its_first_version(redis_client, run):
     stranger = CoordinatorStore(redis_client, "stranger", "owner")
     assert run.coordinator.exists()
     assert not stranger.exists()
@@ -175,7 +177,7 @@ def test_run_exists_from_its_first_version_on(redis_client, run):
     assert not stranger.exists()
 
 
-def test_info_is_what_was_created_and_committed(run):
+def test_info_has_what_was_created_and_committed(run):
     info = run.coordinator.info()
     assert info.config == run.config.model_dump(mode="json")
     assert info.manifest == run.manifest.pack()
@@ -224,19 +226,19 @@ def test_ended_run_leaves_only_keys_that_expire(run):
         lambda: run.post(worker, open_claim),
         lambda: other(run).lead(60),
     ]
-    for act in late:  # what comes late leaves nothing that stays for ever
+    for act in late:  # a late report leaves no key without an expiry
         act()
     assert -1 not in {run.client.ttl(run.keys.pattern.replace("*", name)) for name in run.names()}
 
 
-def test_end_is_safe_to_repeat(run):
+def test_ending_a_run_is_idempotent(run):
     run.coordinator.end("first", 60, 1)
     run.coordinator.end("first", 60, 1)
     assert run.coordinator.info().stopped_because == "first"
 
 
-def test_ended_run_keeps_the_head_and_the_versions_that_are_asked_for(run):
-    """A job that was open had held its base: closed without a commit after it, it must not leave it behind."""
+def test_ended_run_keeps_the_head_and_the_requested_versions(run):
+    """A job pinned its base and was closed after the last commit; the base must not stay stored."""
     run.join()
     run.coordinator.pin_version(0)
     run.posted(1)
@@ -254,7 +256,7 @@ def test_ended_run_keeps_the_head_and_the_versions_that_are_asked_for(run):
 # Serving clients
 
 
-def test_worker_takes_the_first_candidate_that_nobody_serves(run):
+def test_worker_takes_the_first_unserved_candidate(run):
     assert run.worker("a").join(["c0", "c1"], 60) == "c0"
     assert run.worker("b").join(["c0", "c1"], 60) == "c1"
     assert run.worker("c").join(["c0", "c1"], 60) is None
@@ -270,7 +272,7 @@ def test_client_of_a_silent_worker_is_free(run):
     assert run.worker("b").join(["c0"], 60) == "c0"
 
 
-def test_registration_is_stored_and_reported(run):
+def test_registration_is_stored_and_posted(run):
     run.join("c0")
     assert run.coordinator.registrations() == {"c0": {"client": "c0", "examples": 10}}
     assert run.coordinator.alive_clients() == ["c0"]
@@ -279,13 +281,13 @@ def test_registration_is_stored_and_reported(run):
     assert read(Registration, entry.body).examples == 10
 
 
-def test_registration_of_a_client_that_another_worker_serves_is_refused(run):
+def test_registration_of_a_taken_client_is_refused(run):
     run.join("c0", "a")
     assert not run.worker("b").register(Registration(client="c0", examples=99))
     assert run.coordinator.registrations()["c0"]["examples"] == 10
 
 
-def test_leaving_is_reported_and_frees_the_client(run):
+def test_leaving_is_posted_and_frees_the_client(run):
     worker = run.join()
     run.coordinator.receive(0.001)
     worker.leave(["c0", "never-mine"])
@@ -300,12 +302,12 @@ def test_worker_cannot_leave_for_another_one(run):
     assert run.coordinator.alive_clients() == ["c0"]
 
 
-def test_leaving_with_no_client_says_nothing(run):
+def test_leaving_without_clients_posts_nothing(run):
     run.worker().leave([])
     assert run.coordinator.unacknowledged() == []
 
 
-def test_silent_client_lapses_and_is_buried_once_nobody_speaks_for_it(run):
+def test_client_with_an_expired_lease_is_expired(run):
     run.join("c0", lease=0)
     run.join("c1", "worker-b", lease=60)
     assert run.coordinator.find_expired() == ([], ["c0"])
@@ -315,7 +317,7 @@ def test_silent_client_lapses_and_is_buried_once_nobody_speaks_for_it(run):
     assert run.worker().heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
 
 
-def test_client_that_came_back_is_not_buried(run):
+def test_returned_client_is_not_expired(run):
     worker = run.join("c0", lease=0)
     worker.heartbeat(["c0"], 60, None, True)
     assert not run.coordinator.expire_client("c0")
@@ -336,7 +338,7 @@ def test_dispatched_job_is_open_assigned_and_leased(run):
     assert run.coordinator.find_expired() == ([], [])
 
 
-def test_dispatch_repeated_changes_nothing(run):
+def test_dispatch_is_idempotent(run):
     run.join()
     run.dispatch(1, lease=60)
     run.worker().claim("sample-00000001", 60)
@@ -345,7 +347,7 @@ def test_dispatch_repeated_changes_nothing(run):
     assert run.contents() == before
 
 
-def test_job_travels_from_dispatch_to_merge(chunks, run):
+def test_job_passes_from_dispatch_to_merge(chunks, run):
     worker = run.join()
     job = run.dispatch()
     claim = worker.claim(job, 60)
@@ -353,7 +355,7 @@ def test_job_travels_from_dispatch_to_merge(chunks, run):
     base = np.ones(run.manifest.nbytes, np.uint8)
     worker.fetch(claim.version, base)
     np.testing.assert_array_equal(base, run.payload(0.0))
-    assert worker.heartbeat(["c0"], 60, claim, True).holds_job
+    assert worker.heartbeat(["c0"], 60, claim, True).owns_job
     payload = run.payload(3.0)
     assert worker.post(claim, run.update(payload), payload) == ""
     assert len([n for n in run.names() if n.startswith("payload:")]) == chunks
@@ -375,7 +377,7 @@ def test_job_travels_from_dispatch_to_merge(chunks, run):
     np.testing.assert_array_equal(model.buffer, run.payload(1.0))
 
 
-def test_posted_payload_stays_and_a_payload_that_was_never_posted_expires(chunks, run):
+def test_only_posted_payloads_outlive_their_expiry(chunks, run):
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
     prefix = run.keys.payload(claim.job, claim.attempt)
@@ -385,7 +387,7 @@ def test_posted_payload_stays_and_a_payload_that_was_never_posted_expires(chunks
     assert {run.client.ttl(f"{prefix}:{i}") for i in range(chunks)} == {-1}
 
 
-def test_claim_of_an_unknown_or_ended_job_is_refused_and_counted(run):
+def test_claim_of_an_unknown_or_ended_job_is_refused(run):
     run.join()
     run.posted(1)
     for job in ("sample-00000001", "sample-00000404"):
@@ -394,7 +396,7 @@ def test_claim_of_an_unknown_or_ended_job_is_refused_and_counted(run):
     assert run.coordinator.refused() == {"closed": 2}
 
 
-def test_claim_takes_the_newest_version_and_renews_the_lease(run):
+def test_claim_has_the_newest_version_and_renews_the_lease(run):
     run.join()
     job = run.dispatch(lease=0)
     run.publish(1)
@@ -408,13 +410,13 @@ def test_second_attempt_takes_the_job_from_the_first(chunks, run):
     second = run.worker("worker-b").claim(first.job, 60)
     assert (first.attempt, second.attempt) == (1, 2)
     assert run.post(run.worker(), first) == "attempt"
-    assert not [n for n in run.names() if n.startswith("payload:")], "a refused payload is deleted"
+    assert not [n for n in run.names() if n.startswith("payload:")], "the refused payload was not deleted"
     assert run.coordinator.refused()["attempt"] == 1
     assert run.post(run.worker("worker-b"), second) == ""
     assert [e.attempt for e in run.updates()] == [2]
 
 
-def test_update_posted_twice_is_one_update_and_its_payload_stays(chunks, run):
+def test_update_posted_twice_counts_once_and_keeps_its_payload(chunks, run):
     run.join()
     claim = run.worker().claim(run.dispatch(), 60)
     assert run.post(run.worker(), claim) == ""
@@ -425,7 +427,7 @@ def test_update_posted_twice_is_one_update_and_its_payload_stays(chunks, run):
     assert run.coordinator.refused() == {"replayed": 1}
 
 
-def test_update_posted_after_its_job_was_merged_is_refused_and_leaves_nothing(chunks, run):
+def test_update_of_a_merged_job_is_refused_and_leaves_nothing(chunks, run):
     claim = run.posted()
     run.publish(1, run.updates())
     assert run.post(run.worker(), claim) == "closed"
@@ -442,7 +444,7 @@ def test_update_posted_after_its_lease_is_over_is_refused(chunks, run):
     assert run.coordinator.refused()["closed"] == 1
 
 
-def test_update_without_its_whole_payload_is_refused_and_the_rest_deleted(chunks, run):
+def test_update_with_missing_chunks_is_refused_and_deleted(chunks, run):
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
     payload = run.payload()
@@ -450,10 +452,10 @@ def test_update_without_its_whole_payload_is_refused_and_the_rest_deleted(chunks
     assert worker.post(claim, claimed, payload) == "payload"
     assert run.updates() == []
     assert not [n for n in run.names() if n.startswith("payload:")]
-    assert run.post(worker, claim) == "", "the job is still open, and may be posted whole"
+    assert run.post(worker, claim) == "", "the job did not stay open for a complete update"
 
 
-def test_ending_is_reported_and_closes_the_attempt(run):
+def test_ending_is_posted_and_closes_the_attempt(run):
     claim = run.worker().claim(run.dispatch(), 60)
     assert run.worker().end(claim, Ending(reason="failed", error="ValueError: no rows")) == ""
     [entry] = run.coordinator.unacknowledged()
@@ -465,22 +467,22 @@ def test_ending_is_reported_and_closes_the_attempt(run):
 # Heartbeats
 
 
-def test_heartbeat_keeps_clients_alive_and_renews_the_present_job(run):
+def test_heartbeat_renews_clients_and_the_current_job(run):
     worker = run.join(lease=0)
     claim = worker.claim(run.dispatch(), 0)
     pulse = worker.heartbeat(["c0"], 60, claim, progressing=True)
-    assert (pulse.run_state, pulse.holds_job, pulse.lost_clients) == ("running", True, ())
+    assert (pulse.run_state, pulse.owns_job, pulse.lost_clients) == ("running", True, ())
     assert run.coordinator.find_expired() == ([], [])
 
 
-def test_heartbeat_without_progress_lets_the_lease_of_the_job_run_out(run):
+def test_heartbeat_without_progress_lets_the_job_lease_expire(run):
     worker = run.join()
     claim = worker.claim(run.dispatch(), 0)
-    assert worker.heartbeat(["c0"], 60, claim, progressing=False).holds_job
+    assert worker.heartbeat(["c0"], 60, claim, progressing=False).owns_job
     assert run.coordinator.find_expired() == ([claim.job], [])
 
 
-def test_busy_worker_renews_the_jobs_that_wait_for_it_and_an_idle_one_does_not(run):
+def test_only_a_busy_worker_renews_its_queued_jobs(run):
     worker = run.join("c0")
     run.join("c1")
     claim = worker.claim(run.dispatch(1, "c0"), 60)
@@ -491,22 +493,22 @@ def test_busy_worker_renews_the_jobs_that_wait_for_it_and_an_idle_one_does_not(r
     assert run.coordinator.find_expired()[0] == []
 
 
-def test_heartbeat_does_not_renew_a_job_that_another_attempt_holds(run):
+def test_heartbeat_does_not_renew_a_job_of_another_attempt(run):
     worker = run.join()
     first = worker.claim(run.dispatch(), 60)
     run.worker("worker-b").claim(first.job, 0)
-    assert not worker.heartbeat(["c0"], 60, first, True).holds_job
+    assert not worker.heartbeat(["c0"], 60, first, True).owns_job
     assert run.coordinator.find_expired()[0] == [first.job]
 
 
-def test_heartbeat_names_clients_that_another_worker_serves_by_now(run):
+def test_heartbeat_names_clients_taken_by_another_worker(run):
     run.join("c0", "slow", lease=0)
     run.join("c0", "quick")
     assert run.worker("slow").heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
     assert run.worker("quick").heartbeat(["c0"], 60, None, True).lost_clients == ()
 
 
-def test_heartbeat_tells_that_the_run_has_ended_or_never_was(run):
+def test_heartbeat_reports_an_ended_or_unknown_run(run):
     worker = run.join()
     run.coordinator.end("done", 60, 1)
     assert worker.heartbeat(["c0"], 60, None, True).run_state == "ended"
@@ -517,7 +519,7 @@ def test_heartbeat_tells_that_the_run_has_ended_or_never_was(run):
 # Endings
 
 
-def test_job_is_closed_as_lapsed_only_while_it_is_open_and_its_lease_is_over(run):
+def test_only_an_open_job_past_its_lease_is_closed_as_expired(run):
     run.join()
     leased, lapsed, posted = run.dispatch(1, lease=60), run.dispatch(2, lease=0), run.posted(3).job
     close = lambda job: run.coordinator.close(job, {"kind": "abandoned", "job": job}, 1, if_lapsed=True)  # noqa: E731
@@ -536,13 +538,13 @@ def test_job_closed_twice_ends_once(chunks, run):
     assert not [n for n in run.names() if n.startswith(("payload:", "job:", "attempt:"))]
 
 
-def test_closing_a_job_leaves_no_trace_but_the_ledger(run):
+def test_closing_a_job_leaves_only_its_ledger_record(run):
     run.join()
     before = run.names()
     job = run.dispatch()
     run.worker().claim(job, 60)
     run.coordinator.close(job, {"kind": "abandoned"}, 1)
-    assert run.names() == before | {"ledger", "turns"}
+    assert run.names() == before | {"ledger", "last_jobs"}
     assert run.client.hget(run.keys.site("c0"), "job") is None
 
 
@@ -553,10 +555,10 @@ def test_closing_keeps_the_assignment_of_a_newer_job(run):
     assert run.client.hget(run.keys.site("c0"), "job") == new.encode()
 
 
-def test_closing_deletes_every_attempts_payload_even_one_that_was_posted_too_large(chunks, run):
+def test_closing_deletes_the_payloads_of_all_attempts(chunks, run):
     worker = run.join()
     first = worker.claim(run.dispatch(), 60)
-    worker.write_blob(run.keys.payload(first.job, first.attempt), run.payload(), 60)  # and dies before its post
+    worker.write_blob(run.keys.payload(first.job, first.attempt), run.payload(), 60)  # the worker dies before its post
     second = worker.claim(first.job, 60)
     oversized = np.zeros(3 * run.manifest.nbytes, np.uint8)
     assert worker.post(second, run.update(oversized), oversized) == ""
@@ -565,7 +567,7 @@ def test_closing_deletes_every_attempts_payload_even_one_that_was_posted_too_lar
     assert not [n for n in run.names() if n.startswith("payload:")]
 
 
-def test_closing_an_entry_whose_job_is_gone_acknowledges_it(run):
+def test_closing_acknowledges_an_entry_whose_job_is_gone(run):
     run.posted()
     [entry] = run.updates()
     run.client.delete(run.keys.job(entry.job))
@@ -574,7 +576,7 @@ def test_closing_an_entry_whose_job_is_gone_acknowledges_it(run):
     assert run.coordinator.ledger() == []
 
 
-def test_job_whose_update_is_there_is_not_closed_as_unposted(run):
+def test_job_with_a_posted_update_is_not_closed_as_unposted(run):
     run.join()
     posted, still_open = run.posted(1).job, run.dispatch(2)
     assert (run.coordinator.is_posted(posted), run.coordinator.is_posted(still_open)) == (True, False)
@@ -584,7 +586,7 @@ def test_job_whose_update_is_there_is_not_closed_as_unposted(run):
     assert len(run.updates()) == 1
 
 
-def test_note_acknowledges_an_entry_once_with_its_record(run):
+def test_ack_with_a_record_is_written_once(run):
     run.coordinator.report("evaluated", b"body")
     [entry] = run.coordinator.receive(0.001)
     assert (entry.kind, entry.body) == ("evaluated", b"body")
@@ -593,7 +595,7 @@ def test_note_acknowledges_an_entry_once_with_its_record(run):
     assert run.coordinator.ledger() == [{"kind": "evaluation"}]
 
 
-def test_note_without_a_record_only_acknowledges(run):
+def test_ack_without_a_record_writes_no_ledger_record(run):
     run.coordinator.report("evaluated", b"")
     [entry] = run.coordinator.receive(0.001)
     assert run.coordinator.ack(entry.id, None)
@@ -610,18 +612,18 @@ def test_commit_that_does_not_follow_the_head_is_refused(run, version):
     with pytest.raises(StoreError, match=f"version {version} does not follow"):
         run.publish(version)
     assert run.coordinator.info().version == 1
-    assert not [n for n in run.names() if "staged" in n], "what was staged for it is gone"
+    assert not [n for n in run.names() if "staged" in n], "the refused commit left staged chunks"
 
 
 def test_committed_version_does_not_expire(chunks, run):
-    """What is staged expires; what is committed stays until a later commit deletes it."""
+    """Staged chunks expire, while committed chunks stay until a later commit deletes them."""
     run.publish(1, state=bytes(40))
     blobs = [name for name in run.names() if name.startswith(("model:", "state:"))]
     assert len(blobs) > chunks
     assert {run.client.ttl(run.keys.pattern.replace("*", name)) for name in blobs} == {-1}
 
 
-def test_commit_repeated_by_the_same_leader_changes_nothing(run):
+def test_commit_repeated_by_its_leader_changes_nothing(run):
     run.posted()
     entries = run.updates()
     assert run.publish(1, entries) == {1}
@@ -637,7 +639,7 @@ def several(run, last, records, merged):
     return run.coordinator.publish(last, run.payload(float(last)), none, lines, {"updates": last}, merged)
 
 
-def test_versions_that_nobody_could_see_are_recorded_and_only_the_last_of_them_is_stored(run):
+def test_intermediate_versions_are_recorded_but_not_stored(run):
     run.join()
     for number, client in ((1, "c0"), (2, "c0"), (3, "c0")):
         run.posted(number, client)
@@ -647,26 +649,26 @@ def test_versions_that_nobody_could_see_are_recorded_and_only_the_last_of_them_i
     assert run.updates() == []
     assert run.coordinator.info().version == 3
     assert run.coordinator.stored_versions() == [3]
-    assert several(run, 3, 3, updates) == {3}, "its answer was lost: it is said again, and nothing changes"
+    assert several(run, 3, 3, updates) == {3}, "a repeated commit, as after a lost reply, had another result"
     assert [r["version"] for r in run.coordinator.ledger()] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(("last", "records"), [(2, 1), (3, 2), (2, 3), (5, 1)])
-def test_versions_that_do_not_begin_after_the_head_are_refused(run, last, records):
+def test_versions_that_do_not_follow_the_head_are_refused(run, last, records):
     with pytest.raises(StoreError, match="does not follow"):
         several(run, last, records, [])
     assert run.coordinator.ledger() == []
 
 
-def test_commit_of_its_predecessors_version_by_a_successor_is_refused(run):
-    """The successor starts from the head, so it never commits that version again."""
+def test_commit_of_an_existing_version_is_refused(run):
+    """A successor starts from the head, so no successor commits an existing version again."""
     run.publish(1)
     successor = dethroned(run)
     with pytest.raises(StoreError):
         successor.publish(1, run.payload(), np.zeros(0, np.uint8), [{"kind": "version"}], {}, [])
 
 
-def test_commit_whose_staged_chunks_expired_is_refused_before_anything_changes(chunks, run, monkeypatch):
+def test_commit_with_expired_chunks_changes_nothing(chunks, run, monkeypatch):
     run.posted()
     before = run.contents()
     monkeypatch.setattr(CoordinatorStore, "begin_blob", lambda self, prefix, buffer, seconds: [])
@@ -675,31 +677,33 @@ def test_commit_whose_staged_chunks_expired_is_refused_before_anything_changes(c
     assert run.contents() == before
 
 
-def test_with_many_open_jobs_it_is_looked_in_every_so_many_commits_what_they_hold(run, monkeypatch):
-    monkeypatch.setattr("fedqueue_coordinator.service.coordinator_store.LOOKED_AT", 2)
+def test_pins_of_many_open_jobs_are_checked_at_intervals(run, monkeypatch):
+    monkeypatch.setattr("fedqueue_coordinator.service.coordinator_store.SCANNED_JOBS", 2)
     worker = run.join()
     claims = [worker.claim(run.dispatch(number), 60) for number in (1, 2, 3, 4, 5)]
     stored = [run.publish(version) for version in range(1, 7)]
-    assert stored == [{0, 1}, {0, 1, 2}, {0, 3}, {0, 3, 4}, {0, 3, 4, 5}, {0, 6}], "with five of them, in each third"
+    assert stored == [{0, 1}, {0, 1, 2}, {0, 3}, {0, 3, 4}, {0, 3, 4, 5}, {0, 6}], (
+        "with five open jobs, pins are checked at every third commit"
+    )
     for claim in claims[1:]:
         run.post(worker, claim)
     run.publish(7, run.updates())
-    assert run.coordinator.stored_versions() == [0, 7], "one is open: in each"
+    assert run.coordinator.stored_versions() == [0, 7], "with one open job, pins are checked at every commit"
     worker.release_base(claims[0])
     run.publish(8)
     models = {name for name in run.names() if name.startswith("model:")}
     assert (run.coordinator.stored_versions(), models) == ([8], {"model:8:0"})
 
 
-def test_version_stays_stored_while_a_job_holds_it_and_no_longer(chunks, run):
-    """I5: a version that some worker has begun to fetch is not deleted under it."""
+def test_version_is_stored_exactly_while_a_job_pins_it(chunks, run):
+    """I5: a version is not deleted during its download by a worker."""
     worker = run.join()
     claim = worker.claim(run.dispatch(1), 60)
     assert run.publish(1) == {0, 1}
     assert run.publish(2) == {0, 2}
     worker.fetch(0, np.empty(run.manifest.nbytes, np.uint8))
     assert run.post(worker, claim) == ""
-    assert run.publish(3) == {0, 3}, "the merge may need the base until the update is committed"
+    assert run.publish(3) == {0, 3}, "the base was deleted before the update was committed"
     assert run.publish(4, run.updates()) == {4}
     assert run.coordinator.stored_versions() == [4]
     models = {n for n in run.names() if n.startswith("model:")}
@@ -708,14 +712,14 @@ def test_version_stays_stored_while_a_job_holds_it_and_no_longer(chunks, run):
         worker.fetch(0, np.empty(run.manifest.nbytes, np.uint8))
 
 
-def test_released_base_is_not_held(run):
+def test_released_base_is_not_pinned(run):
     worker = run.join()
     claim = worker.claim(run.dispatch(1), 60)
     worker.release_base(claim)
     assert run.publish(1) == {1}
 
 
-def test_only_the_attempt_that_holds_the_job_can_release_its_base(run):
+def test_only_the_owning_attempt_can_release_its_base(run):
     worker = run.join()
     first = worker.claim(run.dispatch(1), 60)
     worker.claim(first.job, 60)
@@ -723,7 +727,7 @@ def test_only_the_attempt_that_holds_the_job_can_release_its_base(run):
     assert run.publish(1) == {0, 1}
 
 
-def test_closed_job_holds_no_version(run):
+def test_closed_job_pins_no_version(run):
     worker = run.join()
     claim = worker.claim(run.dispatch(1), 60)
     run.coordinator.close(claim.job, {"kind": "abandoned"}, 1)
@@ -745,7 +749,7 @@ def test_optimizer_state_with_a_missing_chunk_is_an_error(chunks, run):
         run.coordinator.read_optimizer_state(1)
 
 
-def test_error_of_what_travels_behind_a_post_does_not_touch_the_post(run):
+def test_error_of_a_piggybacked_command_does_not_affect_a_post(run):
     worker, payload = run.join(), run.payload()
     run.client.set("text", "no list")
     claim = worker.claim(run.dispatch(), 60)
@@ -754,7 +758,7 @@ def test_error_of_what_travels_behind_a_post_does_not_touch_the_post(run):
     assert not run.client.exists("text")
 
 
-def test_kept_payload_of_a_merged_update_is_moved_where_no_late_post_reaches_it(chunks, run):
+def test_late_post_cannot_change_a_kept_payload(chunks, run):
     claim = run.posted()
     empty = np.zeros(0, np.uint8)
     run.coordinator.publish(1, run.payload(), empty, [{"kind": "version"}], {}, run.updates(), keep_payloads=True)
@@ -765,11 +769,11 @@ def test_kept_payload_of_a_merged_update_is_moved_where_no_late_post_reaches_it(
     assert len([name for name in run.names() if name.startswith("payload:")]) == chunks
 
 
-# Epochs: Redis had lost the run, and a checkpoint of the coordinator's brings it back
+# Epochs: the coordinator restores a run that Redis has lost from a checkpoint
 
 
 def new_epoch(run, version=5):
-    """Redis loses everything; the coordinator that is still there begins epoch 1 from its checkpoint."""
+    """Delete everything in Redis and let the running coordinator start epoch 1 from its checkpoint."""
     run.client.flushdb()
     assert run.coordinator.lead(60)
     run.coordinator.create(run.config.model_dump_json(), run.manifest, epoch=1)
@@ -779,7 +783,7 @@ def new_epoch(run, version=5):
     run.coordinator.publish(version, run.payload(float(version)), empty, [], {"updates": 9}, [])
 
 
-def test_restored_run_goes_on_from_its_version_with_its_ledger_and_job_number(run):
+def test_restored_run_keeps_version_ledger_and_job_number(run):
     new_epoch(run)
     info = run.coordinator.info()
     assert (info.epoch, info.version, info.totals, info.state) == (1, 5, {"updates": 9}, "running")
@@ -789,8 +793,8 @@ def test_restored_run_goes_on_from_its_version_with_its_ledger_and_job_number(ru
     assert run.publish(6) == {6}
 
 
-def test_update_of_an_epoch_that_is_gone_is_refused_by_that_name(run):
-    """Even where the new epoch has a job of the same name, that the same worker holds."""
+def test_update_of_an_old_epoch_is_refused(run):
+    """The update is refused even if the same worker holds a job of the same name in the new epoch."""
     worker = run.join()
     stale = worker.claim(run.dispatch(1), 60)
     new_epoch(run)
@@ -808,9 +812,9 @@ def test_update_of_an_epoch_that_is_gone_is_refused_by_that_name(run):
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 15, 16, 17, 32, 33])
-def test_blob_of_any_size_comes_back_from_its_chunks(run, monkeypatch, nbytes):
-    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 16)
-    monkeypatch.setattr(fedqueue.transport.store, "READ", 7)
+def test_blob_of_any_size_round_trips_through_chunks(run, monkeypatch, nbytes):
+    monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.transport.blob_store, "READ", 7)
     blob = np.arange(nbytes, dtype=np.uint8)
     assert run.coordinator.write_blob("fedqueue:{sample}:blob", blob) == -(-nbytes // 16)
     into = np.full(nbytes, 255, np.uint8)
@@ -819,8 +823,8 @@ def test_blob_of_any_size_comes_back_from_its_chunks(run, monkeypatch, nbytes):
 
 
 def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
-    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 16)
-    monkeypatch.setattr(fedqueue.transport.store, "READ", 7)
+    monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.transport.blob_store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
     run.client.delete("fedqueue:{sample}:blob:1")
     with pytest.raises(BlobMissing, match="blob:1"):
@@ -829,15 +833,15 @@ def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
 
 @pytest.mark.parametrize("size", [39, 41])
 def test_blob_of_another_size_is_refused(run, monkeypatch, size):
-    monkeypatch.setattr(fedqueue.transport.store, "CHUNK", 16)
-    monkeypatch.setattr(fedqueue.transport.store, "READ", 7)
+    monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 16)
+    monkeypatch.setattr(fedqueue.transport.blob_store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(size, np.uint8))
     with pytest.raises(StoreError, match="expected 8"):
         run.coordinator.read_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
 
 
-def test_of_a_blob_that_is_too_large_no_more_than_one_byte_too_many_is_read(run, monkeypatch):
-    """Memory is taken for what is expected, not for what lies there."""
+def test_oversized_blob_is_read_for_at_most_one_extra_byte(run, monkeypatch):
+    """Memory is allocated for the expected size, not for the stored size."""
     run.client.set("fedqueue:{sample}:blob:0", bytes(10_000_000))
     monkeypatch.setattr(run.client, "get", lambda key: pytest.fail("the whole of it was read"))
     tracemalloc.start()
@@ -852,14 +856,14 @@ def test_of_a_blob_that_is_too_large_no_more_than_one_byte_too_many_is_read(run,
 def test_embedded_server_takes_no_value_larger_than_a_chunk(server_client):
     with pytest.raises(redis.RedisError):
         connect("unix://" + server_client.connection_pool.connection_kwargs["path"], retries=0).set(
-            "blob", bytes(fedqueue.transport.store.CHUNK + 1)
+            "blob", bytes(fedqueue.tensors.blobs.CHUNK + 1)
         )
-    assert server_client.set("blob", bytes(fedqueue.transport.store.CHUNK))
+    assert server_client.set("blob", bytes(fedqueue.tensors.blobs.CHUNK))
     server_client.delete("blob")
 
 
 @pytest.mark.parametrize("key", ["registration", "alive"])
-def test_field_of_a_site_larger_than_a_message_is_not_read(run, key):
+def test_oversized_field_of_a_site_is_not_read(run, key):
     run.join()
     run.client.hset(run.keys.site("c0"), key, b"9" * 100_000)
     assert run.coordinator.registrations() == (
@@ -871,7 +875,7 @@ def test_field_of_a_site_larger_than_a_message_is_not_read(run, key):
 # The stream of updates
 
 
-def test_unacknowledged_entries_are_read_again_in_order_and_what_follows_is_not(run):
+def test_unacknowledged_entries_are_reread_in_order(run):
     run.join()
     for number in (1, 2, 3):
         run.posted(number)
@@ -888,18 +892,18 @@ def test_unacknowledged_entries_are_read_again_in_order_and_what_follows_is_not(
     assert [e.kind for e in successor.receive(0.001)] == ["evaluated"]
 
 
-def test_reading_is_bounded_and_goes_on_where_it_stopped(run):
+def test_reading_is_bounded_and_resumes_at_the_next_entry(run):
     for i in range(5):
         run.coordinator.report("evaluated", b"%d" % i)
     assert [e.body for e in run.coordinator.receive(0.001, count=3)] == [b"0", b"1", b"2"]
     assert [e.body for e in run.coordinator.receive(0.001, count=3)] == [b"3", b"4"]
 
 
-def test_waiting_for_entries_ends_when_the_time_is_over(run):
+def test_waiting_for_entries_times_out(run):
     assert run.coordinator.receive(0.0) == []
 
 
-def test_entry_with_garbage_in_its_fields_is_still_an_entry():
+def test_entry_with_invalid_fields_is_returned():
     entry = StreamEntry.from_fields(
         "c0", (b"1-1", {b"kind": b"\xff\xfe", b"attempt": b"many", b"base": b"", b"\xff": b""})
     )
@@ -909,8 +913,8 @@ def test_entry_with_garbage_in_its_fields_is_still_an_entry():
 # Memory
 
 
-def test_number_of_keys_stays_the_same_over_many_versions(chunks, run):
-    """I6: whatever merges, is rejected, lapses or is posted late, it leaves only the ledger."""
+def test_number_of_keys_is_constant_over_many_versions(chunks, run):
+    """I6: jobs that are merged, rejected, expired or posted late leave only ledger records."""
     run.join()
     counts = []
     for version in range(1, 13):
@@ -933,7 +937,7 @@ def test_number_of_keys_stays_the_same_over_many_versions(chunks, run):
     assert run.coordinator.jobs() == []
 
 
-def test_ledger_is_read_in_the_order_in_which_it_was_written(run):
+def test_ledger_is_read_in_the_order_of_writing(run):
     for i in range(20):
         run.client.xadd(run.keys.ledger, {"record": msgpack.packb({"number": i})})
     assert [r["number"] for r in run.coordinator.ledger()] == list(range(20))

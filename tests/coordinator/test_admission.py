@@ -1,24 +1,25 @@
-"""What may be merged, and each reason why not: as a verdict on one update, and with a run around it that goes on."""
+"""Admission: each reason for rejecting an update, tested on a header alone and in a run."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from builders import EXAMPLES, MANIFEST, make_frame, make_header, of_kind, same_bits, start
 
-from fedqueue.protocol.messages import pack
+from fedqueue.protocol.msgpack import pack
 from fedqueue.tensors.codec import Codec
-from fedqueue_coordinator.core import admission
-from fedqueue_coordinator.core.admission import Inadmissible, admit_frame, admit_header
-from fedqueue_coordinator.core.events import Acknowledge, Close, Dispatch, Load, Stop, UpdateArrived
+from fedqueue_coordinator.core.admission import Inadmissible, admit_delta, admit_header
+from fedqueue_coordinator.core.events import Acknowledge, Close, Dispatch, Load, Stop
+from fedqueue_coordinator.core.reasons import RejectionReason
+from tests.support.builders import EXAMPLES, MANIFEST, make_frame, make_header, of_kind, same_bits
+from tests.support.federation_run import make_arrived, start
 
 VERSION, MAX_STALENESS = 5, 3
 
 
 def verdict(base=VERSION, body=None, **header):
-    """The header's verdict at version 5, for a client of 10 examples: "" where it is admitted."""
-    event = UpdateArrived("1-0", "run-00000001", 1, "c0", base, make_header(**header) if body is None else body)
+    """Return the reason for rejecting a header at version 5, of a client with 10 examples; "" if it is admitted."""
+    event = make_arrived("1-0", "run-00000001", "c0", base, make_header(**header) if body is None else body)
     try:
         admit_header(event, Codec(MANIFEST), VERSION, MAX_STALENESS, EXAMPLES)
     except Inadmissible as inadmissible:
@@ -30,41 +31,41 @@ def verdict(base=VERSION, body=None, **header):
 
 
 @pytest.mark.parametrize("base", [5, 4, 2])
-def test_update_up_to_the_greatest_staleness_is_admitted(base):
+def test_update_at_the_maximum_staleness_is_admitted(base):
     assert verdict(base) == ""
 
 
 @pytest.mark.parametrize("base", [1, 0])
-def test_staler_update_is_stale(base):
-    assert verdict(base) == admission.STALE
+def test_update_beyond_the_maximum_staleness_is_rejected(base):
+    assert verdict(base) == RejectionReason.STALE
 
 
 @pytest.mark.parametrize("base", [6, -1])
-def test_base_that_does_not_exist_is_wrong(base):
-    assert verdict(base) == admission.WRONG_BASE
+def test_nonexistent_base_is_rejected(base):
+    assert verdict(base) == RejectionReason.WRONG_BASE
 
 
 @pytest.mark.parametrize("examples", [1, EXAMPLES])
-def test_as_many_examples_as_registered_are_admitted(examples):
+def test_registered_number_of_examples_is_admitted(examples):
     assert verdict(examples=examples) == ""
 
 
-def test_more_examples_than_registered_are_too_many():
-    assert verdict(examples=EXAMPLES + 1) == admission.TOO_MANY_EXAMPLES
+def test_more_examples_than_registered_are_rejected():
+    assert verdict(examples=EXAMPLES + 1) == RejectionReason.TOO_MANY_EXAMPLES
 
 
-def test_training_on_nothing_is_no_update():
-    assert verdict(examples=0) == admission.NO_EXAMPLES
+def test_update_from_zero_examples_is_rejected():
+    assert verdict(examples=0) == RejectionReason.NO_EXAMPLES
 
 
 @pytest.mark.parametrize("nbytes", [0, MANIFEST.nbytes - 8, MANIFEST.nbytes + 8, 2**52])
-def test_payload_of_another_size_is_wrong(nbytes):
-    assert verdict(nbytes=nbytes) == admission.WRONG_SIZE
+def test_wrong_payload_size_is_rejected(nbytes):
+    assert verdict(nbytes=nbytes) == RejectionReason.WRONG_SIZE
 
 
 @pytest.mark.parametrize("chunks", [0, 2, 2**20])
-def test_another_number_of_chunks_is_wrong(chunks):
-    assert verdict(chunks=chunks) == admission.WRONG_SIZE
+def test_wrong_number_of_chunks_is_rejected(chunks):
+    assert verdict(chunks=chunks) == RejectionReason.WRONG_SIZE
 
 
 @pytest.mark.parametrize(
@@ -85,33 +86,33 @@ def test_another_number_of_chunks_is_wrong(chunks):
         bytes(65 * 1024),
     ],
 )
-def test_header_that_is_not_one_of_this_protocol_is_malformed(body):
-    assert verdict(body=body) == admission.MALFORMED
+def test_header_outside_the_protocol_is_malformed(body):
+    assert verdict(body=body) == RejectionReason.MALFORMED
 
 
 # The payload
 
 
 def test_norm_of_an_admitted_update_is_that_of_its_parameters():
-    assert admit_frame(make_frame([3.0, -4.0], mean=100.0, variance=100.0)) == pytest.approx(5.0)
+    assert admit_delta(make_frame([3.0, -4.0], mean=100.0, variance=100.0)) == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
-@pytest.mark.parametrize("place", range(4))
-def test_value_that_is_not_finite_is_found_wherever_it_is(place, value):
-    """Also one whose square overflows: no training leads there."""
+@pytest.mark.parametrize("index", range(4))
+def test_non_finite_value_is_found_at_any_position(index, value):
+    """A value whose square overflows is treated as non-finite, because no training produces such a value."""
     frame = make_frame()
-    frame.floats[place] = value
-    with pytest.raises(Inadmissible, match=admission.NON_FINITE):
-        admit_frame(frame)
+    frame.floats[index] = value
+    with pytest.raises(Inadmissible, match=RejectionReason.NON_FINITE):
+        admit_delta(frame)
 
 
 def test_infinities_of_both_signs_do_not_cancel():
-    with pytest.raises(Inadmissible, match=admission.NON_FINITE):
-        admit_frame(make_frame([math.inf, -math.inf]))
+    with pytest.raises(Inadmissible, match=RejectionReason.NON_FINITE):
+        admit_delta(make_frame([math.inf, -math.inf]))
 
 
-# In a run: nothing is merged, the reason is written down, and the run goes on
+# In a run: a rejected update is not merged, the ledger has the reason, and the run continues
 
 NOT_FINITE = make_frame([1.0, math.nan])
 BAD_BUFFER = make_frame(1.0, variance=math.inf)
@@ -128,15 +129,15 @@ BAD = {
     "unreadable": ("unreadable", {"update": None}),
 }
 MODES = {
-    "fedasync": {"mode": "fedasync"},
-    "fedbuff": {"mode": "fedbuff", "buffer_size": 2},
-    "fedavg": {"mode": "fedavg", "cohort_size": 2},
+    "fedasync": {"strategy": "fedasync"},
+    "fedbuff": {"strategy": "fedbuff", "buffer_size": 2},
+    "fedavg": {"strategy": "fedavg", "cohort_size": 2},
 }
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fault", BAD)
-def test_bad_update_is_rejected_with_its_reason_and_the_run_goes_on(fault, mode):
+def test_bad_update_is_rejected_and_the_run_continues(fault, mode):
     reason, posted = BAD[fault]
     run = start("c0", "c1", clients={"count": 2}, aggregation=MODES[mode])
     job = run.job_of("c0")
@@ -160,13 +161,13 @@ def test_bad_update_is_rejected_with_its_reason_and_the_run_goes_on(fault, mode)
 
 
 @pytest.mark.parametrize("fault", ["malformed", "wrong size", "too many examples"])
-def test_payload_of_a_bad_header_is_never_asked_for(fault):
+def test_payload_of_a_rejected_header_is_never_requested(fault):
     run = start("c0")
     assert not of_kind(run.post("c0", **BAD[fault][1]), Load)
 
 
 def test_rejection_leaves_the_buffer_as_it_was():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedbuff", "buffer_size": 2})
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedbuff", "buffer_size": 2})
     run.post("c0", 2.0)
     run.post("c1", NOT_FINITE)
     assert run.federation.buffered == 1
@@ -174,8 +175,8 @@ def test_rejection_leaves_the_buffer_as_it_was():
     assert run.x == 3.0
 
 
-def test_stale_update_is_rejected_and_its_client_gets_a_fresh_job_without_a_rest():
-    aggregation = {"mode": "fedasync", "mixing": "delta", "max_staleness": 1}
+def test_stale_client_gets_a_new_job_without_backoff():
+    aggregation = {"strategy": "fedasync", "mixing": "delta", "max_staleness": 1}
     run = start("c0", "c1", aggregation=aggregation, admission={"max_rejections": 1})
     for _ in range(2):
         run.post("c1", 1.0)
@@ -187,11 +188,11 @@ def test_stale_update_is_rejected_and_its_client_gets_a_fresh_job_without_a_rest
     assert run.federation.next_deadline() is None
 
 
-def test_update_of_no_open_job_is_noted_and_changes_no_slot():
+def test_update_without_an_open_job_changes_no_slot():
     run = start("c0", "c1")
     before = dict(run.federation.open_jobs)
     for job, client in (("run-99999999", "c0"), (run.job_of("c1"), "c0"), (run.job_of("c0"), "stranger")):
-        (note,) = run.tell(UpdateArrived("9-0", job, 1, client, 0, make_header()))
+        (note,) = run.tell(make_arrived("9-0", job, client, 0, make_header()))
         assert isinstance(note, Acknowledge)
         assert (note.record["reason"], note.record["job"], note.entry) == ("unknown_job", job, "9-0")
     assert run.federation.open_jobs == before
@@ -200,22 +201,22 @@ def test_update_of_no_open_job_is_noted_and_changes_no_slot():
 
 @pytest.mark.parametrize("buffer_size", [1, 2])
 def test_second_update_of_the_same_job_is_not_merged(buffer_size):
-    """Whether the first one is still in the buffer or merged already."""
-    run = start("c0", aggregation={"mode": "fedbuff", "buffer_size": buffer_size})
+    """The first update may be in the buffer, or merged already."""
+    run = start("c0", aggregation={"strategy": "fedbuff", "buffer_size": buffer_size})
     job = run.job_of("c0")
     run.post("c0", 1.0)
     x, buffered = run.x, run.federation.buffered
-    run.tell(UpdateArrived("9-0", job, 1, "c0", 0, make_header()))
+    run.tell(make_arrived("9-0", job, "c0", 0, make_header()))
     assert run.rejections == ["unknown_job"]
     assert (run.x, run.federation.buffered) == (x, buffered)
 
 
-def test_update_of_a_client_that_left_is_held_to_what_it_had_registered():
-    run = start("c0", aggregation={"mode": "fedasync"})
+def test_update_after_leaving_must_match_the_registration():
+    run = start("c0", aggregation={"strategy": "fedasync"})
     job = run.job_of("c0")
     run.alive.clear()
-    run.restart()  # the successor knows the job and the registration, and sees no client
-    run.tell(UpdateArrived("9-0", job, 1, "c0", 0, make_header(examples=EXAMPLES + 1)))
+    run.restart()  # the successor has the job and the registration, but no live client
+    run.tell(make_arrived("9-0", job, "c0", 0, make_header(examples=EXAMPLES + 1)))
     assert run.rejections == ["too_many_examples"]
 
 
@@ -223,13 +224,13 @@ def test_update_after_the_end_is_acknowledged_and_not_merged():
     run = start("c0", "c1")
     job = run.job_of("c0")
     run.stop()
-    assert run.tell(UpdateArrived("9-0", job, 1, "c0", 0, make_header())) == [Acknowledge("9-0", None)]
+    assert run.tell(make_arrived("9-0", job, "c0", 0, make_header())) == [Acknowledge("9-0", None)]
     assert run.endings[job] == "run_ended"
     assert (run.federation.version, run.x) == (0, 0.0)
 
 
 def test_buffered_updates_are_rejected_when_the_run_ends():
-    run = start("c0", "c1", aggregation={"mode": "fedbuff", "buffer_size": 3})
+    run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 3})
     run.post("c0", 1.0)
     run.stop()
     assert run.rejections == ["run_ended"]
@@ -241,10 +242,10 @@ def test_buffered_updates_are_rejected_when_the_run_ends():
 BACKOFF = {"backoff_seconds": 1.0, "max_client_failures": 3}
 
 
-def test_rejected_client_rests_twice_as_long_each_time():
+def test_backoff_doubles_with_each_rejection():
     run = start("c0", "c1", dispatch=BACKOFF, admission={"max_rejections": 3})
     run.post("c0", NOT_FINITE)
-    assert run.has_job("c0")  # its slot was free, and given away, before the payload was read
+    assert run.has_job("c0")  # the client got a new job when its update arrived, before the payload was read
     run.post("c0", NOT_FINITE)
     assert not run.has_job("c0")
     run.tick(1.0)
@@ -254,14 +255,14 @@ def test_rejected_client_rests_twice_as_long_each_time():
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_client_whose_every_update_is_rejected_is_set_aside(fault):
+def test_client_is_excluded_after_repeated_rejections(fault):
     _, posted = BAD[fault]
     run = start("c0", "c1", dispatch=BACKOFF, admission={"max_rejections": 3})
     for _ in range(10):
         if run.has_job("c0"):
             run.post("c0", **posted)
         run.tick(60)
-    assert sum(run.federation.rejected.values()) == 3 + 1  # its next job was given away before the third was read
+    assert sum(run.federation.rejected.values()) == 3 + 1  # the next job preceded the third verdict
     assert run.federation.stopped is None
     run.tick(1e9)
     assert not run.has_job("c0")
@@ -270,7 +271,7 @@ def test_client_whose_every_update_is_rejected_is_set_aside(fault):
     assert run.federation.version == 1
 
 
-def test_merged_update_clears_the_failures_before_it():
+def test_merged_update_clears_earlier_failures():
     run = start("c0", dispatch={"backoff_seconds": 1.0}, admission={"max_rejections": 2})
     for _ in range(5):
         run.post("c0", NOT_FINITE)
@@ -281,8 +282,8 @@ def test_merged_update_clears_the_failures_before_it():
     assert run.federation.version == 5
 
 
-def test_client_that_does_well_after_it_was_set_aside_is_asked_again():
-    """It was given a job before the update that set it aside was read; that job's update is merged."""
+def test_excluded_client_is_selected_again_after_a_success():
+    """The client got a job before the update that excluded it was read; the update of that job is merged."""
     run = start("c0", "c1", admission={"max_rejections": 1})
     run.post("c0", NOT_FINITE)
     assert run.has_job("c0")
@@ -291,7 +292,7 @@ def test_client_that_does_well_after_it_was_set_aside_is_asked_again():
     assert run.has_job("c0")
 
 
-def test_run_stops_as_failed_when_every_client_is_set_aside():
+def test_run_fails_when_every_client_is_excluded():
     run = start("c0", "c1", dispatch=BACKOFF, admission={"max_rejections": 3})
     for client in ("c0", "c1") * 5:
         if run.has_job(client):

@@ -1,25 +1,26 @@
-"""FedAsync, FedBuff and FedAvg against the oracle and by hand, without a federation around them."""
+"""FedAsync, FedBuff and FedAvg compared with the oracle and with results by hand, without a federation."""
 
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-from builders import make_config, make_frame
 
-from fedqueue.config.aggregation import MODES, ServerOptimizerConfig
+from fedqueue.config.aggregation import STRATEGIES, ServerOptimizerConfig
 from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.tensors.codec import upward
-from fedqueue.tensors.frame import BUFFER, COUNTER, PARAMETER, Frame, Manifest, TensorSpec
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import BUFFER, COUNTER, PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import AGGREGATORS, make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from tests.support import oracle
+from tests.support.builders import make_config, make_frame
 
 FUNCTIONS = sorted(oracle.STALENESS)
 
 
 def merge(aggregator, model, *contributions):
-    """One version from these contributions, with SGD at rate 1; returns their weights."""
+    """Make one version from `contributions`, with SGD at learning rate 1; return the weights of the contributions."""
     accumulator = aggregator.init(model.manifest)
     weights = [aggregator.add(accumulator, contribution, model) for contribution in contributions]
     ServerOptimizer(ServerOptimizerConfig(), model).step(aggregator.finish(accumulator, model))
@@ -27,19 +28,19 @@ def merge(aggregator, model, *contributions):
 
 
 def fedasync(**options):
-    return make_aggregator(make_config(aggregation={"mode": "fedasync", **options}))
+    return make_aggregator(make_config(aggregation={"strategy": "fedasync", **options}))
 
 
 def fedbuff(**options):
-    return make_aggregator(make_config(aggregation={"mode": "fedbuff", **options}))
+    return make_aggregator(make_config(aggregation={"strategy": "fedbuff", **options}))
 
 
 def fedavg(cohort=2):
-    return make_aggregator(make_config(aggregation={"mode": "fedavg", "cohort_size": cohort}))
+    return make_aggregator(make_config(aggregation={"strategy": "fedavg", "cohort_size": cohort}))
 
 
 def numbers(seed, *shape):
-    """Reproducible float32 values, as float64."""
+    """Return reproducible float32 values, as float64."""
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32).astype(np.float64)
 
 
@@ -85,7 +86,7 @@ def test_fedbuff_follows_the_formula(normalize, by_examples, function):
         np.testing.assert_allclose(model.parameters.numpy(), x, rtol=1e-5, atol=1e-6)
 
 
-def test_fedavg_is_the_mean_of_the_clients_models_weighted_by_examples():
+def test_fedavg_is_the_example_weighted_mean_of_models():
     model = make_frame(numbers(0, 2))
     x = model.parameters.numpy().astype(np.float64)
     for version in range(4):
@@ -134,7 +135,7 @@ def test_fedasync_mixes_the_clients_model_in():
     assert model.parameters.tolist() == [6.0, 6.0]  # 3/4 · 4 + 1/4 · (4 + 8)
 
 
-def test_fedasync_pulls_back_towards_a_stale_clients_model():
+def test_fedasync_interpolates_towards_a_stale_clients_model():
     model = make_frame(4.0)
     stale = Contribution(make_frame(2.0), 10, 3, base=make_frame(0.0))
     merge(fedasync(alpha=1.0), model, stale)  # s(3) = 1/2
@@ -158,8 +159,8 @@ def test_fedasync_by_delta_ignores_the_base():
         ("weights", True, (8 * 1 + 4 * 6 / 2) / 4),
     ],
 )
-def test_fedbuff_divides_by_what_normalize_says(normalize, by_examples, expected):
-    """Δ = 8 fresh from 1 example, and Δ = 4 at staleness 3 (weight 1/2) from 6 examples."""
+def test_fedbuff_divisor_follows_normalize(normalize, by_examples, expected):
+    """One update has Δ = 8, staleness 0 and 1 example; the other has Δ = 4, staleness 3 (weight 1/2) and 6 examples."""
     model = make_frame(0.0)
     aggregator = fedbuff(buffer_size=2, normalize=normalize, weight_by_examples=by_examples)
     merge(aggregator, model, Contribution(make_frame(8.0), 1, 0), Contribution(make_frame(4.0), 6, 3))
@@ -172,7 +173,7 @@ def test_fedavg_ignores_staleness_and_the_configured_weights():
     assert model.parameters.tolist() == [5.0, 5.0]
 
 
-def test_accumulator_starts_again_after_each_version():
+def test_accumulator_is_reset_after_each_version():
     aggregator, model = fedbuff(buffer_size=2), make_frame(0.0)
     accumulator, server = aggregator.init(model.manifest), ServerOptimizer(ServerOptimizerConfig(), model)
     for expected in (3.0, 6.0):
@@ -183,7 +184,7 @@ def test_accumulator_starts_again_after_each_version():
         assert model.parameters.tolist() == [expected, expected]
 
 
-def test_update_is_left_as_it_was():
+def test_merging_leaves_the_update_unchanged():
     update, base, model = make_frame([1.0, 2.0], 3.0, 4.0, 5), make_frame(1.0), make_frame(2.0)
     before = [frame.buffer.copy() for frame in (update, base)]
     merge(fedasync(), model, Contribution(update, 10, 1, base))
@@ -200,8 +201,8 @@ def test_fresh_buffers_become_the_mean_of_the_clients():
     assert model.buffers.tolist() == [2.0, 4.0]
 
 
-def test_batchnorm_statistics_are_not_overwritten_by_the_last_client():
-    """Known fault: whoever came last decided the running statistics."""
+def test_batchnorm_statistics_are_averaged_not_overwritten():
+    """Known fault of other systems: the last client's running statistics replaced those of all others."""
     outcomes = []
     for variances in ((1.0, 3.0), (3.0, 1.0)):
         model = make_frame(variance=1.0)
@@ -210,14 +211,14 @@ def test_batchnorm_statistics_are_not_overwritten_by_the_last_client():
     assert outcomes == [2.0, 2.0]
 
 
-def test_stale_statistics_leave_a_part_of_the_present_value():
+def test_stale_statistics_are_mixed_with_the_current_value():
     model = make_frame(variance=8.0)
     merge(fedasync(alpha=0.5), model, Contribution(make_frame(variance=4.0), 10, 3, base=make_frame()))
     assert model.buffers[1].item() == 7.0  # 3/4 · 8 + 1/4 · 4
 
 
 @pytest.mark.parametrize("mode", [{"buffer_size": 1}, {"buffer_size": 1, "normalize": "weights"}])
-def test_variance_that_collapses_does_not_fall_below_zero_by_rounding(mode):
+def test_near_zero_variance_does_not_round_below_zero(mode):
     model = make_frame(variance=1.0)
     for large in (1e4, 123456.7, 3e30):
         model.buffers[1] = large
@@ -225,25 +226,25 @@ def test_variance_that_collapses_does_not_fall_below_zero_by_rounding(mode):
         assert 0 < model.buffers[1].item() <= 1.1e-9
 
 
-def test_counters_take_the_maximum_of_the_model_and_the_clients():
+def test_counters_are_the_maximum_of_model_and_clients():
     for steps, expected in (((3, 9, 5), 9), ((1, 2, 1), 7)):
         model = make_frame(steps=7)
         merge(fedbuff(buffer_size=3), model, *[Contribution(make_frame(steps=n), 10, 0) for n in steps])
         assert model.counters.tolist() == [expected]
 
 
-# Known faults
+# Known faults of other systems
 
 
-def test_buffer_is_divided_and_not_only_summed():
+def test_buffer_sum_is_divided():
     model = make_frame(0.0)
     merge(fedbuff(buffer_size=4), model, *[Contribution(make_frame(8.0), 10, 0)] * 4)
     assert model.parameters.tolist() == [8.0, 8.0]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_alpha_is_not_multiplied_by_the_staleness_weight_cumulatively(function):
-    """Known fault: after enough stale updates the mixing weight had vanished."""
+def test_staleness_weight_does_not_accumulate_in_alpha(function):
+    """Known fault of other systems: after enough stale updates the mixing weight was almost 0."""
     aggregator = fedasync(alpha=0.6, mixing="delta", staleness={"function": function})
     model = make_frame(0.0)
     for _ in range(50):
@@ -254,7 +255,7 @@ def test_alpha_is_not_multiplied_by_the_staleness_weight_cumulatively(function):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_fresh_update_is_not_damped(function):
-    """Known fault: 1 / (1 + τ + 1), or a sigmoid, weighted a fresh update 0.5."""
+    """Known fault of other systems: 1 / (1 + τ + 1), or a sigmoid, gave a fresh update the weight 0.5."""
     aggregator = fedbuff(buffer_size=1, staleness={"function": function})
     model = make_frame(0.0)
     assert merge(aggregator, model, Contribution(make_frame(4.0), 10, 0)) == [1.0]
@@ -262,8 +263,8 @@ def test_fresh_update_is_not_damped(function):
 
 
 @pytest.mark.parametrize("by_examples", [False, True])
-def test_buffer_of_hopelessly_stale_updates_has_a_mean_all_the_same(by_examples):
-    """e^−1000 is 0 in any float: without a smallest weight, Σ w = 0 would divide 0."""
+def test_buffer_of_very_stale_updates_still_has_a_mean(by_examples):
+    """e^−1000 is 0 in float64, so without a minimum weight the mean would be 0 / 0."""
     staleness = {"function": "exponential", "a": 10.0}
     aggregator = fedbuff(buffer_size=2, normalize="weights", weight_by_examples=by_examples, staleness=staleness)
     model = make_frame(1.0)
@@ -273,9 +274,9 @@ def test_buffer_of_hopelessly_stale_updates_has_a_mean_all_the_same(by_examples)
 
 
 def test_every_mode_of_the_configuration_has_an_aggregator():
-    for mode in MODES:
-        assert make_aggregator(make_config(aggregation={"mode": mode})).name == mode
-    assert set(AGGREGATORS) == set(MODES)
+    for mode in STRATEGIES:
+        assert make_aggregator(make_config(aggregation={"strategy": mode})).name == mode
+    assert set(AGGREGATORS) == set(STRATEGIES)
 
 
 # Encoded updates
@@ -291,10 +292,10 @@ LONG = Manifest(
 
 @pytest.mark.parametrize("name", [*DENSE, *SPARSE])
 @pytest.mark.parametrize("aggregator", [fedasync(alpha=0.6, mixing="delta"), fedbuff(buffer_size=3), fedavg(3)])
-def test_encoded_updates_are_merged_piece_by_piece_to_what_the_mean_of_the_decoded_ones_is(aggregator, name):
-    """300,000 parameters are three pieces; the oracle sums whole vectors in float64."""
+def test_encoded_merge_equals_the_mean_of_decoded_updates(aggregator, name):
+    """The 300,000 parameters span three pieces; the oracle sums whole vectors in float64."""
     assert aggregator.takes_pieces
-    codec = upward(CompressionConfig(up=name, k=0.1), LONG)
+    codec = upward(CompressionConfig(uplink=name, topk_ratio=0.1), LONG)
     model, deltas = Frame(LONG), []
     model.buffers.fill_(1.0)
     for i in range(aggregator.buffer_size):

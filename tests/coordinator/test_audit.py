@@ -1,22 +1,22 @@
-"""An audit finds each way in which the books of a run can be wrong, and nothing in books that are right."""
+"""An audit finds each kind of wrong ledger, and reports no problem for a correct one."""
 
 from __future__ import annotations
 
 import json
 from copy import deepcopy
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from builders import MANIFEST, make_config, make_frame
 
 from fedqueue.errors import RunNotFound
 from fedqueue.tensors.frame import Frame
-from fedqueue_coordinator.operator.audit.audit import AuditInput, audit, ok, read_audit_input
+from fedqueue_coordinator.operator.audit.audit import audit, ok
+from fedqueue_coordinator.operator.audit.audit_input import AuditInput, read_audit_input
 from fedqueue_coordinator.operator.audit.replay import replay
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.builders import MANIFEST, make_config, make_frame
 
 
 def job(number: int, epoch: int = 0) -> str:
@@ -56,7 +56,7 @@ def problems(audit_input: AuditInput) -> dict[str, list[str]]:
     return found
 
 
-def test_books_that_are_right_pass():
+def test_correct_ledger_passes_the_audit():
     assert ok(audit(RIGHT)), problems(RIGHT)
 
 
@@ -80,7 +80,7 @@ def test_each_violation_is_found_and_named(name, change, says):
     assert says in problems(audit_input)[name]
 
 
-def test_jobs_of_another_epoch_are_counted_from_where_it_started():
+def test_audit_counts_jobs_from_the_start_of_an_epoch():
     ledger = [version(1, job(1)), lost(job(2))]
     epoch = {"kind": "epoch", "epoch": 1, "version": 1, "job_number": 2, "seconds": 1.0}
     audit_input = replace(
@@ -93,21 +93,21 @@ def test_jobs_of_another_epoch_are_counted_from_where_it_started():
     )
 
 
-def test_refused_entries_that_are_of_no_job_end_none():
-    refused = {"kind": "rejected", "job": "", "client": "c", "reason": "forged"}  # a registration, say
+def test_rejected_entry_without_a_job_ends_no_job():
+    refused = {"kind": "rejected", "job": "", "client": "c", "reason": "forged"}  # for example a registration
     audit_input = replace(RIGHT, ledger=[*RIGHT.ledger, refused, refused])
     assert ok(audit(audit_input)), problems(audit_input)
 
 
-def test_refused_forgery_is_no_ending_of_a_job():
+def test_rejected_forgery_does_not_end_the_job():
     forged = {"kind": "rejected", "job": job(1), "client": "c", "reason": "unknown_job"}
     assert ok(audit(replace(RIGHT, ledger=[*RIGHT.ledger, forged])))
 
 
 @pytest.fixture
 def run():
-    """Two versions of FedAsync over the small model: configuration, ledger, payloads, the model at the end."""
-    config = make_config(aggregation={"mode": "fedasync", "alpha": 0.5, "mixing": "model"})
+    """Return two versions of FedAsync over the small model: configuration, ledger, payloads and the last model."""
+    config = make_config(aggregation={"strategy": "fedasync", "alpha": 0.5, "mixing": "model"})
     payloads = {job(n): make_frame([float(n), -1.0], mean=n, variance=2.0, steps=n) for n in (1, 2)}
     lines = [
         {"job": job(1), "client": "c", "attempt": 1, "base": 0, "staleness": 0, "examples": 10, "weight": 0.5},
@@ -132,7 +132,7 @@ def replayed(run, ledger=None, payloads=None, end: Frame | None = None):
     return replay(config, ledger or recorded, first.copy(), read, end)
 
 
-def test_replay_gives_what_the_formula_gives_and_the_same_bits_again(run):
+def test_replay_matches_the_formula_and_is_deterministic(run):
     config, ledger, kept, first, expected = run
     end = first.copy()
     replay(config, ledger, end, lambda n, a: kept[n].buffer, end)
@@ -141,7 +141,7 @@ def test_replay_gives_what_the_formula_gives_and_the_same_bits_again(run):
     assert replayed(run).updates == 2
 
 
-def test_replay_finds_another_payload_another_weight_and_another_model(run):
+def test_replay_detects_a_changed_payload_weight_or_model(run):
     _, ledger, kept, _, _ = run
     other = {**kept, job(2): make_frame([2.0, -1.0001], mean=2, variance=2.0, steps=2)}
     assert "the model differs from the replay" in replayed(run, payloads=other).problems[0]
@@ -151,9 +151,9 @@ def test_replay_finds_another_payload_another_weight_and_another_model(run):
     assert replayed(run, end=Frame(MANIFEST)).problems
 
 
-def test_audit_of_a_name_that_is_neither_a_run_nor_a_folder_says_so(tmp_path, monkeypatch):
+def test_audit_of_an_unknown_run_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit.servers", lambda url: [])
+    monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit_input.reachable_servers", lambda url: [])
     with pytest.raises(RunNotFound):
         read_audit_input("nothing", "")
 
@@ -165,15 +165,13 @@ def test_audit_reads_the_results_of_a_folder(tmp_path):
     assert problems(audit_input)["I1"] == ["job run-00000003 was dispatched and has vanished"]
 
 
-def test_code_that_a_configuration_in_redis_names_is_not_run(fake_client, monkeypatch):
-    """Who can write to Redis must not choose what an auditor imports: here there is nothing to import."""
-    config = make_config(aggregation={"mode": "nowhere.to_be:found"}, ledger={"keep_payloads": True})
+def test_audit_does_not_run_code_named_in_redis(fake_client, monkeypatch):
+    """A Redis writer must not choose the code that an auditor imports. Here the named file does not exist."""
+    config = make_config(aggregation={"strategy": "nowhere.to_be:found"}, ledger={"keep_payloads": True})
     store = CoordinatorStore(fake_client, config.name, "me")
     assert store.lead(60)
     store.create(config.model_dump_json(), MANIFEST, 0, config.clients.ids)
     store.publish(0, make_frame().buffer, np.empty(0, np.uint8), [], {}, [])
-    monkeypatch.setattr(
-        "fedqueue_coordinator.operator.audit.audit.servers", lambda url: [SimpleNamespace(client=fake_client)]
-    )
-    (replayed_,) = [check for check in audit(read_audit_input(config.name, "")) if "same bits" in check.says]
+    monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit_input.reachable_servers", lambda url: [fake_client])
+    (replayed_,) = [check for check in audit(read_audit_input(config.name, "")) if "same bits" in check.invariant]
     assert "audit the folder of the run's results" in replayed_.skipped

@@ -1,11 +1,9 @@
-"""CA²FL against a float64 table of every client's last delta, its bound on memory, and its life through a crash."""
+"""CA²FL compared with a float64 table of every client's last delta; the memory bound; the state after a crash."""
 
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-from builders import Died, make_config, make_frame, same_bits, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +13,9 @@ from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.operator.audit.replay import replay
+from tests.support import oracle
+from tests.support.builders import make_config, make_frame, same_bits
+from tests.support.federation_run import Died, start
 
 CLIENTS = ("client-0", "client-1", "client-2", "client-3")
 values = st.floats(-100, 100, width=32)
@@ -22,11 +23,13 @@ arrivals = st.lists(st.tuples(st.sampled_from(CLIENTS), st.tuples(values, values
 
 
 def ca2fl(buffer_size, **options):
-    return make_aggregator(make_config(aggregation={"mode": "ca2fl", "buffer_size": buffer_size, "options": options}))
+    return make_aggregator(
+        make_config(aggregation={"strategy": "ca2fl", "buffer_size": buffer_size, "strategy_options": options})
+    )
 
 
 def run(aggregator, model, arrived, buffer_size):
-    """Merge the arrivals in buffers; returns the accumulator, with its state."""
+    """Merge the arrivals in buffers; return the accumulator and the state in it."""
     accumulator, server = aggregator.init(model.manifest), ServerOptimizer(ServerOptimizerConfig(), model)
     for i in range(0, len(arrived) - len(arrived) % buffer_size, buffer_size):
         for client, delta in arrived[i : i + buffer_size]:
@@ -48,19 +51,19 @@ def test_ca2fl_follows_the_paper_over_any_arrivals(arrived, buffer_size):
     np.testing.assert_allclose(mean, sum(exact.h.values()) / len(CLIENTS), rtol=1e-4, atol=1e-3)
 
 
-def test_by_hand():
-    """N = 4. Δ = 8 from client-0: x = 8, h = 2. Then Δ = 4 from client-1: x = 8 + 2 + 4, and h = 3."""
+def test_ca2fl_matches_two_steps_by_hand():
+    """N = 4. After Δ = 8 from client-0: x = 8, h = 2. After Δ = 4 from client-1: x = 8 + 2 + 4, h = 3."""
     model = make_frame(0.0)
     accumulator = run(ca2fl(1), model, [("client-0", (8.0, 8.0)), ("client-1", (4.0, 4.0))], 1)
     assert model.parameters.tolist() == [14.0, 14.0]
     assert accumulator.state["mean"].tolist() == [3.0, 3.0]
 
 
-def test_once_everybody_was_heard_equal_deltas_make_a_step_of_that_delta():
+def test_ca2fl_step_of_equal_deltas_is_that_delta():
     model = make_frame(0.0)
     arrived = [(client, (1.0, 1.0)) for client in CLIENTS]
     run(ca2fl(4), model, arrived, 4)
-    assert model.parameters.tolist() == [1.0, 1.0]  # a first version in which all take part is FedBuff's mean
+    assert model.parameters.tolist() == [1.0, 1.0]  # a first version with an update of every client is FedBuff's mean
     run_on = [*arrived, *arrived[:2]]
     model = make_frame(0.0)
     run(ca2fl(2), model, run_on, 2)
@@ -73,13 +76,13 @@ def test_first_version_is_that_of_fedbuff():
     other = model.copy()
     run(ca2fl(2), model, arrived, 2)
     constant = {"function": "constant"}
-    aggregation = {"mode": "fedbuff", "buffer_size": 2, "staleness": constant}
+    aggregation = {"strategy": "fedbuff", "buffer_size": 2, "staleness": constant}
     run(make_aggregator(make_config(aggregation=aggregation)), other, arrived, 2)
     assert same_bits(model, other)
 
 
 @given(arrivals, st.integers(1, 3), st.integers(1, 4))
-def test_cache_keeps_to_its_bound_and_its_mean_is_that_of_what_it_holds(arrived, buffer_size, bound):
+def test_ca2fl_cache_is_bounded_and_its_mean_is_exact(arrived, buffer_size, bound):
     state = run(ca2fl(buffer_size, cache_clients=bound), make_frame(), arrived, buffer_size).state
     cached = {name: value.numpy().astype(np.float64) for name, value in state.items() if name.startswith("cache/")}
     assert 0 < len(cached) <= bound
@@ -87,15 +90,15 @@ def test_cache_keeps_to_its_bound_and_its_mean_is_that_of_what_it_holds(arrived,
     np.testing.assert_allclose(state["mean"], sum(cached.values()) / len(CLIENTS), rtol=1e-3, atol=1e-3)
 
 
-def test_client_that_contributed_longest_ago_is_forgotten_first():
+def test_cache_evicts_the_least_recent_contributor():
     order = [0, 1, 0, 2]
     arrived = [(CLIENTS[i], (1.0, 1.0)) for i in order]
     state = run(ca2fl(1, cache_clients=2), make_frame(), arrived, 1).state
     assert {name for name in state if name.startswith("cache/")} == {"cache/client-0", "cache/client-2"}
 
 
-def test_adding_an_update_leaves_the_state_alone():
-    """What no commit has acknowledged is added again after a crash: only a version may change what is remembered."""
+def test_adding_an_update_does_not_change_the_state():
+    """Only `finish` may change the state, because an update without a commit is added again after a crash."""
     aggregator, model = ca2fl(2), make_frame()
     accumulator = run(aggregator, model, [("client-0", (1.0, 2.0)), ("client-1", (3.0, 4.0))], 2)
     before = {name: value.clone() for name, value in accumulator.state.items()}
@@ -105,8 +108,8 @@ def test_adding_an_update_leaves_the_state_alone():
 
 
 @pytest.mark.parametrize("dies_before", range(1, 12))
-def test_cache_survives_a_coordinator_that_dies_anywhere(dies_before):
-    aggregation = {"mode": "ca2fl", "buffer_size": 2}
+def test_cache_survives_a_coordinator_crash_at_any_step(dies_before):
+    aggregation = {"strategy": "ca2fl", "buffer_size": 2}
     posts = [("client-0", 1.0), ("client-1", 2.0), ("client-0", 4.0), ("client-2", 8.0), ("client-1", 16.0),
              ("client-0", 32.0)]  # fmt: skip
     whole, broken = (start(*CLIENTS, aggregation=aggregation) for _ in range(2))
@@ -122,8 +125,8 @@ def test_cache_survives_a_coordinator_that_dies_anywhere(dies_before):
     assert whole.federation.optimizer_state == broken.federation.optimizer_state
 
 
-def test_run_is_replayed_to_the_same_bits_by_the_clients_in_its_ledger():
-    run = start(*CLIENTS, aggregation={"mode": "ca2fl", "buffer_size": 2})
+def test_ca2fl_replay_has_the_bits_of_the_run():
+    run = start(*CLIENTS, aggregation={"strategy": "ca2fl", "buffer_size": 2})
     for client, delta in [("client-0", 1.0), ("client-1", 2.0), ("client-0", 4.0), ("client-2", 8.0)]:
         run.post(client, delta)
 
@@ -137,6 +140,6 @@ def test_run_is_replayed_to_the_same_bits_by_the_clients_in_its_ledger():
 
 
 @pytest.mark.parametrize("bound", [-1, 1.5, "all"])
-def test_bound_that_is_none_is_refused(bound):
+def test_invalid_cache_bound_is_refused(bound):
     with pytest.raises(ConfigurationError, match="cache_clients must be an integer of at least 1"):
         ca2fl(1, cache_clients=bound)

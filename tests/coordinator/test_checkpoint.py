@@ -1,4 +1,4 @@
-"""The coordinator's copy of a run on its disk."""
+"""Checkpoints: the coordinator's copy of a run on disk."""
 
 from __future__ import annotations
 
@@ -29,38 +29,38 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     return np.array_equal(a.model, b.model) and replace(a, model=b.model) == b
 
 
-def test_checkpoint_comes_back_as_it_was(tmp_path):
+def test_checkpoint_round_trips(tmp_path):
     path = tmp_path / "new" / "checkpoint.safetensors"
     save_checkpoint(path, CHECKPOINT)
     assert same(load_checkpoint(path), CHECKPOINT)
 
 
-def test_checkpoint_of_an_empty_ledger_and_a_stateless_optimizer_comes_back(tmp_path):
+def test_empty_checkpoint_round_trips(tmp_path):
     bare = replace(CHECKPOINT, optimizer_state=b"", ledger=[], unfinished={})
     save_checkpoint(tmp_path / "c", bare)
     assert same(load_checkpoint(tmp_path / "c"), bare)
 
 
-def test_no_file_is_no_checkpoint(tmp_path):
+def test_missing_file_reads_as_no_checkpoint(tmp_path):
     assert load_checkpoint(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 100])
-def test_file_that_is_no_checkpoint_is_refused_by_name(tmp_path, content):
+def test_invalid_checkpoint_error_names_the_file(tmp_path, content):
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"checkpoint\.safetensors"):
         load_checkpoint(path)
 
 
-def test_safetensors_of_something_else_are_refused(tmp_path):
+def test_safetensors_file_of_another_kind_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file({"model": np.zeros(3)}, path)
     with pytest.raises(StoreError, match="no checkpoint of this version"):
         load_checkpoint(path)
 
 
-def test_write_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, CHECKPOINT)
 
@@ -74,7 +74,7 @@ def test_write_that_dies_half_way_leaves_the_old_checkpoint(tmp_path, monkeypatc
     assert load_checkpoint(path).version == 7
 
 
-def test_checkpoints_are_due_every_so_many_seconds_and_deleted_with_the_run(tmp_path):
+def test_checkpoints_are_periodic_and_deleted_at_the_end(tmp_path):
     checkpointer = Checkpointer(tmp_path / "c", seconds=30)
     assert not checkpointer.due(29.9)
     assert checkpointer.due(30)
@@ -84,4 +84,4 @@ def test_checkpoints_are_due_every_so_many_seconds_and_deleted_with_the_run(tmp_
     assert checkpointer.due(60)
     checkpointer.delete()
     assert load_checkpoint(tmp_path / "c") is None
-    assert not Checkpointer(tmp_path / "c", seconds=0).due(1e9)
+    assert not Checkpointer(tmp_path / "c", seconds=None).due(1e9)

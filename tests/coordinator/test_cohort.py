@@ -1,14 +1,15 @@
-"""Rounds that ask more clients than they need, close at a deadline, and count who was late."""
+"""Synchronous rounds: over-selection, the deadline, and late jobs."""
 
 from __future__ import annotations
 
 import pytest
-from builders import of_kind, same_bits, start
 
 from fedqueue_coordinator.core.events import Close, Commit, Dispatch
+from tests.support.builders import of_kind, same_bits
+from tests.support.federation_run import start
 
 FIVE = ("a", "b", "c", "d", "e")
-ROUND = {"mode": "fedavg", "cohort_size": 3}
+ROUND = {"strategy": "fedavg", "cohort_size": 3}
 
 
 def start_round(**dispatch):
@@ -24,11 +25,11 @@ def lateness(run):
 
 
 @pytest.mark.parametrize(("factor", "asked"), [(1.0, 3), (1.3, 4), (1.6, 5), (3.0, 5)])
-def test_round_asks_so_many_times_the_cohort_rounded_up(factor, asked):
+def test_over_selection_multiplies_the_cohort_and_rounds_up(factor, asked):
     assert len(start_round(over_selection=factor).jobs) == asked
 
 
-def test_round_closes_with_the_cohort_and_takes_the_late_one_s_job_back():
+def test_round_closes_with_its_cohort_and_withdraws_late_jobs():
     run = start_round(over_selection=1.3)
     first = training(run)
     for client in first[:2]:
@@ -39,10 +40,10 @@ def test_round_closes_with_the_cohort_and_takes_the_late_one_s_job_back():
     assert (run.federation.version, run.x) == (1, 3.0)
     assert lateness(run) == [(first[3], "late")]
     assert run.federation.abandoned == {"late": 1}
-    assert len(run.jobs) == 4  # the next round, which the late one may be part of
+    assert len(run.jobs) == 4  # the jobs of the next round, which may include the late client
 
 
-def test_late_client_is_not_punished():
+def test_late_client_is_not_penalized():
     run = start_round(over_selection=1.3, max_client_failures=1)
     late = training(run)[3]
     for _ in range(12):
@@ -56,8 +57,8 @@ def test_late_client_is_not_punished():
     assert run.has_job(late)
 
 
-def test_update_posted_before_its_round_closed_and_read_after_is_rejected_as_late():
-    """The close finds it posted, so the job ends when it is read: once, and without a share in the next version."""
+def test_update_read_after_its_round_closed_is_late():
+    """The update is posted before its round closes, and read after. Reading ends the job without a merge."""
     run = start_round(over_selection=1.3)
     first = training(run)
     run.post(first[3], 100.0, unread=True)
@@ -73,7 +74,7 @@ def test_update_posted_before_its_round_closed_and_read_after_is_rejected_as_lat
     assert (run.federation.version, run.x) == (2, 2.0)
 
 
-def test_payload_that_is_loaded_after_its_round_closed_is_rejected_as_late():
+def test_payload_loaded_after_its_round_closed_is_late():
     run = start_round(over_selection=1.3)
     run.holds_loads = True
     for client in training(run):
@@ -85,8 +86,8 @@ def test_payload_that_is_loaded_after_its_round_closed_is_rejected_as_late():
     assert all(line["staleness"] == 0 for line in run.merged)
 
 
-def test_deadline_closes_the_round_with_those_that_came():
-    run = start_round(deadline_seconds=10.0)
+def test_deadline_closes_the_round_with_the_arrived_updates():
+    run = start_round(round_deadline_seconds=10.0)
     first, second, third = training(run)
     run.tick(4.0)
     run.post(first, 2.0)
@@ -100,9 +101,9 @@ def test_deadline_closes_the_round_with_those_that_came():
     assert len(run.jobs) == 3
 
 
-def test_round_that_nobody_came_to_in_time_closes_with_the_first_who_comes():
-    run = start_round(deadline_seconds=10.0)
-    assert run.federation.next_deadline() is None  # nothing could be done at the deadline
+def test_empty_round_past_its_deadline_closes_with_one_update():
+    run = start_round(round_deadline_seconds=10.0)
+    assert run.federation.next_deadline() is None  # without an update the round cannot close
     run.tick(25.0)
     assert run.federation.version == 0
     run.post(training(run)[0], 2.0)
@@ -112,7 +113,7 @@ def test_round_that_nobody_came_to_in_time_closes_with_the_first_who_comes():
 
 
 def test_each_round_has_a_deadline_of_its_own():
-    run = start_round(deadline_seconds=10.0)
+    run = start_round(round_deadline_seconds=10.0)
     run.tick(8.0)
     for client in training(run):
         run.post(client, 1.0)
@@ -125,8 +126,8 @@ def test_each_round_has_a_deadline_of_its_own():
     assert run.federation.version == 2
 
 
-def test_successor_keeps_the_round_s_deadline():
-    run = start_round(deadline_seconds=10.0)
+def test_successor_keeps_the_round_deadline():
+    run = start_round(round_deadline_seconds=10.0)
     run.tick(8.0)
     for client in training(run):
         run.post(client, 1.0)
@@ -136,8 +137,8 @@ def test_successor_keeps_the_round_s_deadline():
     assert run.federation.next_deadline() == 18.0
 
 
-def test_over_selection_with_no_one_late_gives_the_bits_of_a_plain_round():
-    """Of four asked, the same three come: the fourth one's place makes no difference to what is merged."""
+def test_over_selection_without_late_clients_changes_no_bit():
+    """The same three of four selected clients arrive, so the fourth does not change the merged versions."""
     models = []
     for factor in (1.0, 1.3):
         run = start(*"abcd", aggregation=ROUND, clients={"count": 4}, dispatch={"over_selection": factor})
@@ -147,9 +148,9 @@ def test_over_selection_with_no_one_late_gives_the_bits_of_a_plain_round():
     assert same_bits(*models)
 
 
-def test_without_a_barrier_neither_is_heard_of():
+def test_async_run_ignores_over_selection_and_deadline():
     run = start(
-        *FIVE, clients={"count": 5}, dispatch={"over_selection": 2.0, "deadline_seconds": 1.0, "concurrency": 2}
+        *FIVE, clients={"count": 5}, dispatch={"over_selection": 2.0, "round_deadline_seconds": 1.0, "concurrency": 2}
     )
     assert len(run.jobs) == 2
     assert run.federation.next_deadline() is None

@@ -1,11 +1,10 @@
-"""Groups that arrive together: the scheduler's arithmetic by hand, and a federation that follows it."""
+"""FedCompass: assigned steps and groups compared with results by hand, and a federation with this scheduler."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from builders import make_config, of_kind, start
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,36 +12,38 @@ from fedqueue.config.dispatch import FedCompassConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.core.events import Dispatch
 from fedqueue_coordinator.core.fedcompass import FedCompass
+from tests.support.builders import make_config, of_kind
+from tests.support.federation_run import start
 
 CONFIG = FedCompassConfig(min_steps=20, max_steps=100, latest_factor=1.5)
-GROUPED = {"mode": "fedbuff", "staleness": {"function": "constant"}}
+GROUPED = {"strategy": "fedbuff", "staleness": {"function": "constant"}}
 
 
 def compass_of(**seconds):
-    """A scheduler that knows how long a step takes each client."""
+    """Return a FedCompass that knows the seconds per step of each client."""
     return FedCompass(CONFIG, dict(seconds))
 
 
 # The arithmetic
 
 
-def test_first_job_has_the_fewest_steps_and_shows_the_speed():
+def test_first_job_has_minimum_steps_and_measures_the_speed():
     fedcompass = compass_of()
     assert fedcompass.assign("a", 10.0) == 20
-    assert fedcompass.arrived("a", 14.0)  # alone
+    assert fedcompass.arrived("a", 14.0)  # in no group
     assert not fedcompass.groups
     fedcompass.assign("a", 14.0)
     assert fedcompass.groups[0].expected == 14.0 + 100 * 0.2
 
 
-def test_first_of_all_gets_the_most_steps_and_a_group_of_its_own():
+def test_first_client_gets_maximum_steps_and_its_own_group():
     fedcompass = compass_of(a=0.1)
     assert fedcompass.assign("a", 5.0) == 100
     (group,) = fedcompass.groups
     assert (group.expected, group.latest) == (15.0, 20.0)
 
 
-def test_client_joins_the_group_with_as_many_steps_as_it_can_be_on_time_with():
+def test_client_joins_a_group_with_feasible_steps():
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)  # arrives at 10
     assert fedcompass.assign("b", 1.0) == 30  # ⌊9 / 0.3⌋
@@ -50,17 +51,17 @@ def test_client_joins_the_group_with_as_many_steps_as_it_can_be_on_time_with():
     assert group.training == {"a", "b"}
 
 
-def test_of_several_groups_it_takes_the_one_with_the_most_steps():
+def test_client_joins_the_group_that_allows_the_most_steps():
     fedcompass = compass_of(a=0.1, b=0.2, c=0.21)
     fedcompass.assign("b", 0.0)  # arrives at 20
-    fedcompass.assign("a", 0.0)  # could take 200 steps to be there at 20: a group of its own, at 10
+    fedcompass.assign("a", 0.0)  # 200 steps would end at 20, over the maximum: it opens its own group, at 10
     assert [group.expected for group in fedcompass.groups] == [20.0, 10.0]
     assert fedcompass.assign("c", 0.0) == 95  # ⌊20 / 0.21⌋, and not ⌊10 / 0.21⌋
 
 
-def test_fast_client_that_finds_no_group_opens_one_that_meets_the_next_turn_of_another():
+def test_fast_client_without_a_group_opens_an_aligned_one():
     fedcompass = compass_of(slow=1.0, fast=0.2)
-    fedcompass.assign("slow", 0.0)  # alone: 100 steps, expected at 100, at the latest at 150
+    fedcompass.assign("slow", 0.0)  # in its own group: 100 steps, expected at 100, at the latest at 150
     # at 240 the group's latest, 150, and 100 steps of its fastest, 100 s more, are 10 s away: 50 steps of 0.2 s
     fedcompass.groups[0].latest = 241.0
     fedcompass.groups[0].expected = 200.0
@@ -69,14 +70,14 @@ def test_fast_client_that_finds_no_group_opens_one_that_meets_the_next_turn_of_a
     assert fedcompass.groups[1].expected == pytest.approx(250.0)
 
 
-def test_client_too_slow_for_any_group_gets_the_fewest_steps():
+def test_client_too_slow_for_any_group_gets_minimum_steps():
     fedcompass = compass_of(fast=0.01, slow=1.0)
     fedcompass.assign("fast", 0.0)
     assert fedcompass.assign("slow", 0.0) == 20
     assert [group.expected for group in fedcompass.groups] == [1.0, 20.0]
 
 
-def test_speed_is_averaged_with_what_was_known():
+def test_speed_is_averaged_with_the_previous_estimate():
     seconds = {"a": 0.1}
     fedcompass = FedCompass(CONFIG, seconds)
     fedcompass.assign("a", 0.0)
@@ -84,7 +85,7 @@ def test_speed_is_averaged_with_what_was_known():
     assert seconds["a"] == pytest.approx(0.1 + 0.9 * 0.1)
 
 
-def test_group_ends_when_all_have_come():
+def test_group_ends_when_all_members_have_arrived():
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)
     fedcompass.assign("b", 0.0)
@@ -97,7 +98,7 @@ def test_group_ends_when_all_have_come():
     assert not fedcompass.waits("a")
 
 
-def test_group_ends_at_its_latest_arrival_and_who_comes_later_waits_for_nobody():
+def test_group_closes_at_its_latest_arrival():
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)
     fedcompass.assign("b", 0.0)
@@ -120,8 +121,8 @@ def test_group_that_loses_its_last_missing_member_ends():
 
 
 @given(st.lists(st.floats(0.001, 10.0), min_size=1, max_size=8), st.lists(st.integers(0, 7), max_size=40))
-def test_steps_are_within_bounds_and_members_are_expected_at_the_same_time(speeds, order):
-    """Whatever the speeds and the order in which clients come and go."""
+def test_steps_are_bounded_and_arrivals_of_a_group_coincide(speeds, order):
+    """The speeds, and the order in which clients join and leave, are arbitrary."""
     fedcompass = FedCompass(CONFIG, {f"c{i}": seconds for i, seconds in enumerate(speeds)})
     now, out = 0.0, {}
     for i in order:
@@ -136,7 +137,7 @@ def test_steps_are_within_bounds_and_members_are_expected_at_the_same_time(speed
             group = next(group for group in fedcompass.groups if client in group.training)
             arrives = now + steps * seconds
             assert arrives <= group.expected * (1 + 1e-9)
-            assert arrives + seconds > group.expected * (1 - 1e-9)  # one step more would be too late
+            assert arrives + seconds > group.expected * (1 - 1e-9)  # one more step would exceed the expected arrival
             assert group.expected <= group.latest
             out[client] = arrives
         fedcompass.close_groups(now)
@@ -146,7 +147,7 @@ def test_steps_are_within_bounds_and_members_are_expected_at_the_same_time(speed
 
 
 def grouped(*clients, **fedcompass):
-    dispatch = {"schedule": "compass", "compass": {"min_steps": 10, "max_steps": 40, **fedcompass}}
+    dispatch = {"schedule": "fedcompass", "fedcompass": {"min_steps": 10, "max_steps": 40, **fedcompass}}
     return start(*clients, aggregation=GROUPED, clients={"count": len(clients)}, dispatch=dispatch)
 
 
@@ -155,17 +156,17 @@ def steps_of(actions):
 
 
 def test_federation_learns_speeds_and_then_merges_in_groups():
-    """a takes 1 s a step and b 2: a's 40 steps and b's 20 end at the same time, and make one version."""
+    """Client a takes 1 s per step and b 2 s. The 40 steps of a and the 20 of b end together and make one version."""
     run = grouped("a", "b")
     assert steps_of(run.actions) == {"a": 10, "b": 10}
     run.now = 10.0
     actions = run.post("a", 1.0)
-    assert run.federation.version == 1  # alone
+    assert run.federation.version == 1  # in no group
     assert steps_of(actions) == {"a": 40}  # expected at 50
     run.now = 20.0
     actions = run.post("b", 1.0)
     assert run.federation.version == 2
-    assert steps_of(actions) == {"b": 15}  # ⌊30 / 2⌋: at 50 as well
+    assert steps_of(actions) == {"b": 15}  # ⌊30 / 2⌋ steps: b is expected at 50 too
     run.now = 50.0
     assert steps_of(run.post("b", 2.0)) == {}
     assert run.federation.version == 2
@@ -177,7 +178,7 @@ def test_federation_learns_speeds_and_then_merges_in_groups():
     assert steps_of(actions) == {"a": 40, "b": 20}
 
 
-def test_group_is_not_waited_for_beyond_its_latest_arrival():
+def test_federation_closes_a_group_at_its_latest_arrival():
     run = grouped("a", "b", latest_factor=1.5)
     run.now = 10.0
     run.post("a", 1.0)
@@ -191,13 +192,13 @@ def test_group_is_not_waited_for_beyond_its_latest_arrival():
     run.tick(1.0)
     assert run.federation.version == 3
     assert run.has_job("a")
-    run.post("b", 2.0)  # late: it waits in the buffer for the next group, and trains on
+    run.post("b", 2.0)  # late: the update stays in the buffer for the next group, and b gets a new job
     assert run.federation.version == 3
     assert run.has_job("b")
 
 
 @pytest.mark.parametrize("how", ["lapse", "leave", "reject", "fail"])
-def test_group_that_loses_a_member_goes_on_without_it(how):
+def test_group_continues_without_a_lost_member(how):
     run = grouped("a", "b")
     run.now = 10.0
     run.post("a", 1.0)
@@ -218,30 +219,30 @@ def test_group_that_loses_a_member_goes_on_without_it(how):
     assert run.has_job("a")
 
 
-def test_successor_knows_the_speeds_and_begins_new_groups():
+def test_successor_keeps_the_speeds_and_starts_new_groups():
     run = grouped("a", "b")
     run.now = 10.0
     run.post("a", 1.0)
     run.now = 20.0
     run.post("b", 1.0)
     run.restart()
-    assert run.federation.totals.step_seconds == {"a": 1.0, "b": 2.0}
+    assert run.federation.run_counters.step_seconds == {"a": 1.0, "b": 2.0}
     run.now = 50.0
     actions = run.post("a", 1.0)
-    assert run.federation.version == 3  # adopted jobs have no group: each makes a version
+    assert run.federation.version == 3  # a recovered job has no group, so each makes a version
     assert steps_of(actions) == {"a": 40}
     actions = run.post("b", 1.0)
     assert steps_of(actions) == {"b": 20}
 
 
 @pytest.mark.parametrize(
-    "aggregation", [{"mode": "fedavg"}, {"mode": "fedasync"}, {"mode": "fedbuff", "barrier": True}]
+    "aggregation", [{"strategy": "fedavg"}, {"strategy": "fedasync"}, {"strategy": "fedbuff", "barrier": True}]
 )
-def test_compass_needs_a_buffer_without_a_barrier(aggregation):
-    with pytest.raises(ConfigurationError, match=r"dispatch.schedule is 'compass'"):
-        make_config(aggregation=aggregation, dispatch={"schedule": "compass"})
+def test_fedcompass_requires_asynchronous_buffering(aggregation):
+    with pytest.raises(ConfigurationError, match=r"dispatch.schedule is 'fedcompass'"):
+        make_config(aggregation=aggregation, dispatch={"schedule": "fedcompass"})
 
 
-def test_fewest_steps_are_not_more_than_the_most():
-    with pytest.raises(ConfigurationError, match="max_steps is 10, which is below min_steps, 20"):
-        make_config(dispatch={"compass": {"max_steps": 10}})
+def test_minimum_steps_must_not_exceed_maximum_steps():
+    with pytest.raises(ConfigurationError, match="max_steps is 10, below min_steps, 20"):
+        make_config(dispatch={"fedcompass": {"max_steps": 10}})

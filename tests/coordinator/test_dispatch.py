@@ -1,14 +1,15 @@
-"""Who trains next, and who rests."""
+"""Dispatch and backoff: selection of clients for jobs, and pauses after failures."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from builders import of_kind, start
-
 from fedqueue.protocol.keys import job_name
-from fedqueue_coordinator.core.dispatch import Backoff, IdlePool
+from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.events import Dispatch
+from fedqueue_coordinator.core.idle_pool import IdlePool
+from tests.support.builders import of_kind
+from tests.support.federation_run import start
 
 
 def pool(*clients):
@@ -21,7 +22,7 @@ def pool(*clients):
 # The pool
 
 
-def test_client_is_in_the_pool_once_however_often_it_is_offered():
+def test_adding_a_client_twice_keeps_it_in_the_pool_once():
     idle = pool("a", "b", "a")
     assert len(idle) == 2
     idle.discard("a")
@@ -29,7 +30,7 @@ def test_client_is_in_the_pool_once_however_often_it_is_offered():
     assert len(idle) == 1
 
 
-def test_discard_from_any_place_keeps_the_others_sorted():
+def test_discard_at_any_index_keeps_the_pool_sorted():
     for gone in "abcd":
         idle = pool(*"dbac")
         idle.discard(gone)
@@ -38,16 +39,17 @@ def test_discard_from_any_place_keeps_the_others_sorted():
         assert idle.clients == sorted(set("abcd") - {gone})
 
 
-# Rest
+# Backoff
 
 
-def test_rest_doubles_with_each_failure_in_a_row():
+def test_backoff_doubles_with_each_consecutive_failure():
     backoff = Backoff(first_seconds=1.0, max_failures=5)
     now, ends = 0.0, []
     for _ in range(4):
         backoff.failed("a", now)
         assert not backoff.allows("a")
         end = backoff.next_end()
+        assert end is not None
         assert backoff.rested(end - 1e-9) == []
         assert backoff.rested(end) == ["a"]
         assert backoff.allows("a")
@@ -56,7 +58,7 @@ def test_rest_doubles_with_each_failure_in_a_row():
     assert ends == [1.0, 2.0, 4.0, 8.0]
 
 
-def test_success_makes_the_next_rest_short_again():
+def test_success_resets_the_backoff():
     backoff = Backoff(1.0, 5)
     backoff.failed("a", 0.0)
     backoff.failed("a", 0.0)
@@ -66,7 +68,7 @@ def test_success_makes_the_next_rest_short_again():
     assert backoff.next_end() == 101.0
 
 
-def test_client_with_a_second_rest_waits_for_the_longer_one():
+def test_longer_of_two_backoffs_applies():
     backoff = Backoff(1.0, 5)
     backoff.failed("a", 0.0)
     backoff.failed("a", 0.5)
@@ -76,7 +78,7 @@ def test_client_with_a_second_rest_waits_for_the_longer_one():
     assert backoff.allows("a")
 
 
-def test_client_that_failed_too_often_is_set_aside_for_good():
+def test_client_with_too_many_failures_is_excluded():
     backoff = Backoff(1.0, 2)
     backoff.failed("a", 0.0)
     assert not backoff.set_aside("a")
@@ -91,7 +93,7 @@ def test_client_that_failed_too_often_is_set_aside_for_good():
 # In a run
 
 
-def test_as_many_jobs_are_open_as_concurrency_says():
+def test_concurrency_sets_the_number_of_open_jobs():
     run = start("c0", "c1", "c2", "c3", dispatch={"concurrency": 2})
     assert len(run.jobs) == 2
     for _ in range(10):
@@ -99,7 +101,7 @@ def test_as_many_jobs_are_open_as_concurrency_says():
         assert len(run.jobs) == 2
 
 
-def test_one_job_for_each_client_where_concurrency_is_not_set():
+def test_default_concurrency_is_one_job_per_client():
     run = start("c0", "c1", "c2", "c3")
     assert sorted(run.jobs.values()) == ["c0", "c1", "c2", "c3"]
     run.join("c0")
@@ -116,8 +118,8 @@ def test_slot_is_filled_before_the_payload_is_loaded():
     assert [type(action).__name__ for action in run.post("c0", 1.0)] == ["Dispatch", "Load", "Commit"]
 
 
-def test_training_starts_when_the_minimum_of_clients_is_there():
-    run = start("c0", clients={"count": 4, "minimum": 3})
+def test_training_starts_at_the_minimum_number_of_clients():
+    run = start("c0", clients={"count": 4, "min_available": 3})
     assert not run.jobs
     run.join("c1")
     assert not run.jobs
@@ -125,14 +127,14 @@ def test_training_starts_when_the_minimum_of_clients_is_there():
     assert len(run.jobs) == 3
 
 
-def test_training_that_has_started_goes_on_below_the_minimum():
-    run = start("c0", "c1", clients={"count": 4, "minimum": 2})
+def test_started_training_continues_below_the_minimum():
+    run = start("c0", "c1", clients={"count": 4, "min_available": 2})
     run.leave("c1")
     run.post("c0", 1.0)
     assert run.has_job("c0")
 
 
-def test_every_client_is_chosen_in_the_long_run():
+def test_every_client_is_eventually_selected():
     run = start("c0", "c1", "c2", "c3", dispatch={"concurrency": 1})
     for _ in range(200):
         (client,) = run.jobs.values()
@@ -142,7 +144,7 @@ def test_every_client_is_chosen_in_the_long_run():
     assert min(counts.values()) > 25
 
 
-def test_job_names_carry_the_run_and_rise():
+def test_job_names_have_the_run_and_an_increasing_number():
     run = start("c0", name="heart")
     run.post("c0", 1.0)
     dispatched = of_kind(run.actions, Dispatch)

@@ -1,4 +1,4 @@
-"""Which sites the coordinator believes: the files that enrolling, rotating and revoking leave."""
+"""Enrollment: the key files that enrolling, rotating and revoking a client write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def ids(path):
     return [key.id for key in read_public_keys(path)]
 
 
-def test_site_gets_its_key_and_the_coordinators_public_one_and_nothing_else(tmp_path):
+def test_site_gets_only_its_key_and_coordinators_public_key(tmp_path):
     site = enroll(tmp_path, "north")
     assert sorted(f.name for f in site.iterdir()) == ["coordinator.pub", "north.key"]
     assert (site / "north.key").stat().st_mode & 0o777 == 0o600
@@ -25,7 +25,7 @@ def test_site_gets_its_key_and_the_coordinators_public_one_and_nothing_else(tmp_
     assert load_site_identity(site, "run", "session").clients == ["north"]
 
 
-def test_coordinators_key_stays_when_more_sites_are_enrolled(tmp_path):
+def test_enrolling_more_sites_keeps_the_coordinators_key(tmp_path):
     enroll(tmp_path, "north")
     before = (tmp_path / "coordinator.key").read_bytes()
     assert enroll_missing(tmp_path, ["north", "south"]) == ["south"]
@@ -33,20 +33,20 @@ def test_coordinators_key_stays_when_more_sites_are_enrolled(tmp_path):
     assert (tmp_path / "coordinator.key").read_bytes() == before
 
 
-def test_rotation_keeps_the_former_key_and_no_older_one(tmp_path):
+def test_rotation_keeps_only_the_previous_key(tmp_path):
     keys = [read_signing_key(enroll(tmp_path, "north", rotate=i > 0) / "north.key").public.id for i in range(3)]
     assert ids(tmp_path / "clients" / "north.pub") == [keys[2], keys[1]]
     revoke(tmp_path, "north", previous=True)
     assert ids(tmp_path / "clients" / "north.pub") == [keys[2]]
 
 
-def test_new_key_counts_before_the_site_has_it_and_a_first_one_not_before(tmp_path, monkeypatch):
-    """A worker signs with a new key as soon as it lies there; a death in between leaves nobody enrolled without one."""
+def test_rotated_key_is_valid_before_the_site_has_it(tmp_path, monkeypatch):
+    """A worker signs with a new key once the file exists. A crash during enrollment leaves no client without a key."""
     known, save = [], SigningKey.save
-    place = tmp_path / "clients" / "c0.pub"
+    public_file = tmp_path / "clients" / "c0.pub"
 
     def saved(self, path):
-        known.append(place.exists() and self.public in read_public_keys(place))
+        known.append(public_file.exists() and self.public in read_public_keys(public_file))
         save(self, path)
 
     enroll_missing(tmp_path, [])  # the coordinator's own key
@@ -56,7 +56,7 @@ def test_new_key_counts_before_the_site_has_it_and_a_first_one_not_before(tmp_pa
     assert known == [False, True]
 
 
-def test_key_that_a_site_made_itself_is_taken_and_no_private_one_is_made(tmp_path):
+def test_key_made_by_the_site_needs_no_private_copy(tmp_path):
     own = SigningKey.generate()
     write_public_keys(tmp_path / "sent.pub", [own.public])
     site = enroll(tmp_path / "keys", "north", public=tmp_path / "sent.pub")
@@ -64,7 +64,7 @@ def test_key_that_a_site_made_itself_is_taken_and_no_private_one_is_made(tmp_pat
     assert ids(tmp_path / "keys" / "clients" / "north.pub") == [own.public.id]
 
 
-def test_revoked_client_stays_out_when_all_are_enrolled_and_comes_back_by_name(tmp_path):
+def test_revoked_client_returns_only_when_enrolled_by_name(tmp_path):
     enroll(tmp_path, "north")
     revoke(tmp_path, "north")
     identity = load_coordinator_identity(tmp_path, "run")
@@ -78,27 +78,33 @@ def test_revoked_client_stays_out_when_all_are_enrolled_and_comes_back_by_name(t
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        (lambda f: enroll(f, "north"), "CLIENT = 'north': is enrolled already: --rotate makes a new key"),
-        (lambda f: enroll(f, "south", rotate=True), "CLIENT = 'south': is not enrolled yet: leave out --rotate"),
-        (lambda f: enroll(f, "../x"), "CLIENT = '../x': 1 to 64 letters"),
-        (lambda f: enroll(f, "coordinator"), "CLIENT = 'coordinator': another name"),
+        (lambda f: enroll(f, "north"), "CLIENT = 'north': is already enrolled; pass --rotate for a new key"),
+        (lambda f: enroll(f, "south", rotate=True), "CLIENT = 'south': is not enrolled; leave out --rotate"),
+        (lambda f: enroll(f, "../x"), "CLIENT = '../x': must be 1 to 64 letters"),
+        (
+            lambda f: enroll(f, "coordinator"),
+            "CLIENT = 'coordinator': is the name of the coordinator's own keys; choose another name",
+        ),
         (lambda f: revoke(f, "south"), "CLIENT = 'south': is not enrolled"),
         (
             lambda f: load_coordinator_identity(f / "no", "run"),
-            "holds no coordinator.key; `fedqueue enroll` makes keys",
+            "holds no coordinator.key; `fedqueue enroll` makes keys for all",
         ),
         (lambda f: load_site_identity(f, "run", "s"), "holds no CLIENT.key"),
-        (lambda f: read_public_keys(f / "coordinator.key"), "expected lines `ed25519 BASE64` of 32-byte keys"),
+        (
+            lambda f: read_public_keys(f / "coordinator.key"),
+            "not a public key; write lines `ed25519 BASE64` of 32-byte keys",
+        ),
     ],
 )
-def test_mistake_names_what_is_wrong_and_what_to_do(tmp_path, act, message):
+def test_enrollment_error_names_the_problem_and_the_remedy(tmp_path, act, message):
     enroll(tmp_path, "north")
     with pytest.raises(ConfigurationError) as caught:
         act(tmp_path)
     assert message in str(caught.value)
 
 
-def test_damaged_public_key_is_not_the_end_of_everybody_elses_run(tmp_path):
+def test_damaged_public_key_affects_its_client_only(tmp_path):
     enroll(tmp_path, "north")
     identity = load_coordinator_identity(tmp_path, "run")
     (tmp_path / "clients" / "north.pub").write_text("ed25519 nonsense\n")

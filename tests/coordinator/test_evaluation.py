@@ -1,4 +1,4 @@
-"""Central evaluation: of a snapshot, beside the merging, one at a time, and what it reports."""
+"""Central evaluation: one at a time, of a snapshot, in a thread, with a reported result."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import threading
 
 import pytest
 import torch
-from builders import of_kind, start
 
 from fedqueue.task import Task
-from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
+from fedqueue_coordinator.core.evaluation import evaluate
 from fedqueue_coordinator.core.events import Commit, Evaluate, Evaluated
-from fedqueue_coordinator.service.evaluator import Evaluator, evaluate
+from fedqueue_coordinator.service.evaluator import Evaluator
+from tests.support.builders import of_kind
+from tests.support.federation_run import start
 
 CPU = torch.device("cpu")
 
 
 class WeightTask(Task):
-    """The metric is the weight of a model that has only one."""
+    """A task whose metric is the single weight of the model."""
 
     def __init__(self, metrics=None):
         self.metrics = metrics
@@ -37,12 +40,12 @@ def weighing(value):
     return frame
 
 
-def test_task_measures_the_version_that_it_is_given():
+def test_task_evaluates_the_given_version():
     result = evaluate(WeightTask(), 7, weighing(2.5), CPU)
     assert (result.metrics, result.error) == ({"weight": 2.5, "data": 7.0}, "")
 
 
-def test_metrics_that_are_not_finite_are_left_out():
+def test_non_finite_metrics_are_omitted():
     metrics = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": torch.tensor(0.5)}
     assert evaluate(WeightTask(metrics), None, weighing(0.0), CPU).metrics == {"accuracy": 0.5}
 
@@ -56,7 +59,7 @@ def test_metrics_that_are_not_finite_are_left_out():
         ({"x" * 1000: 1.0}, "ValidationError"),
     ],
 )
-def test_evaluation_that_goes_wrong_is_reported_as_an_error(metrics, error):
+def test_failed_evaluation_is_reported_as_an_error(metrics, error):
     result = evaluate(WeightTask(metrics), None, weighing(0.0), CPU)
     assert result.metrics == {}
     assert result.error.startswith(error)
@@ -74,7 +77,7 @@ def test_model_may_change_while_its_snapshot_is_evaluated():
     evaluator = Evaluator(Waiting(), 0, CPU, results.append)
     evaluator.start(3, model)
     model.parameters.fill_(99.0)
-    assert results == []  # `start` did not wait for it
+    assert results == []  # `start` returns before the evaluation ends
     merged.set()
     evaluator.join()
     (result,) = results
@@ -83,7 +86,7 @@ def test_model_may_change_while_its_snapshot_is_evaluated():
     assert (version, snapshot.parameters.item()) == (3, 1.0)
 
 
-def test_evaluations_are_reported_in_their_order():
+def test_evaluations_are_reported_in_order():
     results = []
     evaluator = Evaluator(WeightTask(), 0, CPU, results.append)
     for version in (1, 2, 3):
@@ -93,7 +96,7 @@ def test_evaluations_are_reported_in_their_order():
     assert [(r.version, r.metrics["weight"]) for r in results] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-# When a federation wants one
+# Schedule of evaluations
 
 
 def evaluations(actions):
@@ -105,7 +108,7 @@ def evaluated(run, version):
 
 
 def test_first_version_is_evaluated_and_then_every_nth():
-    run = start("c0", evaluates=True, evaluation={"every": 3})
+    run = start("c0", evaluates=True, evaluation={"every_versions": 3})
     assert evaluations(run.actions) == [0]
     evaluated(run, 0)
     for _ in range(7):
@@ -114,8 +117,8 @@ def test_first_version_is_evaluated_and_then_every_nth():
     assert evaluations(run.actions) == [0, 3, 6]
 
 
-def test_one_evaluation_at_a_time_and_the_newest_version_next():
-    run = start("c0", evaluates=True, evaluation={"every": 1})
+def test_evaluations_run_one_at_a_time_on_the_newest_version():
+    run = start("c0", evaluates=True, evaluation={"every_versions": 1})
     for _ in range(5):
         run.post("c0", 1.0)
     assert evaluations(run.actions) == [0]
@@ -123,7 +126,7 @@ def test_one_evaluation_at_a_time_and_the_newest_version_next():
 
 
 def test_evaluation_by_time_waits_for_a_new_version():
-    run = start("c0", evaluates=True, evaluation={"every": 0, "seconds": 10.0})
+    run = start("c0", evaluates=True, evaluation={"every_versions": "off", "every_seconds": 10.0})
     assert run.federation.next_deadline() == 10.0
     assert evaluations(run.tick(10.0)) == [0]
     evaluated(run, 0)
@@ -133,8 +136,8 @@ def test_evaluation_by_time_waits_for_a_new_version():
     assert evaluations(run.actions) == [0, 1]
 
 
-def test_evaluation_by_time_is_due_so_long_after_the_last():
-    run = start("c0", evaluates=True, evaluation={"every": 0, "seconds": 10.0})
+def test_evaluation_by_time_is_due_an_interval_after_the_last():
+    run = start("c0", evaluates=True, evaluation={"every_versions": "off", "every_seconds": 10.0})
     run.tick(10.0)
     evaluated(run, 0)
     assert evaluations(run.post("c0", 1.0)) == []
@@ -143,17 +146,17 @@ def test_evaluation_by_time_is_due_so_long_after_the_last():
     assert evaluations(run.tick(0.1)) == [1]
 
 
-def test_version_is_measured_before_an_update_that_is_on_its_way_changes_it():
-    """It is due as an update's header arrives: the action comes before the load, for the load may commit."""
-    run = start("c0", evaluates=True, evaluation={"every": 0, "seconds": 10.0})
+def test_due_evaluation_precedes_the_next_merge():
+    """The evaluation is due when the header of an update arrives; a later event merges the update."""
+    run = start("c0", evaluates=True, evaluation={"every_versions": "off", "every_seconds": 10.0})
     run.now = 10.0
     actions = run.post("c0", 1.0)
     wanted = [action for action in actions if isinstance(action, Evaluate | Commit)]
     assert [(type(action), action.version) for action in wanted] == [(Evaluate, 0), (Commit, 1)]
 
 
-def test_successor_measures_the_version_that_it_starts_from_under_its_own_number():
-    run = start("c0", "c1", evaluates=True, aggregation={"mode": "fedbuff", "buffer_size": 2})
+def test_successor_evaluates_its_first_version():
+    run = start("c0", "c1", evaluates=True, aggregation={"strategy": "fedbuff", "buffer_size": 2})
     run.post("c0", 1.0)
     run.restart()  # `Run` checks that the label is the version
     run.post("c1", 1.0)
@@ -161,12 +164,12 @@ def test_successor_measures_the_version_that_it_starts_from_under_its_own_number
     assert evaluated(run, 0) == [1]
 
 
-def test_nothing_is_evaluated_where_the_task_has_no_test_data():
-    run = start("c0", evaluation={"every": 1, "seconds": 1.0})
+def test_task_without_test_data_is_never_evaluated():
+    run = start("c0", evaluation={"every_versions": 1, "every_seconds": 1.0})
     run.post("c0", 1.0)
     run.tick(100.0)
     assert evaluations(run.actions) == []
-    assert run.federation.next_deadline() is None  # a deadline that no evaluation moves would keep the loop spinning
+    assert run.federation.next_deadline() is None  # a deadline that no evaluation moves would make the loop busy-wait
 
 
 def test_newest_evaluation_is_kept():

@@ -1,22 +1,24 @@
-"""FADAS against the paper's formulas in float64, by hand, and what is left of it without its parts."""
+"""FADAS compared with the paper's formulas in float64, with results by hand, and with betas of 0."""
 
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from builders import make_config, make_frame
 
 from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from tests.support import oracle
+from tests.support.builders import make_config, make_frame
 
 
 def fadas(buffer_size=2, **options):
-    return make_aggregator(make_config(aggregation={"mode": "fadas", "buffer_size": buffer_size, "options": options}))
+    return make_aggregator(
+        make_config(aggregation={"strategy": "fadas", "buffer_size": buffer_size, "strategy_options": options})
+    )
 
 
 def merge(aggregator, accumulator, model, *contributions):
@@ -43,7 +45,7 @@ def test_fadas_follows_the_formulas_over_several_versions(threshold):
 
 
 def test_first_step_by_hand():
-    """m = 0.1 · 3, v̂ = 0.01 · 9 with the paper's betas: 0.01 · 0.3 / 0.3, and no bias is corrected."""
+    """m = 0.1 · 3, v̂ = 0.01 · 9 with the paper's betas: 0.01 · 0.3 / 0.3, without bias correction."""
     aggregator, model = fadas(1), make_frame(0.0)
     merge(aggregator, aggregator.init(model.manifest), model, Contribution(make_frame(3.0), 10, 0))
     assert model.parameters.tolist() == pytest.approx([0.01, 0.01], rel=1e-5)
@@ -53,7 +55,7 @@ def test_first_step_by_hand():
     ("rule", "tau", "expected"),
     [("bound", 5, 0.5), ("bound", 10, 0.1), ("divide", 5, 0.5), ("divide", 10, 0.05)],
 )
-def test_rate_heeds_the_longest_delay_beyond_the_threshold(rule, tau, expected):
+def test_rate_falls_with_the_longest_delay_over_the_threshold(rule, tau, expected):
     """η = 0.5 and τ_c = 5; m / √v̂ = 1 where β₁ = β₂ = 0. The fresh update in the buffer changes nothing."""
     options = {"learning_rate": 0.5, "betas": (0.0, 0.0), "delay_threshold": 5, "delay_rule": rule}
     aggregator, model = fadas(2, **options), make_frame(0.0)
@@ -63,7 +65,7 @@ def test_rate_heeds_the_longest_delay_beyond_the_threshold(rule, tau, expected):
 
 
 def test_second_moment_never_falls():
-    """AMSGrad and not Adam: after a great delta, small ones make small steps for ever."""
+    """AMSGrad differs from Adam: after one large delta, all later steps stay small."""
     aggregator, model = fadas(1, betas=(0.0, 0.0), learning_rate=1.0), make_frame(0.0)
     accumulator = aggregator.init(model.manifest)
     steps = []
@@ -74,7 +76,7 @@ def test_second_moment_never_falls():
     assert steps == pytest.approx([1.0, 0.01, 0.01], rel=1e-4)
 
 
-def test_without_moments_of_weight_it_is_the_sign_of_the_mean():
+def test_fadas_with_zero_betas_steps_by_the_sign_of_the_mean():
     aggregator, model = fadas(2, betas=(0.0, 0.0), learning_rate=1.0), make_frame(0.0)
     updates = [Contribution(make_frame([3.0, -2.0]), 10, 0), Contribution(make_frame([-1.0, 1.0]), 10, 0)]
     merge(aggregator, aggregator.init(model.manifest), model, *updates)
@@ -92,7 +94,7 @@ def test_step_does_not_depend_on_the_scale_of_the_deltas():
     torch.testing.assert_close(*models, rtol=1e-6, atol=0)
 
 
-def test_state_is_three_vectors_and_the_mean_s_weights_are_even():
+def test_fadas_has_three_state_vectors_and_equal_weights():
     aggregator, model = fadas(2), make_frame(0.0)
     accumulator = aggregator.init(model.manifest)
     weights = [aggregator.add(accumulator, Contribution(make_frame(1.0), n, t), model) for n, t in ((1, 0), (9, 7))]
@@ -114,7 +116,7 @@ def test_state_is_three_vectors_and_the_mean_s_weights_are_even():
         ({"momentum": 0.9}, "unexpected keyword argument 'momentum'"),
     ],
 )
-def test_option_that_is_not_accepted_is_named(options, says):
+def test_unaccepted_option_is_named(options, says):
     with pytest.raises(ConfigurationError, match=says) as caught:
         fadas(**options)
-    assert caught.value.key == "aggregation.options"
+    assert caught.value.key == "aggregation.strategy_options"

@@ -1,28 +1,44 @@
-"""The state machine: the path of an update, slots, barriers, equivalences, known faults, and a successor's start."""
+"""The state machine: the path of an update, slots, synchronous rounds, equivalences, known faults, and recovery."""
 
 from __future__ import annotations
 
 from collections import Counter
 
 import numpy as np
-import oracle
 import pytest
-from builders import EXAMPLES, MANIFEST, Died, make_config, make_frame, make_header, of_kind, same_bits, start
 
 from fedqueue.protocol.keys import client_tag
-from fedqueue_coordinator.core.events import Acknowledge, ClientJoined, Close, Commit, Dispatch, JobEnded, Load, Stop
+from fedqueue.protocol.stream_entry import StreamEntry
+from fedqueue_coordinator.core.events import (
+    Acknowledge,
+    ClientJoined,
+    ClientLeft,
+    Close,
+    CloseCondition,
+    Commit,
+    Dispatch,
+    InvalidEntry,
+    JobEnded,
+    LeaseExpired,
+    Load,
+    Stop,
+)
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.reasons import RejectionReason
+from tests.support import oracle
+from tests.support.builders import EXAMPLES, MANIFEST, make_config, make_frame, make_header, of_kind, same_bits
+from tests.support.federation_run import Died, start
 
 FUNCTIONS = sorted(oracle.STALENESS)
-FEDASYNC = {"mode": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}}
-FEDBUFF = {"mode": "fedbuff", "buffer_size": 2, "staleness": {"function": "constant"}}
-FEDAVG = {"mode": "fedavg", "cohort_size": 2}
+FEDASYNC = {"strategy": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}}
+FEDBUFF = {"strategy": "fedbuff", "buffer_size": 2, "staleness": {"function": "constant"}}
+FEDAVG = {"strategy": "fedavg", "cohort_size": 2}
 
 
 # The path of an update
 
 
-def test_update_frees_its_slot_is_loaded_and_becomes_a_version():
+def test_update_frees_its_slot_and_becomes_a_version():
     run = start("c0", "c1", clients={"count": 1})  # one slot for two clients
     (first,) = run.jobs
     client = run.jobs[first]
@@ -34,8 +50,8 @@ def test_update_frees_its_slot_is_loaded_and_becomes_a_version():
     assert (commit.version, run.x) == (1, 1.0)
 
 
-def test_ledger_s_record_of_a_version_says_what_was_merged():
-    run = start("c0", "c1", aggregation={"mode": "fedbuff", "buffer_size": 2, "weight_by_examples": True})
+def test_version_record_lists_the_merged_updates():
+    run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 2, "weight_by_examples": True})
     jobs = run.job_of("c0"), run.job_of("c1")
     run.now = 1.5
     run.post("c0", [3.0, 4.0], examples=7, seconds=0.25, metrics={"loss": 0.5})
@@ -53,12 +69,12 @@ def test_ledger_s_record_of_a_version_says_what_was_merged():
     }  # fmt: skip
 
 
-def test_totals_count_what_was_committed():
+def test_totals_count_committed_updates():
     run = start("c0", "c1", aggregation=FEDBUFF)
     for client in ("c0", "c1", "c1", "c1", "c0"):
         run.now += 1.0
         run.post(client, 1.0)
-    assert vars(run.federation.totals) == {
+    assert vars(run.federation.run_counters) == {
         "updates": 4, "seconds": 4.0, "merged_by": {"c0": 1, "c1": 3}, "last_merged": {"c0": 1, "c1": 2},
         "recent": [["c0", "c1"], ["c1", "c1"]], "step_seconds": {},
     }  # fmt: skip
@@ -66,9 +82,9 @@ def test_totals_count_what_was_committed():
     assert set(run.federation.unfinished) == set(run.jobs)
 
 
-def test_staleness_is_that_of_the_moment_of_the_merge():
-    """Not of the dispatch, and not of the download: two versions came between."""
-    run = start("c0", "c1", aggregation={"mode": "fedasync", "alpha": 1.0, "mixing": "delta"})
+def test_staleness_is_measured_at_the_merge():
+    """Two versions are made after the dispatch and the download; the staleness at the merge determines the weight."""
+    run = start("c0", "c1", aggregation={"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"})
     run.post("c1", 0.0)
     run.post("c1", 0.0)
     run.post("c1", 0.0)
@@ -78,14 +94,14 @@ def test_staleness_is_that_of_the_moment_of_the_merge():
     assert run.x == 3.0
 
 
-def test_two_updates_may_be_on_their_way_and_each_is_weighed_when_it_is_merged():
-    run = start("c0", "c1", aggregation={"mode": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}})
+def test_weights_of_loading_updates_are_set_at_their_merge():
+    run = start("c0", "c1", aggregation={"strategy": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}})
     run.holds_loads = True
     run.post("c0", 8.0)
     run.post("c1", 2.0)
     run.load_next()
     assert run.x == 4.0
-    run.load_next()  # its base was the newest version when it arrived, and is not any more
+    run.load_next()  # its base was the newest version at its arrival, but is stale now
     assert run.merged[-1]["staleness"] == 1
     assert run.x == 3.0  # 1/2 · 4 + 1/2 · (0 + 2)
 
@@ -103,7 +119,7 @@ def deltas():
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("mixing", ["model", "delta"])
 def test_fedasync_through_the_federation_follows_the_formula(mixing, function):
-    aggregation = {"mode": "fedasync", "alpha": 0.6, "mixing": mixing, "staleness": {"function": function}}
+    aggregation = {"strategy": "fedasync", "alpha": 0.6, "mixing": mixing, "staleness": {"function": function}}
     run = start("c0", "c1", "c2", aggregation=aggregation)
     xs = [np.zeros(2)]
     for version, ((client, base), delta) in enumerate(zip(ARRIVALS, deltas(), strict=True)):
@@ -119,10 +135,10 @@ def test_fedasync_through_the_federation_follows_the_formula(mixing, function):
     ("server", "rule"),
     [
         ({}, oracle.SGD),
-        ({"name": "sgd", "learning_rate": 0.5, "options": {"momentum": 0.9}}, lambda: oracle.SGD(0.5, 0.9)),
+        ({"name": "sgd", "learning_rate": 0.5, "optimizer_options": {"momentum": 0.9}}, lambda: oracle.SGD(0.5, 0.9)),
         ({"name": "adam", "learning_rate": 0.1}, lambda: oracle.Adam(0.1)),
         (
-            {"name": "adamw", "learning_rate": 0.1, "options": {"weight_decay": 0.3}},
+            {"name": "adamw", "learning_rate": 0.1, "optimizer_options": {"weight_decay": 0.3}},
             lambda: oracle.Adam(0.1, decay=0.3),
         ),
         ({"name": "adagrad", "learning_rate": 0.1}, lambda: oracle.Adagrad(0.1)),
@@ -130,7 +146,7 @@ def test_fedasync_through_the_federation_follows_the_formula(mixing, function):
     ids=["sgd", "momentum", "adam", "adamw", "adagrad"],
 )
 def test_fedbuff_and_the_server_optimizer_follow_the_formulas(server, rule, by_examples, normalize):
-    aggregation = {"mode": "fedbuff", "buffer_size": 2, "normalize": normalize, "weight_by_examples": by_examples}
+    aggregation = {"strategy": "fedbuff", "buffer_size": 2, "normalize": normalize, "weight_by_examples": by_examples}
     run = start("c0", "c1", "c2", aggregation=aggregation, server_optimizer=server)
     x, optimizer, s = np.zeros(2), rule(), oracle.STALENESS["polynomial"]
     buffer = []
@@ -147,7 +163,7 @@ def test_fedbuff_and_the_server_optimizer_follow_the_formulas(server, rule, by_e
 
 
 def rounds(aggregation, server, count=4):
-    """Rounds of three of four clients; the arrival order is the same whatever the mode."""
+    """Run rounds with three of four clients, in the same arrival order for every strategy."""
     run = start("c0", "c1", "c2", "c3", aggregation=aggregation, server_optimizer=server)
     generator = np.random.default_rng(3)
     for _ in range(count):
@@ -159,16 +175,16 @@ def rounds(aggregation, server, count=4):
     return run
 
 
-SERVERS = [{}, {"name": "adam", "learning_rate": 0.1}, {"learning_rate": 0.5, "options": {"momentum": 0.9}}]
+SERVERS = [{}, {"name": "adam", "learning_rate": 0.1}, {"learning_rate": 0.5, "optimizer_options": {"momentum": 0.9}}]
 
 
 @pytest.mark.parametrize("server", SERVERS, ids=["sgd", "adam", "momentum"])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_fedbuff_of_a_whole_cohort_behind_a_barrier_is_fedavg(function, server):
-    fedavg = rounds({"mode": "fedavg", "cohort_size": 3, "staleness": {"function": function}}, server)
+def test_synchronous_fedbuff_of_a_whole_cohort_equals_fedavg(function, server):
+    fedavg = rounds({"strategy": "fedavg", "cohort_size": 3, "staleness": {"function": function}}, server)
     fedbuff = rounds(
         {
-            "mode": "fedbuff", "buffer_size": 3, "barrier": True, "weight_by_examples": True,
+            "strategy": "fedbuff", "buffer_size": 3, "barrier": True, "weight_by_examples": True,
             "staleness": {"function": function},
         },
         server,
@@ -180,10 +196,10 @@ def test_fedbuff_of_a_whole_cohort_behind_a_barrier_is_fedavg(function, server):
 
 
 @pytest.mark.parametrize("server", SERVERS, ids=["sgd", "adam", "momentum"])
-def test_fedbuff_of_one_is_fedasync_by_delta_at_alpha_one(server):
+def test_fedbuff_of_size_one_equals_fedasync_by_delta(server):
     constant = {"staleness": {"function": "constant"}}
     runs = []
-    for mode in ({"mode": "fedbuff", "buffer_size": 1}, {"mode": "fedasync", "alpha": 1.0, "mixing": "delta"}):
+    for mode in ({"strategy": "fedbuff", "buffer_size": 1}, {"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"}):
         run = start("c0", "c1", "c2", aggregation={**mode, **constant}, server_optimizer=server)
         for version, ((client, base), delta) in enumerate(zip(ARRIVALS, deltas(), strict=True)):
             run.post(client, make_frame(delta, mean=delta[0], variance=delta[1] ** 2, steps=version), base=base)
@@ -191,10 +207,10 @@ def test_fedbuff_of_one_is_fedasync_by_delta_at_alpha_one(server):
     assert all(same_bits(runs[0].versions[v], runs[1].versions[v]) for v in range(len(ARRIVALS) + 1))
 
 
-def test_order_of_arrival_decides_the_version_and_not_who_trained_or_when():
+def test_arrival_order_alone_determines_the_version():
     models = []
     for clients, pause in ((("c0", "c1", "c2"), 0.0), (("c2", "c0", "c1"), 7.0)):
-        run = start(*clients, aggregation={"mode": "fedbuff", "buffer_size": 2})
+        run = start(*clients, aggregation={"strategy": "fedbuff", "buffer_size": 2})
         for client, delta in zip(clients * 3, np.random.default_rng(1).normal(size=(9, 2)), strict=True):
             run.now += pause
             run.post(client, delta, base=0)
@@ -205,7 +221,7 @@ def test_order_of_arrival_decides_the_version_and_not_who_trained_or_when():
 # Known faults of other systems
 
 
-def test_delta_counts_from_the_version_that_was_downloaded_and_not_from_the_current_one():
+def test_delta_is_relative_to_the_downloaded_version():
     run = start("c0", "c1", aggregation=FEDASYNC)
     run.post("c1", 8.0)
     assert run.x == 4.0
@@ -214,14 +230,14 @@ def test_delta_counts_from_the_version_that_was_downloaded_and_not_from_the_curr
     assert run.x == 3.0  # 1/2 · 4 + 1/2 · (0 + 2); from the current model it would be 5
 
 
-def test_buffer_that_is_summed_is_also_divided():
+def test_federation_divides_the_summed_buffer():
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", 2.0)
     run.post("c1", 4.0)
     assert run.x == 3.0
 
 
-def test_last_client_does_not_overwrite_the_batchnorm_statistics():
+def test_federation_averages_batchnorm_statistics():
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", make_frame(mean=2.0, variance=1.0))
     run.post("c1", make_frame(mean=6.0, variance=3.0))
@@ -229,7 +245,7 @@ def test_last_client_does_not_overwrite_the_batchnorm_statistics():
 
 
 def test_staleness_does_not_accumulate_into_alpha():
-    run = start("c0", "c1", aggregation={"mode": "fedasync", "alpha": 0.8, "mixing": "delta"})
+    run = start("c0", "c1", aggregation={"strategy": "fedasync", "alpha": 0.8, "mixing": "delta"})
     for _ in range(20):
         run.post("c0", 0.0, base=max(0, run.federation.version - 3))
     run.post("c1", 5.0)
@@ -240,13 +256,13 @@ def test_staleness_does_not_accumulate_into_alpha():
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_fresh_update_has_its_full_weight(function):
     staleness = {"function": function}
-    run = start("c0", aggregation={"mode": "fedbuff", "buffer_size": 1, "staleness": staleness})
+    run = start("c0", aggregation={"strategy": "fedbuff", "buffer_size": 1, "staleness": staleness})
     run.post("c0", 4.0)
     assert (run.merged[0]["weight"], run.x) == (1.0, 4.0)
 
 
 @pytest.mark.parametrize("aggregation", [FEDASYNC, FEDBUFF, FEDAVG], ids=["fedasync", "fedbuff", "fedavg"])
-def test_slot_of_a_client_that_never_reports_does_not_leak(aggregation):
+def test_silent_client_does_not_leak_its_slot(aggregation):
     run = start("c0", "c1", "c2", clients={"count": 3}, aggregation=aggregation, dispatch={"concurrency": 2})
     for _ in range(10):
         assert len(run.jobs) == 2
@@ -256,16 +272,16 @@ def test_slot_of_a_client_that_never_reports_does_not_leak(aggregation):
     assert run.federation.abandoned == {"lapsed": 10}
 
 
-def test_variance_stays_positive_whatever_the_staleness():
-    run = start("c0", "c1", aggregation={"mode": "fedbuff", "buffer_size": 2, "staleness": {"function": "hinge"}})
+def test_variance_stays_positive_at_any_staleness():
+    run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 2, "staleness": {"function": "hinge"}})
     for variance in (100.0, 1e-6, 50.0, 1e-8, 1e-8, 1e-8):
         for client, base in (("c0", 0), ("c1", run.federation.version)):
             run.post(client, make_frame(variance=variance), base=base)
         assert run.federation.model.buffers[1] > 0
 
 
-def test_counters_never_go_back():
-    run = start("c0", "c1", aggregation={"mode": "fedasync"})
+def test_counters_never_decrease():
+    run = start("c0", "c1", aggregation={"strategy": "fedasync"})
     for steps, expected in ((5, 5), (3, 5), (9, 9)):
         run.post("c0", make_frame(steps=steps))
         assert run.federation.model.counters.tolist() == [expected]
@@ -274,7 +290,7 @@ def test_counters_never_go_back():
 # Slots
 
 
-def test_lapsed_job_s_slot_goes_to_another_client_first():
+def test_slot_of_an_expired_job_goes_to_another_client():
     for seed in range(8):
         run = start("c0", "c1", "c2", dispatch={"concurrency": 1}, seed=seed)
         silent = next(iter(run.jobs.values()))
@@ -282,14 +298,14 @@ def test_lapsed_job_s_slot_goes_to_another_client_first():
         assert dispatch.client != silent
 
 
-def test_lapsed_client_that_is_alone_is_asked_again():
+def test_only_client_gets_a_new_job_after_its_lease_expired():
     run = start("c0")
     (dispatch,) = run.lapse("c0")
     assert dispatch.client == "c0"
 
 
 @pytest.mark.parametrize("reason", ["returned", "failed"])
-def test_ended_job_is_abandoned_with_its_reason_and_its_slot_goes_to_another(reason):
+def test_ended_job_is_abandoned_and_frees_its_slot(reason):
     run = start("c0", "c1", dispatch={"concurrency": 1})
     client = next(iter(run.jobs.values()))
     job = run.job_of(client)
@@ -299,7 +315,7 @@ def test_ended_job_is_abandoned_with_its_reason_and_its_slot_goes_to_another(rea
     assert dispatch.client != client
 
 
-def test_client_whose_task_raised_rests_and_one_that_handed_back_does_not():
+def test_failed_client_backs_off_and_returning_one_does_not():
     run = start("c0", "c1")
     run.end("c0", "returned")
     assert run.has_job("c0")
@@ -310,7 +326,7 @@ def test_client_whose_task_raised_rests_and_one_that_handed_back_does_not():
     assert run.has_job("c1")
 
 
-def test_run_stops_as_failed_when_every_client_s_task_raises():
+def test_run_fails_when_the_task_raises_at_every_client():
     run = start("c0", "c1", dispatch={"max_client_failures": 2})
     for client in ("c0", "c1"):
         run.end(client)
@@ -321,7 +337,7 @@ def test_run_stops_as_failed_when_every_client_s_task_raises():
     assert run.federation.abandoned == {"failed": 4}
 
 
-def test_job_that_waits_for_a_client_that_leaves_is_taken_back():
+def test_leaving_client_has_its_queued_job_withdrawn():
     run = start("c0", "c1", "c2", dispatch={"concurrency": 1})
     client = next(iter(run.jobs.values()))
     job = run.job_of(client)
@@ -331,17 +347,17 @@ def test_job_that_waits_for_a_client_that_leaves_is_taken_back():
     assert dispatch.client != client
 
 
-def test_ending_of_a_job_that_was_taken_back_is_acknowledged_and_counts_nothing():
+def test_ending_of_a_withdrawn_job_is_only_acknowledged():
     run = start("c0")
     job = run.job_of("c0")
     run.leave("c0")
     assert run.tell(JobEnded("9-0", job, "c0", "failed", "late")) == [Acknowledge("9-0", None)]
     assert run.federation.abandoned == {"returned": 1}
     run.join("c0")
-    assert run.has_job("c0")  # and it need not rest
+    assert run.has_job("c0")  # and has no backoff
 
 
-def test_update_that_was_posted_before_its_client_was_seen_to_leave_is_merged():
+def test_update_posted_before_a_leave_is_merged():
     run = start("c0", "c1")
     job = run.job_of("c0")
     run.post("c0", 2.0, unread=True)
@@ -353,7 +369,7 @@ def test_update_that_was_posted_before_its_client_was_seen_to_leave_is_merged():
     assert run.x == 2.0
 
 
-def test_update_that_was_posted_before_its_client_left_is_not_merged_when_that_ends_the_run():
+def test_leave_that_ends_the_run_discards_a_posted_update():
     run = start("c0", "c1", stop={"seconds": 5.0})
     job = run.job_of("c0")
     run.post("c0", 2.0, unread=True)
@@ -365,7 +381,7 @@ def test_update_that_was_posted_before_its_client_left_is_not_merged_when_that_e
     assert (run.x, run.unacknowledged) == (0.0, {})
 
 
-def test_client_that_left_gets_no_job_until_it_is_back():
+def test_client_that_left_gets_no_job_until_it_returns():
     run = start("c0", "c1")
     run.leave("c0")
     for _ in range(3):
@@ -384,7 +400,7 @@ def test_update_posted_before_its_client_left_is_merged():
 
 
 @pytest.mark.parametrize("aggregation", [FEDASYNC, FEDAVG], ids=["fedasync", "fedavg"])
-def test_job_of_a_client_that_fell_silent_keeps_its_slot_until_its_lease_is_over(aggregation):
+def test_silent_client_keeps_its_slot_until_the_lease_expires(aggregation):
     run = start("c0", "c1", "c2", clients={"count": 2}, aggregation=aggregation)
     silent, _ = run.jobs.values()
     job = run.job_of(silent)
@@ -401,14 +417,14 @@ def test_update_of_a_client_that_fell_silent_is_merged():
     assert (run.x, run.has_job("c0")) == (2.0, False)
 
 
-def test_client_that_returns_before_its_lease_is_over_has_its_old_job():
+def test_client_returning_within_its_lease_keeps_its_job():
     run = start("c0")
     run.vanish("c0")
     assert run.join("c0") == []
     assert list(run.jobs.values()) == ["c0"]
 
 
-def test_training_goes_on_when_every_client_was_gone_and_one_returns():
+def test_training_resumes_when_a_client_returns():
     run = start("c0", "c1")
     run.leave("c0")
     run.leave("c1")
@@ -420,18 +436,18 @@ def test_training_goes_on_when_every_client_was_gone_and_one_returns():
     assert run.federation.version == 1
 
 
-def test_jobs_of_a_new_epoch_have_names_of_their_own():
+def test_jobs_of_a_new_epoch_have_distinct_names():
     federation = Federation(make_config(), make_frame(), version=3, job_number=7, epoch=2, evaluates=False)
     assert federation.handle(ClientJoined("c0", 10), 0.0) == [
         Dispatch(f"run-e2-00000008-{client_tag('run', 'c0')}", 8, "c0")
     ]
 
 
-# Behind a barrier
+# Synchronous rounds
 
 
 def test_fedavg_waits_for_the_whole_cohort_before_it_starts():
-    run = start("c0", aggregation={"mode": "fedavg", "cohort_size": 3})
+    run = start("c0", aggregation={"strategy": "fedavg", "cohort_size": 3})
     assert not run.jobs
     run.join("c1")
     assert not run.jobs
@@ -440,14 +456,14 @@ def test_fedavg_waits_for_the_whole_cohort_before_it_starts():
 
 
 def test_fedavg_of_every_client_waits_for_every_client():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedavg"})
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg"})
     assert not run.jobs
     run.join("c3")
     assert len(run.jobs) == 4
 
 
-def test_nobody_trains_for_the_next_version_before_the_commit():
-    run = start("c0", "c1", "c2", "c3", aggregation={"mode": "fedavg", "cohort_size": 3})
+def test_no_job_for_the_next_version_precedes_the_commit():
+    run = start("c0", "c1", "c2", "c3", aggregation={"strategy": "fedavg", "cohort_size": 3})
     first = sorted(run.jobs.values())
     for client in first[:2]:
         assert not of_kind(run.post(client, 1.0), Dispatch)
@@ -456,7 +472,7 @@ def test_nobody_trains_for_the_next_version_before_the_commit():
     assert all(line["staleness"] == 0 for line in run.merged)
 
 
-def test_client_is_in_a_cohort_once():
+def test_client_is_at_most_once_in_a_cohort():
     run = start("c0", "c1", aggregation=FEDAVG)
     run.post("c0", 1.0)
     run.tick(100)
@@ -465,7 +481,7 @@ def test_client_is_in_a_cohort_once():
     assert not run.has_job("c0")
 
 
-def test_cohort_that_loses_a_client_asks_another_one():
+def test_lost_client_of_a_cohort_is_replaced():
     run = start("c0", "c1", "c2", aggregation=FEDAVG)
     first, second = run.jobs.values()
     (third,) = {"c0", "c1", "c2"} - {first, second}
@@ -478,7 +494,7 @@ def test_cohort_that_loses_a_client_asks_another_one():
 
 
 @pytest.mark.parametrize("how", ["leave", "reject", "fail"])
-def test_slot_of_the_round_goes_to_another_client_however_it_comes_free(how):
+def test_freed_slot_of_a_round_goes_to_another_client(how):
     run = start("c0", "c1", "c2", aggregation=FEDAVG)
     first, second = run.jobs.values()
     (third,) = {"c0", "c1", "c2"} - {first, second}
@@ -493,8 +509,8 @@ def test_slot_of_the_round_goes_to_another_client_however_it_comes_free(how):
     assert len(run.jobs) == 2
 
 
-def test_short_cohort_closes_when_nobody_else_can_join_and_divides_by_who_came():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedavg", "cohort_size": 3})
+def test_short_cohort_closes_and_divides_by_its_size():
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg", "cohort_size": 3})
     run.post("c0", 2.0)
     run.leave("c1")
     run.tick()
@@ -507,8 +523,8 @@ def test_short_cohort_closes_when_nobody_else_can_join_and_divides_by_who_came()
 
 
 @pytest.mark.parametrize("normalize", ["count", "weights"])
-def test_short_buffer_behind_a_barrier_is_divided_by_those_who_came(normalize):
-    aggregation = {"mode": "fedbuff", "buffer_size": 3, "barrier": True, "normalize": normalize}
+def test_short_synchronous_buffer_divides_by_its_size(normalize):
+    aggregation = {"strategy": "fedbuff", "buffer_size": 3, "barrier": True, "normalize": normalize}
     run = start("c0", "c1", "c2", aggregation=aggregation)
     run.post("c0", 2.0)
     run.post("c1", 6.0)
@@ -517,7 +533,7 @@ def test_short_buffer_behind_a_barrier_is_divided_by_those_who_came(normalize):
     assert (run.federation.version, run.x) == (1, 4.0)
 
 
-def test_short_cohort_waits_for_a_client_that_rests():
+def test_short_cohort_waits_for_a_client_in_backoff():
     run = start("c0", "c1", aggregation=FEDAVG)
     run.post("c0", 2.0)
     run.end("c1", "failed")
@@ -528,7 +544,7 @@ def test_short_cohort_waits_for_a_client_that_rests():
     assert (run.federation.version, run.x) == (1, 3.0)
 
 
-def test_short_cohort_does_not_wait_for_a_client_that_was_set_aside():
+def test_short_cohort_does_not_wait_for_an_excluded_client():
     run = start("c0", "c1", aggregation=FEDAVG, dispatch={"max_client_failures": 1})
     run.post("c0", 2.0)
     run.end("c1", "failed")
@@ -536,8 +552,8 @@ def test_short_cohort_does_not_wait_for_a_client_that_was_set_aside():
     assert (run.federation.version, run.x) == (1, 2.0)
 
 
-def test_short_cohort_does_not_close_while_a_payload_is_on_its_way():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedavg", "cohort_size": 3})
+def test_short_cohort_waits_for_a_payload_in_flight():
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg", "cohort_size": 3})
     run.post("c0", 2.0)
     run.holds_loads = True
     run.post("c1", 4.0)
@@ -549,7 +565,7 @@ def test_short_cohort_does_not_close_while_a_payload_is_on_its_way():
     assert (run.federation.version, run.x) == (1, 3.0)
 
 
-def test_round_of_nobody_makes_no_version():
+def test_round_without_updates_makes_no_version():
     run = start("c0", "c1", aggregation=FEDAVG)
     run.leave("c0")
     run.leave("c1")
@@ -558,10 +574,12 @@ def test_round_of_nobody_makes_no_version():
 
 
 def test_client_that_joins_late_takes_part_in_the_next_round():
-    run = start("c0", "c1", clients={"count": 3, "minimum": 2}, aggregation={"mode": "fedavg", "cohort_size": 3})
+    run = start(
+        "c0", "c1", clients={"count": 3, "min_available": 2}, aggregation={"strategy": "fedavg", "cohort_size": 3}
+    )
     run.post("c0", 1.0)
     run.join("c2")
-    assert run.has_job("c2")  # the cohort of three had a place left
+    assert run.has_job("c2")  # the cohort of three had two members
     run.post("c1", 1.0)
     run.post("c2", 1.0)
     assert sorted(run.jobs.values()) == ["c0", "c1", "c2"]
@@ -571,9 +589,9 @@ def test_client_that_joins_late_takes_part_in_the_next_round():
 
 SETTINGS = {
     "fedasync": {"aggregation": FEDASYNC},
-    "fedbuff": {"aggregation": {"mode": "fedbuff", "buffer_size": 3}},
-    "adam": {"aggregation": {"mode": "fedbuff", "buffer_size": 3}, "server_optimizer": {"name": "adam"}},
-    "fedavg": {"aggregation": {"mode": "fedavg", "cohort_size": 3}},
+    "fedbuff": {"aggregation": {"strategy": "fedbuff", "buffer_size": 3}},
+    "adam": {"aggregation": {"strategy": "fedbuff", "buffer_size": 3}, "server_optimizer": {"name": "adam"}},
+    "fedavg": {"aggregation": {"strategy": "fedavg", "cohort_size": 3}},
 }
 
 
@@ -590,7 +608,7 @@ def test_successor_reaches_the_bits_of_the_uninterrupted_run(settings):
                 assert run.federation.buffered == before.buffered
                 assert same_bits(run.federation.model, before.model)
                 assert run.federation.optimizer_state == before.optimizer_state
-                assert run.federation.totals == before.totals
+                assert run.federation.run_counters == before.run_counters
             client = next(c for c in ("c0", "c1", "c2") if run.has_job(c))
             run.post(client, make_frame(delta, variance=i + 1.0, steps=i), base=max(0, run.federation.version - i % 2))
         models.append(run.federation.model)
@@ -598,7 +616,7 @@ def test_successor_reaches_the_bits_of_the_uninterrupted_run(settings):
 
 
 def test_successor_gives_no_second_job_to_a_client_that_has_one():
-    """Its earlier update is in the buffer: of its two jobs that no ledger knows, one is still open."""
+    """The client's earlier update is in the buffer. One of its two jobs without a ledger record is still open."""
     run = start("c0", aggregation=FEDBUFF)
     run.post("c0", 1.0)
     assert len(run.jobs) == 2
@@ -607,8 +625,8 @@ def test_successor_gives_no_second_job_to_a_client_that_has_one():
     assert Counter(run.federation.open_jobs.values()) == {"c0": 1}
 
 
-def test_successor_does_not_close_a_round_before_it_knows_who_is_alive():
-    """A client may still take the place of the one whose job lapsed just before the crash."""
+def test_successor_closes_no_round_before_clients_reconnect():
+    """A client may still get the slot of a job whose lease expired just before the crash."""
     run = start("c0", "c1", "c2", aggregation=FEDAVG)
     first, second = run.jobs.values()
     (third,) = {"c0", "c1", "c2"} - {first, second}
@@ -624,19 +642,19 @@ def test_successor_does_not_close_a_round_before_it_knows_who_is_alive():
     assert run.x == 3.0
 
 
-def test_successor_goes_on_counting_jobs_and_updates():
+def test_successor_continues_the_job_and_update_counts():
     run = start("c0", "c1")
     run.post("c0", 1.0)
     run.post("c1", 1.0)
     run.restart()
     run.post("c0", 1.0)
-    assert run.federation.totals.updates == 3
+    assert run.federation.run_counters.updates == 3
     assert of_kind(run.actions, Dispatch)[-1].number == 5
     assert run.federation.job_number == 5
 
 
-def test_successor_does_not_wait_for_the_minimum_of_clients_again():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedavg", "cohort_size": 3})
+def test_successor_does_not_wait_for_min_clients_again():
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg", "cohort_size": 3})
     run.leave("c0")
     run.leave("c1")
     run.restart()
@@ -646,10 +664,10 @@ def test_successor_does_not_wait_for_the_minimum_of_clients_again():
     assert run.has_job("c2")
 
 
-def test_commit_that_was_never_written_down_is_made_again():
+def test_unwritten_commit_is_repeated_by_the_successor():
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", 2.0)
-    run.dies_before = 2  # a dispatch and a load are done; the commit is not
+    run.dies_before = 2  # the crash follows a dispatch and a load, and precedes the commit
     with pytest.raises(Died):
         run.post("c1", 4.0)
     assert (run.federation.version, max(run.versions)) == (1, 0)
@@ -658,8 +676,53 @@ def test_commit_that_was_never_written_down_is_made_again():
     assert len(run.merged) == 2
 
 
-def test_update_of_another_run_s_shape_does_not_stop_the_run():
+def test_update_of_another_shape_does_not_stop_the_run():
     run = start("c0", "c1")
     run.post("c0", 1.0, body=make_header(nbytes=MANIFEST.nbytes + 8))
     run.post("c1", 1.0)
     assert (run.rejections, run.federation.version) == (["wrong_size"], 1)
+
+
+# Events reported by the service
+
+
+def test_job_stays_open_when_another_worker_takes_the_client():
+    run = start("c0", "c1")
+    job = run.job_of("c0")
+    assert run.tell(ClientLeft("c0", served=True)) == []
+    assert run.federation.open_jobs[job] == "c0"
+    assert "c0" not in run.federation.clients
+
+
+def test_expired_lease_of_an_unknown_job_changes_nothing():
+    run = start("c0")
+    assert run.tell(LeaseExpired("run-00000099")) == []
+    assert run.has_job("c0")
+
+
+def test_close_after_an_expired_lease_is_conditional():
+    run = start("c0", "c1")
+    job = run.job_of("c0")
+    (close,) = run.federation.handle(LeaseExpired(job), run.now)
+    assert (close.job, close.only_if, close.record["reason"]) == (job, CloseCondition.LAPSED, "lapsed")
+    assert run.federation.open_jobs[job] == "c0", "the store has not closed it yet"
+    assert run.federation.abandoned["lapsed"] == 0
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_invalid_entry_is_acknowledged_with_its_reason(stopped):
+    run = start("c0")
+    if stopped:
+        run.stop()
+    entry = StreamEntry("9-0@c0", "joined", b"\xc1", "c0")
+    run.tell(InvalidEntry(entry, RejectionReason.FORGED, "no signature"))
+    (last,) = [action for action in run.actions if action == Acknowledge("9-0@c0", run.ledger[-1])]
+    assert (last.record["reason"], last.record["client"]) == ("forged", "c0")
+
+
+@pytest.mark.parametrize(("strategy", "at_once"), [("fedavg", True), ("fedasync", False)])
+def test_only_a_synchronous_version_is_published_immediately(strategy, at_once):
+    run = start("c0", aggregation={"strategy": strategy, **({"cohort_size": 1} if at_once else {})})
+    run.post("c0", 1.0)
+    (commit,) = of_kind(run.actions, Commit)
+    assert commit.publish_now == at_once

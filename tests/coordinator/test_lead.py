@@ -1,4 +1,4 @@
-"""Who may lead a run that Redis has lost: whoever has its checkpoint, and nobody from nothing."""
+"""Leadership of a run that Redis has lost: only a coordinator with the run's checkpoint may lead the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedqueue_coordinator.service.leader_election import acquire_leadership
 
 
 class Losing(CoordinatorStore):
-    """Redis loses everything just before it is asked for the lead, once."""
+    """A store whose Redis loses all data once, just before the lease is acquired."""
 
     lost = False
 
@@ -32,7 +32,7 @@ class Losing(CoordinatorStore):
 
 
 class Patient:
-    """Told to stop after so many waits."""
+    """A process that is told to stop after a number of waits."""
 
     def __init__(self, waits: int) -> None:
         self.left = waits
@@ -49,34 +49,34 @@ def take(run, store, checkpoint, known=False, standby=True, waits=100):
     return acquire_leadership(store, run.config, checkpoint, known, standby, patient.stopped, patient.sleep)
 
 
-def test_run_that_goes_between_two_questions_of_a_standby_is_not_begun_anew(run, tmp_path):
+def test_standby_does_not_recreate_a_lost_run(run, tmp_path):
     run.coordinator.release_lead()
     standby = Losing(run.client, run.name, "standby")
     assert not take(run, standby, tmp_path / CHECKPOINT_FILENAME)
-    assert CoordinatorStore(run.client, run.name, "another").lead(60), "the lead is free for whoever has the checkpoint"
+    assert CoordinatorStore(run.client, run.name, "another").lead(60), "the standby did not release the lease"
 
 
-def test_standby_with_the_checkpoint_leads_a_run_that_is_gone(run, tmp_path):
+def test_standby_with_a_checkpoint_leads_a_lost_run(run, tmp_path):
     run.coordinator.release_lead()
     (tmp_path / CHECKPOINT_FILENAME).touch()
     assert take(run, Losing(run.client, run.name, "standby"), tmp_path / CHECKPOINT_FILENAME)
 
 
 @pytest.mark.parametrize(("known", "leads"), [(False, True), (True, False)])
-def test_empty_server_is_for_whoever_has_never_seen_the_run(run, tmp_path, known, leads):
+def test_coordinator_leads_on_an_empty_server_if_run_is_new(run, tmp_path, known, leads):
     run.client.flushall()
     fresh = CoordinatorStore(run.client, run.name, "fresh")
     assert take(run, fresh, tmp_path / CHECKPOINT_FILENAME, known, standby=False, waits=1) == leads
 
 
-def test_fresh_standby_leaves_an_empty_server_to_others_for_one_lease(run, tmp_path):
+def test_fresh_standby_waits_one_lease_on_an_empty_server(run, tmp_path):
     run.client.flushall()
     fresh = CoordinatorStore(run.client, run.name, "fresh")
     assert not take(run, fresh, tmp_path / CHECKPOINT_FILENAME, waits=15)
     assert take(run, fresh, tmp_path / CHECKPOINT_FILENAME, waits=25)
 
 
-def test_without_standby_a_lost_run_and_a_led_one_are_told_apart(run, tmp_path):
+def test_lost_run_and_led_run_are_distinct_errors(run, tmp_path):
     another = CoordinatorStore(run.client, run.name, "another")
     with pytest.raises(RunExists, match="is led by another coordinator"):
         take(run, another, tmp_path / CHECKPOINT_FILENAME, standby=False)
@@ -91,7 +91,7 @@ class Line(Task):
 
 
 class Scripted(CoordinatorStore):
-    """Instead of waiting for entries, the coordinator takes one step of a script."""
+    """A store that runs one scripted step where the coordinator would wait for entries."""
 
     steps: list[Callable[[], object]]
 
@@ -100,13 +100,13 @@ class Scripted(CoordinatorStore):
         return []
 
 
-def coordinator_of(client, folder, *steps, seconds=0.0, store_class=Scripted):
-    """One for a run without clients; after the steps it leaves the run as it is."""
+def coordinator_of(client, folder, *steps, seconds="off", store_class=Scripted):
+    """Return a coordinator of a run without clients; the coordinator is paused after the steps."""
     config = parse_config(
         {
             "name": "line",
             "task": {"entrypoint": "task.py:Line"},
-            "checkpoint": {"seconds": seconds},
+            "checkpoint": {"every_seconds": seconds},
             "stop": {"versions": 9},
         }
     )
@@ -117,7 +117,7 @@ def coordinator_of(client, folder, *steps, seconds=0.0, store_class=Scripted):
     return coordinator
 
 
-def test_leader_without_a_checkpoint_says_that_the_run_is_lost(redis_client, tmp_path):
+def test_leader_without_a_checkpoint_reports_a_lost_run(redis_client, tmp_path):
     coordinator = coordinator_of(redis_client, tmp_path, redis_client.flushall)
     with pytest.raises(RunLost):
         coordinator.run()
@@ -126,12 +126,12 @@ def test_leader_without_a_checkpoint_says_that_the_run_is_lost(redis_client, tmp
 def test_leader_with_a_checkpoint_begins_a_new_epoch(redis_client, tmp_path):
     idle = [lambda: None] * 3
     coordinator = coordinator_of(redis_client, tmp_path, *idle, redis_client.flushall, seconds=2)
-    assert coordinator.run() is None, "paused, after the loss"
+    assert coordinator.run() is None, "the coordinator was not paused after the loss"
     assert coordinator.store.info().epoch == 1
 
 
-def test_checkpoint_is_not_overwritten_by_what_is_left_of_a_lost_run(redis_client, tmp_path):
-    """Redis goes after the coordinator has looked whether it still leads, before the ledger is read."""
+def test_checkpoint_is_kept_when_redis_loses_the_run(redis_client, tmp_path):
+    """Redis loses its data after the coordinator has renewed its lease, before the ledger is read."""
 
     class Forgetful(Scripted):
         reads = 0

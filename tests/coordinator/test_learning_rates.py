@@ -1,4 +1,4 @@
-"""The server's learning rate by version: closed forms, what a successor goes on with, and what is refused."""
+"""Learning rates by version: closed forms, rates after recovery, and rejected schedules."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import itertools
 import math
 
 import pytest
-from builders import Died, make_frame, same_bits, start
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.algorithms.learning_rates import learning_rates
+from tests.support.builders import make_frame, same_bits
+from tests.support.federation_run import Died, start
 
 
-def rates(count, name="", rate=0.5, made=0, **options):
-    config = ServerOptimizerConfig(learning_rate=rate, schedule={"name": name, "options": options})
+def rates(count, name="off", rate=0.5, made=0, **options):
+    config = ServerOptimizerConfig(learning_rate=rate, schedule={"name": name, "schedule_options": options})
     return list(itertools.islice(learning_rates(config, made), count))
 
 
 CLOSED_FORMS = {
-    "constant": ("", {}, lambda t: 0.5),
+    "constant": ("off", {}, lambda t: 0.5),
     "exponential": ("ExponentialLR", {"gamma": 0.9}, lambda t: 0.5 * 0.9**t),
     "steps": ("steplr", {"step_size": 3, "gamma": 0.1}, lambda t: 0.5 * 0.1 ** (t // 3)),
     "cosine": ("cosineannealinglr", {"T_max": 20}, lambda t: 0.25 * (1 + math.cos(math.pi * t / 20))),
@@ -37,20 +38,20 @@ CLOSED_FORMS = {
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_rate_of_version_t_plus_1_is_that_of_the_closed_form(name):
+def test_learning_rate_matches_the_closed_form(name):
     schedule, options, exact = CLOSED_FORMS[name]
     assert rates(12, schedule, **options) == pytest.approx([exact(t) for t in range(12)], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 @given(made=st.integers(0, 30))
-def test_successor_goes_on_with_the_same_bits(name, made):
+def test_restored_schedule_continues_with_the_same_bits(name, made):
     schedule, options, _ = CLOSED_FORMS[name]
     assert rates(5, schedule, made=made, **options) == rates(made + 5, schedule, **options)[made:]
 
 
-def test_versions_are_made_with_the_schedule_s_rates_through_a_crash():
-    schedule = {"schedule": {"name": "exponentiallr", "options": {"gamma": 0.5}}}
+def test_scheduled_rates_apply_across_a_crash():
+    schedule = {"schedule": {"name": "exponentiallr", "schedule_options": {"gamma": 0.5}}}
     whole, broken = (start("client-0", model=make_frame(0.0), server_optimizer=schedule) for _ in range(2))
     broken.dies_before = 7
     for _ in range(4):
@@ -66,14 +67,18 @@ def test_versions_are_made_with_the_schedule_s_rates_through_a_crash():
 @pytest.mark.parametrize(
     ("name", "options", "says"),
     [
-        ("cosine", {}, r"schedule\.name = 'cosine': known: .*cosineannealinglr.*inverse_sqrt.*steplr"),
+        (
+            "cosine",
+            {},
+            r"schedule\.name = 'cosine': unknown schedule; known: .*cosineannealinglr.*inverse_sqrt.*steplr",
+        ),
         ("ReduceLROnPlateau", {}, "known: "),
-        ("steplr", {}, r"schedule\.options = \{\}: torch\.optim\.lr_scheduler\.StepLR: .*step_size"),
+        ("steplr", {}, r"schedule\.schedule_options = \{\}: torch\.optim\.lr_scheduler\.StepLR: .*step_size"),
         ("steplr", {"step_size": 3, "speed": 1}, "speed"),
         ("inverse_sqrt", {"decay": 0}, "decay, a number > 0"),
         ("inverse_sqrt", {"rise": 3}, "takes warmup"),
     ],
 )
-def test_schedule_that_is_unknown_or_does_not_take_its_options_is_refused(name, options, says):
+def test_unknown_schedule_or_invalid_options_are_refused(name, options, says):
     with pytest.raises(ConfigurationError, match=says):
         rates(1, name, **options)

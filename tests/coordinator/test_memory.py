@@ -1,4 +1,4 @@
-"""Memory is what the docstrings say: of the whole process, in vectors as long as the model."""
+"""Memory of the whole process, in vectors of the model's length, compared with the docstrings."""
 
 from __future__ import annotations
 
@@ -12,19 +12,22 @@ import pytest
 
 from fedqueue.config.aggregation import FilterConfig
 from fedqueue.config.loading import parse_config
-from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
-from fedqueue_coordinator.core.outlier_filter import OutlierFilter
+from fedqueue_coordinator.core.outliers import OutlierFilter
 
-LENGTH = 9_000_000  # 36 MB: what is larger than 32 MB, malloc gives back at once
+pytestmark = pytest.mark.slow  # seconds for each test: a model of 36 MB, and as many updates
+
+LENGTH = 9_000_000  # 36 MB: malloc returns blocks above 32 MB as soon as they are freed
 MANIFEST = Manifest((TensorSpec("w", "float32", (LENGTH,), 0, LENGTH, PARAMETER),))
 K = 3
 
 
 def resident() -> float:
-    """Memory of this process, in vectors of float32 [LENGTH]."""
+    """Return the memory of this process, in vectors of float32 [LENGTH]."""
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / (4 * LENGTH)
@@ -32,7 +35,7 @@ def resident() -> float:
 
 def configured(mode, server, **aggregation):
     tree = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}, "clients": {"count": 20}}
-    aggregation = {"mode": mode, "buffer_size": K, **aggregation}
+    aggregation = {"strategy": mode, "buffer_size": K, **aggregation}
     return parse_config({**tree, "aggregation": aggregation, "server_optimizer": server})
 
 
@@ -41,7 +44,7 @@ def robust(rule):
 
 
 ROBUST = ("median", "trimmed_mean", "krum", "multi_krum", "geometric_median", "norm_clipping")
-MOMENTUM = {"name": "sgd", "options": {"momentum": 0.9}}
+MOMENTUM = {"name": "sgd", "optimizer_options": {"momentum": 0.9}}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -55,12 +58,18 @@ MOMENTUM = {"name": "sgd", "options": {"momentum": 0.9}}
         ("fedbuff", {}, MOMENTUM, 2, 2),  # and the momentum
         ("fedbuff", {}, {"name": "adam", "learning_rate": 0.01}, 3, 3),  # and both moments
         ("fadas", {}, {}, 4, 4),  # and m, v, v̂
-        ("ca2fl", {"options": {"cache_clients": 3}}, {}, 1 + 1 + 3 + K, 1 + 1 + 3),  # and h, the cache, the buffer
+        (
+            "ca2fl",
+            {"strategy_options": {"cache_clients": 3}},
+            {},
+            1 + 1 + 3 + K,
+            1 + 1 + 3,
+        ),  # and h, the cache, the buffer
         *(("fedbuff", robust(rule), {}, 1 + K, 1) for rule in ROBUST),  # the accumulator and the buffer
     ],
     ids=str,
 )
-def test_what_an_aggregation_holds_is_what_it_says(mode, aggregation, server, while_buffered, afterwards):
+def test_aggregation_memory_matches_its_docstring(mode, aggregation, server, while_buffered, afterwards):
     settings = configured(mode, server, **aggregation)
     aggregator, model = make_aggregator(settings), Frame(MANIFEST)
     model.parameters.fill_(1.0)
@@ -82,7 +91,7 @@ def test_what_an_aggregation_holds_is_what_it_says(mode, aggregation, server, wh
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("bounds", "vectors"), [({"norm_factor": 3.0}, 0), ({"min_cosine": 0.0}, 2)], ids=str)
-def test_what_the_filter_holds_is_what_it_says(bounds, vectors):
+def test_filter_memory_matches_its_docstring(bounds, vectors):
     frame = Frame(MANIFEST)
     frame.parameters.fill_(1.0)
     before = resident()
@@ -104,7 +113,7 @@ print("torch._dynamo" in sys.modules)
 """
 
 
-def test_coordinator_of_plain_settings_imports_no_compiler():
-    """It takes 70 MB and a second, and every optimizer of torch's that is made brings it."""
+def test_coordinator_with_default_settings_imports_no_compiler():
+    """The compiler takes 70 MB and a second to import, and constructing any torch optimizer imports it."""
     told = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

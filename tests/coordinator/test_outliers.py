@@ -1,27 +1,29 @@
-"""The filter for updates that come one by one: what it lets through, whom it quarantines, what survives a crash."""
+"""The outlier filter: admitted updates, quarantined clients, and the state after a crash."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from builders import Died, make_config, of_kind, same_bits, start
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqueue.config.aggregation import FilterConfig
 from fedqueue_coordinator.core.admission import Inadmissible
 from fedqueue_coordinator.core.events import Close, Dispatch
-from fedqueue_coordinator.core.outlier_filter import DIRECTION, NORM, OutlierFilter
+from fedqueue_coordinator.core.outliers import OutlierFilter
+from fedqueue_coordinator.core.reasons import RejectionReason
+from tests.support.builders import make_config, of_kind, same_bits
+from tests.support.federation_run import Died, start
 
 FILTER = {"norm_factor": 3.0, "min_cosine": -0.2, "warmup": 3, "window": 4, "strikes": 2, "quarantine_seconds": 30}
 AGGREGATION = {
-    "mode": "fedasync", "alpha": 1.0, "mixing": "delta", "staleness": {"function": "constant"}, "filter": FILTER,
+    "strategy": "fedasync", "alpha": 1.0, "mixing": "delta", "staleness": {"function": "constant"}, "filter": FILTER,
 }  # fmt: skip
 
 
 def merged(outliers, *deltas):
-    """Each delta makes a version of its own."""
+    """Merge each delta as a version of its own."""
     for delta in deltas:
         outliers.admitted(torch.tensor(delta), float(np.linalg.norm(delta)))
         outliers.committed(["c"])
@@ -41,52 +43,52 @@ def warm(**settings):
     return outliers
 
 
-def test_norm_is_held_against_the_median_of_the_last_merged_ones():
-    outliers = warm(min_cosine=-1)  # the median of 1, 2 and 3 is 2
+def test_norm_is_compared_with_the_recent_median():
+    outliers = warm(min_cosine="off")  # the median of 1, 2 and 3 is 2
     assert verdict(outliers, [6.0, 0.0]) == ""
-    assert verdict(outliers, [6.01, 0.0]) == NORM
-    merged(outliers, [5.0, 0.0], [5.0, 0.0])  # of the last four: 2, 3, 5 and 5
+    assert verdict(outliers, [6.01, 0.0]) == RejectionReason.OUTLIER_NORM
+    merged(outliers, [5.0, 0.0], [5.0, 0.0])  # the median of the last four, 2, 3, 5 and 5
     assert verdict(outliers, [12.0, 0.0]) == ""
-    assert verdict(outliers, [12.1, 0.0]) == NORM
+    assert verdict(outliers, [12.1, 0.0]) == RejectionReason.OUTLIER_NORM
 
 
-def test_direction_is_held_against_the_running_mean_of_directions():
-    outliers = warm(norm_factor=0.0, momentum=0.5)
+def test_direction_is_compared_with_the_running_mean():
+    outliers = warm(norm_factor="off", momentum=0.5)
     mean = 0.5 * (0.5 * (0.5 * np.array([1.0, 0.0])) + 0.5 * np.array([0.0, 1.0])) + 0.5 * np.array([1.0, 0.0])
     for delta in ([1.0, 0.0], [0.0, -1.0], [-1.0, 0.0], [-0.4, 1.0], [1.0, -3.0], [-100.0, -100.0]):
         cosine = float(mean @ delta / np.linalg.norm(mean) / np.linalg.norm(delta))
-        assert verdict(outliers, delta) == (DIRECTION if cosine < -0.2 else ""), delta
+        assert verdict(outliers, delta) == (RejectionReason.OUTLIER_DIRECTION if cosine < -0.2 else ""), delta
 
 
 @given(st.floats(0.125, 8.0))
-def test_long_updates_pull_the_mean_direction_no_further_than_short_ones(scale):
+def test_mean_direction_ignores_the_length_of_updates(scale):
     first, second = warm(), warm()
     merged(first, [0.0, 1.0])
     merged(second, [0.0, scale])
     torch.testing.assert_close(first.state["direction"], second.state["direction"])
 
 
-def test_nobody_is_judged_before_enough_updates_are_merged():
+def test_filter_admits_everything_during_its_warm_up():
     outliers = OutlierFilter(FilterConfig(**FILTER), 2)
     merged(outliers, [1.0, 0.0], [1.0, 0.0])
     assert verdict(outliers, [-900.0, 0.0]) == ""
     merged(outliers, [1.0, 0.0])
-    assert verdict(outliers, [-900.0, 0.0]) == NORM
-    assert verdict(outliers, [-1.0, 0.0]) == DIRECTION
+    assert verdict(outliers, [-900.0, 0.0]) == RejectionReason.OUTLIER_NORM
+    assert verdict(outliers, [-1.0, 0.0]) == RejectionReason.OUTLIER_DIRECTION
 
 
-def test_filter_that_is_off_judges_nobody_and_remembers_nothing():
+def test_disabled_filter_admits_everything_without_state():
     outliers = OutlierFilter(FilterConfig(warmup=1), 2)
     merged(outliers, [1.0, 0.0], [1.0, 0.0])
     assert verdict(outliers, [-1e9, 0.0]) == ""
     assert outliers.state == {}
 
 
-def test_update_of_nothing_has_no_direction():
+def test_zero_update_has_no_direction():
     assert verdict(warm(), [0.0, 0.0]) == ""
 
 
-def test_estimates_change_with_a_version_and_not_before():
+def test_estimates_change_only_when_a_version_is_made():
     outliers = warm()
     before = {name: value.clone() for name, value in outliers.state.items()}
     outliers.admitted(torch.tensor([0.0, -9.0]), 9.0)
@@ -95,7 +97,7 @@ def test_estimates_change_with_a_version_and_not_before():
     assert not outliers.state["direction"].equal(before["direction"])
 
 
-def test_restored_filter_goes_on_with_the_same_estimates():
+def test_restored_filter_has_the_same_estimates():
     outliers = warm()
     successor = OutlierFilter(FilterConfig(**FILTER), 2)
     successor.restore({name: value.clone() for name, value in outliers.state.items()})
@@ -114,45 +116,45 @@ def warmed_up(**sections):
     return run
 
 
-def test_outlier_is_rejected_with_its_reason_and_its_client_goes_on():
+def test_outlier_is_rejected_without_excluding_its_client():
     run = warmed_up()
     (close,) = of_kind(run.post("client-3", [500.0, 0.0]), Close)
-    assert (close.record["reason"], close.record["client"]) == (NORM, "client-3")
+    assert (close.record["reason"], close.record["client"]) == (RejectionReason.OUTLIER_NORM, "client-3")
     assert "at most 3 · 1.118" in close.record["detail"]
     assert run.has_job("client-3")
     assert run.x == 3.0
 
 
-def test_client_is_quarantined_after_strikes_in_a_row_and_comes_back_in_time():
+def test_consecutive_strikes_quarantine_a_client_for_a_while():
     run = warmed_up()
     run.post("client-3", [500.0, 0.0])
     run.post("client-3", [-1.0, -1.0])
-    assert run.rejections == [NORM, DIRECTION]
+    assert run.rejections == [RejectionReason.OUTLIER_NORM, RejectionReason.OUTLIER_DIRECTION]
     assert run.ledger[-1]["detail"].endswith("; quarantined for 30 s")
     run.post("client-3", [1.0, 1.0])  # it got this job before the payload of its last update was read
-    assert run.rejections == [NORM, DIRECTION]
+    assert run.rejections == [RejectionReason.OUTLIER_NORM, RejectionReason.OUTLIER_DIRECTION]
     assert not run.has_job("client-3")
     assert run.federation.next_deadline() == 30
     assert not of_kind(run.tick(29.0), Dispatch)
     assert [d.client for d in of_kind(run.tick(1.0), Dispatch)] == ["client-3"]
 
 
-def test_merged_update_takes_the_strikes_back():
+def test_merged_update_resets_the_strikes():
     run = warmed_up()
     for delta in ([500.0, 0.0], [1.0, 0.5], [500.0, 0.0], [1.0, 0.5]):
         run.post("client-3", delta)
-    assert run.rejections == [NORM, NORM]
+    assert run.rejections == [RejectionReason.OUTLIER_NORM, RejectionReason.OUTLIER_NORM]
     assert not [r for r in run.ledger if "quarantined" in r.get("detail", "")]
     assert run.has_job("client-3")
 
 
-def test_quarantine_and_strikes_survive_a_coordinator_that_dies():
+def test_quarantine_and_strikes_survive_a_coordinator_crash():
     run = warmed_up()
     run.tick(5.0)
     run.post("client-3", [500.0, 0.0])
     run.post("client-2", [500.0, 0.0])
     run.restart()
-    run.post("client-3", [500.0, 0.0])  # the second in a row, of which the successor saw one
+    run.post("client-3", [500.0, 0.0])  # the second strike in a row; the successor saw only this one
     run.post("client-3", [1.0, 1.0])
     assert not run.has_job("client-3")
     run.restart()
@@ -163,7 +165,7 @@ def test_quarantine_and_strikes_survive_a_coordinator_that_dies():
 
 
 @pytest.mark.parametrize("dies_before", range(1, 16))
-def test_filter_decides_the_same_after_a_coordinator_that_died_anywhere(dies_before):
+def test_filter_decisions_are_the_same_after_any_crash(dies_before):
     posts = [("client-3", [500.0, 0.0]), ("client-0", [1.0, 1.0]), ("client-1", [-2.0, -1.0]), ("client-2", [0.5, 1.0])]
     whole, broken = warmed_up(), warmed_up()
     broken.dies_before = dies_before
@@ -173,12 +175,12 @@ def test_filter_decides_the_same_after_a_coordinator_that_died_anywhere(dies_bef
             broken.post(client, delta)
         except Died:
             broken.restart()
-    assert whole.rejections == broken.rejections == [NORM, DIRECTION]
+    assert whole.rejections == broken.rejections == [RejectionReason.OUTLIER_NORM, RejectionReason.OUTLIER_DIRECTION]
     assert same_bits(whole.federation.model, broken.federation.model)
     assert whole.federation.optimizer_state == broken.federation.optimizer_state
 
 
-def test_everything_is_let_through_by_default():
+def test_filter_is_off_by_default():
     run = start("client-0", aggregation={**AGGREGATION, "filter": {}})
     for delta in (1.0, -1e6, 1e6):
         run.post("client-0", delta)

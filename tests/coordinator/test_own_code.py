@@ -1,4 +1,4 @@
-"""An aggregation and a staleness function out of the user's own file, and what is said of those that do not fit."""
+"""User-defined aggregations and staleness functions, and the errors for unsuitable code."""
 
 from __future__ import annotations
 
@@ -6,21 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import Died, Run, make_config, make_frame, same_bits
 
 from fedqueue.config.loading import load_config, parse_config
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.algorithms.registry import check_algorithms, make_aggregator
 from fedqueue_coordinator.algorithms.staleness import make_staleness
 from fedqueue_coordinator.operator.audit.replay import replay
+from tests.support.builders import make_config, make_frame, same_bits
+from tests.support.federation_run import Died, Run
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "own_algorithm"
 
 
 def example(**aggregation):
-    """The example's algorithm over the small model."""
+    """Return a configuration of the example's algorithm over the small model."""
     settings = {
-        "mode": "heavy_ball.py:heavy_ball", "buffer_size": 2, "options": {"momentum": 0.5},
+        "strategy": "heavy_ball.py:heavy_ball", "buffer_size": 2, "strategy_options": {"momentum": 0.5},
         "staleness": {"function": "heavy_ball.py:gentle"}, **aggregation,
     }  # fmt: skip
     return make_config(aggregation=settings).located(EXAMPLE)
@@ -28,14 +29,14 @@ def example(**aggregation):
 
 def own(folder, code, name="Mine", **aggregation):
     (folder / "mine.py").write_text(code)
-    return make_config(aggregation={"mode": f"mine.py:{name}", **aggregation}).located(folder)
+    return make_config(aggregation={"strategy": f"mine.py:{name}", **aggregation}).located(folder)
 
 
-def test_example_is_as_short_as_it_says():
+def test_example_has_the_documented_length():
     assert len((EXAMPLE / "heavy_ball.py").read_text().splitlines()) < 40
 
 
-def test_example_s_configuration_names_its_code_relative_to_itself(monkeypatch, tmp_path):
+def test_example_configuration_names_its_code_by_relative_path(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     config = load_config(EXAMPLE / "federation.toml", environment={})
     check_algorithms(config)
@@ -43,7 +44,7 @@ def test_example_s_configuration_names_its_code_relative_to_itself(monkeypatch, 
     assert str(EXAMPLE) not in config.model_dump_json()
 
 
-def test_example_s_momentum_by_hand():
+def test_example_momentum_matches_results_by_hand():
     """Δ̄ = 4, then 2: x = 4 and v = 4, then v = 0.5 / (1 + 1) · 4 + 2 with a buffer whose stalest is 1 behind."""
     run = Run(example(), make_frame(0.0))
     run.join("client-0", "client-1", "client-2")
@@ -57,7 +58,7 @@ def test_example_s_momentum_by_hand():
 
 
 @pytest.mark.parametrize("dies_before", range(1, 10))
-def test_what_the_example_remembers_survives_a_coordinator_that_dies(dies_before):
+def test_state_of_the_example_survives_a_coordinator_crash(dies_before):
     whole, broken = (Run(example(), make_frame(0.0)) for _ in range(2))
     for run in (whole, broken):
         run.join("client-0", "client-1")
@@ -73,7 +74,7 @@ def test_what_the_example_remembers_survives_a_coordinator_that_dies(dies_before
     assert same_bits(whole.federation.model, broken.federation.model)
 
 
-def test_run_by_the_example_is_replayed_to_the_same_bits():
+def test_run_of_the_example_replays_to_the_same_bits():
     run = Run(example(), make_frame(0.0))
     run.join("client-0", "client-1")
     for i in range(6):
@@ -84,12 +85,13 @@ def test_run_by_the_example_is_replayed_to_the_same_bits():
         return payloads[job].buffer
 
     assert replay(run.config, run.ledger, run.versions[0].copy(), read, run.federation.model).problems == []
-    wrong = replay(example(options={}), run.ledger, run.versions[0].copy(), read, run.federation.model)
+    wrong = replay(example(strategy_options={}), run.ledger, run.versions[0].copy(), read, run.federation.model)
     assert "the model differs" in wrong.problems[0]
 
 
 ADDS = """
-from fedqueue_coordinator.algorithms.aggregator import Aggregator, fedbuff
+from fedqueue_coordinator.algorithms.aggregator import Aggregator
+from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 
 def Mine(config, size=None, base=False):
     mean = fedbuff(size or config.buffer_size, lambda tau: 1.0)
@@ -103,37 +105,37 @@ def Other(config):
 @pytest.mark.parametrize(
     ("name", "aggregation", "says"),
     [
-        ("Mein", {}, r"Mein is nothing to call; there: Mine, Other"),
-        ("Other", {}, "must make an Aggregator, it made a int"),
-        ("Mine", {"options": {"speed": 1}}, "unexpected keyword argument 'speed'"),
-        ("Mine", {"options": {"size": 7}}, r"aggregation\.buffer_size = 4: mine\.py:Mine merges 7"),
-        ("Mine", {"options": {"base": True}}, r"aggregation\.needs_base = False: mine\.py:Mine says True"),
+        ("Mein", {}, r"Mein is not callable; callables in this module: Mine, Other"),
+        ("Other", {}, "made a int; return a fedqueue.Aggregator"),
+        ("Mine", {"strategy_options": {"speed": 1}}, "unexpected keyword argument 'speed'"),
+        ("Mine", {"strategy_options": {"size": 7}}, r"aggregation\.buffer_size = 4: mine\.py:Mine merges 7"),
+        ("Mine", {"strategy_options": {"base": True}}, r"aggregation\.needs_base = False: mine\.py:Mine says True"),
     ],
 )
-def test_aggregation_that_does_not_fit_is_told_with_its_key(tmp_path, name, aggregation, says):
+def test_unsuitable_aggregation_error_names_the_key(tmp_path, name, aggregation, says):
     with pytest.raises(ConfigurationError, match=says):
         check_algorithms(own(tmp_path, ADDS, name, **aggregation))
 
 
-def test_aggregation_may_read_bases_where_the_configuration_says_so(tmp_path):
-    config = own(tmp_path, ADDS, options={"base": True}, needs_base=True)
+def test_custom_aggregation_may_read_bases_if_configured(tmp_path):
+    config = own(tmp_path, ADDS, strategy_options={"base": True}, needs_base=True)
     assert config.keeps_bases
     assert make_aggregator(config).needs_base
 
 
-def test_code_that_is_not_there_or_raises_is_told(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"mode = 'mine\.py:Mine': cannot be loaded: .*there is no file"):
-        make_aggregator(make_config(aggregation={"mode": "mine.py:Mine"}).located(tmp_path))
+def test_missing_or_raising_code_is_reported(tmp_path):
+    with pytest.raises(ConfigurationError, match=r"strategy = 'mine\.py:Mine': cannot be loaded: .*there is no file"):
+        make_aggregator(make_config(aggregation={"strategy": "mine.py:Mine"}).located(tmp_path))
     with pytest.raises(ConfigurationError, match="ZeroDivisionError"):
         make_aggregator(own(tmp_path, "1 / 0"))
     with pytest.raises(ConfigurationError, match="No module named 'nowhere'"):
-        make_aggregator(make_config(aggregation={"mode": "nowhere.to_be:found"}))
+        make_aggregator(make_config(aggregation={"strategy": "nowhere.to_be:found"}))
 
 
 @pytest.mark.parametrize("mode", ["mine.py", "mine:", ":Mine", "mine.py:1x", "os system:x", "fedsum"])
-def test_name_that_is_neither_ours_nor_code_is_refused(mode):
-    with pytest.raises(ConfigurationError, match=r"aggregation\.mode = .*'ca2fl', or code of your own"):
-        parse_config({"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}, "aggregation": {"mode": mode}})
+def test_unknown_aggregation_name_is_refused(mode):
+    with pytest.raises(ConfigurationError, match=r"aggregation\.strategy = .*'ca2fl', or code of your own"):
+        parse_config({"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}, "aggregation": {"strategy": mode}})
 
 
 # Staleness
@@ -145,7 +147,7 @@ def staleness(folder, code, **options):
     return make_staleness(config.aggregation.staleness, folder)
 
 
-def test_staleness_of_the_user_s_own_is_used_with_the_keys_that_are_set(tmp_path):
+def test_custom_staleness_gets_the_configured_options(tmp_path):
     weigh = staleness(tmp_path, "1 / (1 + options['a'] * tau)", a=3.0)
     np.testing.assert_allclose([weigh(tau) for tau in (0, 1, 5)], [1.0, 0.25, 1 / 16])
 
@@ -153,15 +155,15 @@ def test_staleness_of_the_user_s_own_is_used_with_the_keys_that_are_set(tmp_path
 @pytest.mark.parametrize(
     ("code", "says"),
     [
-        ("0.5", r"s\(0\) is 0.5"),
-        ("1.0 - 0.2 * tau", r"weights from 0 to 1, but s\(6\) is -0.2"),
+        ("0.5", r"s\(0\) is 0.5; the weight of a fresh update must be 1"),
+        ("1.0 - 0.2 * tau", r"s\(6\) is -0.2\d*; weights must be from 0 to 1"),
         ("1.0 + tau", r"s\(1\) is 2.0"),
         ("float('nan') if tau == 3 else 1.0", r"s\(3\) is nan"),
         ("1 / (tau - 9) ** 0 if tau != 9 else 1 / 0", "ZeroDivisionError"),
         ("'1'[tau]", "IndexError"),
     ],
 )
-def test_staleness_that_is_no_weight_is_refused_before_the_run(tmp_path, code, says):
+def test_invalid_staleness_weight_is_refused_before_the_run(tmp_path, code, says):
     with pytest.raises(ConfigurationError, match=says) as caught:
         staleness(tmp_path, code)
     assert caught.value.key == "aggregation.staleness.function"

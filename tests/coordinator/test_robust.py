@@ -1,25 +1,27 @@
-"""Robust merging against float64 centres, what hostile updates can do to it, and what a buffer of one kind becomes."""
+"""Robust rules compared with float64 centers, their bounds on hostile updates, and buffers of equal updates."""
 
 from __future__ import annotations
 
 import itertools
 
 import numpy as np
-import oracle
 import pytest
 import torch
-from builders import make_config, make_frame, same_bits, start
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fedqueue.config.aggregation import RobustConfig, ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.deterministic_reductions import BLOCK, inner_product, squared_distances
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.robust import RULES
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from tests.support import oracle
+from tests.support.builders import make_config, make_frame, same_bits
+from tests.support.federation_run import start
 
 ROBUST = sorted(set(RULES) - {"mean"})
 K, F = 7, 2
@@ -33,11 +35,11 @@ models = st.builds(make_frame, st.tuples(values, values), values, variances, st.
 
 def aggregation(rule, staleness="constant", **robust):
     robust = {"rule": rule, "byzantine": F, **robust}
-    return {"mode": "fedbuff", "buffer_size": K, "staleness": {"function": staleness}, "robust": robust}
+    return {"strategy": "fedbuff", "buffer_size": K, "staleness": {"function": staleness}, "robust": robust}
 
 
 def merge(settings, model, buffer):
-    """The version after `model`; `buffer` holds (frame, staleness)."""
+    """Return the version after `model`; `buffer` has pairs (frame, staleness)."""
     aggregator = make_aggregator(make_config(aggregation=settings))
     after, accumulator = model.copy(), aggregator.init(model.manifest)
     for frame, tau in buffer:
@@ -68,13 +70,13 @@ def test_rule_agrees_with_its_definition(rule, function):
         buffer = [(make_frame(rng.normal(size=2).astype(np.float32)), tau) for tau in (0, 0, 1, 2, 0, 5, 9)]
         rows = rows_of(buffer, oracle.STALENESS[function])
         merged = merge(aggregation(rule, function), make_frame(0.0), buffer).parameters.numpy()
-        if rule == "geometric_median":  # it is flat around the minimum: what is least is compared, not where
+        if rule == "geometric_median":  # flat around the minimum, so compare the objective and not the position
             assert oracle.total_distance(rows, merged) <= oracle.total_distance(rows, EXACT[rule](rows)) * (1 + 1e-5)
         else:
             np.testing.assert_allclose(merged, EXACT[rule](rows), rtol=1e-5, atol=1e-6)
 
 
-def test_multi_krum_keeps_as_many_as_it_is_told_and_clipping_clips_to_what_it_is_told():
+def test_multi_krum_and_clipping_follow_their_options():
     rng = np.random.default_rng(4)
     buffer = [(make_frame(rng.normal(size=2).astype(np.float32)), 0) for _ in range(K)]
     rows = rows_of(buffer, oracle.STALENESS["constant"])
@@ -87,17 +89,17 @@ def test_multi_krum_keeps_as_many_as_it_is_told_and_clipping_clips_to_what_it_is
 
 
 @given(models, buffers)
-def test_mean_that_trims_nothing_is_fedbuff(model, buffer):
-    """The place of staleness, running statistics and divisor is the same in both."""
-    plain = {"mode": "fedbuff", "buffer_size": K}
+def test_trimmed_mean_without_trimming_equals_fedbuff(model, buffer):
+    """Both strategies treat staleness, running statistics and the divisor in the same way."""
+    plain = {"strategy": "fedbuff", "buffer_size": K}
     trimmed = {**plain, "robust": {"rule": "trimmed_mean", "byzantine": 0}}
     first, second = merge(plain, model, buffer), merge(trimmed, model, buffer)
     np.testing.assert_allclose(first.floats.numpy(), second.floats.numpy(), rtol=1e-4, atol=2e-3)
 
 
 @given(models, buffers)
-def test_clipping_at_a_bound_that_nobody_reaches_is_fedbuff(model, buffer):
-    plain = {"mode": "fedbuff", "buffer_size": K}
+def test_clipping_above_all_norms_equals_fedbuff(model, buffer):
+    plain = {"strategy": "fedbuff", "buffer_size": K}
     clipped = {**plain, "robust": {"rule": "norm_clipping", "clip_norm": 1e9}}
     first, second = merge(plain, model, buffer), merge(clipped, model, buffer)
     np.testing.assert_allclose(first.floats.numpy(), second.floats.numpy(), rtol=1e-4, atol=2e-3)
@@ -105,7 +107,7 @@ def test_clipping_at_a_bound_that_nobody_reaches_is_fedbuff(model, buffer):
 
 @pytest.mark.parametrize("rule", ROBUST)
 @given(models, updates)
-def test_equal_updates_make_the_step_of_one(rule, model, update):
+def test_equal_updates_give_the_step_of_one_update(rule, model, update):
     merged = merge(aggregation(rule), model, [(update, 0)] * K)
     expected = model.parameters + update.parameters
     np.testing.assert_allclose(merged.parameters.numpy(), expected.numpy(), rtol=1e-5, atol=2e-3)
@@ -114,8 +116,8 @@ def test_equal_updates_make_the_step_of_one(rule, model, update):
 
 @pytest.mark.parametrize("rule", ROBUST)
 @given(buffers, st.randoms(use_true_random=False), st.integers(-8, 8))
-def test_order_does_not_matter_and_the_step_scales_with_the_deltas(rule, buffer, random, exponent):
-    """Where two updates are as good as each other, Krum takes the earlier: those buffers are left out."""
+def test_robust_step_ignores_order_and_scales_with_deltas(rule, buffer, random, exponent):
+    """Krum breaks ties in favor of the earlier update, so buffers with ties are skipped."""
     rows = rows_of(buffer, oracle.STALENESS["constant"])
     distances = [float(np.linalg.norm(a - b)) for a, b in itertools.combinations(rows, 2)]
     assume(min(abs(a - b) for a, b in itertools.combinations(sorted(distances), 2)) > 1e-3 * max(distances))
@@ -133,8 +135,8 @@ def test_order_does_not_matter_and_the_step_scales_with_the_deltas(rule, buffer,
 
 @pytest.mark.parametrize("rule", sorted(set(ROBUST) - {"norm_clipping"}))
 @given(st.lists(st.tuples(values, values), min_size=F, max_size=F))
-def test_hostile_minority_cannot_take_the_step_out_of_where_the_honest_are(rule, hostile):
-    """K = 7, f = 2: five updates near (1, 1), two anywhere. Geometric median: within its proven radius."""
+def test_byzantine_minority_cannot_move_the_step_outside(rule, hostile):
+    """K = 7, f = 2: five updates are near (1, 1), two anywhere. The geometric median stays in its proven radius."""
     honest = [(make_frame([1.0 + 0.01 * i, 1.0 - 0.01 * i]), 0) for i in range(K - F)]
     buffer = [*honest, *[(make_frame(v), 0) for v in hostile]]
     merged = merge(aggregation(rule), make_frame(0.0), buffer).parameters
@@ -142,21 +144,21 @@ def test_hostile_minority_cannot_take_the_step_out_of_where_the_honest_are(rule,
 
 
 @given(st.lists(st.tuples(values, values), min_size=F, max_size=F))
-def test_clipped_hostile_updates_pull_no_further_than_their_share_of_the_usual_norm(hostile):
+def test_clipped_byzantine_updates_have_bounded_influence(hostile):
     honest = [(make_frame([1.0, 1.0]), 0) for _ in range(K - F)]
     merged = merge(aggregation("norm_clipping"), make_frame(0.0), [*honest, *[(make_frame(v), 0) for v in hostile]])
     assert torch.linalg.vector_norm(merged.parameters - (K - F) / K) <= F / K * 2**0.5 + 1e-5
 
 
-def test_mean_is_taken_wherever_one_hostile_update_wants():
-    """Otherwise the tests above would say nothing of the rules."""
+def test_one_hostile_update_moves_the_plain_mean():
+    """The mean must fail here, or else the tests above would not show that the rules help."""
     buffer = [(make_frame(1.0), 0)] * (K - 1) + [(make_frame(-1000.0), 0)]
-    merged = merge({"mode": "fedbuff", "buffer_size": K}, make_frame(0.0), buffer)
+    merged = merge({"strategy": "fedbuff", "buffer_size": K}, make_frame(0.0), buffer)
     assert merged.parameters[0] < -100
 
 
 @pytest.mark.parametrize("rule", ["median", "trimmed_mean", "krum", "multi_krum", "geometric_median"])
-def test_hostile_running_statistics_and_counters_are_left_out_too(rule):
+def test_byzantine_statistics_and_counters_are_left_out(rule):
     honest = [(make_frame([1.0, 0.01 * i], mean=2.0, variance=3.0, steps=5), 0) for i in range(K - F)]
     hostile = [(make_frame([-50.0, 50.0], mean=1e6, variance=1e6, steps=2**40), 0)] * F
     merged = merge(aggregation(rule), make_frame(0.0), [*honest, *hostile])
@@ -165,20 +167,20 @@ def test_hostile_running_statistics_and_counters_are_left_out_too(rule):
 
 
 @given(models, buffers, st.sampled_from(ROBUST))
-def test_variance_stays_among_the_variances_and_so_positive(model, buffer, rule):
+def test_merged_variance_stays_within_the_range_of_variances(model, buffer, rule):
     merged = merge(aggregation(rule, "polynomial"), model, buffer).buffers[1].item()
     seen = [model.buffers[1].item(), *[frame.buffers[1].item() for frame, _ in buffer]]
     assert min(seen) * (1 - 1e-5) <= merged <= max(seen) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("rule", ROBUST)
-def test_buffer_that_closes_short_is_merged_all_the_same(rule):
+def test_short_buffer_is_merged_by_the_rule(rule):
     for count in range(1, K):
         merged = merge(aggregation(rule), make_frame(0.0), [(make_frame(2.0), 0)] * count)
         assert merged.parameters.tolist() == pytest.approx([2.0, 2.0], rel=1e-6)
 
 
-def test_krum_takes_the_earlier_of_two_that_are_as_good():
+def test_krum_breaks_ties_in_favor_of_the_earlier_update():
     first, second, far = make_frame([0.0, 0.0]), make_frame([0.0, 1.0]), make_frame([9e3, 0.5])
     settings = {**aggregation("krum", byzantine=0), "buffer_size": 3}
     orders = ([first, second, far], [far, second, first])
@@ -187,16 +189,16 @@ def test_krum_takes_the_earlier_of_two_that_are_as_good():
 
 
 @pytest.mark.parametrize("rule", ROBUST)
-def test_updates_are_left_as_they_were(rule):
+def test_robust_merge_leaves_updates_unchanged(rule):
     buffer = [(make_frame([float(i), -1.0], mean=i, variance=1 + i, steps=i), i) for i in range(K)]
     before = [frame.copy() for frame, _ in buffer]
     merge(aggregation(rule, "polynomial"), make_frame(1.0), buffer)
     assert all(same_bits(a, b) for a, (b, _) in zip(before, buffer, strict=True))
 
 
-def test_fadas_over_a_robust_centre_steps_by_its_sign():
+def test_fadas_with_a_robust_rule_steps_by_the_sign():
     options = {"betas": (0.0, 0.0), "learning_rate": 1.0}
-    settings = {**aggregation("median"), "mode": "fadas", "options": options}
+    settings = {**aggregation("median"), "strategy": "fadas", "strategy_options": options}
     hostile = [(make_frame(-1000.0), 0)] * F
     merged = merge(settings, make_frame(0.0), [(make_frame(0.5), 0)] * (K - F) + hostile)
     assert merged.parameters.tolist() == pytest.approx([1.0, 1.0])
@@ -205,24 +207,24 @@ def test_fadas_over_a_robust_centre_steps_by_its_sign():
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"mode": "fedasync"}, "needs mode 'fedbuff' or 'fadas', not 'fedasync'"),
-        ({"mode": "fedavg"}, "needs mode 'fedbuff' or 'fadas', not 'fedavg'"),
+        ({"strategy": "fedasync"}, "strategy 'fedasync' does not have; set strategy to 'fedbuff' or 'fadas'"),
+        ({"strategy": "fedavg"}, "strategy 'fedavg' does not have; set strategy to 'fedbuff' or 'fadas'"),
         ({"weight_by_examples": True}, "weight_by_examples = false"),
         ({"normalize": "weights"}, "normalize = 'count'"),
-        ({"buffer_size": 6}, "buffer_size must be at least 7, it is 6"),
-        ({"robust": {"rule": "trimmed_mean", "byzantine": 4}}, "at least 9, it is 7"),
+        ({"buffer_size": 6}, "buffer_size is 6; set buffer_size to at least 7"),
+        ({"robust": {"rule": "trimmed_mean", "byzantine": 4}}, "buffer_size is 7; set buffer_size to at least 9"),
         ({"robust": {"rule": "multi_krum", "byzantine": 1, "keep": 8}}, "only 7 updates"),
         ({"robust": {"rule": "mode"}}, "'mean', 'median'"),
     ],
 )
-def test_rule_that_does_not_suit_the_buffer_is_refused(changed, says):
+def test_rule_unsuitable_for_the_buffer_size_is_refused(changed, says):
     with pytest.raises(ConfigurationError, match=says):
         make_config(aggregation={**aggregation("krum"), **changed})
 
 
-def test_a_whole_run_merges_by_the_rule():
+def test_whole_run_merges_by_the_rule():
     clients = [f"client-{i}" for i in range(4)]
-    run = start(*clients, aggregation={"mode": "fedbuff", "buffer_size": 3, "robust": {"rule": "median"}})
+    run = start(*clients, aggregation={"strategy": "fedbuff", "buffer_size": 3, "robust": {"rule": "median"}})
     for client, delta in zip(clients, (1.0, 500.0, 2.0), strict=False):
         run.post(client, delta)
     assert run.x == 2.0
@@ -240,7 +242,7 @@ def long_frame(length, seed):
 
 
 @pytest.mark.parametrize("rule", ROBUST)
-def test_long_vectors_are_merged_block_by_block(rule):
+def test_vectors_of_several_blocks_match_the_exact_rule(rule):
     frames = [long_frame(2 * BLOCK + 7, seed) for seed in range(K)]
     expected = EXACT[rule](np.array([f.parameters.numpy().astype(np.float64) for f in frames]))
     merged = merge(aggregation(rule), long_frame(2 * BLOCK + 7, 99), [(f, 0) for f in frames])
@@ -248,7 +250,7 @@ def test_long_vectors_are_merged_block_by_block(rule):
     np.testing.assert_allclose(step.numpy(), expected, rtol=1e-3, atol=1e-5)
 
 
-def test_distances_and_products_are_those_of_float64():
+def test_distances_and_products_match_float64():
     a, b = (long_frame(BLOCK + 5, seed).parameters for seed in (1, 2))
     x, y = a.numpy().astype(np.float64), b.numpy().astype(np.float64)
     assert inner_product(a, b) == pytest.approx(x @ y, rel=1e-12)
@@ -257,7 +259,7 @@ def test_distances_and_products_are_those_of_float64():
     assert distances.diagonal().tolist() == [0.0, 0.0]
 
 
-def test_distances_have_the_same_bits_with_any_number_of_threads():
+def test_distances_have_the_same_bits_for_any_thread_count():
     vectors = [long_frame(5 * BLOCK, seed).parameters for seed in range(3)]
     threads, outcomes = torch.get_num_threads(), []
     try:
@@ -269,5 +271,5 @@ def test_distances_have_the_same_bits_with_any_number_of_threads():
     assert all(o.equal(outcomes[0]) for o in outcomes)
 
 
-def test_every_rule_of_the_configuration_is_there():
+def test_every_configurable_rule_is_implemented():
     assert set(RULES) == set(RobustConfig.model_fields["rule"].annotation.__args__)

@@ -1,19 +1,20 @@
-"""What becomes of BatchNorm's running statistics: mean, drift or frozen."""
+"""Merging BatchNorm's running statistics: mean, drift and frozen."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from builders import make_config, make_frame, same_bits, start
 
 from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
+from tests.support.builders import make_config, make_frame, same_bits
+from tests.support.federation_run import start
 
 
 def merge(choice, model, *contributions, **aggregation):
-    settings = {"mode": "fedbuff", "buffer_size": len(contributions), "running_statistics": choice, **aggregation}
+    settings = {"strategy": "fedbuff", "buffer_size": len(contributions), "running_statistics": choice, **aggregation}
     aggregator = make_aggregator(make_config(aggregation=settings))
     accumulator = aggregator.init(model.manifest)
     for contribution in contributions:
@@ -32,8 +33,8 @@ def stale(mean, variance, base_mean, base_variance, staleness, examples=10):
 
 
 @pytest.mark.parametrize("normalize", ["count", "weights"])
-def test_drift_adds_the_weighted_mean_of_what_the_clients_changed(normalize):
-    """In float64: x_B + Σ w_i (local_i − base_i) / divisor, with w = (1 + τ)^−½."""
+def test_drift_adds_the_weighted_mean_of_the_changes(normalize):
+    """The float64 reference is x_B + Σ w_i (local_i − base_i) / divisor, with w = (1 + τ)^−½."""
     updates = [stale(5.0, 2.0, 4.0, 1.5, 3), stale(7.0, 9.0, 9.0, 8.0, 8)]
     model = merge("drift", make_frame(mean=10.0, variance=20.0), *updates, normalize=normalize)
     weights = np.array([0.5, 1 / 3])
@@ -42,7 +43,7 @@ def test_drift_adds_the_weighted_mean_of_what_the_clients_changed(normalize):
     assert model.buffers.tolist() == pytest.approx(np.array([10.0, 20.0]) + weights @ changes / divisor, rel=1e-6)
 
 
-def test_mean_draws_stale_values_in_where_drift_draws_changes_in():
+def test_mean_averages_values_and_drift_averages_changes():
     update = {"mean": 5.0, "variance": 2.0, "base_mean": 5.0, "base_variance": 2.0, "staleness": 3}
     drift = merge("drift", make_frame(mean=10.0, variance=20.0), stale(**update))
     mean = merge("mean", make_frame(mean=10.0, variance=20.0), stale(**update))
@@ -56,14 +57,14 @@ def test_fresh_updates_give_the_same_bits_by_mean_and_by_drift():
     assert same_bits(*models)
 
 
-def test_drift_can_bring_a_variance_below_zero_as_its_description_says():
+def test_drift_can_make_a_variance_negative_as_documented():
     update = stale(0.0, 1.0, 0.0, 9.0, staleness=1)
     model = merge("drift", make_frame(variance=2.0), update, staleness={"function": "constant"})
     assert model.buffers[1].item() == -6.0
 
 
 @pytest.mark.parametrize("robust", [{}, {"robust": {"rule": "median"}}])
-def test_frozen_statistics_stay_and_parameters_and_counters_move(robust):
+def test_frozen_statistics_stay_while_parameters_move(robust):
     update = Contribution(make_frame([1.0, 2.0], mean=5.0, variance=3.0, steps=4), 10, 0)
     model = merge("frozen", make_frame(mean=0.5, variance=0.25), update, **robust)
     assert model.buffers.tolist() == [0.5, 0.25]
@@ -71,7 +72,7 @@ def test_frozen_statistics_stay_and_parameters_and_counters_move(robust):
     assert model.counters.tolist() == [4]
 
 
-def test_drift_under_a_robust_rule_is_the_rule_over_the_shifted_values():
+def test_robust_drift_applies_the_rule_to_shifted_values():
     updates = [stale(float(m), 1.0, 0.0, 1.0, staleness=1) for m in (1, 2, 300)]
     settings = {"robust": {"rule": "median"}, "staleness": {"function": "constant"}}
     model = merge("drift", make_frame(mean=10.0), *updates, **settings)
@@ -79,15 +80,15 @@ def test_drift_under_a_robust_rule_is_the_rule_over_the_shifted_values():
 
 
 @pytest.mark.parametrize(("choice", "kept"), [("mean", False), ("drift", True), ("frozen", False)])
-def test_bases_stay_stored_where_drift_needs_them(choice, kept):
-    config = make_config(aggregation={"mode": "fedbuff", "buffer_size": 2, "running_statistics": choice})
+def test_base_versions_stay_stored_for_drift(choice, kept):
+    config = make_config(aggregation={"strategy": "fedbuff", "buffer_size": 2, "running_statistics": choice})
     assert config.keeps_bases is kept
     assert make_aggregator(config).needs_base is kept
 
 
-def test_federation_hands_the_base_of_a_stale_update_to_the_drift():
-    settings = {"mode": "fedasync", "alpha": 1.0, "mixing": "delta", "running_statistics": "drift"}
+def test_drift_uses_the_base_of_a_stale_update():
+    settings = {"strategy": "fedasync", "alpha": 1.0, "mixing": "delta", "running_statistics": "drift"}
     run = start("a", "b", model=make_frame(mean=10.0), aggregation={**settings, "staleness": {"function": "constant"}})
     run.post("a", make_frame(mean=14.0), base=0)
     run.post("b", make_frame(mean=11.0), base=0)
-    assert run.federation.model.buffers[0].item() == 15.0  # both changes of version 0's 10
+    assert run.federation.model.buffers[0].item() == 15.0  # both changes are relative to version 0's 10

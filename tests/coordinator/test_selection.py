@@ -1,4 +1,4 @@
-"""Who trains next, by each selection, and the cap on a client's share of the last versions."""
+"""Selection of the next client, and the cap on a client's share of recent versions."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import itertools
 from collections import Counter
 
 import pytest
-from builders import make_config, start
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.protocol.signed_envelope import packed
-from fedqueue_coordinator.core.fair_share import FairShare
+from fedqueue.protocol.msgpack import pack_record
 from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.core.selection import SELECTIONS, ClientStats, draw, make_selection
+from fedqueue_coordinator.core.selection import SELECTIONS, ClientStats, FairShare, draw, make_selection
+from tests.support.builders import make_config
+from tests.support.federation_run import start
 
 CLIENTS = ("a", "b", "c", "d")
-ADDED = {"mode": "fedasync", "alpha": 1.0, "mixing": "delta"}
+ADDED = {"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"}
 
 
 def known(examples=(), last_merged=(), last_job=()):
@@ -29,7 +29,7 @@ def known(examples=(), last_merged=(), last_job=()):
 
 
 @pytest.mark.parametrize("name", sorted(SELECTIONS))
-def test_choice_is_one_of_the_candidates_and_the_same_for_the_same_seed_and_number(name):
+def test_selection_is_deterministic_by_seed_and_number(name):
     select = SELECTIONS[name]
     some = known({"a": 1, "b": 2, "c": 3, "d": 4}, {"a": 2}, {"a": 7})
     choices = [[select(CLIENTS, some, draw(seed, number)) for number in range(50)] for seed in (7, 7)]
@@ -44,33 +44,33 @@ def test_draws_are_uniform_and_differ_by_seed_and_number():
     assert draws[:50] != [draw(1, number) for number in range(50)]
 
 
-def test_uniform_choice_is_uniform():
+def test_uniform_selection_is_uniform():
     counts = Counter(SELECTIONS["uniform"](CLIENTS, known(), draw(0, number)) for number in range(4000))
     assert all(abs(counts[client] - 1000) < 150 for client in CLIENTS)  # five standard deviations
 
 
-def test_choice_by_examples_is_in_proportion():
+def test_selection_by_examples_is_proportional():
     some = known({"a": 10, "b": 0, "c": 30, "d": 60})
     counts = Counter(SELECTIONS["examples"](CLIENTS, some, draw(0, number)) for number in range(4000))
     for client, share in {"a": 0.1, "b": 0.0, "c": 0.3, "d": 0.6}.items():
         assert abs(counts[client] / 4000 - share) < 0.04  # five standard deviations
 
 
-def test_choice_by_examples_still_chooses_where_nobody_has_one():
+def test_selection_by_examples_works_when_all_have_none():
     assert SELECTIONS["examples"](CLIENTS, known(), 0.5) in CLIENTS
 
 
-def test_round_robin_takes_the_one_whose_last_job_is_the_longest_ago():
+def test_round_robin_selects_the_least_recently_used_client():
     assert SELECTIONS["round_robin"](CLIENTS, known(last_job={"a": 4, "b": 1, "c": 3, "d": 2}), 0.9) == "b"
     assert SELECTIONS["round_robin"](CLIENTS, known(last_job={"a": 4, "b": 1, "d": 2}), 0.9) == "c"
 
 
-def test_stalest_takes_the_one_merged_the_longest_ago_and_draws_lots_among_equals():
+def test_stalest_selects_the_least_recently_merged_client():
     some = known(last_merged={"a": 3, "b": 1, "c": 1, "d": 2})
     assert {SELECTIONS["stalest"](CLIENTS, some, draw(0, number)) for number in range(50)} == {"b", "c"}
 
 
-def test_unknown_selection_names_those_there_are():
+def test_unknown_selection_error_lists_the_known_ones():
     with pytest.raises(ConfigurationError, match=r"dispatch.selection.*uniform, round_robin, stalest, examples"):
         make_selection("fairest")
 
@@ -79,7 +79,7 @@ def test_unknown_selection_names_those_there_are():
 
 
 def served(run, count):
-    """The clients that got a job, one after another, with a single slot."""
+    """Return the clients that got a job, in order, with a single slot."""
     order = []
     for _ in range(count):
         (client,) = [client for client in run.alive if run.has_job(client)]
@@ -88,15 +88,15 @@ def served(run, count):
     return order
 
 
-def test_round_robin_serves_all_in_turn_also_after_a_crash():
+def test_round_robin_order_survives_a_crash():
     run = start(*CLIENTS, clients={"count": 4}, dispatch={"concurrency": 1, "selection": "round_robin"})
     first = served(run, 6)
     run.restart()
     assert first + served(run, 6) == [*"abcd"] * 3
 
 
-def test_round_robin_remembers_a_turn_that_came_to_nothing():
-    """The job of b was closed before the crash, so nothing but its turn is left of it."""
+def test_round_robin_counts_a_job_without_an_update():
+    """The job of b was closed before the crash, so only the job's number is stored."""
     run = start(*CLIENTS, dispatch={"concurrency": 1, "selection": "round_robin"})
     served(run, 1)
     run.end("b", "returned")
@@ -105,17 +105,19 @@ def test_round_robin_remembers_a_turn_that_came_to_nothing():
     assert served(run, 4) == [*"cdab"]
 
 
-def test_stalest_does_not_take_the_client_whose_update_has_just_arrived():
+def test_stalest_skips_the_client_that_has_just_posted():
     run = start(
-        *CLIENTS, aggregation={"mode": "fedbuff", "buffer_size": 3}, dispatch={"concurrency": 1, "selection": "stalest"}
+        *CLIENTS,
+        aggregation={"strategy": "fedbuff", "buffer_size": 3},
+        dispatch={"concurrency": 1, "selection": "stalest"},
     )
     order = served(run, 12)
     assert sorted(order[:4]) == [*"abcd"]
     assert all(first != second for first, second in itertools.pairwise(order))
 
 
-def test_selection_by_examples_gives_more_jobs_to_those_with_more():
-    run = start(dispatch={"concurrency": 1, "selection": "examples"}, clients={"count": 2, "minimum": 2})
+def test_selection_by_examples_favours_larger_clients():
+    run = start(dispatch={"concurrency": 1, "selection": "examples"}, clients={"count": 2, "min_available": 2})
     run.join("a", examples=10)
     run.join("b", examples=90)
     counts = Counter(served(run, 300))
@@ -129,19 +131,19 @@ def windows(lines, size):
     return [Counter(lines[i : i + size]) for i in range(len(lines) - size + 1)]
 
 
-def test_fast_client_waits_where_it_has_had_its_share():
-    """Only a is quick; with four versions in the window and a half for each, a may have two of any four."""
+def test_client_at_its_share_cap_waits():
+    """Only a is fast. With a window of four versions and a cap of one half, a may have two of any four versions."""
     run = start("a", "b", aggregation=ADDED, clients={"count": 2}, dispatch={"max_share": 0.5, "share_window": 4})
     run.post("a", 1.0)
     run.post("a", 1.0)
     assert not run.has_job("a")
     run.post("b", 1.0)
-    assert not run.has_job("a")  # two of the last three are its own, and a third would be one too many
+    assert not run.has_job("a")  # a made two of the last three versions, so a third in four would exceed the cap
     run.post("b", 1.0)
-    assert run.has_job("a")  # its first one leaves the window with the next version
+    assert run.has_job("a")  # the next version moves the first version of a out of the window
 
 
-def test_cap_gives_way_where_nobody_else_could_train():
+def test_cap_is_waived_if_no_other_client_can_train():
     run = start("a", "b", aggregation=ADDED, clients={"count": 2}, dispatch={"max_share": 0.5, "share_window": 2})
     run.post("a", 1.0)
     assert not run.has_job("a")
@@ -152,7 +154,7 @@ def test_cap_gives_way_where_nobody_else_could_train():
     assert run.federation.version == 3
 
 
-def test_without_a_cap_nobody_waits():
+def test_no_client_waits_without_a_cap():
     run = start("a", "b", aggregation=ADDED, clients={"count": 2})
     for _ in range(30):
         run.post("a", 1.0)
@@ -166,13 +168,13 @@ def test_without_a_cap_nobody_waits():
     st.sampled_from([0.25, 0.3, 0.4, 0.75]),
     st.booleans(),
 )
-def test_no_window_has_more_of_a_client_than_its_share(picks, window, buffer_size, share, crashes):
-    """Whoever of the training ones is picked posts next, so the order is as unfair as it can be."""
+def test_client_never_exceeds_its_share_in_any_window(picks, window, buffer_size, share, crashes):
+    """Any training client may post next, so the test includes the most unfair orders."""
     try:
         dispatch = {"max_share": share, "share_window": window}
-        run = start(*CLIENTS, aggregation={"mode": "fedbuff", "buffer_size": buffer_size}, dispatch=dispatch)
+        run = start(*CLIENTS, aggregation={"strategy": "fedbuff", "buffer_size": buffer_size}, dispatch=dispatch)
     except ConfigurationError:
-        return  # so small a window cannot hold so small a share: tested below
+        return  # the share is infeasible in so small a window, which a test below covers
     for i, pick in enumerate(picks):
         training = [client for client in CLIENTS if run.has_job(client)]
         run.post(training[pick % len(training)], 1.0)
@@ -180,46 +182,47 @@ def test_no_window_has_more_of_a_client_than_its_share(picks, window, buffer_siz
             run.restart()
     versions = [[line["client"] for line in r["merged"]] for r in run.ledger if r["kind"] == "version"]
     limit = run.config.updates_within_share
+    assert limit is not None
     for i in range(len(versions) - window + 1):
         counts = Counter(client for clients in versions[i : i + window] for client in clients)
         assert max(counts.values()) <= limit
 
 
-def test_share_that_cannot_be_kept_is_an_error_that_says_what_can():
+def test_infeasible_share_is_an_error_with_the_feasible_one():
     with pytest.raises(ConfigurationError, match=r"max_share is 0.2: 4 clients .* at least 1/4"):
         make_config(dispatch={"max_share": 0.2})
 
 
-def test_ledger_says_each_client_s_share_of_the_last_versions():
+def test_ledger_records_the_share_of_each_client():
     run = start("a", "b", aggregation=ADDED, clients={"count": 2}, dispatch={"share_window": 4})
     for client in "aabaab":
         run.post(client, 1.0)
     assert [line["share"] for line in run.merged] == [1.0, 1.0, 1 / 3, 3 / 4, 3 / 4, 2 / 4]
 
 
-def test_totals_keep_no_more_versions_than_the_window():
-    config, totals = make_config(dispatch={"share_window": 3}), RunCounters()
-    turns = FairShare(config, totals)
+def test_totals_keep_at_most_the_versions_of_the_window():
+    config, run_counters = make_config(dispatch={"share_window": 3}), RunCounters()
+    share = FairShare(config, run_counters)
     for version in range(1, 10):
-        turns.committed(version, ["a", "b"], float(version))
-    assert len(totals.recent) == 3
-    assert (totals.updates, totals.seconds, totals.last_merged) == (18, 9.0, {"a": 9, "b": 9})
+        share.committed(version, ["a", "b"], float(version))
+    assert len(run_counters.recent) == 3
+    assert (run_counters.updates, run_counters.seconds, run_counters.last_merged) == (18, 9.0, {"a": 9, "b": 9})
 
 
 @given(
     versions=st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), max_size=12), window=st.integers(1, 5)
 )
-def test_totals_are_counted_anew_from_what_is_committed_and_the_ledger(versions, window):
-    totals, ledger = RunCounters(), []
+def test_totals_are_restored_from_commit_and_ledger(versions, window):
+    run_counters, ledger = RunCounters(), []
     for version, clients in enumerate(versions, 1):
-        totals.commit(version, clients, window, version / 3)
+        run_counters.commit(version, clients, window, version / 3)
         lines = [{"client": client} for client in clients]
         ledger += [{"kind": "version", "version": version, "merged": lines}, {"kind": "abandoned", "client": "a"}]
-    assert RunCounters.from_ledger(totals.committed(), ledger, window) == totals
+    assert RunCounters.from_ledger(run_counters.committed(), ledger, window) == run_counters
 
 
-def test_what_is_committed_does_not_grow_with_the_clients_that_contribute():
-    totals = RunCounters()
+def test_commit_size_is_independent_of_the_client_count():
+    run_counters = RunCounters()
     for version in range(1, 1001):
-        totals.commit(version, [f"client-{version}"], 100, 1.0)
-    assert len(packed(totals.committed())) < 100
+        run_counters.commit(version, [f"client-{version}"], 100, 1.0)
+    assert len(pack_record(run_counters.committed())) < 100

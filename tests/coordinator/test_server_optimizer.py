@@ -1,39 +1,43 @@
-"""The server's step: each optimizer against its update rule in float64, and its state saved and restored."""
+"""The server optimizer: each update rule in float64, and saving and restoring its state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
-import oracle
 import pytest
 import torch
-from builders import make_frame, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError, StoreError
-from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Step
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.core.server_state import save_state
+from tests.support import oracle
+from tests.support.builders import make_frame, same_bits
 
 START = [0.5, -2.0]
 DELTAS = [[1.0, -0.5], [0.25, 2.0], [-3.0, 0.125], [0.0, 1.0], [1e-3, -40.0]]
 
-RULES = {
+RULES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
     "sgd": ({"learning_rate": 1.0}, oracle.SGD),
     "sgd at another rate": ({"learning_rate": 0.3}, lambda: oracle.SGD(lr=0.3)),
     "sgd with momentum": (
-        {"learning_rate": 0.5, "options": {"momentum": 0.9}},
+        {"learning_rate": 0.5, "optimizer_options": {"momentum": 0.9}},
         lambda: oracle.SGD(lr=0.5, momentum=0.9),
     ),
     "adam": ({"name": "adam", "learning_rate": 0.1}, lambda: oracle.Adam(lr=0.1)),
     "adam with options": (
-        {"name": "Adam", "learning_rate": 0.05, "options": {"betas": (0.8, 0.99), "eps": 1e-3}},
+        {"name": "Adam", "learning_rate": 0.05, "optimizer_options": {"betas": (0.8, 0.99), "eps": 1e-3}},
         lambda: oracle.Adam(lr=0.05, betas=(0.8, 0.99), eps=1e-3),
     ),
     "adamw": (
-        {"name": "adamw", "learning_rate": 0.1, "options": {"weight_decay": 0.2}},
+        {"name": "adamw", "learning_rate": 0.1, "optimizer_options": {"weight_decay": 0.2}},
         lambda: oracle.Adam(lr=0.1, decay=0.2),
     ),
     "adagrad": ({"name": "adagrad", "learning_rate": 0.2}, lambda: oracle.Adagrad(lr=0.2)),
@@ -50,7 +54,7 @@ def optimizer(name, model):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_each_optimizer_follows_its_update_rule_over_several_versions(name):
+def test_each_optimizer_follows_its_update_rule(name):
     model, rule = make_frame(START), RULES[name][1]()
     server = optimizer(name, model)
     x = np.array(START)
@@ -64,7 +68,7 @@ def test_each_optimizer_follows_its_update_rule_over_several_versions(name):
     st.lists(st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 3), min_size=1, max_size=20),
     st.floats(1e-3, 2.0),
 )
-def test_plain_step_has_the_bits_of_torch_s_sgd(rows, rate):
+def test_plain_step_has_the_bits_of_torch_sgd(rows, rate):
     start, deltas = torch.tensor([row[0] for row in rows]), [torch.tensor([row[i] for row in rows]) for i in (1, 2)]
     parameter = torch.nn.Parameter(start.clone())
     sgd = torch.optim.SGD([parameter], lr=rate)
@@ -85,7 +89,7 @@ def test_sgd_at_rate_one_is_plain_addition():
     assert model.parameters.tolist() == [1.5, 1.75]
 
 
-def test_momentum_by_hand():
+def test_momentum_matches_steps_by_hand():
     model = make_frame(0.0)
     server = optimizer("sgd with momentum", model)  # v ← 0.9 v + Δ, x ← x + 0.5 v
     for expected in (0.5, 0.5 + 0.95):
@@ -93,7 +97,7 @@ def test_momentum_by_hand():
         assert model.parameters[0].item() == pytest.approx(expected)
 
 
-def test_first_step_of_adam_has_the_length_of_its_rate_whatever_the_delta():
+def test_first_adam_step_has_the_size_of_the_learning_rate():
     model = make_frame(0.0)
     optimizer("adam", model).step(step_of([1000.0, -0.01]))
     assert model.parameters.tolist() == pytest.approx([0.1, -0.1], rel=1e-5)
@@ -108,7 +112,7 @@ def test_buffers_and_counters_are_set_and_not_optimized(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_restored_optimizer_goes_on_with_the_same_bits(name):
+def test_restored_optimizer_continues_with_the_same_bits(name):
     model = make_frame(START)
     server = optimizer(name, model)
     for delta in DELTAS[:3]:
@@ -124,8 +128,8 @@ def test_restored_optimizer_goes_on_with_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_state_matters(name):
-    """Otherwise the test above could not fail."""
+def test_losing_the_optimizer_state_changes_the_result(name):
+    """Without the state the result differs, which shows that the test above can fail."""
     model = make_frame(START)
     server = optimizer(name, model)
     for delta in DELTAS[:3]:
@@ -150,17 +154,17 @@ def test_state_of_another_model_is_refused():
         optimizer("adam", make_frame()).restore(state)
 
 
-def test_unknown_optimizer_is_refused_with_those_there_are():
+def test_unknown_optimizer_error_lists_the_known_ones():
     with pytest.raises(ConfigurationError, match=r"server_optimizer\.name = 'adm'.*adagrad, adam"):
         ServerOptimizer(ServerOptimizerConfig(name="adm"), make_frame())
 
 
 def test_unknown_option_is_refused():
-    with pytest.raises(ConfigurationError, match=r"server_optimizer\.options"):
-        ServerOptimizer(ServerOptimizerConfig(name="sgd", options={"beta": 1.0}), make_frame())
+    with pytest.raises(ConfigurationError, match=r"server_optimizer\.optimizer_options"):
+        ServerOptimizer(ServerOptimizerConfig(name="sgd", optimizer_options={"beta": 1.0}), make_frame())
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "sparseadam"])
-def test_optimizer_that_cannot_step_by_a_dense_gradient_is_refused_at_once(name):
+def test_sparse_only_optimizer_is_refused_at_once(name):
     with pytest.raises(ConfigurationError, match=r"server_optimizer\.name"):
         ServerOptimizer(ServerOptimizerConfig(name=name), make_frame())

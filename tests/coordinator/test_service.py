@@ -1,4 +1,4 @@
-"""The coordinator's process: what it sets up before it leads."""
+"""The coordinator's process: setup before leadership."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Line(Task):
         return torch.nn.Linear(2, 1)
 
 
-def test_coordinator_merges_with_as_many_threads_as_it_is_told(fake_client, tmp_path):
+def test_coordinator_merges_with_the_configured_threads(fake_client, tmp_path):
     tree = {"task": {"entrypoint": "task.py:Line"}, "stop": {"versions": 1}}
     threads = torch.get_num_threads()
     try:

@@ -1,11 +1,10 @@
-"""The virtual clock: who arrives when by hand, the same run twice, and the bits of the real coordinator over Redis."""
+"""The virtual clock: arrivals by hand, equal runs for equal seeds, and the same bits as the coordinator over Redis."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from builders import same_bits
 from torch.utils.data import TensorDataset
 
 from fedqueue import Client, Task
@@ -15,18 +14,21 @@ from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Order, Registration, read
 from fedqueue.tensors.codec import downward, upward
 from fedqueue.tensors.error_feedback import ErrorFeedback
-from fedqueue.tensors.frame import Frame, Manifest
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.worker_store import WorkerStore
-from fedqueue_coordinator.operator.audit.replay import REPLAY_FOLDER, replay_folder
+from fedqueue_coordinator.operator.audit.replay import replay_folder
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
+from tests.support.builders import same_bits
 
 SECOND = TimingModel(batch_seconds=1.0)
 
 
 class PointsTask(Task):
-    """24 points a client, so 3 batches of 8; `raises`: that client's training does; `tested`: there is test data."""
+    """A task of 24 points per client, in 3 batches. Training the client `raises` fails; `tested` adds test data."""
 
     def __init__(self, raises: str = "", tested: bool = False) -> None:
         self.raises, self.tested = raises, tested
@@ -38,7 +40,7 @@ class PointsTask(Task):
 
     def train_data(self, client: Client) -> TensorDataset:
         data = points(24, seed=1 + (client.partition or 0))
-        data.client = client.id
+        data.client = client.id  # for `fit`
         return data
 
     def test_data(self) -> TensorDataset | None:
@@ -56,15 +58,15 @@ def points(examples: int, seed: int) -> TensorDataset:
     return TensorDataset(x, (x[:, 0] > 0).long())
 
 
-def make_config(names=("a", "b"), **sections):
+def simulated_config(names=("a", "b"), **sections):
     tree = {
         "name": "simulated",
         "task": {"entrypoint": "task.py:PointsTask"},
-        "clients": {"names": list(names), "minimum": len(names), **sections.pop("clients", {})},
+        "clients": {"names": list(names), "min_available": len(names), **sections.pop("clients", {})},
         "training": {"batch_size": 8, **sections.pop("training", {})},
-        "aggregation": {"mode": "fedasync"},
+        "aggregation": {"strategy": "fedasync"},
         "stop": {"versions": 4},
-        "checkpoint": {"seconds": 0},
+        "checkpoint": {"every_seconds": "off"},
     }
     return parse_config({**tree, **sections})
 
@@ -82,38 +84,40 @@ def rows(result, *names):
     return [tuple(line[name] for name in names) for line in merged(result)]
 
 
-def test_arrivals_and_staleness_are_those_reckoned_by_hand():
-    """a takes 3 s and b 7.5: versions at 3, 6, 7.5 and 9 s; b's first update comes two versions late."""
-    _, result = simulate(make_config(clients={"slowdown": {"b": 2.5}}))
+def test_arrivals_and_staleness_match_results_by_hand():
+    """Client a takes 3 s and b 7.5 s: versions are made at 3, 6, 7.5 and 9 s, and b's first update has staleness 2."""
+    _, result = simulate(simulated_config(clients={"slowdown": {"b": 2.5}}))
     assert rows(result, "client", "at", "base", "staleness", "training_seconds") == [
         ("a", 3.0, 0, 0, 3.0), ("a", 6.0, 1, 0, 3.0), ("b", 7.5, 0, 2, 7.5), ("a", 9.0, 2, 1, 3.0),
     ]  # fmt: skip
     assert result.stopped_because == "versions: 4 of 4"
 
 
-def test_base_is_the_newest_version_when_training_begins_and_not_when_the_job_is_dispatched():
-    """An order is 2 s on its way: a's second one, sent at 5 s, finds at 7 s the version that b made at 6 s."""
-    config = make_config(clients={"slowdown": {"b": 4 / 3}})
+def test_base_is_the_newest_version_at_the_start_of_training():
+    """An order takes 2 s to arrive: a's second order, sent at 5 s, trains from the version that b made at 6 s."""
+    config = simulated_config(clients={"slowdown": {"b": 4 / 3}})
     _, result = simulate(config, TimingModel(batch_seconds=1.0, job_seconds=2.0))
     assert rows(result, "client", "at", "base")[:3] == [("a", 5.0, 0), ("b", 6.0, 0), ("a", 10.0, 2)]
 
 
 def test_barrier_waits_for_the_slowest():
-    config = make_config(aggregation={"mode": "fedavg"}, clients={"slowdown": {"b": 20}}, stop={"versions": 2})
+    config = simulated_config(aggregation={"strategy": "fedavg"}, clients={"slowdown": {"b": 20}}, stop={"versions": 2})
     _, result = simulate(config)
     assert rows(result, "client", "at", "base") == [("a", 3.0, 0), ("b", 60.0, 0), ("a", 63.0, 1), ("b", 120.0, 1)]
 
 
-def test_limit_of_seconds_counts_virtual_seconds():
-    simulation, result = simulate(make_config(stop={"seconds": 100.0}, clients={"slowdown": {"a": 20, "b": 30}}))
+def test_stop_after_seconds_counts_virtual_seconds():
+    simulation, result = simulate(simulated_config(stop={"seconds": 100.0}, clients={"slowdown": {"a": 20, "b": 30}}))
     assert simulation.now == 100.0
     assert rows(result, "at") == [(60.0,), (90.0,)]
     assert [r["reason"] for r in result.ledger if r["kind"] == "abandoned"] == ["run_ended"] * 2
 
 
-def test_same_configuration_gives_the_same_run_and_another_seed_another_one():
+def test_seed_determines_the_simulated_run():
     def run(seed):
-        config = make_config(seed=seed, aggregation={"mode": "fedbuff", "buffer_size": 2}, stop={"versions": 5})
+        config = simulated_config(
+            seed=seed, aggregation={"strategy": "fedbuff", "buffer_size": 2}, stop={"versions": 5}
+        )
         return simulate(config, TimingModel(batch_seconds=1.0, jitter=0.3), PointsTask(tested=True))[1]
 
     first, second, other = run(3), run(3), run(4)
@@ -123,22 +127,22 @@ def test_same_configuration_gives_the_same_run_and_another_seed_another_one():
     assert not same_bits(first.model, other.model)
 
 
-def test_sites_that_have_served_another_run_change_nothing():
+def test_datasets_can_be_reused_by_a_second_run():
     sites = ClientDatasets(PointsTask())
-    runs = [Simulation(make_config(), sites, SECOND).run() for _ in range(2)]
+    runs = [Simulation(simulated_config(), sites, SECOND).run() for _ in range(2)]
     assert same_bits(runs[0].model, runs[1].model)
 
 
-def test_noise_has_median_one_and_the_spread_that_was_asked_for():
+def test_noise_has_median_one_and_the_configured_spread():
     speeds = TimingModel(batch_seconds=1.0, jitter=0.2)
     logs = np.log([speeds.training_seconds(1, 1.0, seed) for seed in range(4000)])
     assert abs(logs.mean()) < 0.02
     assert abs(logs.std() - 0.2) < 0.01
 
 
-def test_evaluations_are_of_the_versions_that_the_ledger_says_and_the_last_one_is_measured():
+def test_evaluations_match_their_versions_including_the_last():
     task = PointsTask(tested=True)
-    _, result = simulate(make_config(evaluation={"every": 3}), task=task)
+    _, result = simulate(simulated_config(evaluation={"every_versions": 3}), task=task)
     evaluations = {r["version"]: r["metrics"] for r in result.ledger if r["kind"] == "evaluation"}
     assert list(evaluations) == [0, 3, 4]
     model = task.model()
@@ -146,15 +150,15 @@ def test_evaluations_are_of_the_versions_that_the_ledger_says_and_the_last_one_i
     assert evaluations[4] == pytest.approx(task.evaluate(model, task.test_data()))
 
 
-def test_run_stops_at_its_target_and_keeps_that_version():
-    config = make_config(stop={"target": {"accuracy": 0.01}, "versions": 50})
+def test_run_stops_at_its_target_and_keeps_the_version():
+    config = simulated_config(stop={"target": {"accuracy": 0.01}, "versions": 50})
     _, result = simulate(config, task=PointsTask(tested=True))
     assert result.stopped_because.startswith("target: accuracy")
     assert result.version == 0
 
 
-def test_task_that_raises_costs_its_client_and_not_the_run():
-    _, result = simulate(make_config(), task=PointsTask(raises="b"))
+def test_raising_task_fails_its_client_but_not_the_run():
+    _, result = simulate(simulated_config(), task=PointsTask(raises="b"))
     assert {line["client"] for line in merged(result)} == {"a"}
     failures = [r for r in result.ledger if r["kind"] == "abandoned" and r["reason"] == "failed"]
     assert failures[0]["client"] == "b"
@@ -162,17 +166,17 @@ def test_task_that_raises_costs_its_client_and_not_the_run():
     assert "the scanner is on fire" in failures[0]["error"]
 
 
-def test_run_whose_every_client_fails_ends_as_failed():
-    config = make_config(("a",), dispatch={"max_client_failures": 2})
+def test_run_fails_when_every_client_fails():
+    config = simulated_config(("a",), dispatch={"max_client_failures": 2})
     _, result = simulate(config, task=PointsTask(raises="a"))
     assert result.failed
 
 
-def test_run_that_cannot_go_on_says_so():
-    """It waits for more clients than there are, which no file could ask for."""
-    config = make_config()
-    config = config.model_copy(update={"clients": config.clients.model_copy(update={"minimum": 3})})
-    with pytest.raises(RunFailed, match="nobody trains"):
+def test_run_that_cannot_continue_is_an_error():
+    """The run waits for more clients than exist, which no valid file can configure."""
+    config = simulated_config()
+    config = config.model_copy(update={"clients": config.clients.model_copy(update={"min_available": 3})})
+    with pytest.raises(RunFailed, match="no client trains"):
         simulate(config)
 
 
@@ -180,9 +184,9 @@ def test_run_that_cannot_go_on_says_so():
 
 
 class Workers(CoordinatorStore):
-    """The coordinator's store; before it waits for entries, workers do what the simulation's trace says, in its order.
+    """The coordinator's store, in which workers follow the simulation's trace before each wait for entries.
 
-    They are real in all but their processes: their store, their claims, their fetches and posts.
+    The workers use the real worker store, claims, fetches and posts, but no processes.
     """
 
     def begin(self, config, task, trace):
@@ -230,24 +234,32 @@ class Workers(CoordinatorStore):
         self.left[job] = order.client, local
 
 
-DEADLINE = {"over_selection": 1.4, "deadline_seconds": 4.5}
-ZSTD = {"up_lossless": "zstd", "down_lossless": "zstd"}
-COMPASS = {"schedule": "compass", "compass": {"min_steps": 3, "max_steps": 12, "latest_factor": 1.1}}
+DEADLINE = {"over_selection": 1.4, "round_deadline_seconds": 4.5}
+ZSTD = {"uplink_lossless": "zstd", "downlink_lossless": "zstd"}
+COMPASS = {"schedule": "fedcompass", "fedcompass": {"min_steps": 3, "max_steps": 12, "latest_factor": 1.1}}
 
 
 @pytest.mark.parametrize(
     ("aggregation", "dispatch", "compression"),
     [
-        ({"mode": "fedasync"}, {}, {}),
-        ({"mode": "fedbuff", "buffer_size": 3}, {"selection": "stalest", "concurrency": 2}, {}),
-        ({"mode": "fedavg", "cohort_size": 2}, {"selection": "round_robin"}, {}),
-        ({"mode": "fedavg", "cohort_size": 2}, DEADLINE, {}),
-        ({"mode": "fedbuff"}, {"max_share": 0.4, "share_window": 3}, {}),
-        ({"mode": "fedbuff"}, COMPASS, {}),
-        ({"mode": "fedasync"}, {}, {"up": "int8", "down": "bfloat16", "block": 16}),
-        ({"mode": "fedbuff", "buffer_size": 3}, {}, {"up": "topk", "down": "int8", "k": 0.2, **ZSTD}),
-        ({"mode": "fedavg", "cohort_size": 2}, DEADLINE, {"up": "randomk", "down": "float16", "k": 0.2}),
-        ({"mode": "ca2fl", "buffer_size": 2}, {}, {"up": "bfloat16", "down": "float32", **ZSTD}),
+        ({"strategy": "fedasync"}, {}, {}),
+        ({"strategy": "fedbuff", "buffer_size": 3}, {"selection": "stalest", "concurrency": 2}, {}),
+        ({"strategy": "fedavg", "cohort_size": 2}, {"selection": "round_robin"}, {}),
+        ({"strategy": "fedavg", "cohort_size": 2}, DEADLINE, {}),
+        ({"strategy": "fedbuff"}, {"max_share": 0.4, "share_window": 3}, {}),
+        ({"strategy": "fedbuff"}, COMPASS, {}),
+        ({"strategy": "fedasync"}, {}, {"uplink": "int8", "downlink": "bfloat16", "int8_block": 16}),
+        (
+            {"strategy": "fedbuff", "buffer_size": 3},
+            {},
+            {"uplink": "topk", "downlink": "int8", "topk_ratio": 0.2, **ZSTD},
+        ),
+        (
+            {"strategy": "fedavg", "cohort_size": 2},
+            DEADLINE,
+            {"uplink": "randomk", "downlink": "float16", "topk_ratio": 0.2},
+        ),
+        ({"strategy": "ca2fl", "buffer_size": 2}, {}, {"uplink": "bfloat16", "downlink": "float32", **ZSTD}),
     ],
     ids=[
         "fedasync",
@@ -262,13 +274,11 @@ COMPASS = {"schedule": "compass", "compass": {"min_steps": 3, "max_steps": 12, "
         "bfloat16-float32-zstd",
     ],
 )
-def test_simulation_gives_the_bits_of_the_real_coordinator_with_the_same_arrivals(
-    redis_client, tmp_path, aggregation, dispatch, compression
-):
-    config = make_config(
+def test_simulation_and_coordinator_produce_the_same_bits(redis_client, tmp_path, aggregation, dispatch, compression):
+    config = simulated_config(
         ("a", "b", "c"), aggregation=aggregation, clients={"slowdown": {"b": 2.5, "c": 1.3}}, stop={"versions": 8},
         server_optimizer={"name": "adam", "learning_rate": 0.05},
-        dispatch={"leader_seconds": 3600, "lease_seconds": 3600, **dispatch}, compression=compression,
+        dispatch={"leader_lease_seconds": 3600, "lease_seconds": 3600, **dispatch}, compression=compression,
         ledger={"keep_payloads": True},
     )  # fmt: skip
     task = PointsTask()
@@ -285,13 +295,13 @@ def test_simulation_gives_the_bits_of_the_real_coordinator_with_the_same_arrival
     assert same_bits(real.model, simulated.model)
     again = replay_folder(tmp_path / REPLAY_FOLDER, real.ledger)
     assert (again.updates, again.problems) == (len(merged(real)), [])
-    if aggregation["mode"] == "fedavg":
+    if aggregation["strategy"] == "fedavg":
         assert {line["staleness"] for line in merged(real)} == {0}
         assert any(r["reason"] == "late" for r in endings[0]) == (dispatch == DEADLINE)
 
 
 class AllAtOnce(Workers):
-    """Before the coordinator looks, every open job is trained and posted: more than the round has room for."""
+    """Workers that post every open job before the coordinator reads, which is more updates than a round merges."""
 
     def receive(self, block_seconds, count=32):
         if not self.joined:
@@ -302,10 +312,10 @@ class AllAtOnce(Workers):
         return CoordinatorStore.receive(self, 0.001, count)
 
 
-def test_update_that_was_posted_when_its_round_closed_ends_once_as_late(redis_client, tmp_path):
-    config = make_config(
-        ("a", "b", "c"), aggregation={"mode": "fedavg", "cohort_size": 2}, stop={"versions": 3},
-        dispatch={"leader_seconds": 3600, "lease_seconds": 3600, "over_selection": 1.4},
+def test_update_posted_as_its_round_closes_ends_once_as_late(redis_client, tmp_path):
+    config = simulated_config(
+        ("a", "b", "c"), aggregation={"strategy": "fedavg", "cohort_size": 2}, stop={"versions": 3},
+        dispatch={"leader_lease_seconds": 3600, "lease_seconds": 3600, "over_selection": 1.4},
     )  # fmt: skip
     store = AllAtOnce(redis_client, config.name, "owner")
     store.begin(config, PointsTask(), [])

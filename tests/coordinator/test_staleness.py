@@ -1,14 +1,21 @@
-"""Staleness functions: by hand, against the oracle, and what holds of each of them."""
+"""Staleness functions: results by hand, comparison with the oracle, and properties of all functions."""
 
 from __future__ import annotations
 
 import math
 
 import pytest
-from oracle import STALENESS
 
 from fedqueue.config.aggregation import StalenessConfig
-from fedqueue_coordinator.algorithms.staleness import SMALLEST, constant, exponential, hinge, make_staleness, polynomial
+from fedqueue_coordinator.algorithms.staleness import (
+    MIN_WEIGHT,
+    constant,
+    exponential,
+    hinge,
+    make_staleness,
+    polynomial,
+)
+from tests.support.oracle import STALENESS
 
 FUNCTIONS = sorted(STALENESS)
 
@@ -26,12 +33,12 @@ FUNCTIONS = sorted(STALENESS)
         (exponential(a=math.log(2)), 3, 1 / 8),
     ],
 )
-def test_weights_that_can_be_checked_by_hand(function, tau, weight):
+def test_weights_match_results_by_hand(function, tau, weight):
     assert function(tau) == pytest.approx(weight, rel=1e-15)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_configured_function_agrees_with_the_oracle_at_its_defaults(name):
+def test_staleness_defaults_agree_with_the_oracle(name):
     function = make_staleness(StalenessConfig(function=name))
     assert [function(tau) for tau in range(101)] == pytest.approx([STALENESS[name](tau) for tau in range(101)])
 
@@ -46,7 +53,7 @@ def test_configured_function_agrees_with_the_oracle_at_its_defaults(name):
         ("exponential", {"a": 0.7}),
     ],
 )
-def test_configured_function_takes_the_keys_that_are_set(name, options):
+def test_configured_function_uses_the_configured_parameters(name, options):
     function = make_staleness(StalenessConfig(function=name, **options))
     assert [function(tau) for tau in range(30)] == pytest.approx([STALENESS[name](t, **options) for t in range(30)])
 
@@ -59,8 +66,8 @@ def test_fresh_update_has_weight_one_exactly(name, a):
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("a", [None, 0.01, 1.0, 1e3, 1e308])
-def test_weight_is_at_most_one_never_rises_with_staleness_and_never_vanishes(name, a):
+def test_staleness_weight_is_positive_and_never_increases(name, a):
     function = make_staleness(StalenessConfig(function=name, a=a))
     weights = [function(tau) for tau in [*range(200), 10**6]]
-    assert all(SMALLEST <= weight <= 1.0 for weight in weights)
+    assert all(MIN_WEIGHT <= weight <= 1.0 for weight in weights)
     assert weights == sorted(weights, reverse=True)

@@ -1,13 +1,14 @@
-"""When a run ends: whichever limit is reached first, and in words."""
+"""Stop conditions: the first limit reached, and the description of that limit."""
 
 from __future__ import annotations
 
 import pytest
-from builders import of_kind, start
 
-from fedqueue.config.loading import StopConfig
+from fedqueue.config.schema import StopConfig
 from fedqueue_coordinator.core.events import Close, Evaluated, Stop
 from fedqueue_coordinator.core.stop_conditions import lower_is_better, stop_reason, target_reached
+from tests.support.builders import of_kind
+from tests.support.federation_run import start
 
 
 @pytest.mark.parametrize(
@@ -23,7 +24,7 @@ from fedqueue_coordinator.core.stop_conditions import lower_is_better, stop_reas
         ({"target": {"accuracy": 0.9}}, 10**6, 10**6, 1e6, ""),
     ],
 )
-def test_limit_that_is_reached(limits, version, updates, seconds, reason):
+def test_first_reached_limit_is_described(limits, version, updates, seconds, reason):
     assert stop_reason(StopConfig(**limits), version, updates, seconds) == reason
 
 
@@ -41,7 +42,7 @@ def test_limit_that_is_reached(limits, version, updates, seconds, reason):
         ({}, {"accuracy": 1.0}, False),
     ],
 )
-def test_target_is_reached_when_every_metric_is(target, metrics, reached):
+def test_target_is_reached_when_all_metrics_reach_theirs(target, metrics, reached):
     words = target_reached(target, Evaluated(7, metrics))
     assert bool(words) == reached
     if reached:
@@ -49,7 +50,7 @@ def test_target_is_reached_when_every_metric_is(target, metrics, reached):
         assert words.endswith("at version 7")
 
 
-def test_losses_and_errors_are_to_fall_and_everything_else_to_rise():
+def test_targets_for_losses_and_errors_are_upper_bounds():
     assert [m for m in ("loss", "test_loss", "error", "accuracy", "auc", "lossless") if lower_is_better(m)] == [
         "loss",
         "test_loss",
@@ -68,7 +69,7 @@ def test_run_stops_at_its_version():
 
 
 def test_run_stops_at_its_number_of_merged_updates():
-    run = start("c0", "c1", aggregation={"mode": "fedbuff", "buffer_size": 2}, stop={"updates": 3})
+    run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 2}, stop={"updates": 3})
     for _ in range(4):
         run.post("c0", 1.0)
     assert run.federation.stopped == Stop("updates: 4 of 3")  # a buffer is merged as a whole
@@ -82,7 +83,7 @@ def test_rejected_updates_do_not_count_towards_the_limit():
     assert run.federation.stopped == Stop("updates: 1 of 1")
 
 
-def test_run_stops_at_its_time_and_asks_for_a_tick_then():
+def test_run_stops_at_its_time_limit():
     run = start("c0", stop={"seconds": 5.0})
     assert run.federation.next_deadline() == 5.0
     assert not of_kind(run.tick(4.9), Stop)
@@ -103,8 +104,8 @@ def test_run_stops_as_failed_when_the_evaluation_raises():
     assert run.federation.stopped == Stop("the evaluation failed: ValueError: no", failed=True)
 
 
-def test_every_job_has_ended_when_the_run_has():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedbuff", "buffer_size": 3})
+def test_ending_the_run_ends_every_job():
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedbuff", "buffer_size": 3})
     run.post("c0", 1.0)
     actions = run.stop("the operator said so")
     assert [type(action) for action in actions] == [Close] * 4 + [Stop]
@@ -114,7 +115,7 @@ def test_every_job_has_ended_when_the_run_has():
 
 
 def test_payload_that_comes_after_the_end_is_rejected():
-    run = start("c0", aggregation={"mode": "fedasync"})
+    run = start("c0", aggregation={"strategy": "fedasync"})
     run.holds_loads = True
     job = run.job_of("c0")
     run.post("c0", 1.0)
@@ -124,7 +125,7 @@ def test_payload_that_comes_after_the_end_is_rejected():
     assert (run.rejections, run.x, run.federation.version) == (["run_ended"], 0.0, 0)
 
 
-def test_nothing_happens_after_the_end():
+def test_ended_run_performs_no_actions():
     run = start("c0", stop={"versions": 1}, evaluates=True)
     run.post("c0", 1.0)
     ended = len(run.actions)

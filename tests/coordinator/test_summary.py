@@ -1,12 +1,11 @@
-"""A summary agrees with the ledger it was computed from."""
+"""The summary of a run compared with its ledger."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from builders import start
-
 from fedqueue_coordinator.core.run_summary import summarize
+from tests.support.federation_run import start
 
 
 def merged(client, staleness):
@@ -27,10 +26,10 @@ LEDGER = [
 ]
 
 
-def test_summary_by_hand():
+def test_summary_matches_results_by_hand():
     assert summarize("run", "fedbuff", 7, "versions: 2 of 2", LEDGER, {"closed": 2, "replayed": 0}) == {
         "run": "run",
-        "mode": "fedbuff",
+        "strategy": "fedbuff",
         "seed": 7,
         "versions": 2,
         "updates_merged": 4,
@@ -52,19 +51,19 @@ def test_summary_by_hand():
     }
 
 
-def test_summary_of_a_run_in_which_nothing_happened():
+def test_summary_of_an_empty_run():
     summary = summarize("run", "fedasync", 0, "interrupted", [], {})
     assert (summary["versions"], summary["updates_merged"], summary["updates_per_second"]) == (0, 0, 0.0)
     assert summary["staleness"] == {"mean": 0.0, "max": 0, "histogram": {}}
     assert (summary["metrics"], summary["history"], summary["clients"]) == ({}, [], {})
 
 
-def test_summary_reads_a_ledger_that_can_be_read_only_once():
+def test_summary_reads_the_ledger_once():
     assert summarize("run", "fedbuff", 0, "", iter(LEDGER), {}) == summarize("run", "fedbuff", 0, "", LEDGER, {})
 
 
-def test_counts_agree_with_what_the_federation_counted():
-    run = start("c0", "c1", "c2", aggregation={"mode": "fedbuff", "buffer_size": 2})
+def test_summary_counts_match_the_federations_counts():
+    run = start("c0", "c1", "c2", aggregation={"strategy": "fedbuff", "buffer_size": 2})
     for round_ in range(5):
         run.now += 1.0
         run.post("c0", 1.0, base=0)
@@ -77,8 +76,8 @@ def test_counts_agree_with_what_the_federation_counted():
     summary = summarize("run", "fedbuff", 0, "", run.ledger, {})
     federation = run.federation
     assert summary["versions"] == federation.version
-    assert summary["updates_merged"] == federation.totals.updates
-    assert summary["clients"] == federation.totals.merged_by
+    assert summary["updates_merged"] == federation.run_counters.updates
+    assert summary["clients"] == federation.run_counters.merged_by
     assert summary["updates_rejected"] == federation.rejected
     assert summary["abandoned_because"] == federation.abandoned
     assert summary["staleness"]["histogram"] == {

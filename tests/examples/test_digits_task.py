@@ -1,4 +1,4 @@
-"""The digits example: real images, a test split that stays apart, and models that learn."""
+"""The digits example has real images, a separate test split, and models that learn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def digits_task(**options):
 
 
 def as_rows(*datasets) -> list[bytes]:
-    """Each example, image and label, as one value that can be compared, sorted."""
+    """Return each example (image and label) as one comparable value, sorted."""
     return sorted(
         image.numpy().tobytes() + bytes([int(label)])
         for data in datasets
@@ -61,7 +61,7 @@ def test_images_are_float32_between_0_and_1_and_labels_int64():
 
 
 @pytest.mark.parametrize("scheme", ["dirichlet", "iid", "shards", "quantity"])
-def test_no_test_image_is_trained_on_and_no_image_is_trained_on_twice(scheme):
+def test_train_and_test_images_are_disjoint(scheme):
     task = digits_task(scheme=scheme, seed=3)
     train_images, labels = task._images[0]
     shares = split(scheme, labels.numpy(), 8, 0.3, 3)
@@ -78,7 +78,7 @@ def test_a_fifth_of_each_class_is_for_testing():
     assert np.abs(np.bincount(labels) - of_all / 5).max() <= 1
 
 
-def test_every_process_sees_the_same_split_and_another_seed_gives_another():
+def test_seed_determines_the_split():
     first, again, other = digits_task(), digits_task(), digits_task(seed=1)
     assert torch.equal(first.test_data().tensors[0], again.test_data().tensors[0])
     assert torch.equal(first.train_data(CLIENTS[2]).tensors[0], again.train_data(CLIENTS[2]).tensors[0])
@@ -103,7 +103,7 @@ def test_both_models_learn_from_one_clients_images(model, learning_rate):
     torch.manual_seed(0)
     network = task.model()
     before = task.evaluate(network, task.test_data())
-    config = TrainingConfig(learning_rate=learning_rate, epochs=10, device="cpu")
+    config = TrainingConfig(learning_rate=learning_rate, local_epochs=10, device="cpu")
     fit = train(task, network, task.train_data(CLIENTS[0]), config, lambda: None)
     after = task.evaluate(network, task.test_data())
     assert fit.num_examples == 180
@@ -111,7 +111,7 @@ def test_both_models_learn_from_one_clients_images(model, learning_rate):
     assert after["accuracy"] > 0.7 > before["accuracy"]
 
 
-def test_client_without_a_partition_is_told_that_it_has_no_digits():
+def test_client_without_a_partition_is_an_error():
     with pytest.raises(TaskError, match="visitor is not one of the run's partitions"):
         digits_task().train_data(Client("visitor"))
 

@@ -1,4 +1,4 @@
-"""The hospitals example: what a hospital feeds its model comes from its own rows, and from nobody else's."""
+"""The hospitals example: a hospital's model input depends on that hospital's rows only."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from fedqueue.task import load_task
 FOLDER = Path(__file__).parents[2] / "examples" / "hospitals"
 example = sys.modules[type(load_task("task.py:HospitalsTask", {}, FOLDER)).__module__]
 SIZES = {"cleveland": 304, "hungary": 293, "switzerland": 123, "va": 200}
-TRAINING = TrainingConfig(learning_rate=0.05, epochs=10, device="cpu")
+TRAINING = TrainingConfig(learning_rate=0.05, local_epochs=10, device="cpu")
 
 
 def row(**values: str) -> dict[str, str]:
-    """A patient about whom nothing is known but `values`."""
+    """Make a patient of whom only `values` are known."""
     return {**dict.fromkeys([*example.NUMBERS, *example.CATEGORIES], ""), **values}
 
 
@@ -36,7 +36,7 @@ def test_federation_file_is_valid_and_names_the_four_hospitals():
 
 
 @pytest.mark.parametrize(("hospital", "patients"), SIZES.items())
-def test_each_hospital_keeps_all_its_patients_a_quarter_of_them_for_testing(hospital, patients):
+def test_each_hospital_holds_out_a_quarter_of_its_patients(hospital, patients):
     data = example.HospitalsTask().train_data(Client(hospital))
     assert len(data) + len(data.test) == patients
     assert len(data.test) == -(-patients // 4)
@@ -91,7 +91,7 @@ def test_cholesterol_of_zero_counts_as_missing():
         assert not rows[flags == 1, chol].any()
 
 
-def test_what_a_hospital_computes_depends_on_no_other_hospitals_rows(monkeypatch):
+def test_hospital_data_is_independent_of_other_hospitals(monkeypatch):
     table = example.read_rows
 
     def others_changed(hospital):
@@ -104,7 +104,7 @@ def test_what_a_hospital_computes_depends_on_no_other_hospitals_rows(monkeypatch
     after, va_after = task.train_data(Client("hungary")), task.train_data(Client("va"))
     for old, new in zip((*before.tensors, *before.test.tensors), (*after.tensors, *after.test.tensors), strict=True):
         assert torch.equal(old, new)
-    assert len(va_after) != len(va_before)  # the change was seen where it was made
+    assert len(va_after) != len(va_before)  # the change affects the hospital that made it
 
 
 def test_held_out_rows_shift_nothing_that_is_trained_on():
@@ -128,7 +128,7 @@ def test_no_held_out_row_is_trained_on():
     assert not trained & {tuple(r) for r in data.test.tensors[0].tolist()}
 
 
-def test_coordinator_sees_held_out_rows_only_where_it_is_told_to():
+def test_coordinator_sees_held_out_rows_only_if_configured():
     assert example.HospitalsTask().test_data() is None
     pooled = example.HospitalsTask(central_test=True).test_data()
     assert len(pooled) == sum(-(-patients // 4) for patients in SIZES.values())
@@ -146,11 +146,11 @@ def test_both_models_train_and_report_counted_metrics(model, hospital):
     steps = []
     arrived = task.evaluate(network, data.test)
     fit = task.fit(network, data, TRAINING, lambda: steps.append(1))
-    assert len(steps) == TRAINING.epochs * -(-len(data) // TRAINING.batch_size)
+    assert len(steps) == TRAINING.local_epochs * -(-len(data) // TRAINING.batch_size)
     assert fit.num_examples == len(data)
     assert set(fit.metrics) == {"loss", "test_loss", "test_accuracy", "test_auc", "test_examples"}
     assert fit.metrics["test_examples"] == len(data.test)
-    assert fit.metrics["test_auc"] == arrived["auc"]  # of the model as it came, before this hospital trained it
+    assert fit.metrics["test_auc"] == arrived["auc"]  # of the received model, before this hospital's training
     assert task.evaluate(network, data.test)["loss"] < arrived["loss"]
     assert task.evaluate(network, data.test)["auc"] > 0.6
 
@@ -176,7 +176,7 @@ def test_unknown_hospital_or_model_names_those_there_are():
         load_task("task.py:HospitalsTask", {"model": "forest"}, FOLDER)
 
 
-def test_mixed_rows_are_all_the_rows_dealt_out_once_in_the_same_numbers():
+def test_mixed_rows_are_a_permutation_of_all_rows():
     own, mixed = ([example.HospitalsTask(mixed=m).train_data(Client(name)) for name in SIZES] for m in (False, True))
     assert [len(data) for data in mixed] == [len(data) for data in own]
     before, after = (torch.cat([data.tensors[0] for data in parts]) for parts in (own, mixed))

@@ -1,11 +1,9 @@
-"""What holds of every aggregation, whatever the updates: bounds, symmetries, and the oracle on random numbers."""
+"""Properties of every aggregation on random updates: bounds, symmetries, and agreement with the oracle."""
 
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-from builders import make_config, make_frame, same_bits
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +12,8 @@ from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.algorithms.staleness import make_staleness
+from tests.support import oracle
+from tests.support.builders import make_config, make_frame, same_bits
 
 values = st.floats(-1000, 1000, width=32)
 variances = st.floats(2.0**-30, 2.0**30, width=32)
@@ -39,7 +39,7 @@ alphas = st.floats(0.01, 1.0)
 
 
 def merge(aggregation, model, contributions_):
-    """The version after `model`, with plain addition as the server's step."""
+    """Make the version after `model`, with plain addition as the server optimizer."""
     aggregator = make_aggregator(make_config(aggregation=aggregation))
     after, accumulator = model.copy(), aggregator.init(model.manifest)
     for contribution in contributions_:
@@ -49,11 +49,11 @@ def merge(aggregation, model, contributions_):
 
 
 def fedbuff(**options):
-    return {"mode": "fedbuff", **options}
+    return {"strategy": "fedbuff", **options}
 
 
 def deltas(contributions_):
-    return np.array([c.frame.parameters.numpy() for c in contributions_], np.float64)
+    return np.array([c.delta.parameters.numpy() for c in contributions_], np.float64)
 
 
 @given(functions, taus)
@@ -66,20 +66,20 @@ def test_staleness_weights_are_between_0_and_1_and_never_rise(function, tau):
 @given(models, buffers, divisors, functions)
 def test_fedbuff_agrees_with_the_oracle(model, buffer, divisor, function):
     s = make_staleness(function)
-    arrived = [oracle.Arrived(c.frame.parameters.numpy().astype(np.float64), c.staleness, c.examples) for c in buffer]
+    arrived = [oracle.Arrived(c.delta.parameters.numpy().astype(np.float64), c.staleness, c.examples) for c in buffer]
     x = model.parameters.numpy().astype(np.float64)
     expected = x + oracle.fedbuff(arrived, s, divisor["normalize"], divisor["weight_by_examples"])
     merged = merge(fedbuff(staleness=function, **divisor), model, buffer)
-    np.testing.assert_allclose(merged.parameters.numpy(), expected, rtol=1e-5, atol=2e-3)  # of values up to 1000
+    np.testing.assert_allclose(merged.parameters.numpy(), expected, rtol=1e-5, atol=2e-3)  # for values up to 1000
 
 
 @given(models, contributions, models, alphas, functions, st.sampled_from(["model", "delta"]))
 def test_fedasync_agrees_with_the_oracle(model, update, base, alpha, function, mixing):
-    base = base if update.staleness else model  # a fresh update was trained from the present model
-    update = Contribution(update.frame, update.examples, update.staleness, base)
-    x, b, delta = (f.parameters.numpy().astype(np.float64) for f in (model, base, update.frame))
+    base = base if update.staleness else model  # a fresh update was trained from the current model
+    update = Contribution(update.delta, update.examples, update.staleness, base)
+    x, b, delta = (f.parameters.numpy().astype(np.float64) for f in (model, base, update.delta))
     expected = oracle.fedasync(x, b, delta, alpha, make_staleness(function)(update.staleness), mixing)
-    merged = merge({"mode": "fedasync", "alpha": alpha, "mixing": mixing, "staleness": function}, model, [update])
+    merged = merge({"strategy": "fedasync", "alpha": alpha, "mixing": mixing, "staleness": function}, model, [update])
     np.testing.assert_allclose(merged.parameters.numpy(), expected, rtol=1e-5, atol=2e-3)
 
 
@@ -94,22 +94,24 @@ def test_order_within_a_buffer_matters_only_to_the_rounding(model, buffer, divis
 
 @given(buffers, divisors, functions, st.integers(-10, 10))
 def test_step_scales_with_the_deltas(buffer, divisor, function, exponent):
-    """By a power of two, so that not even the rounding differs."""
+    """The factor is a power of two, so the rounding is the same, too."""
     aggregation, origin = fedbuff(staleness=function, **divisor), make_frame(0.0)
     scaled = []
     for c in buffer:
-        frame = c.frame.copy()
+        frame = c.delta.copy()
         frame.parameters.mul_(2.0**exponent)
         scaled.append(Contribution(frame, c.examples, c.staleness))
     first, second = merge(aggregation, origin, buffer), merge(aggregation, origin, scaled)
-    tiny = np.finfo(np.float32).tiny  # below it floats lose digits, so there scaling does round
-    np.testing.assert_allclose(second.parameters, first.parameters.numpy() * 2.0**exponent, rtol=1e-6, atol=tiny)
+    tiny = float(np.finfo(np.float32).tiny)  # below it floats lose digits, so scaling would round
+    np.testing.assert_allclose(
+        second.parameters.numpy(), first.parameters.numpy() * 2.0**exponent, rtol=1e-6, atol=tiny
+    )
 
 
 @given(models, buffers, functions, st.sampled_from(["count", "weights"]), st.integers(2, 1000))
 def test_examples_count_only_relatively(model, buffer, function, normalize, factor):
     aggregation = fedbuff(staleness=function, normalize=normalize, weight_by_examples=True)
-    more = [Contribution(c.frame, factor * c.examples, c.staleness) for c in buffer]
+    more = [Contribution(c.delta, factor * c.examples, c.staleness) for c in buffer]
     first, second = merge(aggregation, model, buffer), merge(aggregation, model, more)
     np.testing.assert_allclose(first.parameters.numpy(), second.parameters.numpy(), rtol=1e-5, atol=2e-3)
 
@@ -138,28 +140,28 @@ def test_normalized_by_weights_the_step_lies_among_the_deltas(buffer, function, 
 @given(models, buffers, divisors, functions)
 def test_variance_stays_among_the_variances_and_so_positive(model, buffer, divisor, function):
     merged = merge(fedbuff(staleness=function, **divisor), model, buffer).buffers[1].item()
-    seen = [model.buffers[1].item(), *[c.frame.buffers[1].item() for c in buffer]]
+    seen = [model.buffers[1].item(), *[c.delta.buffers[1].item() for c in buffer]]
     assert merged > 0
     assert min(seen) * (1 - 1e-5) <= merged <= max(seen) * (1 + 1e-5)
 
 
 @given(models, contributions, alphas, functions)
 def test_variance_stays_positive_under_fedasync(model, update, alpha, function):
-    aggregation = {"mode": "fedasync", "alpha": alpha, "mixing": "delta", "staleness": function}
+    aggregation = {"strategy": "fedasync", "alpha": alpha, "mixing": "delta", "staleness": function}
     assert merge(aggregation, model, [update]).buffers[1] > 0
 
 
 @given(models, buffers, divisors)
 def test_counters_are_the_greatest_of_all(model, buffer, divisor):
     merged = merge(fedbuff(**divisor), model, buffer)
-    assert merged.counters.item() == max([model.counters.item(), *[c.frame.counters.item() for c in buffer]])
+    assert merged.counters.item() == max([model.counters.item(), *[c.delta.counters.item() for c in buffer]])
 
 
 @given(models, buffers, functions)
-def test_fedbuff_by_examples_without_staleness_is_fedavg_bit_for_bit(model, buffer, function):
-    fresh = [Contribution(c.frame, c.examples, 0) for c in buffer]
+def test_fedbuff_by_examples_without_staleness_is_fedavg(model, buffer, function):
+    fresh = [Contribution(c.delta, c.examples, 0) for c in buffer]
     assert same_bits(
-        merge({"mode": "fedavg"}, model, fresh),
+        merge({"strategy": "fedavg"}, model, fresh),
         merge(fedbuff(staleness=function, weight_by_examples=True), model, fresh),
     )
 
@@ -169,17 +171,17 @@ def test_fedbuff_of_one_is_fedasync_bit_for_bit(model, update):
     constant = {"function": "constant"}
     assert same_bits(
         merge(fedbuff(staleness=constant), model, [update]),
-        merge({"mode": "fedasync", "alpha": 1.0, "mixing": "delta", "staleness": constant}, model, [update]),
+        merge({"strategy": "fedasync", "alpha": 1.0, "mixing": "delta", "staleness": constant}, model, [update]),
     )
 
 
 @pytest.mark.parametrize("mode", ["fedasync", "fedbuff", "fedavg"])
 @given(model=models, update=contributions)
 def test_update_that_changes_nothing_changes_nothing(mode, model, update):
-    """Training that went nowhere: delta 0, and the model's own statistics."""
+    """The update has delta 0 and the model's own statistics."""
     frame = model.copy()
     frame.parameters.zero_()
     still = Contribution(frame, update.examples, update.staleness, model)
-    merged = merge({"mode": mode}, model, [still])
+    merged = merge({"strategy": mode}, model, [still])
     np.testing.assert_allclose(merged.floats.numpy(), model.floats.numpy(), rtol=1e-6, atol=1e-4)
     assert merged.counters.tolist() == model.counters.tolist()

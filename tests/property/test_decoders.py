@@ -1,11 +1,10 @@
-"""Every decoder of what comes from elsewhere, for any bytes: what it may raise, how long it may take, how much memory.
+"""For any bytes, every decoder of external bytes raises only its listed errors, in bounded time and memory.
 
-`make fuzz` looks for such bytes by coverage; what it has found lies in tests/corpus.
+`make fuzz` searches for bytes that break a bound, guided by coverage; its findings are in tests/corpus.
 """
 
 from __future__ import annotations
 
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,15 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
-
-import decoders
-from decoders import DECODERS, Decoder, ToShow, check
-
 from fedqueue.errors import StoreError, WireError
-from fedqueue.protocol.messages import MAX_DEPTH, MAX_MESSAGE, MAX_RECORD, unpack, unpack_record
-from fedqueue.tensors.frame import MAX_DIMENSIONS, MAX_MANIFEST, Manifest
+from fedqueue.protocol.msgpack import MAX_DEPTH, MAX_MESSAGE, MAX_RECORD, unpack, unpack_record
+from fedqueue.tensors.manifest import MAX_DIMENSIONS, MAX_MANIFEST, Manifest
 from fedqueue.transport.store import plain_json
+from tests.support import decoders
+from tests.support.decoders import DECODERS, Decoder, ToShow, check
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 FOUND = sorted(path for path in CORPUS.rglob("*") if path.is_file() and path.suffix != ".md")
@@ -38,7 +34,7 @@ def _memory_is_traced() -> Iterator[None]:
 
 
 def changed(seed: bytes) -> st.SearchStrategy[bytes]:
-    """The seed with a piece replaced by other bytes."""
+    """Generate the seed with a piece replaced by other bytes."""
     places = st.integers(0, len(seed))
     return st.builds(
         lambda a, b, new: seed[: min(a, b)] + new + seed[max(a, b) :], places, places, st.binary(max_size=12)
@@ -48,13 +44,13 @@ def changed(seed: bytes) -> st.SearchStrategy[bytes]:
 @each_decoder
 @settings(max_examples=25)
 @given(data=st.data())
-def test_decoder_keeps_its_bounds_for_any_bytes_and_for_nearly_right_ones(name, data):
+def test_decoder_keeps_its_bounds_for_any_bytes(name, data):
     check(name, data.draw(st.binary(max_size=200) | changed(DECODERS[name].seeds[0])))
 
 
 @each_decoder
 def test_seed_of_a_decoder_is_decoded(name):
-    """So that fuzzing starts from what is right, and not from what is refused at the first byte."""
+    """Fuzzing has to start from valid input, not from input that is refused at the first byte."""
     for seed in DECODERS[name].seeds:
         if name != "job":
             assert DECODERS[name].decode(seed) is not None
@@ -135,7 +131,7 @@ def test_record_is_a_map_of_names():
 
 
 def test_dimensions_of_a_tensor_are_bounded():
-    """The product of very many very large dimensions is a very long computation."""
+    """Without a bound, the product of many large dimensions takes very long to compute."""
     row = ["w", "float32", [1] * MAX_DIMENSIONS, 0, 1, "parameter"]
     assert Manifest.unpack(msgpack.packb([row]))
     row[2].append(1)

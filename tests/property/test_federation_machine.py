@@ -1,7 +1,7 @@
-"""A federation under random joins, leaves, updates, faults and crashes: what holds of it at every moment.
+"""Invariants of a federation under random joins, leaves, updates, faults and crashes.
 
-`Run`, which carries the actions out, checks on the way that versions rise by one, that a job begins once and ends once,
-and that an evaluation is of the version that it is labelled with.
+`Run`, which carries out the actions, also checks that versions rise by one, that a job begins once and ends once, and
+that an evaluation measures the version in its label.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from collections import Counter
 from functools import partial
 
 import numpy as np
-import oracle
-from builders import EXAMPLES, MANIFEST, Died, Run, make_config, make_frame, make_header, of_kind, same_bits
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -25,10 +23,12 @@ from fedqueue_coordinator.core.events import (
     Evaluated,
     JobEnded,
     Tick,
-    UpdateArrived,
 )
 from fedqueue_coordinator.core.run_summary import summarize
 from fedqueue_coordinator.core.selection import SELECTIONS
+from tests.support import oracle
+from tests.support.builders import EXAMPLES, MANIFEST, make_config, make_frame, make_header, of_kind, same_bits
+from tests.support.federation_run import Died, Run, make_arrived
 
 CLIENTS = ("c0", "c1", "c2", "c3")
 MAX_STALENESS = 4
@@ -54,22 +54,22 @@ faults = st.sampled_from(
     ]
 )
 aggregations = st.one_of(
-    st.fixed_dictionaries({"mode": st.just("fedasync"), "mixing": st.sampled_from(["model", "delta"])}),
+    st.fixed_dictionaries({"strategy": st.just("fedasync"), "mixing": st.sampled_from(["model", "delta"])}),
     st.fixed_dictionaries(
         {
-            "mode": st.just("fedbuff"),
+            "strategy": st.just("fedbuff"),
             "buffer_size": st.integers(1, 4),
             "barrier": st.booleans(),
             "normalize": st.sampled_from(["count", "weights"]),
             "weight_by_examples": st.booleans(),
         }
     ),
-    st.fixed_dictionaries({"mode": st.just("fedavg"), "cohort_size": st.integers(1, 4)}),
-    st.fixed_dictionaries({"mode": st.just("fadas"), "buffer_size": st.integers(1, 3), "barrier": st.booleans()}),
-    st.fixed_dictionaries({"mode": st.just("ca2fl"), "buffer_size": st.integers(1, 3), "barrier": st.booleans()}),
+    st.fixed_dictionaries({"strategy": st.just("fedavg"), "cohort_size": st.integers(1, 4)}),
+    st.fixed_dictionaries({"strategy": st.just("fadas"), "buffer_size": st.integers(1, 3), "barrier": st.booleans()}),
+    st.fixed_dictionaries({"strategy": st.just("ca2fl"), "buffer_size": st.integers(1, 3), "barrier": st.booleans()}),
     st.fixed_dictionaries(
         {
-            "mode": st.just("fedbuff"),
+            "strategy": st.just("fedbuff"),
             "buffer_size": st.just(3),
             "robust": st.sampled_from([{"rule": "median"}, {"rule": "trimmed_mean"}]),
         }
@@ -78,12 +78,12 @@ aggregations = st.one_of(
 choices = st.fixed_dictionaries(
     {
         "selection": st.sampled_from(sorted(SELECTIONS)),
-        "max_share": st.sampled_from([1.0, 0.5]),
+        "max_share": st.sampled_from(["off", 0.5]),
         "over_selection": st.sampled_from([1.0, 1.5]),
-        "deadline_seconds": st.sampled_from([0.0, 2.0]),
+        "round_deadline_seconds": st.sampled_from(["off", 2.0]),
     }
 )
-servers = st.sampled_from([{}, {"name": "adam", "learning_rate": 0.1}, {"options": {"momentum": 0.5}}])
+servers = st.sampled_from([{}, {"name": "adam", "learning_rate": 0.1}, {"optimizer_options": {"momentum": 0.5}}])
 
 
 class FederationMachine(RuleBasedStateMachine):
@@ -91,7 +91,7 @@ class FederationMachine(RuleBasedStateMachine):
         aggregation=aggregations,
         function=st.sampled_from(sorted(oracle.STALENESS)),
         server=servers,
-        concurrency=st.integers(0, 5),
+        concurrency=st.integers(1, 5) | st.just("auto"),
         seed=st.integers(0, 9),
         choice=choices,
         first=clients,
@@ -106,19 +106,19 @@ class FederationMachine(RuleBasedStateMachine):
             },
             clients={"count": len(CLIENTS)},
             dispatch={"concurrency": concurrency, "max_client_failures": 3, "share_window": 3, **choice},
-            evaluation={"every": 2, "seconds": 5.0},
-            # A difference of two rounded sums is a number, or 0 in the oracle: Adam would make a whole step of it.
-            server_optimizer={} if aggregation["mode"] in ("ca2fl", "fadas") or "robust" in aggregation else server,
+            evaluation={"every_versions": 2, "every_seconds": 5.0},
+            # A difference of two rounded sums may be tiny here and 0 in the oracle; Adam makes a full step of it.
+            server_optimizer={} if aggregation["strategy"] in ("ca2fl", "fadas") or "robust" in aggregation else server,
             seed=seed,
         )
         self.run = Run(self.config, make_frame(1.0), evaluates=True)
-        self.bases = {}  # job → version that its worker has fetched
-        self.troubled = set()  # clients that may have to rest
+        self.bases = {}  # job → version that the job's worker has fetched
+        self.troubled = set()  # clients that may be in backoff
         self.evaluating = 0
-        self.seen = 0  # actions
+        self.seen = 0  # number of actions
         self.run.join(first)
 
-    # What happens
+    # Rules
 
     @rule(client=clients)
     def join(self, client):
@@ -131,7 +131,7 @@ class FederationMachine(RuleBasedStateMachine):
 
     @property
     def training(self):
-        """Clients with a job that is not posted."""
+        """Clients with a job without a posted update."""
         return sorted({of for job, of in self.run.jobs.items() if job not in self.run.posted})
 
     @precondition(lambda self: self.training)
@@ -159,7 +159,7 @@ class FederationMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.run.alive)
     @rule(data=st.data())
     def vanish(self, data):
-        """Its job, if it has one, may still be posted, or lapse later."""
+        """Expire the client's lease; the client's job, if any, may still be posted, or its lease may expire later."""
         self.run.vanish(data.draw(st.sampled_from(sorted(self.run.alive))))
 
     @precondition(lambda self: self.training)
@@ -171,7 +171,7 @@ class FederationMachine(RuleBasedStateMachine):
         later=st.sampled_from([0.0, 10.0]),
     )
     def go_before_the_update_is_read(self, data, update, how, returns, later):
-        """Or stay; by the time at which it is read, its round may be over."""
+        """Post an update and let the client leave, vanish or stay; when the update is read, the round may be over."""
         client = data.draw(st.sampled_from(self.training))
         self.run.post(client, update, base=self.bases.get(self.run.job_of(client)), unread=True)
         if how == "leave":
@@ -186,10 +186,10 @@ class FederationMachine(RuleBasedStateMachine):
 
     @rule(number=st.integers(1, 40), client=clients)
     def forge(self, number, client):
-        """An update of a job that is not open, or is not that client's."""
+        """Post an update of a job that is not open, or belongs to another client."""
         job = f"run-{number:08d}"
         if self.run.federation.open_jobs.get(job) != client:
-            answer = self.run.tell(UpdateArrived("forged", job, 1, client, 0, make_header()))
+            answer = self.run.tell(make_arrived("forged", job, client, 0, make_header()))
             assert any(isinstance(action, Acknowledge) for action in answer)
 
     @precondition(lambda self: self.training)
@@ -231,20 +231,20 @@ class FederationMachine(RuleBasedStateMachine):
         old = self.run.federation
         self._restart()
         new = self.run.federation
-        assert (new.version, new.buffered, new.totals) == (old.version, old.buffered, old.totals)
+        assert (new.version, new.buffered, new.run_counters) == (old.version, old.buffered, old.run_counters)
         assert same_bits(new.model, old.model)
         assert new.optimizer_state == old.optimizer_state
         self._choices_are_the_same(old, new)
 
     def _choices_are_the_same(self, old, new):
-        """Whoever it is who may train: the successor would choose as its predecessor."""
+        """Check that, for any candidates, the resumed federation selects the same client as its predecessor."""
         for number in range(1, 6):
             names = [
-                federation._scheduler.turns.choose(CLIENTS, number, federation.version, self.run.registered)
+                federation._scheduler._fair_share.choose(CLIENTS, number, federation.version, self.run.registered)
                 for federation in (old, new)
             ]
             assert names[0] == names[1]
-        within = [f._scheduler.turns.within_share(CLIENTS, {}, nothing_under_way=False) for f in (old, new)]
+        within = [f._scheduler._fair_share.within_share(CLIENTS, {}, nothing_under_way=False) for f in (old, new)]
         assert within[0] == within[1]
 
     @precondition(lambda self: not self.run.federation.stopped and self.training)
@@ -275,7 +275,7 @@ class FederationMachine(RuleBasedStateMachine):
         self.seen = len(self.run.actions)
         self.run.restart()
 
-    # What holds
+    # Invariants
 
     @invariant()
     def one_evaluation_is_in_flight_at_most(self):
@@ -298,18 +298,18 @@ class FederationMachine(RuleBasedStateMachine):
             assert federation.unfinished == self.run.jobs
             assert set(federation.clients) == set(self.run.alive)
             assert federation.buffered == len(self.run.unacknowledged) < self.config.buffer_size
-        assert federation.totals.updates == len(self.run.merged)
+        assert federation.run_counters.updates == len(self.run.merged)
         assert federation.version == max(self.run.versions)
 
     @invariant()
     def no_slot_leaks(self):
-        """Where nothing holds it back, a client that is alive trains."""
+        """Check that every live client trains, unless a backoff, the share cap or the concurrency prevents it."""
         federation = self.run.federation
         waiting = set(self.run.alive) - set(federation.open_jobs.values()) - self.troubled
         started = len(self.run.alive) >= self.config.minimum_clients
         if self.config.barrier or federation.stopped or not started:
             return
-        if self.config.dispatch.max_share < 1:
+        if self.config.dispatch.max_share is not None:
             assert not waiting or federation.open_jobs
             return
         assert not waiting or len(federation.open_jobs) == self.config.concurrency
@@ -348,15 +348,15 @@ class FederationMachine(RuleBasedStateMachine):
         self._versions_agree_with_the_oracle()
 
     def _same_events_give_the_same_answers(self):
-        twin = self.run.as_it_began()
-        for event, now, answer in self.run.heard:
+        twin = self.run.restored_twin()
+        for event, now, answer in self.run.handled:
             assert twin.handle(event, now) == answer
         assert same_bits(twin.model, self.run.federation.model)
 
     def _every_job_has_ended_once(self):
         run = self.run
         dispatched = {action.job for action in of_kind(run.actions, Dispatch)}
-        assert run.endings.keys() == dispatched  # that none ended twice is checked by `Run`
+        assert run.endings.keys() == dispatched  # `Run` checks that no job ended twice
         assert not run.jobs
         assert not run.unacknowledged
         merged = [line["job"] for line in run.merged]
@@ -370,7 +370,7 @@ class FederationMachine(RuleBasedStateMachine):
         )
 
     def _same_arrivals_give_the_same_bits(self):
-        """Another coordinator that is told nothing but the merged updates, in their order."""
+        """Check that a federation that receives only the merged updates, in order, makes the same versions."""
         twin = Run(self.config, make_frame(1.0))
         commits = {c.version: c for c in of_kind(self.run.actions, Commit)}
         twin.payloads = self.run.payloads
@@ -380,16 +380,20 @@ class FederationMachine(RuleBasedStateMachine):
             twin.jobs.update(jobs)
             twin.federation.restore_jobs(jobs, dict.fromkeys(CLIENTS, EXAMPLES))
             for arrived in merged:
-                twin.unacknowledged[arrived.entry] = arrived
+                twin.unacknowledged[arrived.entry.id] = arrived
                 twin.tell(arrived)
-            if twin.federation.version < version:  # a short cohort
+            if twin.federation.version < version:  # the cohort closed with fewer updates
                 twin.tell(Tick())
             assert same_bits(twin.versions[version], self.run.versions[version])
 
     def _versions_agree_with_the_oracle(self):
-        """Each version from the one before it; with momentum or Adam, that needs the whole history."""
+        """Check each version against the oracle's step from the last one; momentum and Adam need the whole history."""
         aggregation, server = self.config.aggregation, self.config.server_optimizer
-        rule_ = oracle.Adam(0.1) if server.name == "adam" else oracle.SGD(1.0, server.options.get("momentum", 0.0))
+        rule_ = (
+            oracle.Adam(0.1)
+            if server.name == "adam"
+            else oracle.SGD(1.0, server.optimizer_options.get("momentum", 0.0))
+        )
         b = {"b": 1.0} if aggregation.staleness.function == "hinge" else {}
         s = partial(oracle.STALENESS[aggregation.staleness.function], **b)
         fadas = oracle.FADAS(0.01, (0.9, 0.99), 1e-8, 10)
@@ -400,7 +404,7 @@ class FederationMachine(RuleBasedStateMachine):
             version, lines = record["version"], record["merged"]
             deltas = [self.run.payloads[line["job"]].parameters.numpy().astype(np.float64) for line in lines]
             x = xs[version - 1]
-            match aggregation.mode:
+            match aggregation.strategy:
                 case "fedasync":
                     (line,), (delta,) = lines, deltas
                     base = xs[line["base"]]
@@ -428,11 +432,11 @@ TestFederation = FederationMachine.TestCase
 TestFederation.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
-def test_machine_s_twin_is_a_fair_one():
-    """The replay of arrivals would notice another order: the bits of a mean depend on it."""
+def test_replayed_twin_of_the_machine_starts_equal():
+    """A replay of arrivals detects a different order, because the bits of a mean depend on the order."""
     models = []
     for order in ((0, 1, 2), (2, 1, 0)):
-        run = Run(make_config(aggregation={"mode": "fedbuff", "buffer_size": 3}), make_frame())
+        run = Run(make_config(aggregation={"strategy": "fedbuff", "buffer_size": 3}), make_frame())
         run.join("c0", "c1", "c2")
         for i in order:
             run.post(f"c{i}", (0.1, 1e8, -1e8)[i])

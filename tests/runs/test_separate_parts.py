@@ -1,4 +1,4 @@
-"""`fedqueue coordinator` and `fedqueue-worker`, each on its own, over a server that stays."""
+"""`fedqueue coordinator` and `fedqueue-worker` run as separate programs over a permanent Redis server."""
 
 from __future__ import annotations
 
@@ -9,38 +9,40 @@ import subprocess
 import sys
 
 import pytest
-from test_local_runs import check_agreement
 
-from conftest import client_of, read_results, wait_until
 from fedqueue.protocol.key_files import read_public_keys
 from fedqueue.protocol.messages import read
 from fedqueue.protocol.signed_envelope import SignedEnvelope
+from fedqueue.transport.connection import connect
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
+from tests.support.ledger_checks import check_agreement
+from tests.support.programs import read_results
+from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
 
-def test_parts_on_their_own_make_a_run_and_leave_only_what_retention_says(config, start, tmp_path, redis_server):
-    """Three workers take whatever is asked of them, and a fourth site has a policy by which it trains nothing of it."""
+def test_separate_parts_make_a_run_and_respect_retention(config, start, tmp_path, redis_server):
+    """Three workers accept every job; the policy of a fourth site refuses all of them."""
     (tmp_path / "policy.toml").write_text("min_examples = 97  # there are 96")
     reluctant = start(
         "fedqueue_worker", config, "--client", "client-3", "--policy", "policy.toml",
-        FEDQUEUE_REDIS__URL=redis_server.url, FEDQUEUE_SECURITY__OUTBOX="reluctant",
+        FEDQUEUE_REDIS__URL=redis_server.url, FEDQUEUE_SECURITY__EGRESS_LOG="reluctant",
     )  # fmt: skip
     workers = [start("fedqueue_worker", config, FEDQUEUE_REDIS__URL=redis_server.url) for _ in range(3)]
     coordinator = start(
         "fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, "--output", "out",
-        "--set", "clients.minimum=4",
+        "--set", "clients.min_available=4",
     )  # fmt: skip
     assert coordinator.wait() == 0, coordinator.text
     assert [worker.wait() for worker in workers] == [0, 0, 0], workers[0].text
     summary, ledger = read_results(tmp_path / "out")
     check_agreement(summary, ledger)
-    assert len(summary["clients"]) == 3, "each worker claims one partition"
+    assert len(summary["clients"]) == 3, "not every worker claimed one partition"
     check_refusals(summary, ledger, tmp_path / "reluctant")
     assert reluctant.wait() == 0, reluctant.text
-    client = client_of(redis_server)
+    client = connect(redis_server.url)
     left = {key.decode(): client.ttl(key) for key in client.scan_iter("fedqueue:{toy}:*")}
     sites = [f"site:client-{i}" for i in range(4)]
     kinds = sorted(key.removeprefix("fedqueue:{toy}:") for key in left)
@@ -51,8 +53,8 @@ def test_parts_on_their_own_make_a_run_and_leave_only_what_retention_says(config
 
 
 def check_refusals(summary, ledger, egress_log):
-    """The site with a policy contributed nothing; each refusal is in the ledger, and in the log of what left it."""
-    says = "min_examples: there are 96 here, at least 97 are agreed to"
+    """Check that the site with a policy merged nothing, and that the ledger and the egress log have each refusal."""
+    says = "min_examples: the client has 96, this site requires 97"
     refused = [record for record in ledger if record["kind"] == "abandoned" and record["reason"] == "refused"]
     assert {record["client"] for record in refused} == {"client-3"}
     assert all(says in record["error"] for record in refused)
@@ -67,12 +69,21 @@ def check_refusals(summary, ledger, egress_log):
     assert not [line for line in lines if line["what"] == "update"]
 
 
-def test_coordinator_told_to_stop_leaves_the_run_and_the_next_one_goes_on(config, start, tmp_path, redis_server):
-    """Meanwhile a client's key and the coordinator's own are rotated, and the worker is not started anew for it."""
-    long, keys = ("--set", "stop.versions=60"), tmp_path / "keys"
-    worker = start("fedqueue_worker", config, "--partition", "0/4", "--client", "client-1", "--redis", redis_server.url)
-    first = start("fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, *long)
-    store = Store(client_of(redis_server), "toy")
+def test_next_coordinator_resumes_after_a_stop_and_key_rotation(config, fork, tmp_path, redis_server):
+    """Between the coordinators, a client's key and the coordinator's key are rotated; the worker is not restarted."""
+    # Batches are slow, so that a heartbeat finds the new key before the run ends.
+    long = (
+        "--set",
+        "stop.versions=60",
+        "--set",
+        "task.options.batch_seconds=0.005",
+        "--set",
+        "dispatch.lease_seconds=2",
+    )
+    keys, served = tmp_path / "keys", ("--partition", "0/4", "--client", "client-1")
+    worker = fork("fedqueue_worker", config, *served, "--redis", redis_server.url, *long)
+    first = fork("fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, *long)
+    store = Store(connect(redis_server.url), "toy")
     wait_until(lambda: store.info().version >= 3, "three versions")
     enroll(keys, "client-1", site=keys, rotate=True)
     present = read_public_keys(keys / "clients" / "client-1.pub")[0].id
@@ -89,7 +100,7 @@ def test_coordinator_told_to_stop_leaves_the_run_and_the_next_one_goes_on(config
     enroll(keys, "coordinator", rotate=True)
     reached = store.info().version
     assert store.info().state == "running"
-    second = start("fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, *long, "--output", "out")
+    second = fork("fedqueue_coordinator", "coordinator", config, "--redis", redis_server.url, *long, "--output", "out")
     assert second.wait() == 0, second.text
     assert f"version={reached}" in second.text
     summary, ledger = read_results(tmp_path / "out")
@@ -101,17 +112,17 @@ def test_coordinator_told_to_stop_leaves_the_run_and_the_next_one_goes_on(config
     assert worker.wait() == 0
 
 
-def test_killed_worker_costs_its_own_job_and_its_partition_is_claimed_by_another(config, start, tmp_path, redis_server):
-    settings = ("--set", "clients.count=2", "--set", "task.options.batch_seconds=0.05", "--set", "stop.versions=30")
+def test_killed_worker_loses_only_its_job_and_is_replaced(config, fork, tmp_path, redis_server):
+    settings = ("--set", "clients.count=2", "--set", "task.options.batch_seconds=0.03", "--set", "stop.versions=30")
     url = ("--redis", redis_server.url)
-    coordinator = start("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
-    workers = [start("fedqueue_worker", config, *url, *settings) for _ in range(2)]
-    store = Store(client_of(redis_server), "toy")
+    coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
+    workers = [fork("fedqueue_worker", config, *url, *settings) for _ in range(2)]
+    store = Store(connect(redis_server.url), "toy")
     wait_until(lambda: store.info().version >= 2, "two versions")
     workers[0].send(signal.SIGKILL)
     workers[0].wait()
     wait_until(lambda: len(store.alive_clients()) == 1, "the dead worker's client is gone")
-    replacement = start("fedqueue_worker", config, *url, *settings)
+    replacement = fork("fedqueue_worker", config, *url, *settings)
     assert coordinator.wait() == 0, coordinator.text
     assert replacement.wait() == 0, replacement.text
     summary, ledger = read_results(tmp_path / "out")
@@ -120,14 +131,14 @@ def test_killed_worker_costs_its_own_job_and_its_partition_is_claimed_by_another
     assert "served by" not in replacement.text
 
 
-def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, tmp_path, redis_server):
-    settings = ("--set", "task.options.batch_seconds=0.5", "--set", "training.epochs=100")
+def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, fork, tmp_path, redis_server):
+    settings = ("--set", "task.options.batch_seconds=0.5", "--set", "training.local_epochs=100")
     url = ("--redis", redis_server.url)
-    coordinator = start("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
-    alone = start("fedqueue_worker", config, *url, *settings, "--client", "client-0")
+    coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
+    alone = fork("fedqueue_worker", config, *url, *settings, "--client", "client-0")
     two = ("--processes", 2, "--client", "client-1", "--client", "client-2")
     parent = start("fedqueue_worker", config, *url, *settings, *two)
-    store = Store(client_of(redis_server), "toy")
+    store = Store(connect(redis_server.url), "toy")
     attempts = store.keys.attempt("*")
     wait_until(
         lambda: sum(store.redis.hget(key, "number") == b"1" for key in store.redis.scan_iter(attempts)) == 3,
@@ -146,16 +157,16 @@ def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, tmp_path,
     assert coordinator.wait() == 130, coordinator.text
 
 
-def test_worker_serves_one_job_with_once_and_a_client_is_served_only_once(config, start, redis_server):
+def test_once_ends_after_a_job_and_clients_are_exclusive(config, fork, redis_server):
     url = ("--redis", redis_server.url)
-    coordinator = start("fedqueue_coordinator", "coordinator", config, *url, "--set", "stop.versions=1000")
-    lasting = start("fedqueue_worker", config, *url, "--client", "client-2")
-    store = Store(client_of(redis_server), "toy")
+    coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, "--set", "stop.versions=1000")
+    lasting = fork("fedqueue_worker", config, *url, "--client", "client-2")
+    store = Store(connect(redis_server.url), "toy")
     wait_until(lambda: "client-2" in store.alive_clients(), "client-2 is served")
-    second = start("fedqueue_worker", config, *url, "--client", "client-2")
+    second = fork("fedqueue_worker", config, *url, "--client", "client-2")
     assert second.wait() == 1
     assert "client client-2 is served by another worker" in second.text
-    once = start("fedqueue_worker", config, *url, "--partition", "3/4", "--once")
+    once = fork("fedqueue_worker", config, *url, "--partition", "3/4", "--max-jobs", 1)
     assert once.wait() == 0, once.text
     status = subprocess.run(
         [sys.executable, "-m", "fedqueue_coordinator", "status", "--redis", redis_server.url, "--json"],

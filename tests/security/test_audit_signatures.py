@@ -1,21 +1,22 @@
-"""`fedqueue audit` verifies what a run's coordinator signed, and says what it could not verify."""
+"""`fedqueue audit` verifies the coordinator's signatures, and reports anything that is not verified."""
 
 from __future__ import annotations
 
 import msgpack
 import pytest
-from scene import RUN, Scene
 from typer.testing import CliRunner
 
 from fedqueue.errors import SignatureError
 from fedqueue_coordinator.cli.main import app
-from fedqueue_coordinator.operator.audit.audit import _books_of_store, audit, ok
+from fedqueue_coordinator.operator.audit.audit import audit, ok
+from fedqueue_coordinator.operator.audit.audit_input import read_run_in_redis
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.scene import RUN, Scene
 
 
 @pytest.fixture
 def scene(fake_client, tmp_path):
-    """Two versions with their payloads kept, and an order that waits."""
+    """Return a run with two versions, kept payloads and a queued order."""
     scene = Scene(fake_client, tmp_path, ledger={"keep_payloads": True})
     site = scene.site("c0")
     scene.play(site.join, site.post, site.post)
@@ -24,21 +25,21 @@ def scene(fake_client, tmp_path):
 
 
 def verdict(scene: Scene, keys: str = "keys"):
-    checks = audit(_books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.folder / keys))
+    checks = audit(read_run_in_redis(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.folder / keys))
     (signed,) = [check for check in checks if check.name == "S"]
     return signed
 
 
-def test_what_is_as_it_was_signed_passes_and_is_counted(scene):
+def test_unchanged_signed_data_passes_and_is_counted(scene):
     signed = verdict(scene)
     assert signed.problems == []
-    assert signed.says.endswith("(descriptor 1, version 2, history 1, totals 1, order 1, payload 2)")
+    assert signed.invariant.endswith("(descriptor 1, version 2, history 1, totals 1, order 1, payload 2)")
     assert signed.skipped == (
-        "not verified: records of the ledger that are no versions; what clients say until it is merged"
+        "not verified: ledger records other than versions; messages of clients before they are merged"
     )
 
 
-def test_site_can_ask_with_the_public_key_alone(scene):
+def test_site_can_audit_with_the_public_key_alone(scene):
     (scene.key_folder / "coordinator.key").unlink()
     assert verdict(scene, "keys/sites/c0").problems == []
 
@@ -69,7 +70,7 @@ CHANGES = {
     "descriptor": (lambda s: s.redis.hset(s.keys.config, "descriptor", b"x"), "descriptor is not signed"),
     "configuration": (
         lambda s: s.redis.hset(s.keys.config, "config", s.config.model_copy(update={"seed": 9}).model_dump_json()),
-        "the configuration in Redis is not the one that the run descriptor names",
+        "the configuration in Redis is not the one in the run descriptor",
     ),
     "the head": (change_model, "the model in Redis is not version 2 as it was signed"),
     "an older version": (lambda s: change_model(s, 0), "the model in Redis is not version 0 as it was signed"),
@@ -85,7 +86,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_each_change_is_found_and_named(scene, what):
+def test_each_change_is_detected_and_named(scene, what):
     change, says = CHANGES[what]
     change(scene)
     problems = verdict(scene).problems
@@ -93,15 +94,15 @@ def test_each_change_is_found_and_named(scene, what):
     assert says in problems[0]
 
 
-def test_without_the_public_key_it_says_that_nothing_was_verified(scene):
+def test_audit_without_the_public_key_says_unverified(scene):
     signed = verdict(scene, "nowhere")
     assert signed.problems == []
     assert "no coordinator.pub in" in signed.skipped
     assert "--keys" in signed.skipped
 
 
-def test_run_without_signatures_and_payloads_that_were_not_kept_are_said_to_be_so(fake_client, tmp_path):
-    for signed, says in ((False, "the run is not signed"), (True, "payloads that were not kept")):
+def test_audit_reports_missing_signatures_and_payloads(fake_client, tmp_path):
+    for signed, says in ((False, "the run is not signed"), (True, "payloads, which were not kept")):
         fake_client.flushall()
         scene = Scene(fake_client, tmp_path / str(signed), signed=signed)
         site = scene.site("c0")
@@ -109,7 +110,7 @@ def test_run_without_signatures_and_payloads_that_were_not_kept_are_said_to_be_s
         assert says in verdict(scene).skipped
 
 
-def test_command_takes_the_folder_of_the_keys_and_ends_with_1_on_a_change(server, server_client, tmp_path):
+def test_audit_command_exits_with_1_on_a_change(server, server_client, tmp_path):
     scene = Scene(server_client, tmp_path)
     site = scene.site("c0")
     scene.play(site.join, site.post)
@@ -121,7 +122,7 @@ def test_command_takes_the_folder_of_the_keys_and_ends_with_1_on_a_change(server
     assert "S: the model in Redis is not version 1 as it was signed" in said.output
 
 
-def test_model_that_was_changed_in_redis_is_not_exported(server, server_client, tmp_path):
+def test_model_changed_in_redis_is_not_exported(server, server_client, tmp_path):
     scene = Scene(server_client, tmp_path)
     site = scene.site("c0")
     scene.play(site.join, site.post)
@@ -139,5 +140,5 @@ def test_model_that_was_changed_in_redis_is_not_exported(server, server_client, 
     assert not output.exists()
 
 
-def test_right_books_are_ok_as_a_whole(scene):
-    assert ok(audit(_books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)))
+def test_correct_run_passes_the_whole_audit(scene):
+    assert ok(audit(read_run_in_redis(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)))

@@ -1,4 +1,4 @@
-"""Compressed both ways, signed, over a store: what workers get is rounded, what a successor goes on from is not."""
+"""Signed runs with compression in both directions: workers get rounded versions, and recovery is exact."""
 
 from __future__ import annotations
 
@@ -6,18 +6,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scene import RUN, Scene
 
 from fedqueue.errors import SignatureError, StoreError
 from fedqueue.tensors.codec import Encoded, downward, upward
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.server_state import MODEL, load_state
-from fedqueue_coordinator.operator.audit.audit import _books_of_store, audit, ok
+from fedqueue_coordinator.operator.audit.audit import audit, ok
+from fedqueue_coordinator.operator.audit.audit_input import read_run_in_redis
 from fedqueue_coordinator.operator.audit.signatures import verify_model
-from fedqueue_coordinator.operator.export import _newest
+from fedqueue_coordinator.operator.export import _read_newest
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.scene import RUN, Scene
 
-SMALL = {"up": "int8", "up_lossless": "zstd", "down": "bfloat16", "down_lossless": "zstd", "block": 16}
+SMALL = {
+    "uplink": "int8",
+    "uplink_lossless": "zstd",
+    "downlink": "bfloat16",
+    "downlink_lossless": "zstd",
+    "int8_block": 16,
+}
 
 
 class Compressed(Scene):
@@ -33,7 +40,7 @@ class Compressed(Scene):
         return self.up.encode(frame, seed)
 
     def post(self, site, value=1.0, wire=None, **fields):
-        """An update of the site's job."""
+        """Post an update of the site's job."""
         claim = site.store.claim(site.job, 3600, site.client)
         base = Frame(self.manifest)
         site.store.fetch_model(claim.version, self.down, base)
@@ -48,7 +55,7 @@ def scene(redis_client, tmp_path):
     return Compressed(redis_client, tmp_path)
 
 
-def test_worker_trains_from_the_rounded_model_and_the_coordinator_goes_on_from_the_exact_one(scene):
+def test_workers_get_rounded_models_but_recovery_is_exact(scene):
     site, bases = scene.site("c0"), []
     train = lambda: bases.append(scene.post(site))  # noqa: E731
     model = scene.play(site.join, train, train, train).federation.model
@@ -61,7 +68,7 @@ def test_worker_trains_from_the_rounded_model_and_the_coordinator_goes_on_from_t
     assert len({base.parameters.sum().item() for base in bases}) == 3
 
 
-def test_successor_makes_the_bits_of_a_run_that_was_never_interrupted(fake_client, tmp_path):
+def test_successor_has_the_same_bits_as_an_uninterrupted_run(fake_client, tmp_path):
     models = []
     for breaks in (False, True):
         fake_client.flushall()
@@ -73,28 +80,28 @@ def test_successor_makes_the_bits_of_a_run_that_was_never_interrupted(fake_clien
             models.append(scene.play(*steps[2:]).federation.model)
         else:
             models.append(scene.play(site.join, *steps).federation.model)
-        audit_input = _books_of_store(CoordinatorStore(fake_client, RUN, owner="audit"), Path("keys"))
+        audit_input = read_run_in_redis(CoordinatorStore(fake_client, RUN, owner="audit"), Path("keys"))
         assert audit_input.replay is not None
         assert audit_input.replay.updates == 4
         assert ok(audit(audit_input)), audit_input.replay.problems
     np.testing.assert_array_equal(models[0].buffer, models[1].buffer)
 
 
-def test_audit_finds_a_head_that_is_not_what_its_updates_make(scene):
+def test_audit_detects_a_head_that_differs_from_its_updates(scene):
     site = scene.site("c0")
     scene.play(site.join, lambda: scene.post(site))
     other = scene.down.encode(Frame(scene.manifest), 1)
     scene.redis.set(f"{scene.keys.model(1)}:0", other.tobytes())
-    audit_input = _books_of_store(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)
+    audit_input = read_run_in_redis(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)
     assert audit_input.replay is not None
     assert "the model differs" in audit_input.replay.problems[0]
 
 
-def test_head_is_exported_exactly_and_an_older_version_as_workers_got_it(scene):
+def test_head_is_exported_exactly_and_old_versions_as_published(scene):
     site = scene.site("c0")
     model = scene.play(site.join, lambda: scene.post(site)).federation.model
     store = CoordinatorStore(scene.redis, RUN, owner="export")
-    version, wire, state = _newest(store, scene.down)
+    version, wire, state = _read_newest(store, scene.down)
     assert version == 1
     np.testing.assert_array_equal(wire, store.read_wire(1, scene.down))
     np.testing.assert_array_equal(load_state(state)[MODEL]["parameters"], model.parameters)
@@ -104,10 +111,10 @@ def test_head_is_exported_exactly_and_an_older_version_as_workers_got_it(scene):
     assert store.read_model(0, scene.down).parameters.numel() == 8
     scene.redis.delete(f"{scene.keys.state(1)}:0")
     with pytest.raises(StoreError, match="faster"):
-        _newest(store, scene.down)
+        _read_newest(store, scene.down)
 
 
-def test_exact_model_that_was_changed_in_redis_is_not_gone_on_from(scene):
+def test_changed_exact_model_in_redis_is_refused(scene):
     site = scene.site("c0")
     scene.play(site.join, lambda: scene.post(site))
     key = f"{scene.keys.state(1)}:0"
@@ -118,7 +125,7 @@ def test_exact_model_that_was_changed_in_redis_is_not_gone_on_from(scene):
         scene.play()
 
 
-def test_only_one_version_and_no_payload_stays_whatever_their_sizes_are(redis_client, tmp_path):
+def test_one_version_and_no_payload_stay_in_redis(redis_client, tmp_path):
     scene = Compressed(redis_client, tmp_path, ledger={})
     site = scene.site("c0")
     scene.play(site.join, *[lambda v=v: scene.post(site, v) for v in (0.0, 1.0, 1e-3, 5.0)])
@@ -132,11 +139,13 @@ def test_only_one_version_and_no_payload_stays_whatever_their_sizes_are(redis_cl
 
 
 @pytest.mark.parametrize(
-    "aggregation", [{"mode": "fedasync", "mixing": "delta"}, {"mode": "fedbuff", "buffer_size": 1}]
+    "aggregation", [{"strategy": "fedasync", "mixing": "delta"}, {"strategy": "fedbuff", "buffer_size": 1}]
 )
 @pytest.mark.parametrize("up", ["float16", "int8", "topk", "randomk"])
-def test_update_is_never_decoded_as_a_whole_to_be_merged(fake_client, tmp_path, monkeypatch, aggregation, up):
-    scene = Compressed(fake_client, tmp_path, aggregation=aggregation, compression={"up": up, "up_lossless": "zstd"})
+def test_merging_never_decodes_a_whole_update(fake_client, tmp_path, monkeypatch, aggregation, up):
+    scene = Compressed(
+        fake_client, tmp_path, aggregation=aggregation, compression={"uplink": up, "uplink_lossless": "zstd"}
+    )
     site = scene.site("c0")
 
     def whole(self):
@@ -158,7 +167,7 @@ def test_update_is_never_decoded_as_a_whole_to_be_merged(fake_client, tmp_path, 
         (lambda s: {"wire": s.wire(float("nan"))}, "non_finite"),
     ],
 )
-def test_update_that_is_not_of_the_runs_encoding_is_rejected_with_its_reason(fake_client, tmp_path, change, reason):
+def test_update_of_another_encoding_is_rejected(fake_client, tmp_path, change, reason):
     scene = Compressed(fake_client, tmp_path)
     site = scene.site("c0")
     fields = change(scene)
@@ -167,8 +176,8 @@ def test_update_that_is_not_of_the_runs_encoding_is_rejected_with_its_reason(fak
     assert scene.version == 0
 
 
-def test_positions_out_of_range_are_malformed_and_the_run_goes_on(fake_client, tmp_path):
-    scene = Compressed(fake_client, tmp_path, compression={"up": "topk", "k": 0.25})
+def test_topk_positions_out_of_range_are_malformed(fake_client, tmp_path):
+    scene = Compressed(fake_client, tmp_path, compression={"uplink": "topk", "topk_ratio": 0.25})
     site, bad = scene.site("c0"), scene.wire()
     bad[:8].view(np.uint32)[1] = 99
     scene.play(site.join, lambda: scene.post(site, wire=bad), lambda: scene.post(site))

@@ -1,4 +1,4 @@
-"""The attacker owns Redis, or a key of his own, and speaks in others' names: nothing of it counts."""
+"""Reports forged in other clients' names are refused; the attacker controls Redis, or has a client key."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import msgpack
 import pytest
-from scene import EXAMPLES, RUN, Scene
 
 from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.protocol.key_files import SigningKey
@@ -16,6 +15,8 @@ from fedqueue.protocol.signed_envelope import JOINED, LEFT, UPDATE, Scope, Signe
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 from fedqueue_worker.heartbeat import Heartbeat
+from tests.support.builders import EXAMPLES
+from tests.support.scene import RUN, Scene
 
 
 @pytest.fixture
@@ -24,20 +25,20 @@ def scene(fake_client, tmp_path):
 
 
 def change_entry(scene: Scene, change: Any) -> None:
-    """Replace the entry that waits in the stream by what `change` makes of its fields."""
+    """Replace the unread stream entry by one with `change` applied to the fields."""
     [(name, fields)] = scene.entries()
     scene.redis.xdel(scene.keys.updates("c0"), name)
     scene.redis.xadd(scene.keys.updates("c0"), change(dict(fields)))
 
 
 def resealed(body: bytes, **changes: Any) -> bytes:
-    """The seal with another body and the old signature."""
+    """Return the envelope with a changed body and the old signature."""
     envelope = read(SignedEnvelope, body)
     fields = {**msgpack.unpackb(envelope.body), **changes}
     return envelope.model_copy(update={"body": msgpack.packb(fields)}).pack()
 
 
-def test_signed_update_is_merged_and_the_ledger_says_which_payload(scene):
+def test_signed_update_is_merged_and_its_digest_recorded(scene):
     site = scene.site("c0")
     scene.play(site.join, site.post)
     assert scene.version == 1
@@ -46,7 +47,7 @@ def test_signed_update_is_merged_and_the_ledger_says_which_payload(scene):
     assert len(line["digest"]) == 64
 
 
-def test_update_without_a_signature_is_rejected_as_forged_and_the_client_goes_on(scene):
+def test_unsigned_update_does_not_penalize_the_named_client(scene):
     site, thief = scene.site("c0"), WorkerStore(scene.redis, RUN, "thief")
 
     def forge():
@@ -56,7 +57,7 @@ def test_update_without_a_signature_is_rejected_as_forged_and_the_client_goes_on
     rounds = scene.config.admission.max_rejections + 2
     leader = scene.play(site.join, *[forge] * rounds, site.post)
     assert scene.reasons() == ["forged"] * rounds
-    assert scene.version == 1, "it was not set aside for what was done in its name"
+    assert scene.version == 1, "forgeries in its name excluded the client"
     assert leader.federation.stopped is None
 
 
@@ -71,7 +72,7 @@ def test_update_without_a_signature_is_rejected_as_forged_and_the_client_goes_on
     ],
     ids=["examples", "metrics", "digest", "attempt", "base"],
 )
-def test_header_that_was_changed_on_its_way_is_rejected(scene, change):
+def test_header_changed_in_transit_is_rejected(scene, change):
     site = scene.site("c0")
 
     def tamper():
@@ -83,8 +84,8 @@ def test_header_that_was_changed_on_its_way_is_rejected(scene, change):
     assert scene.version == 1
 
 
-def test_same_entry_put_back_unchanged_is_merged(scene):
-    """What shows that the tests above reject for the change, and not for the moving."""
+def test_entry_put_back_unchanged_is_merged(scene):
+    """Control: an entry that is moved without a change stays valid."""
     site = scene.site("c0")
 
     def move():
@@ -96,7 +97,7 @@ def test_same_entry_put_back_unchanged_is_merged(scene):
     assert scene.version == 2
 
 
-def test_payload_that_was_changed_in_redis_is_rejected_as_tampered(scene):
+def test_payload_changed_in_redis_is_rejected_as_tampered(scene):
     site = scene.site("c0")
 
     def tamper():
@@ -110,7 +111,7 @@ def test_payload_that_was_changed_in_redis_is_rejected_as_tampered(scene):
     assert scene.version == 1
 
 
-def test_update_of_an_older_job_does_not_count_for_a_newer_one(scene):
+def test_update_of_an_older_job_is_invalid_for_a_newer_job(scene):
     site, kept = scene.site("c0"), {}
 
     def first():
@@ -128,8 +129,8 @@ def test_update_of_an_older_job_does_not_count_for_a_newer_one(scene):
     assert scene.reasons() == ["forged"]
 
 
-def test_update_of_an_earlier_run_of_the_same_name_does_not_count(scene, tmp_path):
-    """Same name, same epoch, same job, same attempt, same base, same payload: but another instance."""
+def test_update_of_an_earlier_namesake_run_is_ignored(scene, tmp_path):
+    """The two runs differ only in the instance: name, epoch, job, attempt, base and payload are equal."""
     site, kept = scene.site("c0"), {}
 
     def first():
@@ -152,7 +153,7 @@ def test_update_of_an_earlier_run_of_the_same_name_does_not_count(scene, tmp_pat
     assert scene.reasons() == ["forged"]
 
 
-def test_key_of_another_client_does_not_sign_for_this_one(scene):
+def test_clients_key_cannot_sign_for_another_client(scene):
     site, other = scene.site("c0"), scene.site("c1")
 
     def forge():
@@ -182,8 +183,8 @@ def test_client_that_is_not_enrolled_gets_no_job(scene):
     assert scene.store.open_jobs() == 0
 
 
-def test_nobody_registers_another_ones_number_of_examples(scene):
-    """Too small a number would get its honest updates rejected, and the client set aside."""
+def test_client_cannot_register_examples_for_another_client(scene):
+    """Too small a number would make the coordinator reject honest updates and exclude the client."""
     site = scene.site("c0")
 
     def lie():
@@ -195,10 +196,10 @@ def test_nobody_registers_another_ones_number_of_examples(scene):
     assert (scene.version, scene.reasons()) == (1, ["forged"])
     scene.redis.hset(scene.keys.site("c0"), "registration", Registration(client="c0", examples=1).pack())
     leader = scene.play()
-    assert leader.federation.clients == {}, "a successor believes it no more than the stream's"
+    assert leader.federation.clients == {}, "the successor accepted a forged registration"
 
 
-def test_registration_of_a_worker_that_is_gone_does_not_come_back(scene):
+def test_replayed_registration_of_an_old_worker_is_ignored(scene):
     first, second = scene.site("c0", "first"), scene.site("c0", "second")
     kept = {}
 
@@ -217,12 +218,12 @@ def test_registration_of_a_worker_that_is_gone_does_not_come_back(scene):
     leader = scene.play(join_first, leave, second.join, replay)
     assert dict(leader.federation.clients) == {"c0": EXAMPLES}
     assert scene.reasons() == ["returned", "superseded", "superseded"], (
-        "the first worker's own leave counted, the replay does not"
+        "the first worker's own leave is valid, the replays are not"
     )
 
 
-def test_farewell_of_a_worker_that_was_superseded_accuses_nobody(scene):
-    """It was away for longer than its lease, another one took its client, and now it comes to its own end."""
+def test_leave_message_of_a_superseded_worker_is_ignored(scene):
+    """The first worker was away for longer than its lease, and exits after a second one took over its client."""
     first, second = scene.site("c0", "first"), scene.site("c0", "second")
 
     def restore_federation():
@@ -239,7 +240,7 @@ def test_farewell_of_a_worker_that_was_superseded_accuses_nobody(scene):
     assert scene.version == 1
 
 
-def test_forged_endings_do_not_set_a_client_aside(scene):
+def test_forged_endings_do_not_exclude_a_client(scene):
     site = scene.site("c0")
     thief = WorkerStore(scene.redis, RUN, "thief")
     rounds = scene.config.dispatch.max_client_failures + 2
@@ -266,10 +267,10 @@ def test_forged_evaluation_does_not_stop_the_run(fake_client, tmp_path):
     assert (scene.version, scene.reasons()) == (1, ["forged"])
 
 
-# Rotation and revocation while the run goes on
+# Rotation and revocation during the run
 
 
-def test_revoked_client_counts_no_more_and_the_others_go_on(scene):
+def test_revoked_client_is_refused_and_the_others_continue(scene):
     site, other = scene.site("c0"), scene.site("c1")
 
     def then_revoke():
@@ -285,14 +286,14 @@ def test_revoked_client_counts_no_more_and_the_others_go_on(scene):
     assert set(leader.federation.clients) == {"c1"}
 
 
-def test_after_a_rotation_both_keys_count_until_the_former_one_is_revoked(scene, tmp_path):
+def test_rotation_accepts_both_keys_until_one_is_revoked(scene, tmp_path):
     old = scene.site("c0", "old")
     new_folder = tmp_path / "new"
     later = []
 
     def rotate():
         enroll(scene.key_folder, "c0", new_folder, rotate=True)
-        old.post()  # what was on its way
+        old.post()  # an update signed with the previous key
 
     def renewed():
         old.leave()
@@ -312,11 +313,11 @@ def test_after_a_rotation_both_keys_count_until_the_former_one_is_revoked(scene,
     assert scene.reasons() == ["forged"]
 
 
-def test_worker_takes_its_own_new_key_and_its_former_one_can_be_revoked_without_a_restart(scene):
+def test_worker_uses_its_new_key_without_a_restart(scene):
     site = scene.site("c0")
 
     def rotate():
-        enroll(scene.key_folder, "c0", rotate=True)  # into the folder that the site reads
+        enroll(scene.key_folder, "c0", rotate=True)  # writes the new key into the folder that the site reads
         site.post()
 
     def revoke_former():
@@ -327,7 +328,7 @@ def test_worker_takes_its_own_new_key_and_its_former_one_can_be_revoked_without_
     assert (scene.version, scene.reasons()) == (3, [])
 
 
-def test_worker_with_a_new_key_registers_again_so_that_a_successor_believes_it(scene):
+def test_worker_with_a_new_key_registers_again(scene):
     site = scene.site("c0")
     ends = []
 
@@ -339,7 +340,7 @@ def test_worker_with_a_new_key_registers_again_so_that_a_successor_believes_it(s
         enroll(scene.key_folder, "c0", rotate=True)
         heartbeat.beat()
         heartbeat.beat()
-        assert len(scene.entries()) == 1, "once"
+        assert len(scene.entries()) == 1, "the worker did not register exactly once"
 
     heartbeat = Heartbeat(site.store, ["c0"], 3600, 3600, ends.append)
     scene.play(join, site.post, rotate, site.post)
@@ -349,7 +350,7 @@ def test_worker_with_a_new_key_registers_again_so_that_a_successor_believes_it(s
     assert (scene.version, scene.reasons(), ends) == (3, [], [])
 
 
-def test_key_file_that_is_half_written_leaves_the_worker_with_the_key_that_it_has(scene):
+def test_half_written_key_file_leaves_the_old_key_in_use(scene):
     site = scene.site("c0")
     path = scene.key_folder / "sites" / "c0" / "c0.key"
 
@@ -361,9 +362,9 @@ def test_key_file_that_is_half_written_leaves_the_worker_with_the_key_that_it_ha
     assert (scene.version, scene.reasons()) == (1, [])
 
 
-def test_buffered_update_of_a_client_that_was_revoked_meanwhile_is_not_merged_by_a_successor(fake_client, tmp_path):
-    """A takeover verifies anew what no commit has acknowledged."""
-    scene = Scene(fake_client, tmp_path, aggregation={"mode": "fedbuff", "buffer_size": 2})
+def test_successor_does_not_merge_updates_of_a_revoked_client(fake_client, tmp_path):
+    """Recovery verifies unacknowledged entries again."""
+    scene = Scene(fake_client, tmp_path, aggregation={"strategy": "fedbuff", "buffer_size": 2})
     site, other = scene.site("c0"), scene.site("c1")
     scene.play(site.join, other.join, site.post)
     assert scene.version == 0
@@ -372,11 +373,11 @@ def test_buffered_update_of_a_client_that_was_revoked_meanwhile_is_not_merged_by
     assert (scene.version, scene.reasons()) == (0, ["foreign"])
 
 
-def test_successor_reaches_the_same_bits_with_signatures(fake_client, tmp_path):
+def test_signed_run_has_the_same_bits_after_a_takeover(fake_client, tmp_path):
     models = []
     for name, cut in (("whole", None), ("cut", 3)):
         fake_client.flushall()
-        scene = Scene(fake_client, tmp_path / name, aggregation={"mode": "fedbuff", "buffer_size": 2})
+        scene = Scene(fake_client, tmp_path / name, aggregation={"strategy": "fedbuff", "buffer_size": 2})
         (tmp_path / name).mkdir(exist_ok=True)
         sites = scene.site("c0"), scene.site("c1")
         posts = [partial(sites[i % 2].post, 0.1 * (i + 1)) for i in range(6)]
@@ -388,10 +389,10 @@ def test_successor_reaches_the_same_bits_with_signatures(fake_client, tmp_path):
     assert models[0] == models[1]
 
 
-# The statement itself
+# The signed statement
 
 
-def test_signature_covers_each_thing_that_it_is_about(tmp_path):
+def test_signature_covers_every_field_of_its_statement(tmp_path):
     key = SigningKey.generate()
     scope = Scope("run", "instance", 1)
     data = sign_envelope(key, UPDATE, scope, ["c0", "job", 1, 2], b"body", "session")
@@ -407,15 +408,15 @@ def test_signature_covers_each_thing_that_it_is_about(tmp_path):
         (UPDATE, scope, ["c0", "job", 1, 3]),
     ]
     for kind, where, about in others:
-        with pytest.raises(SignatureError, match="the signature fails"):
+        with pytest.raises(SignatureError, match="the signature is invalid"):
             open_envelope(data, [key.public], kind, where, about, "c0")
     for field, value in (("body", b"bodY"), ("session", "sessioN")):
         changed = read(SignedEnvelope, data).model_copy(update={field: value}).pack()
-        with pytest.raises(SignatureError, match="the signature fails"):
+        with pytest.raises(SignatureError, match="the signature is invalid"):
             open_envelope(changed, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0")
 
 
-def test_private_key_that_others_may_read_is_refused(scene):
+def test_private_key_readable_by_others_is_refused(scene):
     path = scene.key_folder / "coordinator.key"
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o640)

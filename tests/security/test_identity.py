@@ -1,4 +1,4 @@
-"""Signatures: those of RFC 8032, to the byte, and nothing else is one."""
+"""Signatures are those of RFC 8032, and no others are accepted."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ SEED, PUBLIC, SIGNATURE = (
 )
 
 
-def test_signature_is_that_of_the_standard():
+def test_signature_matches_the_test_vector_of_rfc_8032():
     key = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(SEED)))
     assert key.public.raw.hex() == PUBLIC
     assert key.sign(bytes.fromhex("af82")).hex() == SIGNATURE
-    assert key.public.holds(bytes.fromhex(SIGNATURE), bytes.fromhex("af82"))
+    assert key.public.verifies(bytes.fromhex(SIGNATURE), bytes.fromhex("af82"))
 
 
 @given(seed=st.binary(min_size=32, max_size=32), message=st.binary(max_size=300), place=st.integers(0, 511))
-def test_what_is_signed_another_implementation_verifies_and_a_changed_bit_is_found(seed, message, place):
+def test_signatures_verify_with_another_implementation(seed, message, place):
     key = SigningKey(Ed25519PrivateKey.from_private_bytes(seed))
     signature = key.sign(message)
     Ed25519PublicKey.from_public_bytes(key.public.raw).verify(signature, message)
-    assert key.public.holds(signature, message)
+    assert key.public.verifies(signature, message)
     changed = bytearray(signature + message)
     changed[place % len(changed)] ^= 1 << place % 8
-    assert not key.public.holds(bytes(changed[:64]), bytes(changed[64:]))
+    assert not key.public.verifies(bytes(changed[:64]), bytes(changed[64:]))
 
 
-def test_border_between_signature_and_message_does_not_move():
-    """What is signed is the signature, then the message: with one byte given to the other side it is neither."""
+def test_bytes_cannot_move_between_signature_and_message():
+    """libsodium concatenates signature and message, and must not verify them with one byte moved between the two."""
     key = SigningKey.generate()
     signature, message = key.sign(b"message"), b"message"
     for edge in (0, 63, 65):
         whole = signature + message
-        assert not key.public.holds(whole[:edge], whole[edge:])
+        assert not key.public.verifies(whole[:edge], whole[edge:])
 
 
 @pytest.mark.parametrize("raw", [b"", bytes(31), bytes(32), bytes(33)])
-def test_what_is_no_key_holds_nothing(raw):
+def test_invalid_public_key_verifies_nothing(raw):
     signature = SigningKey.generate().sign(b"message")
-    assert not PublicKey.from_raw(raw).holds(signature, b"message")
-    assert not PublicKey.from_raw(raw).holds(bytes(64), b"message")
+    assert not PublicKey.from_raw(raw).verifies(signature, b"message")
+    assert not PublicKey.from_raw(raw).verifies(bytes(64), b"message")

@@ -1,4 +1,4 @@
-"""Passwords and keys stay where they belong: nothing that a run writes, prints or sends holds one."""
+"""Passwords and keys do not leak into the files, the output or the messages of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from fedqueue.config.redis import RedisConfig
 from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.key_files import SigningKey
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
+from tests.support import toy_task
 
 PASSWORD = "planted-s3cret-%-of-redis"
-TASK = Path(__file__).parents[1] / "runs" / "toy_task.py"
+TASK = toy_task.__file__
 
 
 @pytest.fixture
@@ -29,14 +30,14 @@ def path(tmp_path):
     return path
 
 
-def test_password_comes_from_a_file_with_the_url_from_anywhere(tmp_path):
+def test_password_file_is_read_for_a_url_from_any_source(tmp_path):
     file = tmp_path / "password"
     file.write_text(PASSWORD + "\n")
     known = RedisConfig(url="redis://worker@host:1/0", password_file=str(file))
     assert known.address() == "redis://worker:planted-s3cret-%25-of-redis@host:1/0"
     assert known.address("unix:///tmp/x.sock") == "unix://:planted-s3cret-%25-of-redis@/tmp/x.sock"
     assert PASSWORD not in repr(known)
-    assert RedisConfig(password_file=str(file)).address() == ""
+    assert RedisConfig(password_file=str(file)).address() is None
     with pytest.raises(ConfigurationError, match=r"redis.password_file = .*: the URL holds a password too"):
         RedisConfig(url="redis://u:p@host", password_file=str(file)).address()
     with pytest.raises(ConfigurationError, match=r"redis.password_file = .*cannot be read"):
@@ -62,21 +63,21 @@ def test_password_on_a_command_line_is_refused_and_not_repeated(path, url):
         {"FEDQUEUE_REDIS": f"redis://:{PASSWORD}@host"},
     ],
 )
-def test_mistake_in_a_setting_does_not_repeat_a_password(path, environment):
+def test_error_in_a_setting_does_not_show_a_password(path, environment):
     with pytest.raises(ConfigurationError) as caught:
         load_config(path, (), environment)
     assert PASSWORD not in str(caught.value)
 
 
-def test_key_is_not_shown():
+def test_private_key_is_not_in_its_repr():
     key = SigningKey.generate()
     assert "PRIVATE" not in repr(key) + str(vars(key))
 
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_nothing_that_a_run_writes_prints_or_sends_holds_a_secret(path, tmp_path):
-    """A whole run against a server with a password; its arguments are read while it runs, its files afterwards."""
+def test_run_writes_prints_and_sends_no_secret(path, tmp_path):
+    """Runs against a server with a password; reads process arguments during the run, and files afterwards."""
     server = EmbeddedServer(tmp_path / "redis")
     try:
         admin = redis.Redis(unix_socket_path=server.url.removeprefix("unix://"))
@@ -107,9 +108,9 @@ def test_nothing_that_a_run_writes_prints_or_sends_holds_a_secret(path, tmp_path
     finally:
         server.stop()
     assert titles.count(b"fedqueue_worker") >= 2
-    assert len(keys) == 3, "coordinator and two clients had keys of their own"
-    written = b"".join(f.read_bytes() for f in sorted(tmp_path.rglob("*")) if f.is_file())  # the outbox too
-    assert list(tmp_path.rglob("outbox/*.jsonl"))
+    assert len(keys) == 3, "the coordinator and the two clients should have a key each"
+    written = b"".join(f.read_bytes() for f in sorted(tmp_path.rglob("*")) if f.is_file())  # including the egress log
+    assert list(tmp_path.rglob("egress/*.jsonl"))
     aof = b"".join(f.read_bytes() for f in (tmp_path / "redis").rglob("*") if f.is_file())
     secrets = [PASSWORD, PASSWORD.replace("%", "%25"), *(line for key in keys for line in key.splitlines()[1:2])]
     secrets += [base64.b64decode(key.splitlines()[1])[-32:].hex() for key in keys]
@@ -121,4 +122,4 @@ def test_nothing_that_a_run_writes_prints_or_sends_holds_a_secret(path, tmp_path
     ):
         for secret in secrets:
             assert secret.encode() not in data, where
-    assert not (tmp_path / "out" / "keys").exists(), "keys of one run end with it"
+    assert not (tmp_path / "out" / "keys").exists(), "the keys of the run were not deleted at its end"

@@ -1,4 +1,4 @@
-"""Connections: which URLs there are, how long they wait, and that no password is ever shown."""
+"""Connections: accepted URLs, timeouts, and passwords that no error shows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, FedqueueError, ServerUnavailable
-from fedqueue.transport import connection
+from fedqueue.transport import connection, pool, sentinel
 from fedqueue.transport.connection import BLOCK_SECONDS, SOCKET_SECONDS, check, connect, limit_retries, without_password
 
 SECRET = "hunter2"
@@ -21,42 +21,42 @@ SECRET = "hunter2"
 @pytest.mark.parametrize(
     ("url", "cls", "settings"),
     [
-        ("redis://host:1234/2", connection.TcpConnection, {"host": "host", "port": 1234, "db": 2}),
-        ("rediss://u:p@host", connection.TlsConnection, {"host": "host", "username": "u", "password": "p"}),
-        ("unix:///tmp/r.sock?db=1", connection.UnixConnection, {"path": "/tmp/r.sock", "db": 1}),
-        ("redis://:p%40ss%3Aword@host", connection.TcpConnection, {"password": "p@ss:word"}),
+        ("redis://host:1234/2", pool.TcpConnection, {"host": "host", "port": 1234, "db": 2}),
+        ("rediss://u:p@host", pool.TlsConnection, {"host": "host", "username": "u", "password": "p"}),
+        ("unix:///tmp/r.sock?db=1", pool.UnixConnection, {"path": "/tmp/r.sock", "db": 1}),
+        ("redis://:p%40ss%3Aword@host", pool.TcpConnection, {"password": "p@ss:word"}),
     ],
 )
-def test_url_makes_a_client_that_has_sent_nothing_yet(url, cls, settings):
+def test_creating_a_client_sends_nothing(url, cls, settings):
     pool = connect(url).connection_pool
     assert pool.connection_class is cls
     assert {name: pool.connection_kwargs.get(name) for name in settings} == settings
 
 
 @pytest.mark.parametrize(
-    ("scheme", "primary", "sentinel"),
+    ("scheme", "primary", "of_sentinels"),
     [
-        ("sentinel", connection.PrimaryTcpConnection, connection.TcpConnection),
-        ("sentinels", connection.PrimaryTlsConnection, connection.TlsConnection),
+        ("sentinel", sentinel.PrimaryTcpConnection, pool.TcpConnection),
+        ("sentinels", sentinel.PrimaryTlsConnection, pool.TlsConnection),
     ],
 )
-def test_sentinels_and_the_primary_are_spoken_to_with_tls_where_the_url_says_so(scheme, primary, sentinel):
+def test_sentinel_url_with_tls_uses_tls_for_the_primary_too(scheme, primary, of_sentinels):
     tls = Tls(ca_file=__file__)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Tls, "context", lambda self: None)  # that file holds no certificate
-        pool = connect(f"{scheme}://u:p@a:1,b/main/2", tls=tls if scheme == "sentinels" else None).connection_pool
-    assert pool.connection_class is primary
-    assert pool.connection_kwargs["username"] == "u"
-    assert (pool.service_name, pool.connection_kwargs["db"]) == ("main", 2)
-    asked = [one.connection_pool for one in pool.sentinel_manager.sentinels]
-    assert [one.connection_class for one in asked] == [sentinel, sentinel]
+        patch.setattr(Tls, "context", lambda self: None)  # `ca_file` is no certificate
+        made = connect(f"{scheme}://u:p@a:1,b/main/2", tls=tls if scheme == "sentinels" else None).connection_pool
+    assert made.connection_class is primary
+    assert made.connection_kwargs["username"] == "u"
+    assert (made.service_name, made.connection_kwargs["db"]) == ("main", 2)
+    asked = [one.connection_pool for one in made.sentinel_manager.sentinels]
+    assert [one.connection_class for one in asked] == [of_sentinels, of_sentinels]
     assert [one.connection_kwargs["host"] for one in asked] == ["a", "b"]
-    assert [one.connection_kwargs["port"] for one in asked] == [1, connection.SENTINEL_PORT]
-    for one in (pool, *asked):
+    assert [one.connection_kwargs["port"] for one in asked] == [1, sentinel.SENTINEL_PORT]
+    for one in (made, *asked):
         assert one.connection_kwargs.get("tls") is (tls if scheme == "sentinels" else None)
 
 
-def test_every_connection_has_timeouts_and_retries_and_blocking_reads_stay_below_them():
+def test_connections_time_out_later_than_blocking_reads():
     settings = connect("redis://host").connection_pool.connection_kwargs
     assert settings["socket_timeout"] == SOCKET_SECONDS > BLOCK_SECONDS
     assert settings["socket_connect_timeout"] == connection.CONNECT_SECONDS
@@ -64,7 +64,7 @@ def test_every_connection_has_timeouts_and_retries_and_blocking_reads_stay_below
     assert connect("redis://host", retries=0).connection_pool.connection_kwargs["retry"].get_retries() == 0
 
 
-def test_client_in_a_hurry_repeats_a_command_once_on_the_connections_it_has_and_on_new_ones():
+def test_client_with_limited_retries_repeats_a_command_once():
     client = connect("redis://host")
     pool = client.connection_pool
     before = pool.make_connection()
@@ -78,9 +78,9 @@ def test_client_in_a_hurry_repeats_a_command_once_on_the_connections_it_has_and_
 @pytest.mark.parametrize(
     "url", ["http://host", "host:6379", "", "REDIS://host", f"mysql://u:{SECRET}@host", f"u:{SECRET}@h"]
 )
-def test_other_urls_are_refused_with_the_accepted_ones(url):
+def test_unsupported_url_error_lists_the_accepted_forms(url):
     with pytest.raises(
-        ConfigurationError, match=r"redis\.url = '\w*://…': one of redis://, rediss://, unix://"
+        ConfigurationError, match=r"redis\.url = '\w*://…': unknown scheme; write one of redis://, rediss://, unix://"
     ) as caught:
         connect(url)
     assert SECRET not in str(caught.value)
@@ -100,7 +100,7 @@ def test_other_urls_are_refused_with_the_accepted_ones(url):
         f"sentinels://u:{SECRET}@host",
     ],
 )
-def test_malformed_url_is_an_error_that_shows_no_part_of_it(url):
+def test_malformed_url_error_shows_no_part_of_the_url(url):
     with pytest.raises(ConfigurationError, match=r"redis\.url = '(redis|unix|sentinels?)://…': .*PASSWORD") as caught:
         connect(url)
     assert SECRET not in str(caught.value)
@@ -125,12 +125,12 @@ def test_malformed_url_is_an_error_that_shows_no_part_of_it(url):
         ("redis://host:6379", "redis://host:6379"),
     ],
 )
-def test_password_is_taken_out_of_a_url(url, shown):
+def test_password_is_removed_from_a_url(url, shown):
     assert without_password(url) == shown
     assert SECRET not in without_password(url)
 
 
-def test_server_that_does_not_answer_is_named_without_the_password(tmp_path):
+def test_unreachable_server_is_named_without_the_password(tmp_path):
     url = f"unix://alice:{SECRET}@{tmp_path}/none.sock"
     client = connect(url, retries=0)
     with pytest.raises(ServerUnavailable, match=r"no Redis at unix://alice@.*none\.sock: ") as caught:
@@ -139,12 +139,12 @@ def test_server_that_does_not_answer_is_named_without_the_password(tmp_path):
     assert isinstance(caught.value, FedqueueError)
 
 
-def test_server_that_answers_passes(fake_client):
+def test_reachable_server_passes_the_check(fake_client):
     check(fake_client, "redis://fake")
 
 
 def test_large_arguments_are_not_copied_into_the_command():
-    """hiredis's packer would; so a blob makes the command one for the Python packer, which hands it on as it is."""
+    """hiredis's packer copies a blob, so the Python packer, which makes no copy, packs each command with a blob."""
     made = connect("redis://host").connection_pool.make_connection()
     large = memoryview(bytes(100_000))
     packed = made.pack_command("SET", "key", large)
@@ -152,7 +152,7 @@ def test_large_arguments_are_not_copied_into_the_command():
 
 
 @given(st.lists(st.text(max_size=5) | st.binary(max_size=9) | st.integers() | st.floats(allow_nan=False), max_size=6))
-def test_both_packers_make_the_same_bytes(arguments):
+def test_both_packers_produce_the_same_bytes(arguments):
     made = connect("redis://host").connection_pool.make_connection()
     quick = b"".join(made.pack_command("HSET", "key", *arguments))
     with_blob = b"".join(map(bytes, made.pack_command("HSET", "key", *arguments, memoryview(b""))))
@@ -161,7 +161,7 @@ def test_both_packers_make_the_same_bytes(arguments):
 
 
 @pytest.mark.server
-def test_real_server_is_reached_over_its_socket_and_binary_comes_back(server_client):
+def test_binary_values_survive_a_unix_socket_connection(server_client):
     blob = bytes(range(256)) * 1000
     server_client.set("blob", memoryview(blob))
     assert server_client.get("blob") == blob
@@ -172,7 +172,7 @@ def test_real_server_is_reached_over_its_socket_and_binary_comes_back(server_cli
 
 
 @pytest.mark.server
-def test_connection_that_the_server_has_closed_is_replaced_before_it_is_lent(server_client):
+def test_pool_replaces_a_closed_connection(server_client):
     pool = server_client.connection_pool
     first = pool.get_connection()
     first.send_command("CLIENT", "ID")
@@ -188,7 +188,7 @@ def test_connection_that_the_server_has_closed_is_replaced_before_it_is_lent(ser
 
 
 @pytest.mark.server
-def test_answer_that_was_left_on_a_connection_is_not_taken_for_the_next_one(server_client):
+def test_leftover_reply_is_never_read_as_the_next_one(server_client):
     pool = server_client.connection_pool
     broken_off = pool.get_connection()
     broken_off.send_command("ECHO", "of before")
@@ -198,7 +198,7 @@ def test_answer_that_was_left_on_a_connection_is_not_taken_for_the_next_one(serv
 
 
 @pytest.mark.server
-def test_connection_is_lent_to_one_at_a_time_and_comes_back_once(server_client):
+def test_pool_hands_out_and_takes_back_a_connection_once(server_client):
     pool = server_client.connection_pool
     first, second = pool.get_connection(), pool.get_connection()
     assert first is not second
@@ -209,6 +209,7 @@ def test_connection_is_lent_to_one_at_a_time_and_comes_back_once(server_client):
     assert len({id(lent) for lent in (second, *again)}) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.server
 def test_child_process_does_not_use_its_parents_connection(server_client):
     server_client.ping()

@@ -1,4 +1,4 @@
-"""The tree of errors is the one that its docstring draws, and each error says what to do."""
+"""The error classes form the tree in the module's docstring, and each error says what to do."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fedqueue import errors
 
 
 def drawn() -> dict[str, str]:
-    """Class → parent, as the docstring draws them."""
+    """Return the parent of each class, as the docstring draws the tree."""
     parents, path = {}, []
     for line in errors.__doc__.splitlines():
         match = re.match(r"    ([│├└─ ]*)([A-Z][A-Za-z]+)(?:\s|$)", line)
@@ -48,15 +48,24 @@ def test_root_is_public():
     ("error", "fields", "message"),
     [
         (
-            errors.ConfigurationError("stop.seconds", -1, "a number from 0"),
-            {"key": "stop.seconds", "value": -1, "accepted": "a number from 0"},
-            "stop.seconds = -1: a number from 0",
+            errors.ConfigurationError("stop.seconds", -1, "must be greater than 0", "write 'off'"),
+            {"key": "stop.seconds", "value": -1, "problem": "must be greater than 0", "hint": "write 'off'"},
+            "stop.seconds = -1: must be greater than 0; write 'off'",
+        ),
+        (
+            errors.ConfigurationError("redis.url", None, "missing"),
+            {"key": "redis.url", "value": None, "problem": "missing", "hint": ""},
+            "redis.url: missing",
         ),
         (errors.RunNotFound("digits"), {"run": "digits"}, "no run named 'digits'"),
-        (errors.RunExists("digits", "has ended"), {"run": "digits"}, "run 'digits' has ended; choose another name"),
-        (errors.BlobMissing("k:0"), {"key": "k:0"}, "k:0 is not in Redis"),
+        (
+            errors.RunExists("digits", "has ended", "choose another name"),
+            {"run": "digits", "problem": "has ended", "hint": "choose another name"},
+            "run 'digits' has ended; choose another name",
+        ),
+        (errors.BlobMissing("k:0"), {"key": "k:0"}, "k:0 is not stored"),
     ],
 )
-def test_error_stores_its_fields_and_says_what_is_the_case(error, fields, message):
+def test_error_stores_its_fields_and_describes_the_problem(error, fields, message):
     assert {name: getattr(error, name) for name in fields} == fields
     assert message in str(error)

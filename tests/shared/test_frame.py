@@ -1,4 +1,4 @@
-"""A model as one flat frame: what goes where, and what is refused."""
+"""A model as one flat frame: the layout, and the models and bytes that are refused."""
 
 from __future__ import annotations
 
@@ -9,20 +9,13 @@ import torch
 from torch import nn
 
 from fedqueue.errors import ManifestMismatch, WireError
-from fedqueue.tensors.frame import (
-    BUFFER,
-    COUNTER,
-    DTYPES,
-    PARAMETER,
-    Frame,
-    Manifest,
-    TensorSpec,
-    make_update,
-)
+from fedqueue.tensors.frame import Frame, make_update
+from fedqueue.tensors.manifest import BUFFER, COUNTER, DTYPES, PARAMETER, Manifest, TensorSpec
+from tests.support.builders import frame_of_module
 
 
 class Mixed(nn.Module):
-    """Every kind of tensor: parameters of four dtypes, a floating buffer between two counters, a scalar."""
+    """A model with every kind of tensor: parameters of four dtypes, a float buffer between two counters, a scalar."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,16 +41,10 @@ def norm_model() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
 
 
-def frame_of(model: nn.Module) -> Frame:
-    frame = Frame(Manifest.from_module(model))
-    frame.read(model)
-    return frame
-
-
 # The layout
 
 
-def test_roles_are_parameters_floating_buffers_and_counters_in_that_order():
+def test_roles_are_ordered_parameters_buffers_counters():
     entries = Manifest.from_module(norm_model()).entries
     assert [(e.name, e.role) for e in entries] == [
         ("0.weight", PARAMETER),
@@ -70,7 +57,7 @@ def test_roles_are_parameters_floating_buffers_and_counters_in_that_order():
     ]
 
 
-def test_offsets_follow_each_other_within_the_section_of_their_width():
+def test_offsets_are_contiguous_within_each_section():
     manifest = Manifest.from_module(norm_model())
     assert [(e.offset, e.length) for e in manifest.entries] == [
         (0, 6), (6, 2), (8, 2), (10, 2), (12, 2), (14, 2), (0, 1),
@@ -83,7 +70,7 @@ def test_counters_begin_at_a_multiple_of_eight_bytes():
     model = nn.Module()
     model.register_parameter("a", nn.Parameter(torch.tensor([1.0, 2.0, 3.0])))
     model.register_buffer("n", torch.tensor(5))
-    frame = frame_of(model)
+    frame = frame_of_module(model)
     assert frame.manifest.nbytes == 16 + 8
     assert frame.buffer[:12].view(np.float32).tolist() == [1.0, 2.0, 3.0]
     assert frame.buffer[12:16].tolist() == [0] * 4
@@ -91,20 +78,20 @@ def test_counters_begin_at_a_multiple_of_eight_bytes():
 
 
 def test_buffers_between_parameters_do_not_disturb_the_sections():
-    frame = frame_of(Mixed())
+    frame = frame_of_module(Mixed())
     assert frame.parameters.tolist() == pytest.approx([1.5, -2.0, 0.5, 3.0, 0.1, 4.0])
     assert frame.buffers.tolist() == [0.25, 0.75]
     assert frame.counters.tolist() == [7, 1, 0]
 
 
-def test_frozen_parameter_is_a_parameter_and_an_unsaved_buffer_is_nothing():
+def test_frame_has_frozen_parameters_but_no_unsaved_buffers():
     roles = {e.name: e.role for e in Manifest.from_module(Mixed()).entries}
     assert roles["frozen"] == PARAMETER
     assert "scratch" not in roles
 
 
 def test_views_share_the_buffers_memory():
-    frame = frame_of(norm_model())
+    frame = frame_of_module(norm_model())
     frame.parameters.fill_(2.0)
     frame.counters.fill_(9)
     assert frame.buffer[:48].view(np.float32).tolist() == [2.0] * 12
@@ -112,7 +99,7 @@ def test_views_share_the_buffers_memory():
 
 
 def test_copy_is_independent():
-    frame = frame_of(norm_model())
+    frame = frame_of_module(norm_model())
     copy = frame.copy()
     copy.floats.fill_(5.0)
     assert not torch.equal(frame.floats, copy.floats)
@@ -124,44 +111,44 @@ def test_frame_of_another_size_is_refused():
         Frame(manifest, np.zeros(71, np.uint8))
 
 
-# There and back
+# Round trips
 
 
 @pytest.mark.parametrize("make", [norm_model, Mixed, Tied], ids=["batch norm", "mixed", "tied"])
-def test_model_comes_back_bit_for_bit(make):
+def test_model_round_trips_bit_for_bit(make):
     model, other = make(), make()
     with torch.no_grad():
         for tensor in other.state_dict().values():
             tensor.zero_()
-    frame_of(model).write(other)
+    frame_of_module(model).write(other)
     for name, tensor in model.state_dict().items():
         back = other.state_dict()[name]
         assert back.dtype == tensor.dtype
         assert torch.equal(back, tensor.float().to(tensor.dtype)), name
 
 
-def test_doubles_travel_as_float32():
-    frame = frame_of(Mixed())
+def test_float64_tensors_are_stored_as_float32():
+    frame = frame_of_module(Mixed())
     assert frame.state_dict()["wide"].item() == float(np.float32(0.1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_finite_narrow_float_survives(dtype):
+def test_every_finite_16_bit_float_round_trips(dtype):
     everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(everything[everything.isfinite()]))
-    assert torch.equal(frame_of(model).state_dict()["w"], model.w.detach())
+    assert torch.equal(frame_of_module(model).state_dict()["w"], model.w.detach())
 
 
-def test_large_counter_survives():
+def test_large_counter_round_trips():
     model = norm_model()
     model[1].num_batches_tracked.fill_(2**53 + 1)
-    assert frame_of(model).state_dict()["1.num_batches_tracked"].item() == 2**53 + 1
+    assert frame_of_module(model).state_dict()["1.num_batches_tracked"].item() == 2**53 + 1
 
 
 def test_state_dict_is_plain_and_independent_of_the_frame():
     model = Mixed()
-    frame = frame_of(model)
+    frame = frame_of_module(model)
     state = frame.state_dict()
     assert {n: (t.dtype, t.shape) for n, t in state.items()} == {
         n: (t.dtype, t.shape) for n, t in model.state_dict().items()
@@ -175,20 +162,20 @@ def test_tied_weights_are_two_names_with_the_same_values():
     model = Tied()
     manifest = Manifest.from_module(model)
     assert [(e.name, e.role) for e in manifest.entries] == [("embed.weight", PARAMETER), ("out.weight", PARAMETER)]
-    frame = frame_of(model)
+    frame = frame_of_module(model)
     assert torch.equal(frame.parameters[:4], frame.parameters[4:])
 
 
-def test_frame_is_written_into_a_model_in_training_without_a_gradient():
+def test_frame_is_written_into_a_model_without_a_gradient():
     model = norm_model()
-    frame = frame_of(model)
+    frame = frame_of_module(model)
     frame.parameters.fill_(0.5)
     frame.write(model)
     assert all(p.requires_grad and p.grad is None and p.grad_fn is None for p in model.parameters())
     assert model[0].weight.detach().unique().tolist() == [0.5]
 
 
-def test_update_is_local_minus_base_for_parameters_and_the_value_for_all_else():
+def test_update_has_parameter_deltas_and_values_of_other_state():
     model = norm_model()
     base, local = Frame(Manifest.from_module(model)), Frame(Manifest.from_module(model))
     base.floats.fill_(1.0)
@@ -204,7 +191,7 @@ def test_update_is_local_minus_base_for_parameters_and_the_value_for_all_else():
     assert base.parameters.tolist() == [1.0] * 12
 
 
-# What cannot be federated
+# Unsupported models
 
 
 def test_model_without_parameters_is_refused():
@@ -213,21 +200,21 @@ def test_model_without_parameters_is_refused():
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.uint16)])
-def test_dtype_that_is_not_known_is_named_with_the_known_ones(tensor):
+def test_unknown_dtype_error_lists_the_known_dtypes(tensor):
     model = norm_model()
     model.register_buffer("odd", tensor)
     with pytest.raises(ManifestMismatch, match=rf"model: odd is {tensor.dtype}; known: float64, float32"):
         Manifest.from_module(model)
 
 
-def test_parameter_that_is_no_float_is_refused():
+def test_non_float_parameter_is_refused():
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
     with pytest.raises(ManifestMismatch, match=r"parameter w is torch\.int64"):
         Manifest.from_module(model)
 
 
-def test_state_that_is_no_tensor_is_refused():
+def test_non_tensor_state_is_refused():
     class Extra(nn.Linear):
         def get_extra_state(self):
             return {"a": 1}
@@ -240,14 +227,14 @@ def test_state_that_is_no_tensor_is_refused():
 
 
 @pytest.mark.parametrize("make", [norm_model, Mixed, Tied], ids=["batch norm", "mixed", "tied"])
-def test_manifest_comes_back_equal(make):
+def test_manifest_round_trips(make):
     manifest = Manifest.from_module(make())
     again = Manifest.unpack(manifest.pack())
     assert again == manifest
     assert again.digest == manifest.digest
 
 
-def test_digest_tells_manifests_apart():
+def test_different_manifests_have_different_digests():
     assert Manifest.from_module(norm_model()).digest != Manifest.from_module(nn.Linear(3, 2)).digest
     assert Manifest.from_module(norm_model()).digest == Manifest.from_module(norm_model()).digest
 
@@ -287,7 +274,7 @@ BAD = {
 }
 
 
-def test_the_good_rows_are_good():
+def test_consistent_manifest_is_accepted():
     assert Manifest.unpack(msgpack.packb(GOOD)).nbytes == 4 * 8 + 8
 
 
@@ -298,12 +285,12 @@ def test_inconsistent_manifest_is_refused(rows):
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", msgpack.packb(GOOD)[:-1], msgpack.packb(GOOD) + b"\x00"])
-def test_bytes_that_are_no_manifest_are_refused(data):
+def test_invalid_manifest_bytes_are_refused(data):
     with pytest.raises(WireError, match=r"^manifest: not one of this protocol"):
         Manifest.unpack(data)
 
 
-def test_every_known_dtype_is_one_of_torch():
+def test_every_known_dtype_exists_in_torch():
     assert all(isinstance(dtype, torch.dtype) for dtype in DTYPES.values())
 
 
@@ -322,12 +309,12 @@ def test_equal_models_are_accepted():
         (nn.Linear(3, 2).half(), r"is parameter float16 .* here and parameter float32"),
     ],
 )  # fmt: skip
-def test_first_difference_of_a_model_is_named(theirs, message):
+def test_first_difference_between_models_is_named(theirs, message):
     with pytest.raises(ManifestMismatch, match=message):
         Manifest.from_module(nn.Linear(3, 2)).require(Manifest.from_module(theirs))
 
 
-def test_models_that_differ_in_their_order_only_are_refused():
+def test_models_with_reordered_tensors_are_refused():
     a = TensorSpec("a", "float32", (1,), 0, 1, PARAMETER)
     b = TensorSpec("b", "float32", (1,), 0, 1, PARAMETER)
     with pytest.raises(ManifestMismatch, match="order"):

@@ -1,4 +1,4 @@
-"""For any model and for any bytes."""
+"""Properties of frames of arbitrary models, and of parsing arbitrary bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis.extra import numpy as hnp
 from torch import nn
 
 from fedqueue.errors import WireError
-from fedqueue.tensors.frame import DTYPES, ROLES, Frame, Manifest, make_update
+from fedqueue.tensors.frame import Frame, make_update
+from fedqueue.tensors.manifest import DTYPES, ROLES, Manifest
 
 FLOATS = [d for d in DTYPES.values() if d.is_floating_point]
 COUNTS = [d for d in DTYPES.values() if not d.is_floating_point]
@@ -20,7 +21,7 @@ shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 
 @st.composite
 def models(draw: st.DrawFn) -> nn.Module:
-    """Parameters, floating buffers and counters of any known dtype and shape, in any order."""
+    """Draw parameters, float buffers and counters of any known dtype and shape, in any order."""
     model = nn.Module()
     kinds = draw(st.lists(st.sampled_from(ROLES), max_size=6))
     rng = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -39,7 +40,7 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 
 @given(models())
-def test_any_model_comes_back_as_its_float32_self(model):
+def test_any_model_round_trips_as_float32(model):
     frame = Frame(Manifest.from_module(model))
     frame.read(model)
     for name, tensor in frame.state_dict().items():
@@ -54,7 +55,7 @@ def test_any_model_comes_back_as_its_float32_self(model):
 
 
 @given(models())
-def test_any_manifest_comes_back_equal_and_describes_its_buffer(model):
+def test_any_manifest_round_trips_and_describes_its_buffer(model):
     manifest = Manifest.from_module(model)
     assert Manifest.unpack(manifest.pack()) == manifest
     manifest.require(Manifest.from_module(model))
@@ -65,7 +66,7 @@ def test_any_manifest_comes_back_equal_and_describes_its_buffer(model):
 
 @given(models(), st.integers(0, 99))
 def test_update_added_to_its_base_is_the_local_model(model, seed):
-    """Integers below 2**20: float32 subtracts and adds them exactly."""
+    """The values are integers below 2**20, which float32 subtracts and adds exactly."""
     base, local = Frame(Manifest.from_module(model)), Frame(Manifest.from_module(model))
     rng = torch.Generator().manual_seed(seed)
     for frame in (base, local):

@@ -1,4 +1,4 @@
-"""Every key of a run carries its hash tag, and no two are the same."""
+"""Every key of a run has its hash tag, and no two keys are equal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from fedqueue.protocol.keys import CLIENT_ID, RUN_NAME, Keys, client_tag, job_name, job_without_tag
+from fedqueue.config.names import CLIENT_ID, RUN_NAME
+from fedqueue.protocol.keys import Keys, client_tag, job_name, job_without_tag
 
 
 def all_keys(run: str) -> dict[str, str]:
@@ -26,13 +27,13 @@ def all_keys(run: str) -> dict[str, str]:
     }
 
 
-def test_every_key_has_the_runs_hash_tag_and_matches_its_pattern():
+def test_every_key_has_the_hash_tag_and_matches_its_pattern():
     for key in all_keys("my-run").values():
         assert key.startswith("fedqueue:{my-run}:")
         assert fnmatch.fnmatchcase(key, Keys("my-run").pattern)
 
 
-def test_no_two_keys_are_the_same():
+def test_all_keys_are_distinct():
     names = list(all_keys("r").values())
     assert len(set(names)) == len(names)
 
@@ -42,7 +43,7 @@ def test_pattern_of_a_run_matches_no_other_run():
         assert not any(fnmatch.fnmatchcase(key, Keys("run").pattern) for key in all_keys(other).values())
 
 
-def test_prefixes_begin_the_keys_that_scripts_build_from_them():
+def test_keys_built_by_scripts_begin_with_their_prefixes():
     keys = Keys("r")
     assert keys.model(7) == keys.model_prefix + "7"
     assert keys.state(7) == keys.state_prefix + "7"
@@ -61,13 +62,13 @@ def test_each_client_of_each_run_has_its_own_queue():
 
 
 @pytest.mark.parametrize("name", ["a", "A-1_b", "0", "x" * 64])
-def test_run_names_and_client_ids_that_are_accepted(name):
+def test_valid_run_names_and_client_ids_are_accepted(name):
     assert RUN_NAME.fullmatch(name)
     assert CLIENT_ID.fullmatch(name)
 
 
 @pytest.mark.parametrize("name", ["", "-a", "_a", ".a", "a b", "a:b", "a{b}", "a*", "ä", "a\n", "x" * 65, "a/b"])
-def test_names_that_would_leave_a_key_are_refused(name):
+def test_invalid_run_names_are_refused(name):
     assert not RUN_NAME.fullmatch(name)
     assert not CLIENT_ID.fullmatch(name)
 
@@ -77,7 +78,7 @@ def test_client_ids_may_have_dots():
     assert not RUN_NAME.fullmatch("site.example.org")
 
 
-def test_names_of_jobs_rise_and_tell_run_epoch_and_client_apart():
+def test_job_names_are_distinct_and_sort_by_number():
     names = [
         job_name(run, epoch, number, client)
         for run in ("r", "r-1")
@@ -98,7 +99,7 @@ def test_tag_ends_a_name_and_can_be_taken_off(epoch):
     assert job_without_tag("my-run-00000042") == "my-run-00000042"
 
 
-def test_pattern_of_a_clients_jobs_matches_no_other_clients_or_runs():
+def test_job_pattern_matches_one_client_of_one_run():
     jobs = {(run, c): job_name(run, 0, 1, c) for run in ("r", "r-1", "s") for c in ("a", "b", "x-a", "a-00000001")}
     for (run, client), job in jobs.items():
         pattern = f"{run}-*-{client_tag(run, client)}"

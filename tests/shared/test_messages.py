@@ -1,4 +1,4 @@
-"""What crosses Redis: bounded, strict, and nothing that is not of the protocol."""
+"""Messages have bounded fields, and anything outside the protocol is refused."""
 
 from __future__ import annotations
 
@@ -10,18 +10,8 @@ from pydantic import ValidationError
 
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
-from fedqueue.protocol.messages import (
-    MAX_MESSAGE,
-    MAX_METRICS,
-    Ending,
-    Evaluation,
-    Order,
-    Registration,
-    Update,
-    pack,
-    read,
-    unpack,
-)
+from fedqueue.protocol.messages import MAX_METRICS, Ending, Evaluation, Order, Registration, Update, read
+from fedqueue.protocol.msgpack import MAX_MESSAGE, pack, unpack
 
 UPDATE = {"examples": 10, "encoding": "float32", "nbytes": 64, "chunks": 1, "metrics": {"loss": 0.5}, "seconds": 1.5}
 ORDER = {"run": "r", "job": "r-1", "client": "c", "seed": 3, "training": TrainingConfig().model_dump()}
@@ -35,7 +25,7 @@ GOOD = {
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_message_comes_back_equal(kind):
+def test_message_round_trips(kind):
     message = kind.model_validate(GOOD[kind])
     assert read(kind, message.pack()) == message
 
@@ -55,7 +45,7 @@ def test_missing_field_is_named(kind):
 
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.parametrize("value", [None, 5, [], "text", [["examples", 1]]])
-def test_value_that_is_no_map_is_refused(kind, value):
+def test_non_map_value_is_refused(kind, value):
     with pytest.raises(WireError, match=f"^{kind.__name__}: "):
         read(kind, pack(value))
 
@@ -99,7 +89,7 @@ def test_update_out_of_bounds_is_refused_and_its_field_named(field, value):
         read(Update, pack({**UPDATE, field: value}))
 
 
-def test_bounds_themselves_are_accepted():
+def test_values_at_the_bounds_are_accepted():
     metrics = {f"{i:064}": 0.0 for i in range(MAX_METRICS)}
     update = {**UPDATE, "examples": 2**53 - 1, "chunks": 2**20, "seconds": 0.0, "metrics": metrics}
     assert read(Update, pack(update)).metrics == metrics
@@ -117,7 +107,7 @@ def test_bounds_themselves_are_accepted():
         ("job", "a" * 101),
         ("job", "a\n"),
         ("seed", -1),
-        ("training", {"epochs": 0}),
+        ("training", {"local_epochs": 0}),
         ("training", {"unknown": 1}),
         ("training", None),
     ],
@@ -127,7 +117,7 @@ def test_order_with_a_bad_name_or_setting_is_refused(field, value):
         read(Order, pack({**ORDER, field: value}))
 
 
-def test_order_carries_settings_and_identifiers_only():
+def test_order_has_settings_and_identifiers_only():
     assert set(Order.model_fields) == {"run", "job", "client", "seed", "training"}
 
 
@@ -142,12 +132,12 @@ def test_ending_has_one_of_two_reasons_and_a_short_error():
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, 1j, datetime.date(2026, 1, 1), "\ud800", 2**64, -(2**63) - 1])
-def test_value_that_the_protocol_does_not_carry_cannot_be_sent(value):
+def test_value_of_an_unsupported_type_cannot_be_sent(value):
     with pytest.raises(WireError, match="cannot be sent"):
         pack([value])
 
 
-def test_nesting_that_never_ends_cannot_be_sent():
+def test_endless_nesting_cannot_be_sent():
     value: list = []
     value.append(value)
     with pytest.raises(WireError, match="cannot be sent"):
@@ -185,13 +175,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
-def test_bytes_that_are_no_message_are_refused(data):
+def test_invalid_message_bytes_are_refused(data):
     with pytest.raises(WireError, match="not msgpack of this protocol"):
         unpack(data)
 
 
-def test_timestamp_becomes_nothing_that_a_message_accepts():
-    """msgpack's own extension type: no code runs, and no field takes it."""
+def test_no_message_field_accepts_a_timestamp():
+    """A timestamp is msgpack's own extension type: decoding one runs no code, and no field accepts the value."""
     stamp = msgpack.packb({**UPDATE, "seconds": msgpack.Timestamp(5, 0)})
     with pytest.raises(WireError, match="Update: seconds"):
         read(Update, stamp)

@@ -1,4 +1,4 @@
-"""For any bytes and any values."""
+"""Properties of parsing messages from arbitrary bytes and arbitrary values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
-from fedqueue.protocol.messages import Ending, Evaluation, Message, Order, Registration, Update, pack, read, unpack
+from fedqueue.protocol.messages import Ending, Evaluation, Message, Order, Registration, Update, read
+from fedqueue.protocol.msgpack import pack, unpack
 
 KINDS = (Update, Order, Registration, Ending, Evaluation)
 kinds = st.sampled_from(KINDS)
@@ -42,7 +43,7 @@ messages = st.one_of(
         job=st.from_regex(r"[A-Za-z0-9_-]{1,100}", fullmatch=True),
         client=names,
         seed=naturals,
-        training=st.builds(TrainingConfig, epochs=st.integers(1, 99), proximal_mu=st.floats(0, 10)),
+        training=st.builds(TrainingConfig, local_epochs=st.integers(1, 99), proximal_mu=st.floats(0, 10)),
     ),
     st.builds(Registration, client=names, examples=naturals),
     st.builds(Ending, reason=st.sampled_from(["returned", "failed"]), error=errors),
@@ -51,7 +52,7 @@ messages = st.one_of(
 
 
 @given(messages)
-def test_any_message_comes_back_equal(message: Message):
+def test_any_message_round_trips(message: Message):
     assert read(type(message), message.pack()) == message
 
 
@@ -84,7 +85,7 @@ def test_any_value_of_any_field_is_accepted_or_a_wire_error(kind, data):
 
 
 @given(messages, st.integers(0, 10_000), st.integers(0, 255))
-def test_message_with_one_byte_changed_is_a_message_or_a_wire_error(message, place, byte):
+def test_message_with_a_changed_byte_reads_or_raises_wire_error(message, place, byte):
     data = bytearray(message.pack())
     data[place % len(data)] = byte
     try:
@@ -94,7 +95,7 @@ def test_message_with_one_byte_changed_is_a_message_or_a_wire_error(message, pla
 
 
 @given(plain)
-def test_plain_values_come_back_from_the_envelope(value):
+def test_plain_values_round_trip_through_the_envelope(value):
     try:
         data = pack(value)
         back = unpack(data)

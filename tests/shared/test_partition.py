@@ -1,4 +1,4 @@
-"""Every partition deals each example to exactly one client, the same way for the same seed."""
+"""Every partition assigns each example to exactly one client, and the seed determines the assignment."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ seeds = st.integers(0, 2**31 - 1)
 
 @st.composite
 def labelled(draw: st.DrawFn) -> np.ndarray:
-    """Labels, int64 (n,): 1 to 12 classes, each with 6 to 40 examples, in any order."""
+    """Draw int64 labels of shape (n,): 1 to 12 classes, each with 6 to 40 examples, in any order."""
     sizes = draw(st.lists(st.integers(6, 40), min_size=1, max_size=12))
     order = np.random.default_rng(draw(seeds)).permutation(sum(sizes))
     return np.repeat(np.arange(len(sizes)), sizes)[order]
 
 
 def split_if_possible(scheme: str, labels: np.ndarray, clients: int, alpha: float, seed: int) -> list[np.ndarray]:
-    """The partition; where the examples are too few for it, which must be said and not guessed, another case."""
+    """Return the partition; skip a case whose examples are too few, which must raise the documented error."""
     try:
         return list(partition.split(scheme, labels, clients, alpha, seed))
     except ValueError as error:
@@ -52,7 +52,7 @@ def test_shares_are_sorted_int64_indices_and_never_empty(scheme, labels, clients
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(seed=seeds)
-def test_the_same_seed_gives_the_same_shares_and_another_seed_others(scheme, seed):
+def test_seed_determines_the_shares(scheme, seed):
     labels = np.repeat(np.arange(10), 30)
     first, again, other = (partition.split(scheme, labels, 5, 1.0, s) for s in (seed, seed, seed + 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -93,7 +93,7 @@ def test_quantity_gives_each_client_the_minimum_whatever_alpha(clients, minimum,
 
 
 @given(seed=seeds)
-def test_each_client_gets_two_shards_and_so_few_labels(seed):
+def test_clients_with_two_shards_have_few_labels(seed):
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(10), 20))
     shares = partition.label_shards(labels, 10, 2, seed)
     assert [len(share) for share in shares] == [20] * 10
@@ -104,7 +104,7 @@ def test_dirichlet_skew_grows_as_alpha_falls():
     labels = np.repeat(np.arange(10), 100)
 
     def skew(alpha: float) -> float:
-        """Mean share of a client's commonest class, over clients and twenty seeds: 0.1 is none, 1.0 is total."""
+        """Return the mean share of a client's largest class over clients and 20 seeds: 0.1 is no skew, 1.0 total."""
         shares = [share for seed in range(20) for share in partition.dirichlet(labels, 5, alpha, seed)]
         return float(np.mean([np.bincount(labels[share]).max() / len(share) for share in shares]))
 
@@ -112,11 +112,11 @@ def test_dirichlet_skew_grows_as_alpha_falls():
     assert skew(0.05) > 0.5
 
 
-def test_quantity_skew_grows_as_alpha_falls_while_labels_stay_mixed():
+def test_quantity_skew_grows_as_alpha_falls():
     labels = np.tile(np.arange(10), 100)
 
     def largest(alpha: float) -> float:
-        """Mean size of the largest of five shares, over twenty seeds."""
+        """Return the mean size of the largest of five shares, over twenty seeds."""
         return float(np.mean([max(map(len, partition.quantity(1000, 5, alpha, seed))) for seed in range(20)]))
 
     assert 200 <= largest(100.0) < largest(1.0) < largest(0.1) <= 1000
@@ -124,7 +124,7 @@ def test_quantity_skew_grows_as_alpha_falls_while_labels_stay_mixed():
     assert np.bincount(labels[big], minlength=10).max() < 0.2 * len(big)
 
 
-def test_order_of_the_table_does_not_decide_who_shares_a_shard():
+def test_shards_do_not_depend_on_the_order_of_examples():
     labels = np.zeros(40, dtype=int)  # one class: only the shuffle can mix them
     shares = partition.label_shards(labels, 4, 1, seed=0)
     assert all(np.ptp(share) > 10 for share in shares)
@@ -149,7 +149,7 @@ def test_order_of_the_table_does_not_decide_who_shares_a_shard():
         (lambda: partition.label_shards([0] * 9, 5, 0), "shards_per_client = 0: must be at least 1"),
     ],
 )
-def test_what_cannot_be_split_is_named(call, message):
+def test_impossible_partition_error_names_the_problem(call, message):
     with pytest.raises(ValueError) as caught:
         call()
     assert message in str(caught.value)

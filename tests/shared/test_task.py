@@ -1,4 +1,4 @@
-"""How a user's task is found and constructed, and what its defaults do."""
+"""Loading and constructing a user's task, and the defaults of a task."""
 
 from __future__ import annotations
 
@@ -50,30 +50,30 @@ def problem(entrypoint: str, folder: Path, **options) -> str:
     return str(caught.value)
 
 
-# Finding it
+# Loading
 
 
-def test_task_of_a_file_is_found_relative_to_the_configuration_and_may_import_its_neighbours(folder):
-    assert load_task("mine.py:Mine", {}, folder).answer == 42
+def test_task_file_is_relative_to_the_configuration(folder):
+    assert vars(load_task("mine.py:Mine", {}, folder))["answer"] == 42
     (folder / "inner").mkdir()
-    assert load_task("../mine.py:Mine", {}, folder / "inner").answer == 42
+    assert vars(load_task("../mine.py:Mine", {}, folder / "inner"))["answer"] == 42
 
 
-def test_task_of_an_absolute_path_is_found(folder, tmp_path_factory):
-    assert load_task(f"{folder / 'mine.py'}:Mine", {}, tmp_path_factory.mktemp("elsewhere")).answer == 42
+def test_absolute_task_path_is_found(folder, tmp_path_factory):
+    assert vars(load_task(f"{folder / 'mine.py'}:Mine", {}, tmp_path_factory.mktemp("elsewhere")))["answer"] == 42
 
 
-def test_task_of_a_module_is_found(folder, monkeypatch):
+def test_task_in_a_module_is_found(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
-    assert load_task("mine:Mine", {"answer": 1}, Path("/nowhere")).answer == 1
+    assert vars(load_task("mine:Mine", {"answer": 1}, Path("/nowhere")))["answer"] == 1
 
 
 def test_options_are_the_constructors_keyword_arguments(folder):
-    assert load_task("mine.py:Mine", {"answer": "given"}, folder).answer == "given"
+    assert vars(load_task("mine.py:Mine", {"answer": "given"}, folder))["answer"] == "given"
 
 
 @pytest.mark.parametrize("entrypoint", ["mine.py", ":Mine", "mine.py:", "mine.py:not a name", "", "mine.py:Mine:"])
-def test_entrypoint_of_another_form_is_an_error_that_shows_the_form(folder, entrypoint):
+def test_malformed_entrypoint_error_shows_the_expected_form(folder, entrypoint):
     message = problem(entrypoint, folder)
     assert message == f"task.entrypoint = {entrypoint!r}: expected path/to/task.py:Class or package.module:Class"
 
@@ -87,27 +87,27 @@ def test_missing_module_is_named(folder):
 
 
 @pytest.mark.parametrize("module", [".relative", "two words", "a..b"])
-def test_module_name_that_is_none_is_an_error(folder, module):
+def test_invalid_module_name_is_an_error(folder, module):
     assert problem(f"{module}:Mine", folder).startswith(f"task.entrypoint: importing {module}: ")
 
 
 @pytest.mark.parametrize("name", ["Absent", "NoTask", "ANSWER"])
-def test_class_that_is_not_there_or_no_task_lists_those_there_are(folder, name):
+def test_missing_task_class_error_lists_the_available_ones(folder, name):
     assert problem(f"mine.py:{name}", folder) == f"mine.py has no Task named {name!r}; it has: Mine, Other"
 
 
-def test_file_without_any_task_says_so(folder):
+def test_file_without_a_task_is_an_error(folder):
     assert problem("neighbour.py:T", folder) == "neighbour.py has no Task named 'T'; it has: none"
 
 
 @pytest.mark.parametrize("how", ["file", "module"])
-def test_exception_of_the_users_module_is_shown_and_is_the_cause(folder, monkeypatch, how):
+def test_exception_of_the_task_module_is_shown_as_the_cause(folder, monkeypatch, how):
     (folder / "halfway.py").write_text("import neighbour\nraise RuntimeError('no licence')\n")
     monkeypatch.syspath_prepend(str(folder))
     with pytest.raises(TaskError, match="RuntimeError: no licence") as caught:
         load_task("halfway.py:T" if how == "file" else "halfway:T", {}, folder)
     assert isinstance(caught.value.__cause__, RuntimeError)
-    assert not [name for name in sys.modules if "halfway" in name], "half a module must not stay"
+    assert not [name for name in sys.modules if "halfway" in name], "a partly executed module stayed in sys.modules"
 
 
 @pytest.mark.parametrize(
@@ -120,11 +120,11 @@ def test_exception_of_the_constructor_is_shown_with_its_options(folder, options,
     assert caught.value.__cause__ is not None
 
 
-# What a task must and need not say
+# Required and optional methods
 
 
 @pytest.mark.parametrize(("method", "arguments"), [("model", ()), ("train_data", (Client("c"),))])
-def test_what_a_task_must_define_is_named(method, arguments):
+def test_missing_required_method_is_named(method, arguments):
     class Empty(Task):
         pass
 
@@ -137,7 +137,7 @@ def test_task_without_test_data_is_not_evaluated():
 
 
 class Fixed(torch.nn.Module):
-    """Scores that do not depend on training."""
+    """A model whose scores do not depend on training."""
 
     def __init__(self):
         super().__init__()
@@ -155,7 +155,7 @@ def test_default_loss_is_the_cross_entropy():
     torch.testing.assert_close(Task().loss(Fixed(), (x, y)), expected)
 
 
-def test_default_evaluation_is_loss_and_accuracy_over_all_examples():
+def test_default_evaluation_is_loss_and_accuracy():
     x = torch.cat([torch.ones(700, 1), -torch.ones(100, 1)])  # more than one batch, of different sizes
     y = torch.zeros(800, dtype=torch.int64)
     model = Fixed()
@@ -167,7 +167,7 @@ def test_default_evaluation_is_loss_and_accuracy_over_all_examples():
     assert model.scale.grad is None
 
 
-def test_evaluation_on_nothing_is_an_error():
+def test_evaluation_on_empty_data_is_an_error():
     with pytest.raises(TaskError, match=r"test_data\(\) is empty"):
         Task().evaluate(Fixed(), TensorDataset(torch.zeros(0, 1), torch.zeros(0, dtype=torch.int64)))
 
@@ -178,7 +178,7 @@ def test_examples_are_counted_by_len():
         Task().num_examples(x for x in ())
 
 
-def test_default_fit_trains_and_reports_how_many_examples():
+def test_default_fit_trains_and_reports_the_number_of_examples():
     data = TensorDataset(torch.ones(6, 1), torch.zeros(6, dtype=torch.int64))
     calls = []
     fit = Task().fit(Fixed(), data, TrainingConfig(batch_size=4, device="cpu"), lambda: calls.append(1))

@@ -1,4 +1,4 @@
-"""The sign of life: what it renews, what it learns, and when it stops. The clock is the test's."""
+"""The heartbeat: renewed leases, handling of the reply, and the end. The tests move the clock."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import redis
 import structlog
 
-from fedqueue.errors import ClientTaken, JobClosed
+from fedqueue.errors import ClientTaken, JobClosed, RunNotFound
 from fedqueue.protocol.messages import Registration
 from fedqueue.transport.worker_store import Claim
 from fedqueue_worker.heartbeat import Heartbeat
@@ -36,7 +36,7 @@ def clock():
 
 @pytest.fixture
 def ended():
-    """Why the worker was told to go, each time that it was."""
+    """Return the reasons with which the heartbeat told the worker to stop."""
     return []
 
 
@@ -57,7 +57,7 @@ def lapsed(run):
 # The lease follows the progress
 
 
-def test_beat_renews_the_lease_while_training_goes_forward(fake_run, worker, heartbeat, clock):
+def test_heartbeat_renews_the_lease_during_progress(fake_run, worker, heartbeat, clock):
     claim = worker.claim(fake_run.dispatch(), 0)
     assert lapsed(fake_run) == [claim.job]
     heartbeat.begin(claim)
@@ -66,13 +66,15 @@ def test_beat_renews_the_lease_while_training_goes_forward(fake_run, worker, hea
     assert lapsed(fake_run) == []
 
 
-def test_training_that_stalls_lets_its_lease_run_out_and_says_so(fake_run, worker, heartbeat, clock, logs):
+def test_stalled_training_loses_its_lease_and_is_logged(fake_run, worker, heartbeat, clock, logs):
     claim = worker.claim(fake_run.dispatch(), 0)
     heartbeat.begin(claim)
     clock.now += STALL
     heartbeat.beat()
     assert lapsed(fake_run) == [claim.job]
-    assert [entry["event"] for entry in logs] == ["training makes no progress: its lease runs out"]
+    assert [entry["event"] for entry in logs] == [
+        "training makes no progress: the job's lease is not renewed; check data loader and device"
+    ]
 
 
 def test_progress_ends_a_stall(fake_run, worker, heartbeat, clock):
@@ -84,9 +86,7 @@ def test_progress_ends_a_stall(fake_run, worker, heartbeat, clock):
     assert lapsed(fake_run) == []
 
 
-def test_stall_is_counted_from_the_beginning_of_the_job_and_not_of_an_idle_hour(
-    fake_run, worker, heartbeat, clock, logs
-):
+def test_idle_time_before_a_job_is_not_a_stall(fake_run, worker, heartbeat, clock, logs):
     clock.now += 3600
     claim = worker.claim(fake_run.dispatch(), 0)
     heartbeat.begin(claim)
@@ -95,7 +95,7 @@ def test_stall_is_counted_from_the_beginning_of_the_job_and_not_of_an_idle_hour(
     assert logs == []
 
 
-def test_idle_worker_stays_alive_and_says_nothing_of_progress(fake_run, heartbeat, clock, logs):
+def test_idle_worker_stays_alive_without_a_warning(fake_run, heartbeat, clock, logs):
     clock.now += 3600
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
     heartbeat.beat()
@@ -111,7 +111,7 @@ def test_finished_job_is_not_renewed(fake_run, worker, heartbeat):
     assert lapsed(fake_run) == [claim.job]
 
 
-def test_jobs_that_wait_behind_the_present_one_are_renewed_even_while_it_stalls(fake_run, clock, ended):
+def test_waiting_jobs_are_renewed_while_the_running_one_stalls(fake_run, clock, ended):
     worker = fake_run.join("c0")
     fake_run.join("c1")
     heartbeat = Heartbeat(worker, ["c0", "c1"], 60, STALL, ended.append, clock)
@@ -123,7 +123,7 @@ def test_jobs_that_wait_behind_the_present_one_are_renewed_even_while_it_stalls(
     assert waiting not in lapsed(fake_run)
 
 
-# A job that is lost
+# Lost jobs
 
 
 def test_job_that_was_closed_raises_at_the_next_progress(fake_run, worker, heartbeat):
@@ -137,7 +137,7 @@ def test_job_that_was_closed_raises_at_the_next_progress(fake_run, worker, heart
         heartbeat.progress()
 
 
-def test_job_that_a_second_attempt_took_raises(fake_run, worker, heartbeat):
+def test_job_taken_by_a_second_attempt_raises(fake_run, worker, heartbeat):
     claim = worker.claim(fake_run.dispatch(), 60)
     heartbeat.begin(claim)
     fake_run.worker("worker-b").claim(claim.job, 60)
@@ -146,7 +146,7 @@ def test_job_that_a_second_attempt_took_raises(fake_run, worker, heartbeat):
         heartbeat.progress()
 
 
-def test_loss_of_a_job_does_not_touch_the_next_one(fake_run, worker, heartbeat):
+def test_lost_job_does_not_affect_the_next_one(fake_run, worker, heartbeat):
     heartbeat.begin(Claim("sample-00000404", 1, 0))
     heartbeat.beat()
     heartbeat.finish()
@@ -156,8 +156,8 @@ def test_loss_of_a_job_does_not_touch_the_next_one(fake_run, worker, heartbeat):
     heartbeat.progress()
 
 
-def test_beat_for_a_job_that_ended_meanwhile_does_not_lose_the_next_one(fake_run, worker, heartbeat, monkeypatch):
-    """The answer to a beat comes back when the main thread is at another job already."""
+def test_late_reply_for_an_ended_job_does_not_lose_the_next_one(fake_run, worker, heartbeat, monkeypatch):
+    """The reply to a heartbeat arrives after the main thread has begun another job."""
     old = Claim("sample-00000404", 1, 0)
     new = worker.claim(fake_run.dispatch(), 60)
     heartbeat.begin(old)
@@ -174,10 +174,10 @@ def test_beat_for_a_job_that_ended_meanwhile_does_not_lose_the_next_one(fake_run
     heartbeat.progress()
 
 
-# A client that is lost
+# Lost clients
 
 
-def test_client_that_the_coordinator_gave_up_is_served_and_registered_again(fake_run, worker, heartbeat, ended):
+def test_expired_client_is_registered_again(fake_run, worker, heartbeat, ended):
     heartbeat.register(Registration(client="c0", examples=10))
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
     assert fake_run.coordinator.expire_client("c0")
@@ -188,9 +188,26 @@ def test_client_that_the_coordinator_gave_up_is_served_and_registered_again(fake
     assert ended == []
 
 
-def test_client_that_was_given_up_before_its_data_was_loaded_is_served_again_without_a_word(
-    fake_run, worker, heartbeat
-):
+def test_registration_that_failed_is_repeated_by_the_next_beat(fake_run, worker, heartbeat, monkeypatch):
+    """The client has joined by then, so the reply to the next beat does not name it as lost."""
+    heartbeat.register(Registration(client="c0", examples=10))
+    fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
+    fake_run.coordinator.expire_client("c0")
+    fake_run.coordinator.receive(0.001)
+
+    def no_answer(registration):
+        raise redis.ConnectionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, "register", no_answer)
+        with pytest.raises(redis.ConnectionError):
+            heartbeat.beat()
+    for joined in ([("joined", "c0")], []):
+        heartbeat.beat()
+        assert [(e.kind, e.client) for e in fake_run.coordinator.receive(0.001)] == joined
+
+
+def test_unregistered_client_only_joins_again_after_expiry(fake_run, worker, heartbeat):
     fake_run.client.delete(fake_run.keys.site("c0"))
     fake_run.coordinator.receive(0.001)
     heartbeat.beat()
@@ -198,15 +215,15 @@ def test_client_that_was_given_up_before_its_data_was_loaded_is_served_again_wit
     assert fake_run.coordinator.receive(0.001) == []
 
 
-def test_worker_goes_when_another_one_serves_its_client(fake_run, worker, heartbeat, ended):
+def test_worker_stops_when_another_one_serves_its_client(fake_run, worker, heartbeat, ended):
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
     fake_run.coordinator.expire_client("c0")
     fake_run.join("c0", "worker-b")
     heartbeat.beat()
-    assert ended == ["client c0 is served by another worker by now"]
+    assert ended == ["another worker now serves client c0"]
 
 
-def test_registration_of_a_client_that_was_taken_is_an_error(fake_run, worker, heartbeat):
+def test_registration_of_a_taken_client_is_an_error(fake_run, worker, heartbeat):
     fake_run.client.hset(fake_run.keys.site("c0"), "holder", "worker-b")
     with pytest.raises(ClientTaken, match="c0"):
         heartbeat.register(Registration(client="c0", examples=10))
@@ -215,19 +232,19 @@ def test_registration_of_a_client_that_was_taken_is_an_error(fake_run, worker, h
 # The end
 
 
-def test_worker_goes_once_when_the_run_has_ended(fake_run, heartbeat, ended):
+def test_worker_stops_once_when_the_run_has_ended(fake_run, heartbeat, ended):
     fake_run.coordinator.end("target reached", 60, 1)
     heartbeat.beat()
     heartbeat.beat()
     assert ended == ["the run has ended"]
 
 
-def test_worker_waits_while_redis_has_lost_the_run_and_serves_the_new_epoch(fake_run, worker, heartbeat, ended):
+def test_worker_waits_for_a_lost_run_and_joins_its_new_epoch(fake_run, worker, heartbeat, ended):
     heartbeat.register(Registration(client="c0", examples=10))
     fake_run.client.flushdb()
     heartbeat.beat()
     assert ended == []
-    assert fake_run.names() == set(), "a worker writes nothing into a run that nobody leads"
+    assert fake_run.names() == set(), "the worker wrote into a run without a coordinator"
     fake_run.coordinator.lead(60)
     fake_run.coordinator.create(fake_run.config.model_dump_json(), fake_run.manifest, epoch=1)
     heartbeat.beat()
@@ -242,7 +259,7 @@ def test_worker_of_an_ended_run_does_not_join_again(fake_run, worker, heartbeat,
 
 
 def beats(monkeypatch, heartbeat, outcomes):
-    """Run the heartbeat's thread through `outcomes` (an error to raise, or None), then end it; how often it beat."""
+    """Run the heartbeat's thread through `outcomes` (errors to raise, or None); return the number of heartbeats."""
     done, seen = threading.Event(), []
 
     def beat():
@@ -262,10 +279,10 @@ def beats(monkeypatch, heartbeat, outcomes):
     return len(seen)
 
 
-def test_thread_goes_on_after_an_error_of_redis(worker, ended, monkeypatch, logs):
+def test_thread_continues_after_an_error_of_redis(worker, ended, monkeypatch, logs):
     heartbeat = Heartbeat(worker, ["c0"], 0.003, STALL, ended.append)
-    outcomes = [redis.ConnectionError("gone"), redis.TimeoutError("slow"), redis.ResponseError("LOADING"), None]
-    assert beats(monkeypatch, heartbeat, outcomes) == 4
+    outcomes = [redis.ConnectionError("gone"), redis.TimeoutError("slow"), redis.ResponseError("LOADING")]
+    assert beats(monkeypatch, heartbeat, [*outcomes, RunNotFound("sample"), None]) == 5
     assert ended == []
     assert {entry["log_level"] for entry in logs} == {"warning"}
 
@@ -274,7 +291,7 @@ def test_stopping_before_starting_is_harmless(heartbeat):
     heartbeat.stop()
 
 
-def test_stopping_from_the_heartbeats_own_thread_does_not_wait_for_itself(fake_run, worker):
+def test_stopping_on_the_heartbeat_thread_does_not_deadlock(fake_run, worker):
     stopped = threading.Event()
 
     def on_end(because):

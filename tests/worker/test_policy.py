@@ -1,4 +1,4 @@
-"""What a site agrees to, and the log of what left it."""
+"""A site's policy, and the egress log of the data that left the site."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 
 import pytest
 import structlog
-from test_round import Site, frame_of
 
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
@@ -15,7 +14,8 @@ from fedqueue.protocol.messages import Ending, Update, read
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue_worker.egress_log import EgressLog, open_egress_log
 from fedqueue_worker.job_runner import JobRunner
-from fedqueue_worker.policy import ANYTHING, Policy, load_policy
+from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
+from tests.support.training_site import TrainingSite
 
 
 @pytest.fixture(autouse=True)
@@ -33,80 +33,78 @@ def policy(tmp_path, text):
 @pytest.mark.parametrize(
     ("terms", "training", "examples", "refused"),
     [
-        ("max_epochs = 5", {"epochs": 5}, 100, ""),
-        ("max_epochs = 5", {"epochs": 6}, 100, "max_epochs: the job asks for 6, at most 5"),
-        ("max_epochs = 2", {"steps": 20, "batch_size": 10}, 100, ""),  # ten batches a pass
-        ("max_epochs = 2", {"steps": 21, "batch_size": 10}, 100, "max_epochs: the job asks for 3, at most 2"),
-        ("max_steps = 20", {"epochs": 2, "batch_size": 10}, 100, ""),
-        ("max_steps = 20", {"epochs": 2, "batch_size": 10}, 101, "max_steps: the job asks for 22, at most 20"),
-        ("max_steps = 20", {"steps": 21}, 5, "max_steps: the job asks for 21, at most 20"),
+        ("max_epochs = 5", {"local_epochs": 5}, 100, ""),
+        ("max_epochs = 5", {"local_epochs": 6}, 100, "max_epochs: the job asks for 6, this site allows at most 5"),
+        ("max_epochs = 2", {"local_steps": 20, "batch_size": 10}, 100, ""),  # ten batches per pass
+        ("max_epochs = 2", {"local_steps": 21, "batch_size": 10}, 100, "max_epochs: the job asks for 3, .* at most 2"),
+        ("max_steps = 20", {"local_epochs": 2, "batch_size": 10}, 100, ""),
+        ("max_steps = 20", {"local_epochs": 2, "batch_size": 10}, 101, "max_steps: the job asks for 22, .* at most 20"),
+        ("max_steps = 20", {"local_steps": 21}, 5, "max_steps: the job asks for 21, this site allows at most 20"),
         ("min_examples = 50", {}, 50, ""),
-        ("min_examples = 50", {}, 49, "min_examples: there are 49 here, at least 50"),
+        ("min_examples = 50", {}, 49, "min_examples: the client has 49, this site requires 50"),
         ('require = ["proximal_mu"]', {"proximal_mu": 0.1}, 1, ""),
         ('require = ["proximal_mu"]', {}, 1, "require: the job sets no proximal_mu"),
         ('require = ["clip_norm"]', {}, 1, "require: the job sets no clip_norm"),
-        ("", {"epochs": 10**6}, 1, ""),
+        ("", {"local_epochs": 10**6}, 1, ""),
     ],
 )  # fmt: skip
-def test_job_is_agreed_to_or_refused_with_what_it_asks_and_what_is_allowed(
-    tmp_path, terms, training, examples, refused
-):
-    agreed = policy(tmp_path, terms)
+def test_refusal_names_the_request_and_the_limit(tmp_path, terms, training, examples, refused):
+    site_policy = policy(tmp_path, terms)
     if not refused:
-        agreed.agree_to(TrainingConfig(**training), examples)
+        site_policy.check_job(TrainingConfig(**training), examples)
         return
     with pytest.raises(PolicyRefusal, match=refused):
-        agreed.agree_to(TrainingConfig(**training), examples)
+        site_policy.check_job(TrainingConfig(**training), examples)
 
 
-def test_only_named_tasks_may_run():
-    Policy(entrypoints=["task.py:A"]).agree_to_task("task.py:A")
-    ANYTHING.agree_to_task("any.py:Thing")
-    with pytest.raises(PolicyRefusal, match=r"task 'task.py:B' may not run here; entrypoints: task.py:A"):
-        Policy(entrypoints=["task.py:A"]).agree_to_task("task.py:B")
+def test_only_allowed_entrypoints_may_run():
+    Policy(entrypoints=["task.py:A"]).check_task("task.py:A")
+    ALLOW_ALL.check_task("any.py:Thing")
+    with pytest.raises(PolicyRefusal, match=r"task 'task.py:B' is not allowed here; allowed entrypoints: task.py:A"):
+        Policy(entrypoints=["task.py:A"]).check_task("task.py:B")
 
 
 @pytest.mark.parametrize(
     ("text", "line"),
     [
-        ("max_epoch = 5", "policy.toml: max_epoch = 5: unknown key; known: entrypoints, max_epochs"),
-        ("max_epochs = 0", "policy.toml: max_epochs = 0: input should be greater than or equal to 1"),
-        ('max_epochs = "5"', "policy.toml: max_epochs = '5': input should be a valid integer"),
-        ("metrics = 'loss'", "policy.toml: metrics = 'loss': input should be a valid list"),
+        ("max_epoch = 5", "policy.toml: max_epoch = 5: unknown key; known keys: entrypoints, max_epochs"),
+        ("max_epochs = 0", "policy.toml: max_epochs = 0: must be greater than or equal to 1"),
+        ('max_epochs = "5"', "policy.toml: max_epochs = '5': must be a valid integer"),
+        ("metrics = 'loss'", "policy.toml: metrics = 'loss': must be a valid list"),
         ("max_epochs", "is not TOML"),
     ],
 )
-def test_policy_with_a_mistake_names_key_value_and_what_is_accepted(tmp_path, text, line):
+def test_invalid_policy_is_an_error_that_names_the_key(tmp_path, text, line):
     with pytest.raises(ConfigurationError) as caught:
         policy(tmp_path, text)
     assert line in str(caught.value)
 
 
-class AgreedSite(Site):
+class AgreedSite(TrainingSite):
     def __init__(self, run, agreed, egress_log):
         super().__init__(run)
         self.task.num_examples = lambda data: 10
-        self.round = JobRunner(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, egress_log)
-        self.round.load("c0", "the rows of c0")
+        self.runner = JobRunner(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, egress_log)
+        self.runner.load("c0", "the rows of c0")
 
 
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_job_that_asks_for_more_ends_as_refused_and_nothing_is_trained(fake_run, tmp_path):
+def test_job_beyond_a_limit_is_refused_untrained(fake_run, tmp_path):
     path = tmp_path / "out.jsonl"
     site = AgreedSite(fake_run, Policy(min_examples=11), EgressLog(path, "sample"))
     [entry] = site.train()
     ending = read(Ending, entry.body)
     assert (entry.kind, ending.reason) == ("ended", "refused")
-    assert ending.error == "min_examples: there are 10 here, at least 11 are agreed to"
+    assert ending.error == "min_examples: the client has 10, this site requires 11"
     assert site.task.seen == []
     [line] = lines(path)
     assert (line["what"], line["text"]) == ("refused", ending.error)
 
 
-def test_only_metrics_that_may_leave_do_and_the_log_names_them(fake_run, tmp_path):
+def test_withheld_metrics_neither_leave_nor_are_logged(fake_run, tmp_path):
     path = tmp_path / "out.jsonl"
     site = AgreedSite(
         fake_run, Policy(metrics=["loss"]), EgressLog(path, "sample", lambda: datetime(2026, 1, 2, tzinfo=UTC))
@@ -118,24 +116,24 @@ def test_only_metrics_that_may_leave_do_and_the_log_names_them(fake_run, tmp_pat
         {
             "at": "2026-01-02T00:00:00.000+00:00", "what": "update", "run": "sample", "client": "c0",
             "job": "sample-00000001", "attempt": 1, "version": 0, "bytes": fake_run.manifest.nbytes,
-            "sha256": digest_of(frame_of(fake_run, entry).buffer), "examples": 10, "metrics": ["loss"],
+            "sha256": digest_of(fake_run.posted_frame(entry).buffer), "examples": 10, "metrics": ["loss"],
             "seconds": lines(path)[0]["seconds"],
         }
     ]  # fmt: skip
 
 
-def test_post_that_redis_does_not_take_gets_a_second_line(fake_run, tmp_path):
+def test_refused_post_gets_a_second_line(fake_run, tmp_path):
     path = tmp_path / "out.jsonl"
-    site = AgreedSite(fake_run, ANYTHING, EgressLog(path, "sample"))
+    site = AgreedSite(fake_run, ALLOW_ALL, EgressLog(path, "sample"))
     site.task.during = lambda progress: fake_run.client.delete(fake_run.keys.job("sample-00000001"))
     assert site.train() == []
     assert [(line["what"], line.get("reason")) for line in lines(path)] == [("update", None), ("not taken", "closed")]
 
 
-def test_nothing_leaves_that_cannot_be_logged(fake_run, tmp_path):
-    site = AgreedSite(fake_run, ANYTHING, EgressLog(tmp_path / "no such folder" / "out.jsonl", "sample"))
+def test_no_update_leaves_if_the_egress_log_is_not_writable(fake_run, tmp_path):
+    site = AgreedSite(fake_run, ALLOW_ALL, EgressLog(tmp_path / "no such folder" / "out.jsonl", "sample"))
     with pytest.raises(FileNotFoundError):
         site.train()
     assert fake_run.updates() == []
-    with pytest.raises(ConfigurationError, match=r"security.outbox = .*cannot be logged there"):
+    with pytest.raises(ConfigurationError, match=r"security.egress_log = .*cannot be written"):
         open_egress_log("/dev/null/x", "sample", "token")

@@ -1,4 +1,4 @@
-"""A worker process from joining to leaving: what it takes on, what it hands back, and that it always says goodbye."""
+"""A worker process, from joining a run to leaving it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ import signal
 import numpy as np
 import pytest
 import redis
+import rq.suspension
 import structlog
 import torch
 from torch.utils.data import TensorDataset
 
 from fedqueue import Task
-from fedqueue.config.loading import Config
+from fedqueue.config.schema import Config
 from fedqueue.errors import ClientTaken, ManifestMismatch
 from fedqueue.protocol.messages import Ending, read
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker import process as worker_module
 from fedqueue_worker.process import Worker, new_token
+from tests.support.sample_run import SampleRun
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +63,8 @@ def task():
     return Noise()
 
 
-def start(run, task, candidates=(("client-0",),), once=False, config: Config | None = None):
-    return Worker(config or run.config, task, run.worker(new_token())).run(candidates, once)
+def start(run, task, candidates=(("client-0",),), max_jobs=None, burst=False, config: Config | None = None):
+    return Worker(config or run.config, task, run.worker(new_token())).run(candidates, max_jobs, burst)
 
 
 def enqueue(run, number=1, client="client-0"):
@@ -77,12 +79,12 @@ def terminate():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-# The ordinary course
+# Normal operation
 
 
 def test_worker_joins_registers_trains_and_leaves(fake_run, task):
     enqueue(fake_run)
-    assert start(fake_run, task, once=True) == "stopped"
+    assert start(fake_run, task, max_jobs=1) == "max_jobs reached: 1"
     entries = fake_run.coordinator.unacknowledged()
     assert [(e.kind, e.client) for e in entries] == [
         ("joined", "client-0"), ("update", "client-0"), ("left", "client-0"),
@@ -92,8 +94,8 @@ def test_worker_joins_registers_trains_and_leaves(fake_run, task):
     assert [(c.id, c.partition, c.partitions) for c in task.loaded] == [("client-0", 0, 8)]
 
 
-def test_job_that_ends_with_its_post_leaves_nothing_in_rq_and_is_counted(fake_run, task, monkeypatch):
-    """Its record goes with the post: what RQ does afterwards finds nothing to do."""
+def test_post_deletes_the_record_of_a_job_and_counts_it(fake_run, task, monkeypatch):
+    """The post deletes the record, so RQ's later bookkeeping has nothing to delete."""
     left, counted = [], []
     original = worker_module.TrainingWorker.handle_job_success
 
@@ -105,11 +107,11 @@ def test_job_that_ends_with_its_post_leaves_nothing_in_rq_and_is_counted(fake_ru
 
     monkeypatch.setattr(worker_module.TrainingWorker, "handle_job_success", after_the_post)
     enqueue(fake_run)
-    start(fake_run, task, once=True)
+    start(fake_run, task, max_jobs=1)
     assert (left, counted) == ([], [1])
 
 
-def test_worker_of_several_clients_loads_each_once_and_trains_for_all(fake_run, task):
+def test_worker_of_several_clients_trains_for_all(fake_run, task):
     for number, client in ((1, "client-0"), (2, "client-3"), (3, "client-0")):
         enqueue(fake_run, number, client)
     task.while_training = lambda: terminate() if fake_run.updates()[2:] else None
@@ -123,15 +125,65 @@ def test_worker_of_several_clients_loads_each_once_and_trains_for_all(fake_run, 
     assert [e.client for e in entries if e.kind == "left"] == ["client-0", "client-3"]
 
 
-def test_worker_uses_the_threads_that_its_own_configuration_says(fake_run, task):
+def test_max_jobs_ends_the_worker_after_that_many_jobs(fake_run, task):
+    for number in (1, 2, 3):
+        enqueue(fake_run, number)
+    assert start(fake_run, task, max_jobs=2) == "max_jobs reached: 2"
+    assert kinds(fake_run) == ["joined", "update", "update", "left"]
+    assert fake_run.client.llen(f"rq:queue:{fake_run.keys.queue('client-0')}") == 1
+
+
+@pytest.mark.timeout(30)
+def test_max_jobs_counts_across_restarts_of_rqs_loop(fake_run, task, monkeypatch):
+    """RQ's loop ends after the first job, and the next loop must take one more job, not two."""
+    original = worker_module.TrainingWorker.perform_job
+    broken = []
+
+    def once_broken(*args):
+        original(*args)
+        if not broken:
+            broken.append(1)
+            raise redis.ConnectionError("gone")
+
+    monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", once_broken)
+    for number in (1, 2, 3):
+        enqueue(fake_run, number)
+    start(fake_run, task, max_jobs=2)
+    assert broken
+    assert kinds(fake_run).count("update") == 2
+
+
+@pytest.mark.timeout(30)
+def test_burst_ends_the_worker_if_no_job_is_waiting(fake_run, task):
+    assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
+    assert kinds(fake_run) == ["joined", "left"]
+
+
+@pytest.mark.timeout(30)
+def test_burst_trains_waiting_jobs_first(fake_run, task):
+    enqueue(fake_run, 1)
+    enqueue(fake_run, 2)
+    assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
+    assert kinds(fake_run) == ["joined", "update", "update", "left"]
+
+
+@pytest.mark.timeout(30)
+def test_burst_ends_a_worker_that_rq_has_suspended(fake_run, task):
+    enqueue(fake_run)
+    rq.suspension.suspend(fake_run.client)
+    assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
+    assert kinds(fake_run) == ["joined", "left"]
+
+
+def test_worker_uses_the_threads_of_its_own_configuration(fake_run, task):
     enqueue(fake_run)
     config = fake_run.config.model_copy(update={"training": fake_run.config.training.model_copy(update={"threads": 2})})
-    start(fake_run, task, once=True, config=config)
+    start(fake_run, task, max_jobs=1, config=config)
     assert torch.get_num_threads() == 2
 
 
-def test_worker_goes_when_the_run_ends(fake_run, new_run, task):
-    run = new_run(fake_run.client, "short", dispatch={"lease_seconds": 0.03})
+def test_worker_stops_when_the_run_ends(fake_run, task):
+    run = SampleRun(fake_run.client, "short", dispatch={"lease_seconds": 0.03})
     task.while_training = lambda: run.coordinator.end("target reached", 60, 1)
     enqueue(run)
     assert start(run, task) == "the run has ended"
@@ -140,20 +192,20 @@ def test_worker_goes_when_the_run_ends(fake_run, new_run, task):
 # Joining
 
 
-def test_worker_claims_a_free_partition_where_any_will_do(fake_run, task):
+def test_worker_claims_a_free_partition(fake_run, task):
     fake_run.join("client-0", "another")
     enqueue(fake_run, 1, "client-1")
-    start(fake_run, task, [fake_run.config.clients.ids], once=True)
+    start(fake_run, task, [fake_run.config.clients.ids], max_jobs=1)
     assert [c.id for c in task.loaded] == ["client-1"]
 
 
 def test_worker_of_two_partitions_claims_two_different_ones(fake_run, task):
     enqueue(fake_run, 1, "client-1")
-    start(fake_run, task, [fake_run.config.clients.ids] * 2, once=True)
+    start(fake_run, task, [fake_run.config.clients.ids] * 2, max_jobs=1)
     assert [c.id for c in task.loaded] == ["client-0", "client-1"]
 
 
-def test_client_that_another_worker_serves_is_an_error_and_those_taken_before_are_free_again(fake_run, task):
+def test_taken_client_is_an_error_and_frees_the_others(fake_run, task):
     fake_run.join("client-1", "another")
     with pytest.raises(ClientTaken, match="client client-1 is served by another worker"):
         start(fake_run, task, [["client-0"], ["client-1"]])
@@ -161,39 +213,39 @@ def test_client_that_another_worker_serves_is_an_error_and_those_taken_before_ar
     assert task.loaded == []
 
 
-def test_no_free_partition_is_an_error_that_says_how_many_there_are(fake_run, task):
+def test_no_free_partition_is_an_error_with_the_count(fake_run, task):
     for i in range(8):
         fake_run.join(f"client-{i}", "another")
     with pytest.raises(ClientTaken, match="all 8 partitions are served by other workers"):
         start(fake_run, task, [fake_run.config.clients.ids])
 
 
-def test_task_with_another_model_is_an_error_before_any_data_is_loaded(fake_run, task):
+def test_task_with_another_model_is_an_error_before_loading(fake_run, task):
     task.model = lambda: torch.nn.Linear(3, 3)
     with pytest.raises(ManifestMismatch, match="this worker's task does not fit run 'sample': model: "):
         start(fake_run, task)
     assert (kinds(fake_run), task.loaded) == ([], [])
 
 
-def test_worker_that_comes_after_the_end_leaves_at_once(fake_run, task):
+def test_worker_of_an_ended_run_returns_at_once(fake_run, task):
     fake_run.coordinator.end("target reached", 60, 1)
     assert start(fake_run, task) == "the run has ended: target reached"
     assert task.loaded == []
 
 
-def test_worker_waits_for_its_coordinator_and_says_so_once(fake_run, new_run, task, monkeypatch, logs):
+def test_worker_waits_for_its_coordinator_and_logs_it_once(fake_run, task, monkeypatch, logs):
     late = []
 
     def sleep(seconds):
         if sleep.calls == 2:
-            late.append(new_run(fake_run.client, "late"))
+            late.append(SampleRun(fake_run.client, "late"))
             enqueue(late[0])
         sleep.calls += 1
 
     sleep.calls = 0
     monkeypatch.setattr(worker_module.time, "sleep", sleep)
     worker = Worker(fake_run.config, task, worker_store(fake_run.client, "late"))
-    assert worker.run([["client-0"]], once=True) == "stopped"
+    assert worker.run([["client-0"]], max_jobs=1) == "max_jobs reached: 1"
     assert kinds(late[0]) == ["joined", "update", "left"]
     assert [entry["event"] for entry in logs].count("waiting for a coordinator to start the run") == 1
 
@@ -202,10 +254,10 @@ def worker_store(client, run):
     return WorkerStore(client, run, new_token())
 
 
-# Being told to stop
+# Stop requests
 
 
-def test_worker_told_to_stop_while_it_trains_hands_the_job_back_and_leaves(fake_run, task):
+def test_stop_during_training_hands_the_job_back(fake_run, task):
     task.while_training = terminate
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
@@ -216,7 +268,7 @@ def test_worker_told_to_stop_while_it_trains_hands_the_job_back_and_leaves(fake_
 
 
 @pytest.mark.timeout(30)
-def test_worker_told_to_stop_while_no_server_answers_goes_all_the_same(fake_run, task, logs):
+def test_stop_during_an_outage_ends_the_worker(fake_run, task, logs):
     def outage():
         fake_run.client.connection_pool.connection_kwargs["server"].connected = False
         terminate()
@@ -224,10 +276,10 @@ def test_worker_told_to_stop_while_no_server_answers_goes_all_the_same(fake_run,
     task.while_training = outage
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
-    assert "job not handed back" in [entry["event"] for entry in logs]
+    assert "job not handed back: its lease has to expire" in [entry["event"] for entry in logs]
 
 
-def test_worker_told_to_stop_while_it_loads_its_data_leaves_and_exits_0(fake_run, task):
+def test_stop_during_loading_releases_the_client_and_exits_0(fake_run, task):
     task.while_loading = terminate
     with pytest.raises(SystemExit) as ended:
         start(fake_run, task)
@@ -236,7 +288,7 @@ def test_worker_told_to_stop_while_it_loads_its_data_leaves_and_exits_0(fake_run
     assert fake_run.coordinator.alive_clients() == []
 
 
-def test_worker_told_to_stop_while_it_waits_for_the_run_exits_0(fake_client, fake_run, task, monkeypatch):
+def test_stop_while_waiting_for_the_run_exits_0(fake_client, fake_run, task, monkeypatch):
     monkeypatch.setattr(worker_module.time, "sleep", lambda seconds: terminate())
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
@@ -244,13 +296,13 @@ def test_worker_told_to_stop_while_it_waits_for_the_run_exits_0(fake_client, fak
 
 
 def lost_signal(*args):
-    """SIGTERM, as it is when it comes inside a finalizer: what its handler raises is dropped."""
+    """Simulate SIGTERM inside a finalizer, where Python drops the exception that the handler raises."""
     with contextlib.suppress(BaseException):
         terminate()
 
 
 @pytest.mark.timeout(30)
-def test_stop_that_is_lost_while_it_loads_its_data_is_heard_before_the_first_job(fake_run, task):
+def test_lost_stop_during_loading_ends_before_the_first_job(fake_run, task):
     task.while_loading = lost_signal
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
@@ -259,9 +311,7 @@ def test_stop_that_is_lost_while_it_loads_its_data_is_heard_before_the_first_job
 
 
 @pytest.mark.timeout(30)
-def test_stop_that_is_lost_while_it_waits_for_the_run_is_heard_at_the_next_turn(
-    fake_client, fake_run, task, monkeypatch
-):
+def test_lost_stop_while_waiting_ends_at_the_next_poll(fake_client, fake_run, task, monkeypatch):
     monkeypatch.setattr(worker_module.time, "sleep", lost_signal)
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
@@ -269,20 +319,20 @@ def test_stop_that_is_lost_while_it_waits_for_the_run_is_heard_at_the_next_turn(
 
 
 @pytest.mark.timeout(30)
-def test_stop_between_two_of_rq_s_loops_starts_no_further_one(fake_run, task, monkeypatch, logs):
-    """The first loop is broken off in the middle of a job, so that RQ's worker still seems to be busy."""
+def test_stop_between_two_rq_loops_starts_no_further_loop(fake_run, task, monkeypatch, logs):
+    """The first loop ends in the middle of a job, so RQ's worker is still in the state busy."""
     monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", broken_off)
     monkeypatch.setattr(worker_module.RedisRetry, "wait", lost_signal)
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
-    assert [entry["event"] for entry in logs].count("RQ's loop is started again") == 1
+    assert [entry["event"] for entry in logs].count("RQ's loop was interrupted: restarting it") == 1
 
 
 def broken_off(*args):
     raise redis.ConnectionError("gone")
 
 
-def test_data_that_cannot_be_loaded_ends_the_worker_politely(fake_run, task):
+def test_error_during_loading_releases_the_client(fake_run, task):
     def broken():
         raise FileNotFoundError("no rows here")
 
@@ -292,8 +342,8 @@ def test_data_that_cannot_be_loaded_ends_the_worker_politely(fake_run, task):
     assert kinds(fake_run) == ["left"]
 
 
-def test_worker_counts_examples_that_numpy_counted(fake_run, task):
+def test_num_examples_may_be_a_numpy_integer(fake_run, task):
     task.num_examples = lambda data: np.int64(len(data))
     enqueue(fake_run)
-    start(fake_run, task, once=True)
+    start(fake_run, task, max_jobs=1)
     assert fake_run.coordinator.registrations()["client-0"]["examples"] == 10

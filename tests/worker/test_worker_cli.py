@@ -1,4 +1,4 @@
-"""`fedqueue-worker`: what it accepts, and that each mistake is one line."""
+"""`fedqueue-worker`: options, and one-line errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """Exit code and stderr of the command line with these arguments."""
+    """Return the exit code and stderr of the command line with these arguments."""
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["fedqueue-worker", *map(str, arguments)])
@@ -63,42 +63,78 @@ def candidates(clients=(), partitions=()):
         (("guest",), ("auto",), [["guest"], IDS]),
     ],
 )
-def test_options_say_which_clients_may_be_served(clients, partitions, expected):
+def test_options_choose_the_candidates(clients, partitions, expected):
     assert candidates(clients, partitions) == expected
 
 
 @pytest.mark.parametrize("partition", ["4/4", "-1/4", "0/3", "0", "0/", "/4", "a/4", "0/4/4", "", "Auto", "1.0/4"])
-def test_partition_that_is_none_is_an_error_that_shows_the_form(partition):
+def test_invalid_partition_error_shows_the_expected_form(partition):
     with pytest.raises(ConfigurationError) as caught:
         candidates((), (partition,))
-    assert str(caught.value) == f"--partition = {partition!r}: 'auto', or I/4 with I from 0 to 3"
+    assert (
+        str(caught.value) == f"--partition = {partition!r}: no such partition; write 'auto', or I/4 with I from 0 to 3"
+    )
 
 
 @pytest.mark.parametrize("client", ["", "two words", "../x", "c" * 65])
-def test_client_with_a_bad_name_is_an_error(client):
-    with pytest.raises(ConfigurationError, match=r"^--client = .*: 1 to 64 letters"):
+def test_client_with_an_invalid_name_is_an_error(client):
+    with pytest.raises(ConfigurationError, match=r"^--client = .*: must be 1 to 64 letters"):
         candidates((client,))
 
 
-def test_help_is_shown(call):
+def test_help_names_every_option_and_shows_examples(call):
     code, _, out = call("--help")
     assert code == 0
-    for option in ("--client", "--partition", "--redis", "--run", "--once", "--set", "[task]"):
+    for option in (
+        "--client", "--partition", "--redis", "--url", "--run", "--policy", "--processes", "--logs", "--max-jobs",
+        "--burst", "--verbose", "--quiet", "--set", "--install-completion", "[task]", "Usage: fedqueue-worker",
+        "Examples:",
+    ):  # fmt: skip
         assert option in out
+    assert "--once" not in out
+
+
+@pytest.mark.parametrize("short", ["-u", "-b", "-v", "-q", "-s"])
+def test_help_names_short_options(call, short):
+    assert f" {short} " in call("--help")[2]
+
+
+def test_error_for_the_former_option_once_names_max_jobs(call, path):
+    code, err, _ = call(path, "--once")
+    assert code == 2
+    assert "use --max-jobs 1 instead" in err
+
+
+def test_verbose_and_quiet_exclude_each_other(call, path):
+    code, err, _ = call(path, "-v", "-q")
+    assert code == 2
+    assert "not together with --verbose" in err
+
+
+@pytest.mark.parametrize("jobs", ["0", "-1", "all"])
+def test_max_jobs_is_at_least_one(call, path, jobs):
+    code, err, _ = call(path, "--max-jobs", jobs)
+    assert code == 2
+    assert "--max-jobs" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--partition", "9/4"], "fedqueue: --partition = '9/4': 'auto', or I/4 with I from 0 to 3"),
-        ([], "fedqueue: redis.url = '': is required: set it, or pass --redis URL"),
-        (["--redis", "http://x"], "fedqueue: redis.url = 'http://…': one of redis://"),
+        (
+            ["--partition", "9/4"],
+            "fedqueue: --partition = '9/4': no such partition; write 'auto', or I/4 with I from 0 to 3",
+        ),
+        ([], "fedqueue: redis.url: missing; set it, or pass --redis URL"),
+        (["--redis", "http://x"], "fedqueue: redis.url = 'http://…': unknown scheme; write one of redis://"),
+        (["--url", "http://x"], "fedqueue: redis.url = 'http://…': unknown scheme; write one of redis://"),
+        (["-u", "http://x"], "fedqueue: redis.url = 'http://…': unknown scheme; write one of redis://"),
         (["--set", "clients.cuont=3"], "fedqueue: clients.cuont = 3: unknown key; did you mean 'count'?"),
-        (["--set", "nonsense"], "fedqueue: --set = 'nonsense': expected section.key=value"),
-        (["--run", "a b"], "fedqueue: name = 'a b': 1 to 64 letters"),
+        (["--set", "nonsense"], "fedqueue: --set = 'nonsense': no key or no value; write section.key=value"),
+        (["--run", "a b"], "fedqueue: name = 'a b': must be 1 to 64 letters"),
     ],
 )
-def test_mistake_is_one_line_and_exit_code_2(call, path, arguments, line):
+def test_invalid_input_is_one_line_and_exit_code_2(call, path, arguments, line):
     code, err, _ = call(path, *arguments)
     assert code == 2
     assert err.startswith(line)
@@ -116,7 +152,7 @@ def test_wrong_usage_is_exit_code_2(call, arguments):
     assert call(*arguments)[0] == 2
 
 
-def test_server_that_does_not_answer_is_one_line_and_exit_code_1(call, path, tmp_path, monkeypatch):
+def test_unreachable_server_is_one_line_and_exit_code_1(call, path, tmp_path, monkeypatch):
     from fedqueue.transport import connection
 
     monkeypatch.setattr(connection, "RETRIES", 0)

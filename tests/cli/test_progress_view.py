@@ -1,0 +1,149 @@
+"""The progress of a run: a table on a terminal, lines elsewhere, no output when quiet."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+
+from fedqueue.config.loading import parse_config
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
+from fedqueue_coordinator.core.events import ClientJoined, Evaluated
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.operator.progress_view import BARS, LINE_SECONDS, REFRESH_SECONDS, LiveView, sparkline
+
+CONFIG = parse_config(
+    {
+        "name": "digits",
+        "task": {"entrypoint": "t:T"},
+        "clients": {"count": 4, "min_available": 2},
+        "stop": {"target": {"accuracy": 0.95}},
+    }
+)
+
+
+@pytest.fixture
+def federation():
+    return Federation(CONFIG, Frame(Manifest.from_module(torch.nn.Linear(2, 1))))
+
+
+def view(terminal: bool, quiet: bool = False) -> tuple[LiveView, io.StringIO]:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
+    return LiveView(CONFIG, quiet, console), stream
+
+
+def test_line_has_time_version_updates_clients_jobs_and_metrics(federation):
+    shown, stream = view(terminal=False)
+    federation.handle(ClientJoined("client-0", 10), 0.0)
+    federation.handle(ClientJoined("client-1", 10), 0.0)
+    federation.evaluated = Evaluated(3, {"loss": 0.5, "accuracy": 0.9})
+    with shown:
+        shown.update(federation, 12.34)
+    assert stream.getvalue() == (
+        "  12.3 s  version 0  0 updates  2 clients  2 jobs  loss 0.5000  accuracy 0.9000\n"
+    )  # fmt: skip
+
+
+def test_line_says_that_the_run_waits_for_clients(federation):
+    shown, stream = view(terminal=False)
+    shown.update(federation, 0.0)
+    assert "waiting for clients" in stream.getvalue()
+
+
+def test_long_line_is_not_broken(federation):
+    shown, stream = view(terminal=False)
+    federation.evaluated = Evaluated(1, {f"a rather long metric name {i}": 1.0 for i in range(10)})
+    shown.update(federation, 0.0)
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_lines_are_printed_at_intervals(federation):
+    shown, stream = view(terminal=False)
+    for now in (0.0, 0.5, LINE_SECONDS - 0.01, LINE_SECONDS, LINE_SECONDS + 0.1):
+        shown.update(federation, now)
+    assert stream.getvalue().count("version 0") == 2
+
+
+def test_quiet_shows_nothing(federation):
+    for terminal in (True, False):
+        shown, stream = view(terminal, quiet=True)
+        with shown:
+            shown.update(federation, 0.0)
+        assert stream.getvalue() == ""
+
+
+def render(shown: LiveView, federation: Federation, now: float) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=100, color_system=None).print(shown._table(federation, now))
+    return stream.getvalue()
+
+
+def test_table_shows_rate_clients_metrics_target_and_losses(federation):
+    shown, _ = view(terminal=True)
+    federation.handle(ClientJoined("client-0", 10), 0.0)
+    federation.run_counters.updates = 30
+    federation.rejected["stale"] = 2
+    federation.abandoned["lapsed"] = 1
+    federation.evaluated = Evaluated(1, {"accuracy": 0.5, "loss": 2.0})
+    shown.update(federation, 0.0)
+    table = render(shown, federation, 10.0)
+    for words in (
+        "digits: fedbuff", "10.0 s", "0 (0 of 4 updates buffered)", "30 merged, 3.0/s", "1 of 4 alive, waiting for 2",
+        "2 stale", "1 lapsed", "0.5000 (target 0.95)", "2.0000",
+    ):  # fmt: skip
+        assert words in table
+
+
+def test_table_at_time_zero_shows_no_rate(federation):
+    assert "0 merged, 0.0/s" in render(view(terminal=True)[0], federation, 0.0)
+
+
+def test_table_is_redrawn_on_a_terminal(federation):
+    shown, stream = view(terminal=True)
+    with shown:
+        shown.update(federation, 0.0)
+        once = stream.getvalue()
+        shown.update(federation, REFRESH_SECONDS / 2)
+        assert stream.getvalue() == once
+        shown.update(federation, REFRESH_SECONDS)
+        assert len(stream.getvalue()) > len(once)
+    assert "digits: fedbuff" in once
+
+
+def test_history_has_each_evaluation_once(federation):
+    shown, _ = view(terminal=False)
+    for version, accuracy in ((1, 0.1), (1, 0.1), (2, 0.2), (3, 0.3)):
+        federation.evaluated = Evaluated(version, {"loss": 1.0, "accuracy": accuracy})
+        shown.update(federation, 0.1)
+    assert shown._history == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_evaluation_without_metrics_is_not_drawn(federation):
+    shown, _ = view(terminal=False)
+    federation.evaluated = Evaluated(1, {}, "the disk is full")
+    shown.update(federation, 0.0)
+    assert shown._history == []
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [
+        ([], ""),
+        ([0.5], BARS[0]),
+        ([2.0, 2.0], BARS[0] * 2),
+        ([0.0, 1.0], BARS[0] + BARS[-1]),
+        ([0.0, 3.0, 7.0], BARS[0] + BARS[3] + BARS[7]),
+        ([1.0, -1.0], BARS[-1] + BARS[0]),
+    ],
+)
+def test_sparkline_spans_the_lowest_to_the_highest_bar(values, bars):
+    assert sparkline(values) == bars
+
+
+def test_sparkline_shows_the_last_values():
+    assert sparkline([9.0, 0.0, 1.0], width=2) == BARS[0] + BARS[-1]
+    assert len(sparkline([float(i) for i in range(200)])) == 60

@@ -1,8 +1,0 @@
-"""These tests build with what the coordinator's tests build with."""
-
-from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-sys.path.append(str(Path(__file__).parents[1] / "coordinator"))

@@ -1,0 +1,1 @@
+"""Builders shared by the tests: models, runs, servers, tasks and processes."""

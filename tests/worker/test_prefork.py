@@ -1,0 +1,98 @@
+"""`fedqueue-worker --processes`: a parent that imports everything, and the workers forked from the parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tests.support.waiting import alive, wait_until, wait_until_ended
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
+
+FAMILY = """
+import json, os, signal, sys, time, uuid
+from pathlib import Path
+import numpy as np, random
+from fedqueue_worker import prefork
+from fedqueue_worker.prefork import fork
+from fedqueue_worker.process import new_token
+logs, until = Path(sys.argv[1]), sys.argv[2]
+prefork.GRACE_SECONDS = 1
+number = fork(3, logs)
+if until == "killed" and number == 1:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+print(json.dumps([number, os.getpid(), new_token(), random.random(), np.random.random()]), flush=True)
+if until != "end":
+    while True:
+        time.sleep(0.1)
+if number == 1:
+    sys.exit(3)
+"""
+
+
+@pytest.fixture
+def family(tmp_path):
+    """Start a parent of three workers; return the parent, and the output of each child once all three have printed."""
+    started = []
+
+    def start(until):
+        parent = subprocess.Popen(
+            [sys.executable, "-c", FAMILY, str(tmp_path / "logs"), until], stderr=subprocess.PIPE, text=True
+        )
+        started.append(parent)
+        logs = [tmp_path / "logs" / f"worker-{i}.log" for i in range(3)]
+        wait_until(
+            lambda: all(log.exists() and log.read_text().endswith("]\n") for log in logs), "each child has printed"
+        )
+        return parent, [json.loads(log.read_text()) for log in logs]
+
+    yield start
+    for parent in started:
+        parent.kill()
+        parent.communicate()
+
+
+def test_children_differ_in_log_token_and_random_numbers(family):
+    parent, children = family("end")
+    _, err = parent.communicate(timeout=60)
+    assert [child[0] for child in children] == [0, 1, 2]
+    for values in zip(*children, strict=True):
+        assert len(set(values)) == 3
+    assert parent.returncode == 3, "the exit code is not the worst of 0, 3 and 0"
+    said = err.splitlines()
+    assert f"worker 1 (pid {children[1][1]}) ended with 3: {json.dumps(children[1])}" in said
+    assert len(said) == 3
+
+
+def test_killed_child_is_reported_and_sigterm_ends_the_others(family):
+    parent, children = family("signal")
+    pids = [child[1] for child in children]
+    os.kill(pids[2], signal.SIGKILL)
+    line = parent.stderr.readline()
+    assert line.startswith(f"worker 2 (pid {pids[2]}) ended with -9: [2, ")
+    assert alive(pids[0])
+    assert alive(pids[1])
+    parent.send_signal(signal.SIGTERM)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (1, ""), "the parent reported children that it had told to end"
+    assert not any(map(alive, pids))
+
+
+def test_child_that_ignores_sigterm_is_killed(family):
+    parent, children = family("killed")
+    parent.send_signal(signal.SIGTERM)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (1, "")
+    assert not any(alive(child[1]) for child in children)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
+def test_children_end_when_their_parent_is_killed(family):
+    parent, children = family("signal")
+    parent.kill()
+    wait_until_ended([child[1] for child in children])
