@@ -1,9 +1,9 @@
-"""Accuracy on digits when some clients are hostile, with and without a defence; writes the table of docs/robustness.md.
+"""Measures accuracy on digits with hostile clients, with and without a defence; writes the table of docs/robustness.md.
 
     .venv/bin/python benchmarks/attacks.py --seeds 1
 
-The coordinator's state machine decides everything as in a real run; training is real; which open job comes back next
-is drawn by the seed. The time that passes is counted in updates, so nothing here depends on the machine's speed.
+The coordinator's state machine and the training are those of a real run. The seed decides which open job is posted
+next. Time is counted in updates, so no result depends on the machine's speed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch.utils.data import TensorDataset
 
-from fedqueue.config.loading import Config, parse_config
+from fedqueue.config.loading import parse_config
+from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Update
+from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task, load_task
-from fedqueue.tensors.frame import Frame, Manifest, make_update
-from fedqueue.transport.store import chunks_of
+from fedqueue.tensors.blobs import chunks_of
+from fedqueue.tensors.frame import Frame, make_update
+from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.core.events import (
     Action,
     ClientJoined,
@@ -40,7 +43,7 @@ from fedqueue_coordinator.core.federation import Federation
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 CLIENTS, BUFFER, HOSTILE = 10, 10, (1, 3)
-SECONDS_PER_UPDATE = 0.1  # of the run's clock: rests and quarantines are counted in these
+SECONDS_PER_UPDATE = 0.1  # by the run's clock, in which backoffs and quarantines are counted
 
 
 def sign_flip(update: Frame) -> None:
@@ -62,12 +65,12 @@ def honest(update: Frame) -> None:
 ATTACKS: dict[str, Callable[[Frame], None]] = {
     "sign-flip": sign_flip,
     "scaled by −10": scaled,
-    "label-flip": honest,  # the lie is in the data: see `labels`
+    "label-flip": honest,  # the attack is in the data: see `labels`
     "NaN": not_a_number,
 }
-ASYNC: dict[str, Any] = {"mode": "fedasync", "mixing": "delta", "alpha": 0.3}
+ASYNC: dict[str, Any] = {"strategy": "fedasync", "mixing": "delta", "alpha": 0.3}
 FILTER = {"norm_factor": 3.0, "min_cosine": 0.0, "warmup": 10, "strikes": 3, "quarantine_seconds": 5.0}
-FLAT: dict[str, Any] = {"mode": "fedbuff", "buffer_size": BUFFER}
+FLAT: dict[str, Any] = {"strategy": "fedbuff", "buffer_size": BUFFER}
 DEFENCES: dict[str, dict[str, Any]] = {
     "FedBuff, mean": FLAT,
     "norm clipping": {**FLAT, "robust": {"rule": "norm_clipping"}},
@@ -90,7 +93,7 @@ class Job:
 
 
 class Sites:
-    """One process that plays coordinator, honest clients and hostile ones."""
+    """Simulates the coordinator, honest clients and hostile clients in one process."""
 
     def __init__(self, config: Config, task: Task, attack: str, hostile: int) -> None:
         self.config, self.task, self.attack = config, task, attack
@@ -107,7 +110,7 @@ class Sites:
         self._now = 0.0
 
     def run(self, updates: int) -> float:
-        """Accuracy after so many updates came in, hostile and rejected ones included."""
+        """Return the accuracy after `updates` received updates, including hostile and rejected ones."""
         for client, data in self._data.items():
             self._tell(ClientJoined(client, len(data)))
         for count in range(updates):
@@ -138,8 +141,8 @@ class Sites:
             ATTACKS[self.attack](update)
         nbytes = update.buffer.nbytes
         header = Update(examples=fit.num_examples, nbytes=nbytes, chunks=chunks_of(nbytes), seconds=0.0)
-        arrived = UpdateArrived(entry, job.name, 1, job.client, job.base, header.pack())
-        for load in self._tell(arrived):
+        posted = StreamEntry(entry, "update", header.pack(), job.client, job.name, 1, job.base)
+        for load in self._tell(UpdateArrived(posted, posted.body)):
             self._tell(UpdateLoaded(load, update, base))
 
     def _tell(self, event: Event) -> list[Load]:
@@ -162,8 +165,8 @@ def accuracy(defence: str, attack: str, hostile: int, scheme: str, seed: int, up
         {
             "task": {"entrypoint": "task.py:DigitsTask"},
             "seed": seed,
-            "clients": {"count": CLIENTS, "minimum": CLIENTS},
-            "training": {"learning_rate": 0.3, "epochs": 2},
+            "clients": {"count": CLIENTS, "min_available": CLIENTS},
+            "training": {"learning_rate": 0.3, "local_epochs": 2},
             "aggregation": DEFENCES[defence],
             "stop": {"versions": 1_000_000},
         }

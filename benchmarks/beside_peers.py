@@ -1,14 +1,14 @@
-"""fedqueue beside its peers: updates per second and memory by the size of the model, and seconds to a target.
+"""Compares fedqueue with its peers: updates per second and memory by model size, and seconds to a target accuracy.
 
     python benchmarks/beside_peers.py [--quick] [--install] [--only NAME,…] [--what sizes,digits] [--repeats 3]
         [--json FILE]
 
-A server and clients in processes of their own, on this machine. Sizes: 4 clients whose training is instant, the model
-plus a little noise. Digits: 8 clients, Dirichlet 0.3, five local epochs and a sleep of 0.05 s (four clients) to 2 s;
-seconds from the first merged update to 95 % on a central test set. Peaks of memory are of the largest process of a
-kind: what is resident, and that without what others count for of the pages they have in common. The systems take
-turns. A peer that is not installed is skipped with the reason. What is measured replaces that system's figures in
-FILE, and leaves the others'.
+The server and each client are separate processes on this machine. Sizes: 4 clients whose training is instant and
+returns the model plus a little noise. Digits: 8 clients, Dirichlet 0.3, five local epochs and a sleep of 0.05 s (four
+clients) to 2 s; the result is the time in seconds from the first merged update to 95 % on a central test set. Peak
+memory is that of the largest server or client process: all resident pages, and the same without the other processes'
+proportional part of shared pages. The systems take turns. A peer that is not installed is skipped, with the reason. New
+figures of a system replace its old ones in FILE; those of other systems stay.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crew import crew, spread
+from live_federation import live_federation, spread
 from peers import work
 from peers.environments import FOLDER, PEERS
 from peers.running import MIB, rate, seconds_to
@@ -47,8 +47,8 @@ CONTENDERS = {
     "Flower FedAvg (SuperLink)": ("flower", "fedavg"),
 }
 SETTINGS = {
-    "fedasync": ["aggregation.mode=fedasync"],
-    "fedbuff": ["aggregation.mode=fedbuff", f"aggregation.buffer_size={work.BUFFER}"],
+    "fedasync": ["aggregation.strategy=fedasync"],
+    "fedbuff": ["aggregation.strategy=fedbuff", f"aggregation.buffer_size={work.BUFFER}"],
 }
 PEAKS = {
     "peak MiB, server / client / Redis": ("server", "client", "redis"),
@@ -60,7 +60,7 @@ Row = dict[str, Any]
 def measure_size(name: str, nbytes: int, seconds: float, at_least: int) -> Row:
     system, mode = CONTENDERS[name]
     if system == "fedqueue":
-        with crew(nbytes, CLIENTS, SETTINGS[mode], forked=True) as running:
+        with live_federation(nbytes, CLIENTS, SETTINGS[mode], forked=True) as running:
             found = running.measure(seconds, at_least)
         return {
             "rate": found.per_second,
@@ -88,7 +88,7 @@ def measure_digits(name: str, seed: int) -> Row:
 
 
 def write_digits(path: Path, seed: int) -> None:
-    """The split of the digits example, for processes that know nothing of fedqueue."""
+    """Write the split of the digits example for processes that do not import fedqueue."""
     task = load_task("task.py:DigitsTask", {"seed": seed}, EXAMPLE)
     parts = {i: task.train_data(Client(f"client-{i}", i, SITES)).tensors for i in range(SITES)}
     arrays = {
@@ -99,13 +99,13 @@ def write_digits(path: Path, seed: int) -> None:
 
 
 def run(name: str, what: str, point: int, options: argparse.Namespace) -> Row | str:
-    """One measurement, or why there is none."""
+    """Return one measurement, or the reason for its failure."""
     try:
         if what == "digits":
             found = measure_digits(name, point)
         else:
             found = measure_size(name, point, options.seconds, options.at_least)
-        return {**found, "load": os.getloadavg()[0]}  # of the machine, with what else it has to do
+        return {**found, "load": os.getloadavg()[0]}  # load of the machine, including other work
     except (RuntimeError, TimeoutError, AssertionError) as error:
         print(f"{name}: {error}", file=sys.stderr)
         return f"failed: {str(error).splitlines()[0]}"
@@ -152,18 +152,18 @@ def _peaks(found: list[Row | str], roles: tuple[str, ...]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fedqueue alone, one small size: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="fedqueue alone, one small size, as a smoke test")
     parser.add_argument("--install", action="store_true", help="install the peers first, below .peers/")
-    parser.add_argument("--only", default="", help="contenders whose name starts so, by commas")
+    parser.add_argument("--only", default="", help="only systems whose name starts with one of these, by commas")
     parser.add_argument("--what", default="sizes,digits")
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, by commas")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="model sizes in bytes, by commas")
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement of a size, at least")
-    parser.add_argument("--at-least", type=int, default=20, help="updates of each measurement of a size")
-    parser.add_argument("--json", type=Path, help="where the figures are, and go")
+    parser.add_argument("--seconds", type=float, default=8.0, help="minimum duration of each measurement of a size")
+    parser.add_argument("--at-least", type=int, default=20, help="minimum updates in each measurement of a size")
+    parser.add_argument("--json", type=Path, help="file with earlier figures, which is updated")
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # on the way out, what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that exit handlers end the started processes
     if options.quick:
         options.what, options.sizes, options.repeats, options.seconds = "sizes", "100000", 1, 1.0
     if options.install:
@@ -172,9 +172,9 @@ def main() -> None:
             peer.install()
     record: Row = json.loads(options.json.read_text()) if options.json and options.json.exists() else {"skipped": {}}
     chosen = [n for n in CONTENDERS if not options.only or n.lower().startswith(tuple(options.only.lower().split(",")))]
-    for peer in sorted({CONTENDERS[name][0].split()[0] for name in chosen} & set(PEERS)):
-        why = "not with --quick" if options.quick and PEERS[peer].python.exists() else PEERS[peer].missing()
-        named = [name for name in CONTENDERS if CONTENDERS[name][0].startswith(peer)]
+    for family in sorted({CONTENDERS[name][0].split()[0] for name in chosen} & set(PEERS)):
+        why = "not with --quick" if options.quick and PEERS[family].python.exists() else PEERS[family].missing()
+        named = [name for name in CONTENDERS if CONTENDERS[name][0].startswith(family)]
         record["skipped"] = {n: w for n, w in record["skipped"].items() if n not in named}
         record["skipped"].update(dict.fromkeys(named if why else [], why))
     chosen = [name for name in chosen if name not in record["skipped"]]

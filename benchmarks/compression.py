@@ -1,14 +1,14 @@
-"""What each encoding costs and saves: bytes on the wire, speed, and the accuracy of digits after as many updates.
+"""Measures each encoding: bytes on the wire, speed, and accuracy on digits after the same number of updates.
 
     python benchmarks/compression.py [--quick] [--seeds 5] [--updates 400] [--json FILE]
 
-Bytes and accuracy: the digits of examples/digits under the virtual clock, so that training, merging, encoding and
-rounding are those of a real run, and a seed gives the same bits again. Each job fetches one model and posts one update.
+Bytes and accuracy: examples/digits in a simulation. Training, merging, encoding and rounding are those of a real run,
+and a seed always gives the same bits. Each job fetches one model and posts one update.
 
-Speed: one thread, vectors of normal random numbers; each measurement takes turns with float32's, and the ratio is the
-median over the turns, so that a change of the machine meets both. Encoding and merging (decoding and adding to the
-accumulator) are counted in the thread's own time, nanoseconds for each parameter; "from Redis" is the coordinator's
-whole way, in the clock's: reading the payload from a server on this machine, its norm, and merging.
+Speed: one thread, vectors of normal random numbers. Each measurement alternates with one of float32, and the ratio is
+the median over the turns, so a change of the machine's speed affects both. Encoding and merging (decoding and adding to
+the accumulator) are measured in CPU time of the thread, in nanoseconds for each parameter. "From Redis" is wall-clock
+time of all the coordinator's work: reading the payload from a server on this machine, its norm, and merging.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ import numpy as np
 import torch
 
 from fedqueue.config.compression import CompressionConfig
-from fedqueue.config.loading import Config, load_config
+from fedqueue.config.loading import load_config
+from fedqueue.config.schema import Config
 from fedqueue.task import load_task
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec, upward
-from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue.transport.connection import connect
-from fedqueue.transport.store import BlobBuffer
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Contribution, accumulate
-from fedqueue_coordinator.core.admission import admit_frame
+from fedqueue_coordinator.core.admission import admit_delta
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Job, Simulation, TimingModel
@@ -42,37 +44,37 @@ DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 SPEEDS = TimingModel(batch_seconds=0.01, jitter=0.3)
 ROWS: tuple[dict[str, Any], ...] = (
     {},
-    {"up_lossless": "zstd", "down_lossless": "zstd"},
-    {"up": "float16", "down": "float16"},
-    {"up": "bfloat16", "down": "bfloat16"},
-    {"up": "int8", "down": "bfloat16"},
-    {"up": "int8", "down": "bfloat16", "up_lossless": "zstd", "down_lossless": "zstd"},
-    {"up": "int8", "down": "int8"},
-    {"up": "int8", "down": "int8", "up_lossless": "zstd", "down_lossless": "zstd"},
-    {"up": "topk", "down": "bfloat16", "k": 0.1},
-    {"up": "topk", "down": "bfloat16", "k": 0.01},
-    {"up": "topk", "down": "int8", "k": 0.1, "up_lossless": "zstd", "down_lossless": "zstd"},
-    {"up": "randomk", "down": "bfloat16", "k": 0.1},
+    {"uplink_lossless": "zstd", "downlink_lossless": "zstd"},
+    {"uplink": "float16", "downlink": "float16"},
+    {"uplink": "bfloat16", "downlink": "bfloat16"},
+    {"uplink": "int8", "downlink": "bfloat16"},
+    {"uplink": "int8", "downlink": "bfloat16", "uplink_lossless": "zstd", "downlink_lossless": "zstd"},
+    {"uplink": "int8", "downlink": "int8"},
+    {"uplink": "int8", "downlink": "int8", "uplink_lossless": "zstd", "downlink_lossless": "zstd"},
+    {"uplink": "topk", "downlink": "bfloat16", "topk_ratio": 0.1},
+    {"uplink": "topk", "downlink": "bfloat16", "topk_ratio": 0.01},
+    {"uplink": "topk", "downlink": "int8", "topk_ratio": 0.1, "uplink_lossless": "zstd", "downlink_lossless": "zstd"},
+    {"uplink": "randomk", "downlink": "bfloat16", "topk_ratio": 0.1},
 )
 TIMED: tuple[dict[str, Any], ...] = (
-    {"up": "float32"},
-    {"up": "float16"},
-    {"up": "bfloat16"},
-    {"up": "int8"},
-    {"up": "topk", "k": 0.1},
-    {"up": "topk", "k": 0.01},
-    {"up": "randomk", "k": 0.1},
-    {"up": "randomk", "k": 0.01},
-    {"up": "float32", "up_lossless": "zstd"},
-    {"up": "bfloat16", "up_lossless": "zstd"},
-    {"up": "int8", "up_lossless": "zstd"},
-    {"up": "topk", "k": 0.1, "up_lossless": "zstd"},
-    {"up": "topk", "k": 0.01, "up_lossless": "zstd"},
+    {"uplink": "float32"},
+    {"uplink": "float16"},
+    {"uplink": "bfloat16"},
+    {"uplink": "int8"},
+    {"uplink": "topk", "topk_ratio": 0.1},
+    {"uplink": "topk", "topk_ratio": 0.01},
+    {"uplink": "randomk", "topk_ratio": 0.1},
+    {"uplink": "randomk", "topk_ratio": 0.01},
+    {"uplink": "float32", "uplink_lossless": "zstd"},
+    {"uplink": "bfloat16", "uplink_lossless": "zstd"},
+    {"uplink": "int8", "uplink_lossless": "zstd"},
+    {"uplink": "topk", "topk_ratio": 0.1, "uplink_lossless": "zstd"},
+    {"uplink": "topk", "topk_ratio": 0.01, "uplink_lossless": "zstd"},
 )
 
 
 class Counted(Simulation):
-    """A simulation that counts what would have travelled."""
+    """A simulation that counts the bytes that a real run would have sent."""
 
     up_bytes = down_bytes = jobs = 0
 
@@ -86,8 +88,8 @@ class Counted(Simulation):
 
 
 def digits(compression: dict[str, Any], seeds: int, updates: int) -> dict[str, Any]:
-    """Accuracy of each seed, and the bytes of a job's fetch and post, as shares of float32's."""
-    base = load_config(DIGITS / "federation.toml", ["evaluation.every=0", "stop.target={}"], environment={})
+    """Return the accuracy for each seed, and the bytes of a job's fetch and post as shares of those of float32."""
+    base = load_config(DIGITS / "federation.toml", ["evaluation.every_versions=off", "stop.target={}"], environment={})
     task = load_task(base.task.entrypoint, base.task.options, DIGITS)
     sites = ClientDatasets(task)
     accuracies, up, down = [], 0.0, 0.0
@@ -98,11 +100,11 @@ def digits(compression: dict[str, Any], seeds: int, updates: int) -> dict[str, A
         accuracies.append([r for r in result.ledger if r["kind"] == "evaluation"][-1]["metrics"]["accuracy"])
         whole = run.jobs * run.federation.model.manifest.nbytes
         up, down = up + run.up_bytes / whole / seeds, down + run.down_bytes / whole / seeds
-    return {"compression": compression, "accuracy": accuracies, "up": up, "down": down, "both": (up + down) / 2}
+    return {"compression": compression, "accuracy": accuracies, "uplink": up, "downlink": down, "both": (up + down) / 2}
 
 
 def speed(compression: dict[str, Any], parameters: int, turns: int, store: CoordinatorStore) -> dict[str, Any]:
-    """Nanoseconds per parameter (the median), and ratios to float32's of the same turn (the median of those)."""
+    """Return median nanoseconds per parameter, and median ratios to float32 within the same turn."""
     manifest = Manifest((TensorSpec("w", "float32", (parameters,), 0, parameters, PARAMETER),))
     frame = Frame(manifest)
     frame.parameters.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.01)
@@ -120,7 +122,7 @@ def speed(compression: dict[str, Any], parameters: int, turns: int, store: Coord
         received = np.empty(nbytes, np.uint8)
         store.read_payload(job, 1, "", received)
         delta = codec.decode(received)
-        admit_frame(delta)
+        admit_delta(delta)
         accumulate(into, Contribution(delta, 1, 0), 0.5)
 
     plain = Codec(manifest)
@@ -150,25 +152,25 @@ def _seconds(work: Callable[[], object], clock: Callable[[], float] = time.threa
 
 
 def name_of(compression: dict[str, Any], direction: str) -> str:
-    name = compression.get(direction, "float32")
-    if direction == "up" and "k" in compression:
-        name += f" {compression['k'] * 100:g} %"
+    name = str(compression.get(direction, "float32"))
+    if direction == "uplink" and "topk_ratio" in compression:
+        name += f" {compression['topk_ratio'] * 100:g} %"
     return name + (" + zstd" if compression.get(f"{direction}_lossless") == "zstd" else "")
 
 
 def digits_table(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str:
     lines = [
-        "| up | down | bytes up | down | both | encode, ns | merge, ns | accuracy | points lost |",
+        "| uplink | downlink | bytes up | down | both | encode, ns | merge, ns | accuracy | points lost |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    speeds = {name_of(row["compression"], "up"): f"{row['encode_ns']:.2f} | {row['merge_ns']:.2f}" for row in timed}
+    speeds = {name_of(row["compression"], "uplink"): f"{row['encode_ns']:.2f} | {row['merge_ns']:.2f}" for row in timed}
     best = statistics.mean(rows[0]["accuracy"])
     for row in rows:
-        mean, up = statistics.mean(row["accuracy"]), name_of(row["compression"], "up")
+        mean, up = statistics.mean(row["accuracy"]), name_of(row["compression"], "uplink")
         spread = f"{mean * 100:.2f} % ({min(row['accuracy']) * 100:.1f} to {max(row['accuracy']) * 100:.1f})"
         lines.append(
-            f"| {up} | {name_of(row['compression'], 'down')} | {row['up'] * 100:.1f} % "
-            f"| {row['down'] * 100:.1f} % | {row['both'] * 100:.1f} % | {speeds.get(up, '– | –')} "
+            f"| {up} | {name_of(row['compression'], 'downlink')} | {row['uplink'] * 100:.1f} % "
+            f"| {row['downlink'] * 100:.1f} % | {row['both'] * 100:.1f} % | {speeds.get(up, '– | –')} "
             f"| {spread} | {(best - mean) * 100:+.2f} |"
         )
     return "\n".join(lines)
@@ -176,7 +178,7 @@ def digits_table(rows: list[dict[str, Any]], timed: list[dict[str, Any]]) -> str
 
 def speed_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| encoding | bytes | encode, ns | merge, ns | over float32's | from Redis, over float32's |",
+        "| encoding | bytes | encode, ns | merge, ns | merge / float32 | from Redis / float32 |",
         "|---|---|---|---|---|---|",
     ]
     lines += [
@@ -189,14 +191,12 @@ def speed_table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, few updates, short vectors: shows that it works"
-    )
+    parser.add_argument("--quick", action="store_true", help="one seed, few updates, short vectors, as a smoke test")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=400)
-    parser.add_argument("--parameters", type=int, default=25_000_000, help="of the vectors that are timed")
+    parser.add_argument("--parameters", type=int, default=25_000_000, help="length of the vectors that are timed")
     parser.add_argument("--turns", type=int, default=15, help="measurements of each speed")
-    parser.add_argument("--only", choices=["digits", "speed"], help="without the speeds, or nothing but them")
+    parser.add_argument("--only", choices=["digits", "speed"], help="measure only this part")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     if options.quick:

@@ -1,9 +1,10 @@
-"""What an update costs without its bytes: a model of 1 KB, four workers whose training is instant.
+"""Measures the cost of an update apart from its bytes: a model of 1 KB, four workers whose training is instant.
 
     python benchmarks/control.py [--quick] [--repeats 3] [--json FILE]
 
-Updates per second, the CPU time of coordinator, workers and server for each update, and where the coordinator's goes:
-the shares are those of a second federation whose coordinator runs under a profiler, the times are the first one's.
+Prints updates per second, the CPU time of coordinator, workers and server for each update, and the share of each step
+in the coordinator's CPU time. The shares come from a second federation whose coordinator runs under a profiler; the
+times come from the first.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from crew import crew, spread
+from live_federation import live_federation, spread
 
 WORKERS, BYTES = 4, 1_000
 MODES = {
-    "fedasync": ["aggregation.mode=fedasync"],
-    "fedbuff K=10": ["aggregation.mode=fedbuff", "aggregation.buffer_size=10"],
+    "fedasync": ["aggregation.strategy=fedasync"],
+    "fedbuff K=10": ["aggregation.strategy=fedbuff", "aggregation.buffer_size=10"],
 }
 STEPS = {
     "wait for entries and read them": ("coordinator_store.py", "receive"),
-    "open them: msgpack, signature, bounds": ("hearing.py", "hear"),
-    "seal the order": ("coordinator_store.py", "pack_order"),
-    "make RQ's record of it": ("queueing.py", "record"),
+    "open them: msgpack, signature, bounds": ("entry_verifier.py", "to_event"),
+    "sign the order": ("coordinator_store.py", "pack_order"),
+    "make RQ's record of it": ("rq_jobs.py", "record"),
     "open the job and put it into its queue": ("coordinator_store.py", "dispatch"),
     "read the payload, check its digest": ("coordinator_store.py", "read_payload"),
     "admit, weigh, merge, step": ("federation.py", "handle"),
-    "publish: seal, blobs, one script": ("coordinator_store.py", "publish"),
+    "publish: sign, blobs, one script": ("coordinator_store.py", "publish"),
 }
 
 
 def measure(mode: str, seconds: float, at_least: int) -> dict[str, float]:
-    with crew(BYTES, WORKERS, MODES[mode], forked=True) as running:
+    with live_federation(BYTES, WORKERS, MODES[mode], forked=True) as running:
         figures = running.measure(seconds, at_least)
     return {
         "per_second": figures.per_second,
@@ -47,15 +48,15 @@ def measure(mode: str, seconds: float, at_least: int) -> dict[str, float]:
 
 
 def shares(mode: str, seconds: float, at_least: int) -> dict[str, float]:
-    """Step → its part of the CPU time that the coordinator's main thread took in its loop."""
+    """Return step → share of the CPU time of the coordinator's main thread in its loop."""
     with tempfile.TemporaryDirectory() as folder:
         profile = Path(folder) / "profile"
-        with crew(BYTES, WORKERS, MODES[mode], profile=profile, forked=True) as running:
+        with live_federation(BYTES, WORKERS, MODES[mode], profile=profile, forked=True) as running:
             running.measure(seconds, at_least)
         times = pstats.Stats(str(profile)).stats  # type: ignore[attr-defined]
     cumulative = {(Path(file).name, name): entry[3] for (file, _, name), entry in times.items()}
-    loop = cumulative["service.py", "_go_on"] - cumulative["service.py", "_begin"]
-    parts = {step: cumulative[place] / loop for step, place in STEPS.items()}
+    loop = cumulative["coordinator.py", "_loop"]
+    parts = {step: cumulative[function] / loop for step, function in STEPS.items()}
     return {**parts, "the rest": 1 - sum(parts.values())}
 
 
@@ -74,9 +75,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one mode, one second: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="one mode, one second, as a smoke test")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     repeats, seconds = (1, 1.0) if options.quick else (options.repeats, options.seconds)

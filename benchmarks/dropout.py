@@ -1,10 +1,10 @@
-"""What dying clients cost: merged updates per second and time to target, with 0 to 50 % of the jobs dying.
+"""Measures the cost of dying clients: updates per second and time to target while 0 to 50 % of the jobs die.
 
     python benchmarks/dropout.py [--quick] [--seeds 3] [--json FILE]
 
 Real processes: a coordinator, and eight workers on the digits task whose batches take so long that a job lasts four
 times the lease. A dying job kills its worker's process (SIGKILL) at a uniformly random batch; a supervisor starts the
-next worker at once, which serves the client when its predecessor's lease is over. Workers are forked from a process
+next worker at once, which serves the client after its predecessor's lease expires. Workers are forked from a process
 that has imported torch, so a restart costs milliseconds.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -29,10 +30,11 @@ from typing import Any
 import torch
 
 from fedqueue import Task, TrainResult
-from fedqueue.config.loading import Config, load_config
+from fedqueue.config.loading import load_config
+from fedqueue.config.schema import Config
 from fedqueue.errors import ClientTaken
+from fedqueue.logs import configure_logging
 from fedqueue.task import load_task
-from fedqueue.terminal import configure_logging
 from fedqueue.transport.connection import connect
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.core.run_summary import RunResult, summarize
@@ -43,18 +45,18 @@ from fedqueue_worker.process import Worker, new_token
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "digits" / "federation.toml"
 JOB_SECONDS = 4.0
-SETTINGS = ["dispatch.lease_seconds=1", "clients.minimum=8", "checkpoint.seconds=0"]
+SETTINGS = ["dispatch.lease_seconds=1", "clients.min_available=8", "checkpoint.every_seconds=off"]
 
 
 def measure(dying: float, seed: int, limit: str) -> dict[str, Any]:
-    """One run; `limit` is what ends it besides the target, as a --set value."""
+    """Measure one run; `limit` is a further stop condition besides the target, as a --set value."""
     config = load_config(EXAMPLE, [*SETTINGS, f"seed={seed}", limit])
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         server = EmbeddedServer(Path(folder) / "redis")
         stack.callback(server.stop)
-        command = [sys.executable, __file__, "--nursery", server.url, "--dying", str(dying), "--seed", str(seed)]
-        nursery = subprocess.Popen(command, start_new_session=True)
-        stack.callback(_end, nursery)
+        command = [sys.executable, __file__, "--worker-parent", server.url, "--dying", str(dying), "--seed", str(seed)]
+        worker_parent = subprocess.Popen(command, start_new_session=True)
+        stack.callback(_end, worker_parent)
         task = load_task(config.task.entrypoint, config.task.options, EXAMPLE.parent)
         store = CoordinatorStore(connect(server.url), config.name, new_owner())
         result = Coordinator(config, task, store, Path(folder)).run()
@@ -63,8 +65,8 @@ def measure(dying: float, seed: int, limit: str) -> dict[str, Any]:
 
 
 def figures(dying: float, seed: int, config: Config, result: RunResult) -> dict[str, Any]:
-    """Counted from the first arrival on: the workers' start is not what is measured."""
-    summary = summarize(config.name, config.aggregation.mode, seed, "", result.ledger, result.refused)
+    """Return the figures of a run from the first arrival on, so that the start of the workers is left out."""
+    summary = summarize(config.name, config.aggregation.strategy, seed, "", result.ledger, result.refused)
     arrivals = [line["at"] for r in result.ledger if r["kind"] == "version" for line in r["merged"]]
     started = min(arrivals) - JOB_SECONDS
     seconds = summary["seconds"] - started
@@ -80,26 +82,26 @@ def figures(dying: float, seed: int, config: Config, result: RunResult) -> dict[
     }
 
 
-# The nursery: forks workers, and forks the next one when one dies
+# The parent of the workers: forks them, and replaces each that dies
 
 
-def nursery(url: str, dying: float, seed: int) -> None:
+def worker_parent(url: str, dying: float, seed: int) -> None:
     config = load_config(EXAMPLE, [*SETTINGS, f"seed={seed}"])
     task = load_task(config.task.entrypoint, config.task.options, EXAMPLE.parent)
-    for client in config.clients.ids:  # what a process imports and reads once, before the first fork
+    for client in config.clients.ids:  # import and read before the first fork, so that each worker need not
         task.train_data(config.clients.client(client))
     torch.optim.SGD(task.model().parameters(), lr=0.1)
     children: dict[int, str] = {}
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         for client in config.clients.ids:
-            children[_fork(lambda c=client: _work(config, task, url, c, dying))] = client
+            children[_fork(functools.partial(_work, config, task, url, client, dying))] = client
         while True:
             pid, status = os.wait()
             client = children.pop(pid)
             if os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0:
                 continue  # the run has ended
-            children[_fork(lambda c=client: _work(config, task, url, c, dying))] = client
+            children[_fork(functools.partial(_work, config, task, url, client, dying))] = client
     except ChildProcessError:
         return
     finally:
@@ -128,17 +130,17 @@ def _work(config: Config, task: Task, url: str, client: str, dying: float) -> No
         try:
             Worker(config, task, WorkerStore(connect(url), config.name, new_token())).run([[client]])
             return
-        except ClientTaken:  # the lease of the one that died is not over yet
+        except ClientTaken:  # the lease of the dead worker has not expired
             time.sleep(0.02)
 
 
 def mortal(task: Any, dying: float) -> Any:
-    """`task` with batches that take their time, and a process that may die in the middle of a job."""
+    """Return `task` with slow batches, in a process that may die in the middle of a job."""
     chance = random.Random()
     fit = task.fit
 
     def mortal_fit(model: Any, data: Any, config: Any, progress: Callable[[], None]) -> TrainResult:
-        batches = config.epochs * -(-len(data) // config.batch_size)
+        batches = config.local_epochs * -(-len(data) // config.batch_size)
         dies_at = chance.randrange(batches) if chance.random() < dying else -1
         done = 0
 
@@ -150,7 +152,8 @@ def mortal(task: Any, dying: float) -> Any:
             done += 1
             progress()
 
-        return fit(model, data, config, slow_progress)
+        trained: TrainResult = fit(model, data, config, slow_progress)
+        return trained
 
     task.fit = mortal_fit
     return task
@@ -163,22 +166,22 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two settings, eight versions: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="two settings, eight versions, as a smoke test")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write every run's figures there")
-    parser.add_argument("--nursery", help=argparse.SUPPRESS)
+    parser.add_argument("--worker-parent", help=argparse.SUPPRESS)
     parser.add_argument("--dying", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.nursery:
-        nursery(options.nursery, options.dying, options.seed)
+    if options.worker_parent:
+        worker_parent(options.worker_parent, options.dying, options.seed)
         return
     configure_logging(level=logging.ERROR)
     shares = (0.0, 0.3) if options.quick else (0.0, 0.1, 0.3, 0.5)
     seeds = range(1 if options.quick else options.seeds)
     limit = "stop.versions=8" if options.quick else "stop.seconds=240"
     runs = []
-    for seed in seeds:  # settings side by side, so that a change in the machine's speed meets all of them
+    for seed in seeds:  # settings take turns, so that a change in the machine's speed affects all of them
         for dying in shares:
             runs.append(measure(dying, seed, limit))
             print(json.dumps(runs[-1]), flush=True)
@@ -188,9 +191,9 @@ def main() -> None:
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """Medians over the seeds, with the range, and the ratio to no deaths."""
+    """Make a table of medians over the seeds, with the range, and the ratio to a run without deaths."""
     lines = [
-        "| jobs dying | died | updates/s | seconds to target | ratio to none |",
+        "| jobs dying, set | died | updates/s | seconds to target | ratio to no deaths |",
         "|---|---|---|---|---|",
     ]
     base = _times(runs, 0.0)

@@ -1,4 +1,4 @@
-"""A task whose training costs nothing, so that what is left is fedqueue: a model of so many bytes, moved a little."""
+"""A task whose training takes no time: it adds a constant to a model of a given size."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What merging one update costs, for each encoding: parameters per second over the machine's own triad, and float32.
+"""Measures one update's merge by encoding: parameters per second relative to the machine's triad and to float32.
 
     python benchmarks/merge.py [--quick] [--repeats 5] [--json FILE]
 
 Triad is `torch.add(a, b, out=c)` over float32 arrays larger than the cache: 12 bytes move for each element. A merge
-adds a decoded update with its weight to the accumulator: for float32 that is the same traffic. One thread, as the
-coordinator has by default; the three take turns.
+adds a decoded, weighted update to the accumulator; for float32 this moves the same number of bytes. Everything runs in
+one thread, the coordinator's default; triad, float32 and the encoding take turns.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from crew import spread
+from live_federation import spread
 
 from fedqueue.config.compression import CompressionConfig
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec, upward
-from fedqueue.tensors.frame import PARAMETER, Frame, Manifest, TensorSpec
-from fedqueue.transport.store import BlobBuffer
-from fedqueue_coordinator.algorithms.aggregator import Contribution, fedbuff
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
+from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 from fedqueue_coordinator.algorithms.staleness import constant
 
 ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk", "randomk")
@@ -42,14 +44,14 @@ def measure(name: str, length: int, repeats: int) -> dict[str, Any]:
     frame = Frame(manifest)
     torch.manual_seed(0)
     frame.parameters.normal_()
-    codec = upward(CompressionConfig(up=name, k=0.01), manifest)
+    codec = upward(CompressionConfig(uplink=name, topk_ratio=0.01), manifest)
     wire, plain = codec.encode(frame, 1), Codec(manifest)
     aggregator = fedbuff(2, constant())
     accumulator = aggregator.init(manifest)
     a, b, c = (torch.rand(length) for _ in range(3))
 
     def merge(codec: Codec, wire: BlobBuffer) -> None:
-        accumulator.updates = 1  # not the first of its buffer: it is added
+        accumulator.updates = 1  # so that the update is not the first of its buffer, and is added
         aggregator.add(accumulator, Contribution(codec.decode(wire), 1, 0), frame)
 
     merge(codec, wire)
@@ -72,7 +74,7 @@ def measure(name: str, length: int, repeats: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| update | MB | million parameters/s | over triad | over float32 |", "|---|---|---|---|---|"]
+    lines = ["| update | MB | million parameters/s | / triad | / float32 |", "|---|---|---|---|---|"]
     for row in rows:
         name = f"{row['encoding']}{', 1 %' if row['encoding'] in ('topk', 'randomk') else ''}"
         figures = spread(row["per_second"], 0), spread(row["over_triad"]), spread(row["over_float32"])
@@ -82,7 +84,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="a small model, once: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="a small model, once, as a smoke test")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Runs the `fedqueue` command line under a profiler of CPU time, and writes where it went when it ends.
+"""Runs the `fedqueue` command line under a CPU-time profiler, and writes the profile at exit.
 
 python benchmarks/profiled.py FILE coordinator CONFIG.toml …
 """

@@ -1,13 +1,13 @@
-"""What moving an update costs at least, and what fedqueue makes of it: updates per second over those of a bare relay.
+"""Compares fedqueue with a minimal relay, which bounds its speed: ratio of updates per second.
 
     python benchmarks/relay.py [--quick] [--repeats 3] [--json FILE]
 
-The relay is a loop of bare redis-py against the same kind of server, with as many processes, that does what one update
-must do and nothing else: each of four workers fetches a model of M bytes and stores a delta of M bytes, a coordinator
-reads it back and stores a model of M bytes. It neither checks, merges, leases nor records anything. fedqueue runs with
-four workers whose training is instant. The processes of both are forked from one, as those of `fedqueue run` are: what
-they have in common is in the processor's caches once. Relay and fedqueue take turns, so that a change of the machine
-meets both.
+The relay is a loop of bare redis-py against the same kind of server, with as many processes, that does only
+what each update requires: each of four workers fetches a model of M bytes and stores a delta of M bytes; a coordinator
+reads the delta and stores a model of M bytes. The relay neither checks, merges, leases nor records anything. fedqueue
+runs with four workers whose training is instant. The processes of both are forked from one, as those of `fedqueue run`
+are, so that shared pages are in the processor's caches only once. Relay and fedqueue take turns, so that a change of
+the machine's speed affects both.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from crew import crew, size_options, spread
+from live_federation import live_federation, size_options, spread
 
 from fedqueue.transport.connection import connect
 from fedqueue.transport.store import Store
@@ -30,13 +30,13 @@ from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 WORKERS = 4
 SIZES = (100_000, 1_000_000, 10_000_000, 100_000_000)
 MODES = {
-    "fedasync": ["aggregation.mode=fedasync"],
-    "fedbuff K=10": ["aggregation.mode=fedbuff", "aggregation.buffer_size=10"],
+    "fedasync": ["aggregation.strategy=fedasync"],
+    "fedbuff K=10": ["aggregation.strategy=fedbuff", "aggregation.buffer_size=10"],
 }
 
 
 def relay(nbytes: int, seconds: float, at_least: int) -> float:
-    """Updates per second of the bare loop."""
+    """Return the updates per second of the relay."""
     fork = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
         server = EmbeddedServer(Path(folder) / "redis")
@@ -54,7 +54,7 @@ def relay(nbytes: int, seconds: float, at_least: int) -> float:
             _until(lambda: passed.value >= 2 * WORKERS)
             start, before = time.monotonic(), passed.value
             _until(lambda: time.monotonic() > start + seconds and passed.value >= before + at_least)
-            rate = (passed.value - before) / (time.monotonic() - start)
+            rate = float(passed.value - before) / (time.monotonic() - start)
             stop.set()
             for worker in workers:
                 worker.join()
@@ -94,7 +94,7 @@ def measure(nbytes: int, modes: list[str], repeats: int, seconds: float, at_leas
     for _ in range(repeats):
         for row in rows:
             row["relay"].append(relay(nbytes, seconds, at_least))
-            with crew(nbytes, WORKERS, MODES[row["mode"]], forked=True) as running:
+            with live_federation(nbytes, WORKERS, MODES[row["mode"]], forked=True) as running:
                 row["fedqueue"].append(running.measure(seconds, at_least).per_second)
     for row in rows:
         row["ratios"] = [f / r for f, r in zip(row["fedqueue"], row["relay"], strict=True)]

@@ -1,13 +1,13 @@
-"""How the cost of an update grows: with workers, with registered clients, with versions; and memory over a long run.
+"""Measures how the cost of an update grows with workers, registered clients and versions, and memory over a long run.
 
     python benchmarks/scale.py [--quick] [--parts workers,clients,versions,soak] [--json FILE] [--picture FILE]
 
 Models of 1 KB, instant training, FedAsync, unsigned (ten thousand clients have no keys here). CPU time of the
-coordinator for each update tells more than updates per second, which two cores share with the workers.
+coordinator for each update is more exact than updates per second, since the workers run on the same cores.
 
-- workers: 2 to 64 processes, forked from one, a client each.
-- clients: 100 to 10,000 that have registered and gone, beside four that train.
-- versions: a run of 10,000 versions and more; each point is a thousand of them.
+- workers: 2 to 64 processes, forked from one, each with one client.
+- clients: 100 to 10,000 clients that have registered and left, beside four that train.
+- versions: a run of 10,000 versions and more; each point is the mean of a thousand.
 - soak: memory of coordinator and server over ten minutes.
 """
 
@@ -19,13 +19,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from crew import Crew, cpu_seconds, crew, resident_bytes
+from live_federation import LiveFederation, cpu_seconds, live_federation, resident_bytes
 
 from fedqueue.protocol.messages import Registration
 from fedqueue.transport.worker_store import WorkerStore
 
 BYTES = 1_000
-SETTINGS = ["aggregation.mode=fedasync", "aggregation.mixing=delta", "security.signatures=off"]
+SETTINGS = ["aggregation.strategy=fedasync", "aggregation.mixing=delta", "security.signatures=off"]
 WORKERS = (2, 4, 8, 16, 32, 64)
 CLIENTS = (100, 1_000, 10_000)
 VERSIONS = 12_000
@@ -33,7 +33,7 @@ SOAK_SECONDS, EVERY_SECONDS = 600.0, 10.0
 Row = dict[str, Any]
 
 
-def of(running: Crew, seconds: float) -> Row:
+def of(running: LiveFederation, seconds: float) -> Row:
     figures = running.measure(seconds)
     per_update = 1e3 / figures.updates
     return {
@@ -46,7 +46,7 @@ def of(running: Crew, seconds: float) -> Row:
 def workers(numbers: list[int], seconds: float) -> list[Row]:
     found = []
     for number in numbers:
-        with crew(BYTES, number, SETTINGS, forked=True) as running:
+        with live_federation(BYTES, number, SETTINGS, forked=True) as running:
             found.append({"workers": number, **of(running, seconds)})
             print(found[-1], flush=True)
     return found
@@ -55,13 +55,13 @@ def workers(numbers: list[int], seconds: float) -> list[Row]:
 def clients(numbers: list[int], seconds: float) -> list[Row]:
     found = []
     for number in numbers:
-        with crew(BYTES, 4, SETTINGS) as running:
+        with live_federation(BYTES, 4, SETTINGS, forked=True) as running:
             for i in range(number):
                 site = WorkerStore(running.store.redis, running.store.run, f"gone-{i}")
                 site.join([f"gone-{i}"], 0.001)
                 site.register(Registration(client=f"gone-{i}", examples=1))
                 site.leave([f"gone-{i}"])
-            time.sleep(3.0)  # until the coordinator has heard them all
+            time.sleep(3.0 if number >= 100 else 1.0)  # until the coordinator has read all of their entries
             found.append({"clients": number, **of(running, seconds)})
             print(found[-1], flush=True)
     return found
@@ -69,7 +69,7 @@ def clients(numbers: list[int], seconds: float) -> list[Row]:
 
 def versions(number: int, step: int) -> list[Row]:
     found: list[Row] = []
-    with crew(BYTES, 4, SETTINGS) as running:
+    with live_federation(BYTES, 4, SETTINGS, forked=True) as running:
         while not found or found[-1]["version"] < number:
             figures = running.measure(0.0, step)
             cpu = 1e3 * figures.coordinator_cpu / figures.updates
@@ -88,7 +88,7 @@ def versions(number: int, step: int) -> list[Row]:
 
 def soak(seconds: float, every: float) -> list[Row]:
     found: list[Row] = []
-    with crew(BYTES, 4, SETTINGS) as running:
+    with live_federation(BYTES, 4, SETTINGS, forked=True) as running:
         began = time.monotonic()
         while time.monotonic() < began + seconds:
             time.sleep(every)
@@ -156,11 +156,11 @@ def draw(record: dict[str, list[Row]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two workers, ten clients: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="two workers, ten clients, as a smoke test")
     parser.add_argument("--parts", default="workers,clients,versions,soak")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
-    parser.add_argument("--json", type=Path, help="write the rows there; parts not measured stay")
-    parser.add_argument("--picture", type=Path, help="draw them there")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
+    parser.add_argument("--json", type=Path, help="write the rows there; those of parts that are not measured stay")
+    parser.add_argument("--picture", type=Path, help="draw the rows there")
     options = parser.parse_args()
     quick = options.quick
     seconds = 1.0 if quick else options.seconds

@@ -1,10 +1,10 @@
-"""What signatures cost end to end: updates per second of a signed federation over those of an unsigned one.
+"""Measures the end-to-end cost of signatures: updates per second of a signed federation relative to an unsigned one.
 
     python benchmarks/signing.py [--quick] [--repeats 3] [--json FILE]
 
 Two federations of two workers whose training is instant take turns: one signs and verifies everything, the other
-nothing. With each, the seconds of CPU that coordinator and workers used for one update. The last lines say how fast
-this machine's OpenSSL hashes, since nearly all of the cost is hashing.
+nothing. The table also has the CPU time of coordinator and workers for one update. The last line is the speed of
+hashing with this machine's OpenSSL, which is nearly all of the cost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import statistics
 import time
 from typing import Any
 
-from crew import crew, size_options, spread
+from live_federation import live_federation, size_options, spread
 
 WORKERS = 2
 SIZES = (1_000_000, 10_000_000, 100_000_000)
@@ -28,7 +28,7 @@ def measure(nbytes: int, repeats: int, seconds: float, at_least: int) -> dict[st
     cpu: dict[str, list[tuple[float, float]]] = {kind: [] for kind in SETTINGS}
     for _ in range(repeats):
         for kind, settings in SETTINGS.items():
-            with crew(nbytes, WORKERS, ["aggregation.mode=fedasync", *settings], forked=True) as running:
+            with live_federation(nbytes, WORKERS, ["aggregation.strategy=fedasync", *settings], forked=True) as running:
                 figures = running.measure(seconds, at_least)
             row[kind].append(figures.per_second)
             cpu[kind].append((figures.coordinator_cpu / figures.updates, figures.worker_cpu / figures.updates))
@@ -40,7 +40,7 @@ def measure(nbytes: int, repeats: int, seconds: float, at_least: int) -> dict[st
 
 
 def hash_rates(nbytes: int = 50_000_000, times: int = 3) -> dict[str, float]:
-    """Algorithm → GB/s, the best of `times`."""
+    """Return algorithm → GB/s, the best of `times` measurements."""
     data, rates = bytes(nbytes), {}
     for name in HASHES:
         best = float("inf")

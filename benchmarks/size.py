@@ -1,9 +1,9 @@
-"""Models of 400 MB and 1.6 GB go round: the peaks of coordinator, worker and server, in models above an idle one.
+"""Trains models of 400 MB and 1.6 GB: peak memory of coordinator, worker and server, in model sizes above idle.
 
     python benchmarks/size.py [--quick] [--sizes 400000000,1600000000] [--json FILE]
 
 One worker, one job at a time, at least five updates. The idle peaks are those of a federation whose model is 1 KB. A
-worker holds its module beside what fedqueue needs: the base and the update.
+worker's peak includes the task's module, besides fedqueue's own base and update.
 """
 
 from __future__ import annotations
@@ -13,21 +13,25 @@ import json
 from pathlib import Path
 from typing import Any
 
-from crew import Figures, crew
+from live_federation import Figures, live_federation
 
 SIZES = (400_000_000, 1_600_000_000)
 IDLE = 1_000
 UPDATES = 5
 MODES = {
-    "fedasync, delta": ["aggregation.mode=fedasync", "aggregation.mixing=delta"],
-    "fedbuff K=3": ["aggregation.mode=fedbuff", "aggregation.buffer_size=3"],
-    "fedasync, delta, int8 up": ["aggregation.mode=fedasync", "aggregation.mixing=delta", "compression.up=int8"],
+    "fedasync, delta": ["aggregation.strategy=fedasync", "aggregation.mixing=delta"],
+    "fedbuff K=3": ["aggregation.strategy=fedbuff", "aggregation.buffer_size=3"],
+    "fedasync, delta, int8 up": [
+        "aggregation.strategy=fedasync",
+        "aggregation.mixing=delta",
+        "compression.uplink=int8",
+    ],
 }
 LONG = ["dispatch.lease_seconds=120", "dispatch.stall_seconds=600"]
 
 
 def measure(nbytes: int, mode: str) -> Figures:
-    with crew(nbytes, 1, [*MODES[mode], *LONG], at_work=1) as running:
+    with live_federation(nbytes, 1, [*MODES[mode], *LONG], at_work=1) as running:
         return running.measure(0.0, UPDATES)
 
 
@@ -65,9 +69,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small size: shows that it works")
-    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="bytes, by commas")
-    parser.add_argument("--modes", default=";".join(MODES), help="by semicolons")
+    parser.add_argument("--quick", action="store_true", help="one small size, as a smoke test")
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)), help="model sizes in bytes, by commas")
+    parser.add_argument("--modes", default=";".join(MODES), help="names of modes, by semicolons")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     sizes = [2_000_000] if options.quick else [int(size) for size in options.sizes.split(",")]

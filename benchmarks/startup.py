@@ -1,10 +1,11 @@
-"""How long a user waits: for the first merged update of `fedqueue run`, and for commands that only show something.
+"""Measures how long a user waits for the first merged update of `fedqueue run`, and for commands that only print.
 
     python benchmarks/startup.py [--quick] [--repeats 5] [--json FILE]
 
-Each is a process of its own, as a user starts it. CPU is that of all its processes, and says more than the clock where
-the machine has other work. The first merged update is there when the run's totals in Redis say so. Memory is the
-proportional share (PSS) of all processes of the run at that moment: pages that forked workers share count once.
+Each command is a new process, as a user starts it. CPU time is summed over all its processes, and is more exact than
+wall-clock time on a busy machine. The first update counts as merged when the run's counters in Redis include it.
+Memory is the proportional share (PSS) of all processes of the run at that moment: pages that forked workers share count
+once.
 """
 
 from __future__ import annotations
@@ -24,20 +25,20 @@ from typing import Any
 
 import msgpack
 import redis
-from crew import cpu_seconds, proportional_bytes, spread
+from live_federation import cpu_seconds, proportional_bytes, spread
 
 from fedqueue.protocol.keys import Keys
 from fedqueue.transport.connection import connect
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "examples" / "digits" / "federation.toml"
-COMMANDS = (["--help"], ["runs"], ["status", "--run", "digits"])
+COMMANDS = (["--help"], ["list"], ["status", "--run", "digits"])
 LIMIT_SECONDS = 120.0
 MIB = 1024 * 1024
 
 
 def first_update(workers: int, config: Path) -> dict[str, float]:
-    """Seconds from the start of `fedqueue run` to its first merged update, and MiB (PSS) that it then takes."""
+    """Return the seconds from the start of `fedqueue run` to the first merged update, and the MiB (PSS) then."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "out"
         command = [sys.executable, "-m", "fedqueue_coordinator", "run", str(config), "--workers", str(workers)]
@@ -68,7 +69,7 @@ def first_update(workers: int, config: Path) -> dict[str, float]:
 
 
 def merged(folder: Path) -> int:
-    """Updates that the run with its results in `folder` has merged so far."""
+    """Return the number of merged updates so far of the run with its results in `folder`."""
     with contextlib.suppress(OSError, redis.RedisError):
         url = (folder / "redis.url").read_text()
         if url:
@@ -80,7 +81,7 @@ def merged(folder: Path) -> int:
 
 
 def below(pid: int) -> list[int]:
-    """Descendants of the process."""
+    """Return the descendants of the process."""
     direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return direct + [further for child in direct for further in below(child)]
 
@@ -90,7 +91,7 @@ def cmdline(pid: int) -> bytes:
 
 
 def answer(arguments: list[str]) -> dict[str, float]:
-    """Seconds, and seconds of CPU, that the command takes."""
+    """Run the command; return wall-clock seconds and CPU seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     command = [sys.executable, "-m", "fedqueue_coordinator", *arguments]
     done = subprocess.run(command, capture_output=True, cwd=tempfile.gettempdir(), check=False)
@@ -100,13 +101,13 @@ def answer(arguments: list[str]) -> dict[str, float]:
 
 
 def table(record: dict[str, Any]) -> str:
-    lines = ["| what | seconds | of CPU |", "|---|---|---|"]
+    lines = ["| command | seconds | CPU seconds |", "|---|---|---|"]
     for row in record["run"]:
         what = f"`fedqueue run` to the first merged update, {row['workers']} workers"
         lines += [f"| {what} | {spread(row['seconds'])} | {spread(row['cpu'])} |"]
     for row in record["commands"]:
         lines += [f"| `fedqueue {row['command']}` | {spread(row['seconds'])} | {spread(row['cpu'])} |"]
-    lines += ["", "| workers | MiB (PSS) of one | of all processes of the run |", "|---|---|---|"]
+    lines += ["", "| workers | MiB (PSS) of a worker | MiB (PSS) of all processes |", "|---|---|---|"]
     for row in record["run"]:
         lines += [f"| {row['workers']} | {spread(row['worker_mib'], 0)} | {spread(row['all_mib'], 0)} |"]
     return "\n".join(lines)
@@ -114,9 +115,9 @@ def table(record: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="once, two workers: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="once, two workers, as a smoke test")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--workers", default="4,8", help="of the runs, by commas")
+    parser.add_argument("--workers", default="4,8", help="numbers of workers, by commas")
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     repeats, counts = (1, [2]) if options.quick else (options.repeats, [int(n) for n in options.workers.split(",")])

@@ -1,8 +1,8 @@
-"""APPFL over gRPC, in its own environment: `appfl_peer.py server` and `appfl_peer.py client NUMBER`.
+"""Runs APPFL over gRPC in its own environment: `appfl_peer.py server` and `appfl_peer.py client NUMBER`.
 
-By its documented agents and communicators. PEERS_FAST=1 is what its authors do not ship: `gc.freeze()` after the
-imports, since APPFL collects garbage several times for each update and each collection walks all that was imported,
-and messages of 16 MB instead of 2 MB.
+Uses APPFL's documented agents and communicators. PEERS_FAST=1 adds two settings that APPFL does not ship: messages of
+16 MB instead of 2 MB, and `gc.freeze()` after the imports, because APPFL collects garbage several times for each
+update, and each collection walks all imported objects.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DATA = work.Digits(os.environ["PEERS_DATA"]) if not NBYTES else None
 
 
 class Server(ServerAgent):
-    """Merges as configured, and says so."""
+    """Merges as configured, and reports each merged update."""
 
     def _load_model(self) -> None:
         self.model = work.make_model(NBYTES, SEED)
@@ -51,8 +51,10 @@ class Trainer(BaseTrainer):
 
 
 def serve_run(mode: str) -> None:
-    """`mode`: fedasync, or fedbuff. APPFL divides alpha by the number of clients: it is given such that the step is
-    that of the paper, α·s(τ) or s(τ)/K."""
+    """Serve a run with `mode` fedasync or fedbuff.
+
+    APPFL divides alpha by the number of clients, so alpha is set such that the step is the paper's: α·s(τ) or s(τ)/K.
+    """
     alpha = work.ALPHA if mode == "fedasync" else 1 / work.BUFFER
     options = {"staleness_fn": "polynomial", "staleness_fn_kwargs": {"a": work.STALENESS}, "alpha": alpha * CLIENTS}
     config = {

@@ -1,4 +1,4 @@
-"""An environment for each peer, below `.peers/` of the repository, which git ignores; nothing is installed unasked."""
+"""Manages an environment for each peer below `.peers/`, which git ignores; installs only on request."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 FOLDER = HERE.parents[1] / ".peers"
-TORCH = "torch==2.13.0"  # the build that the index offers for this version, as in constraints.txt
+TORCH = "torch==2.13.0"  # the package index's build of this version, as in constraints.txt
 STAND_INS = HERE / "stand_ins"
 
 
@@ -28,7 +28,7 @@ class Peer:
         return FOLDER / self.name / "bin" / "python"
 
     def missing(self) -> str:
-        """Why the peer cannot run; an empty string where it can."""
+        """The reason why the peer cannot run; empty if it can."""
         if not self.python.exists():
             return "not installed (--install does it)"
         command = [str(self.python), "-c", self.probe]
@@ -49,7 +49,7 @@ FLOWER = Peer("flower", "import flwr.serverapp, torch", ("flwr==1.42.0", "numpy"
 APPFL = Peer(
     "appfl",
     "import appfl.agent, appfl.comm.grpc",
-    # What APPFL's agents and its gRPC import. All that it declares is about 180 packages, CUDA's among them.
+    # Only what APPFL's agents and gRPC modules import: APPFL declares about 180 packages, including CUDA.
     (
         TORCH, "numpy", "omegaconf", "grpcio", "grpcio-tools", "PyJWT[crypto]", "requests", "lz4", "zstd", "blosc",
         "python-xz", "scikit-learn", "pandas", "colorama", "wandb==0.31.0", "opacus==1.6.0", "matplotlib", "seaborn",

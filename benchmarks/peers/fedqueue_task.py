@@ -1,4 +1,4 @@
-"""The same work as a task of fedqueue."""
+"""The work of `work.py` as a fedqueue task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ class PeerTask(Task):
         self.digits = work.Digits(data) if data else None
 
     def model(self) -> torch.nn.Module:
-        return work.make_model(self.nbytes, self.seed)
+        model: torch.nn.Module = work.make_model(self.nbytes, self.seed)
+        return model
 
     def train_data(self, client: Client) -> Any:
         assert client.partition is not None

@@ -1,7 +1,7 @@
-"""Flower's deployment engine: the ServerApp and the ClientApp that SuperLink and SuperNodes run.
+"""Defines the ServerApp and the ClientApp that Flower's SuperLink and SuperNodes run.
 
-FedAvg, since Flower ships no asynchronous strategy; each round asks all clients. Copied with `work.py` beside a
-pyproject.toml into a folder of its own, which `flwr run` packs and sends.
+The strategy is FedAvg, since Flower ships no asynchronous strategy; each round asks all clients. This file and
+`work.py` are copied beside a pyproject.toml into a new folder, which `flwr run` packs and sends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SEED = int(os.environ.get("PEERS_SEED", "0"))
 
 
 class Reporting(FedAvg):
-    """FedAvg that says what it has merged."""
+    """FedAvg that reports each merged update."""
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
         replies = list(replies)

@@ -1,4 +1,4 @@
-"""Processes of a system under comparison: started, watched for what they merge and for their peak memory, ended."""
+"""Starts and ends the processes of a system under comparison, and records merged updates and peak memory."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from crew import peak_bytes, shared_bytes
+from live_federation import peak_bytes, shared_bytes
 
 MIB = 1024 * 1024
 
 
 @dataclass
-class Cast:
-    """The processes of one run; `server` and `client` are the roles whose peaks are told apart."""
+class ProcessGroup:
+    """The processes of one run; peaks are kept by role, such as `server` and `client`."""
 
     folder: Path
     environment: Mapping[str, str]
-    _roles: dict[int, str] = field(default_factory=dict)  # of the processes started here
-    _below: dict[tuple[int, int], str] = field(default_factory=dict)  # of theirs too: (process, when it began)
+    _roles: dict[int, str] = field(default_factory=dict)  # of the processes started by this object
+    _below: dict[tuple[int, int], str] = field(default_factory=dict)  # of their descendants, by (process, start time)
     _logs: dict[int, Path] = field(default_factory=dict)
     _peaks: dict[str, int] = field(default_factory=dict)
     _shared: dict[str, int] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Cast:
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def start(self, role: str, name: str, command: Sequence[object]) -> subprocess.Popen[bytes]:
-        """A process; what it starts counts, and ends, with it."""
+        """Start a process; its descendants are measured and ended with it."""
         path = self.folder / f"{name}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
@@ -47,16 +47,16 @@ class Cast:
         return process
 
     def watch(self) -> None:
-        """Note the largest process of each role, until the end: some live for one message only.
+        """Sample the peak memory of each role until the end; some processes live for one message only.
 
-        What it shares is looked at rarely: that goes through all of its memory.
+        Shared memory is sampled rarely, because the kernel walks all pages of the process to compute it.
         """
         due: dict[tuple[int, int], float] = {}
         while not self._ended.wait(0.1):
             present = dict(_present())
             for pid, (_, began) in present.items():
                 if role := self._role(pid, present):
-                    self._below[pid, began] = role  # for good: some outlive their parents
+                    self._below[pid, began] = role  # never removed, since some outlive their parents
                     with contextlib.suppress(OSError, StopIteration):
                         self._peaks[role] = max(self._peaks.get(role, 0), peak_bytes(pid))
                         if time.monotonic() >= due.setdefault((pid, began), time.monotonic() + 2.0):
@@ -72,7 +72,7 @@ class Cast:
         return ""
 
     def merged(self) -> list[tuple[float, float]]:
-        """(when, accuracy or −1) of each update that the server has reported."""
+        """Return (time, accuracy or −1) of each update that the server has reported."""
         path = Path(self.environment["PEERS_PROGRESS"])
         lines = path.read_text().rpartition("\n")[0].splitlines() if path.exists() else []
         words = [line.split() for line in lines]
@@ -88,11 +88,11 @@ class Cast:
         return self._peaks.get(role, 0) / MIB
 
     def own_mib(self, role: str) -> float:
-        """The peak, without what other processes count for of the memory that they share with it, at most."""
+        """Return an upper bound of the role's peak without the other processes' proportional part of shared memory."""
         return (self._peaks.get(role, 0) - self._shared.get(role, 0)) / MIB
 
     def end(self) -> None:
-        """End all of them, and what they have started; not what has got one of their numbers since."""
+        """End all processes and their descendants, but no process that has since got one of their ids."""
         self._ended.set()
         for process in self._processes:
             process.kill()
@@ -105,18 +105,18 @@ class Cast:
 
 
 def _present() -> Iterator[tuple[int, tuple[int, int]]]:
-    """(process, (its parent, when it began)) for all there are."""
+    """Yield (process, (parent, start time)) for every process of the machine."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             fields = stat.read_text().rpartition(")")[2].split()
             yield int(stat.parent.name), (int(fields[1]), int(fields[19]))
 
 
-C = TypeVar("C", bound=Cast)
+C = TypeVar("C", bound=ProcessGroup)
 
 
 @contextlib.contextmanager
-def cast(folder: Path, environment: Mapping[str, str], kind: type[C] = Cast) -> Iterator[C]:  # type: ignore[assignment]
+def process_group(folder: Path, environment: Mapping[str, str], kind: type[C]) -> Iterator[C]:
     started = kind(folder, {**environment, "PEERS_PROGRESS": str(folder / "progress")})
     watcher = threading.Thread(target=started.watch, daemon=True)
     watcher.start()
@@ -127,8 +127,8 @@ def cast(folder: Path, environment: Mapping[str, str], kind: type[C] = Cast) -> 
         watcher.join()
 
 
-def rate(running: Cast, warm: int, seconds: float, at_least: int, limit: float) -> float:
-    """Updates per second after the first `warm` ones, over `seconds` and `at_least` so many; raises TimeoutError."""
+def rate(running: ProcessGroup, warm: int, seconds: float, at_least: int, limit: float) -> float:
+    """Return updates per second after the first `warm`, over `seconds` and `at_least` updates; raise TimeoutError."""
     deadline = time.monotonic() + limit
     while True:
         times = [when for when, _ in running.merged()]
@@ -140,8 +140,8 @@ def rate(running: Cast, warm: int, seconds: float, at_least: int, limit: float) 
         time.sleep(0.1)
 
 
-def seconds_to(running: Cast, target: float, limit: float) -> float | None:
-    """Seconds from the first merged update to `target`; None where it takes longer than `limit`."""
+def seconds_to(running: ProcessGroup, target: float, limit: float) -> float | None:
+    """Return seconds from the first merged update to `target`; None if that takes longer than `limit`."""
     started = time.monotonic()
     while True:
         merged = running.merged()

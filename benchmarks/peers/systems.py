@@ -1,4 +1,4 @@
-"""How each system is put to work: a server, and clients in processes of their own, on the loopback interface."""
+"""Runs each system: a server and clients in separate processes, over the loopback interface."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.environments import APPFL, FLOWER, HERE
-from peers.running import Cast, cast, free_port
+from peers.running import ProcessGroup, free_port, process_group
 
 from fedqueue.errors import RunNotFound
 from fedqueue.transport.connection import connect
@@ -52,25 +52,25 @@ entrypoint = "{task}:PeerTask"
 options = {{nbytes = {nbytes}, seed = {seed}, data = "{data}"}}
 [clients]
 count = {clients}
-minimum = {clients}
+min_available = {clients}
 [aggregation]
 {aggregation}
 [evaluation]
-every = 1
+every_versions = 1
 [checkpoint]
-seconds = 0
+every_seconds = "off"
 [stop]
 versions = 1000000000
 """
 AGGREGATION = {
-    "fedasync": 'mode = "fedasync"\nalpha = 0.6\nstaleness = {function = "polynomial", a = 0.5}',
-    "fedbuff": 'mode = "fedbuff"\nbuffer_size = 3\nstaleness = {function = "polynomial", a = 0.5}',
+    "fedasync": 'strategy = "fedasync"\nalpha = 0.6\nstaleness = {function = "polynomial", a = 0.5}',
+    "fedbuff": 'strategy = "fedbuff"\nbuffer_size = 3\nstaleness = {function = "polynomial", a = 0.5}',
 }
 
 
 @dataclass(frozen=True)
 class Work:
-    """`nbytes` of a model whose training is instant, or 0 for the digits in the file `data`."""
+    """A run's work: a model of `nbytes` with instant training, or, if `nbytes` is 0, the digits in the file `data`."""
 
     nbytes: int
     clients: int
@@ -86,11 +86,11 @@ class Work:
         }  # fmt: skip
 
 
-System = Callable[[Work, Path], contextlib.AbstractContextManager[Cast]]
+System = Callable[[Work, Path], contextlib.AbstractContextManager[ProcessGroup]]
 
 
-class Ledger(Cast):
-    """A run of fedqueue, which writes down itself what it has merged."""
+class Ledger(ProcessGroup):
+    """A run of fedqueue, whose merged updates are read from its ledger."""
 
     url = ""
 
@@ -103,8 +103,8 @@ class Ledger(Cast):
 
 
 @contextlib.contextmanager
-def fedqueue(work: Work, folder: Path) -> Iterator[Cast]:
-    """As an operator and sites run it: server, coordinator, a worker process for each client, signatures on."""
+def fedqueue(work: Work, folder: Path) -> Iterator[ProcessGroup]:
+    """Run fedqueue as in production: server, coordinator, a worker process for each client, signatures on."""
     server = EmbeddedServer(folder / "redis")
     try:
         config = folder / "federation.toml"
@@ -120,9 +120,9 @@ def fedqueue(work: Work, folder: Path) -> Iterator[Cast]:
             **work.environment,
             "FEDQUEUE_REDIS__URL": server.url,
             "FEDQUEUE_SECURITY__KEYS": str(folder / "keys"),
-            "FEDQUEUE_SECURITY__OUTBOX": str(folder / "outbox"),
+            "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder / "egress"),
         }
-        with cast(folder, environment, Ledger) as running:
+        with process_group(folder, environment, Ledger) as running:
             running.url = server.url
             lead = [sys.executable, "-m", "fedqueue_coordinator", "coordinator", config, "--output", folder / "out"]
             running.start("server", "coordinator", lead)
@@ -136,12 +136,12 @@ def fedqueue(work: Work, folder: Path) -> Iterator[Cast]:
 
 def _appfl(fast: bool) -> System:
     @contextlib.contextmanager
-    def system(work: Work, folder: Path) -> Iterator[Cast]:
+    def system(work: Work, folder: Path) -> Iterator[ProcessGroup]:
         environment = {
             **work.environment, "PEERS_PORT": str(free_port()), "PEERS_FAST": str(int(fast)), "PYTHONPATH": APPFL.path,
         }  # fmt: skip
         script = HERE / "appfl_peer.py"
-        with cast(folder, environment) as running:
+        with process_group(folder, environment, ProcessGroup) as running:
             running.start("server", "server", [APPFL.python, script, "server", work.mode])
             while not _listens(int(environment["PEERS_PORT"])):
                 running.require_alive()
@@ -154,8 +154,8 @@ def _appfl(fast: bool) -> System:
 
 
 @contextlib.contextmanager
-def flower(work: Work, folder: Path) -> Iterator[Cast]:
-    """SuperLink, one SuperNode for each client; each message is a process of its own, which is how Flower isolates."""
+def flower(work: Work, folder: Path) -> Iterator[ProcessGroup]:
+    """Run SuperLink and one SuperNode for each client; Flower isolates each message in a new process."""
     port = free_port()
     app = folder / "app"
     app.mkdir()
@@ -169,7 +169,7 @@ def flower(work: Work, folder: Path) -> Iterator[Cast]:
         **work.environment, "FLWR_HOME": str(folder / "home"), "FLWR_TELEMETRY_ENABLED": "0",
         "PATH": f"{binaries}:/usr/bin:/bin",
     }  # fmt: skip
-    with cast(folder, environment) as running:
+    with process_group(folder, environment, ProcessGroup) as running:
         link = [
             binaries / "flower-superlink",
             "--insecure",

@@ -1,8 +1,8 @@
-"""What every system under comparison does at its clients: the same models, data, local training and sleeps.
+"""Defines the clients' work in every system under comparison: the same models, data, local training and sleeps.
 
-Needs torch and numpy only, since it runs in each peer's own environment. A server reports through the file that the
-environment variable PEERS_PROGRESS names: a line for each merged update, with the monotonic clock of the machine and,
-on the digits, the accuracy of the model after it.
+This module needs only torch and numpy, since it runs in each peer's own environment. A server writes a line for each
+merged update to the file that the environment variable PEERS_PROGRESS names: the machine's monotonic clock and, on the
+digits, the accuracy of the model after the update.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 
 ARRAYS = 10
 NOISE = 1e-4
-DELAYS = (0.05, 0.05, 0.05, 0.05, 0.1, 0.2, 1.0, 2.0)  # seconds that each client sleeps after a local training
+DELAYS = (0.05, 0.05, 0.05, 0.05, 0.1, 0.2, 1.0, 2.0)  # seconds that each client sleeps after local training
 EPOCHS, LEARNING_RATE, BATCH = 5, 0.3, 32
 TARGET = 0.95
-STALENESS, ALPHA, BUFFER = 0.5, 0.6, 3  # (1+τ)^−0.5; of FedAsync; of FedBuff
+STALENESS, ALPHA, BUFFER = 0.5, 0.6, 3  # s(τ) = (1+τ)^−0.5; FedAsync's α; FedBuff's K
 
 torch.set_num_threads(1)
 
 
 def make_model(nbytes: int, seed: int = 0) -> torch.nn.Module:
-    """Ten equal float32 arrays of `nbytes` in all; where it is 0, the digits' MLP."""
+    """Make a model of ten equal float32 arrays of `nbytes` in all; if `nbytes` is 0, the MLP for the digits."""
     if nbytes:
         return torch.nn.ParameterList(torch.zeros(max(1, nbytes // 4 // ARRAYS)) for _ in range(ARRAYS))
     torch.manual_seed(seed)
@@ -33,14 +33,14 @@ def make_model(nbytes: int, seed: int = 0) -> torch.nn.Module:
 
 
 def train_at_once(model: torch.nn.Module) -> None:
-    """The model plus a little noise."""
+    """Add a little noise to the model, in place of training."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(NOISE)
 
 
 class Digits:
-    """The images that the driver has split, in the file that PEERS_DATA names."""
+    """The digits split by the driver, from the file that PEERS_DATA names."""
 
     def __init__(self, path: str) -> None:
         with np.load(path) as stored:
@@ -50,26 +50,27 @@ class Digits:
         return self._arrays[f"images-{number}"], self._arrays[f"labels-{number}"]
 
     def accuracy(self, model: torch.nn.Module) -> float:
-        """On the fifth of all images that no client trains on."""
+        """Return the accuracy on the test set, a fifth of all images, on which no client trains."""
         with torch.no_grad():
             guesses = model(self._arrays["images-test"]).argmax(-1)
         return float((guesses == self._arrays["labels-test"]).float().mean())
 
 
 def train(model: torch.nn.Module, data: tuple[torch.Tensor, torch.Tensor], client: int) -> None:
-    """Local training of one client, and its sleep."""
+    """Train locally as one client, and sleep for that client's delay."""
     images, labels = data
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     for _ in range(EPOCHS):
-        for rows in torch.randperm(len(labels)).split(BATCH):
+        for rows in torch.randperm(len(labels)).split(BATCH):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(images[rows]), labels[rows]).backward()
+            loss = torch.nn.functional.cross_entropy(model(images[rows]), labels[rows])
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     time.sleep(DELAYS[client])
 
 
 class Progress:
-    """Says what has been merged."""
+    """Reports each merged update to the file that PEERS_PROGRESS names."""
 
     def __init__(self) -> None:
         self._file = Path(os.environ["PEERS_PROGRESS"]).open("a", buffering=1)  # noqa: SIM115 - as long as the process

@@ -1,6 +1,6 @@
-"""Stands in for `piq`, which APPFL imports for image metrics that no run here computes.
+"""Stands in for `piq`, which APPFL imports for image metrics that no benchmark computes.
 
-The real one needs torchvision, whose builds have to match that of torch; an import of this costs APPFL nothing.
+The real `piq` needs torchvision, whose build must match that of torch; importing this stand-in costs no time.
 """
 
 from __future__ import annotations

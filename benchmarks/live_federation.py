@@ -1,6 +1,6 @@
-"""A real federation to be measured: a server, a coordinator and workers whose training is instant, each a process.
+"""Runs a real federation for measurements: a server, a coordinator and workers with instant training, each a process.
 
-What a process used is read from /proc, so these benchmarks run on Linux.
+CPU time and memory of a process are read from /proc, so these benchmarks run on Linux only.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ entrypoint = "{task}:InstantTask"
 options = {{nbytes = {nbytes}}}
 [clients]
 count = {clients}
-minimum = {clients}
+min_available = {clients}
 [evaluation]
-every = 0
+every_versions = "off"
 [checkpoint]
-seconds = 0
+every_seconds = "off"
 [stop]
 versions = 1000000000
 """
@@ -46,7 +46,7 @@ versions = 1000000000
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one federation at work for `seconds`."""
+    """Measurements of one working federation over `seconds`."""
 
     seconds: float
     updates: int
@@ -56,12 +56,12 @@ class Figures:
     """The same, of all workers."""
     server_cpu: float
     coordinator_peak: int
-    """Resident bytes at most, since its start."""
+    """Peak of resident bytes since the start of the process."""
     worker_peak: int
     """Of the largest worker."""
     server_peak: int
     coordinator_shared: int
-    """Of its resident bytes, what other processes that have them too count for."""
+    """Resident bytes minus proportional bytes: the part of shared pages that counts for other processes."""
     worker_shared: int
 
     @property
@@ -70,14 +70,14 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Crew:
+class LiveFederation:
     server: EmbeddedServer
     coordinator: int
     workers: Sequence[int]
     store: Store
 
     def measure(self, seconds: float, at_least: int = 20) -> Figures:
-        """Work for `seconds`, longer where fewer than `at_least` updates are merged by then."""
+        """Measure for at least `seconds`, and until `at_least` updates are merged."""
         pids = [self.coordinator, self.server.process.pid, *self.workers]
         start, before, merged = time.monotonic(), [cpu_seconds(pid) for pid in pids], self._merged()
         while time.monotonic() < start + seconds or self._merged() < merged + at_least:
@@ -93,11 +93,11 @@ class Crew:
 
     def _merged(self) -> int:
         totals = self.store.redis.hget(self.store.keys.head, "totals")
-        return int(msgpack.unpackb(totals)["updates"]) if totals else 0  # type: ignore[arg-type]
+        return int(msgpack.unpackb(totals)["updates"]) if totals else 0
 
 
 @contextlib.contextmanager
-def crew(
+def live_federation(
     nbytes: int,
     workers: int,
     settings: Sequence[str],
@@ -105,11 +105,11 @@ def crew(
     profile: Path | None = None,
     forked: bool = False,
     at_work: int = 0,
-) -> Iterator[Crew]:
-    """`workers` processes serve `clients` (by default as many) and have merged `at_work` updates (by default two each).
+) -> Iterator[LiveFederation]:
+    """Start `workers` processes for `clients` clients (default: one each); yield after `at_work` merged updates.
 
-    With `profile`, where the coordinator's CPU time goes is written there once the crew has ended. `forked` workers
-    share one import of torch.
+    By default, `at_work` is two for each worker. With `profile`, a profile of the coordinator is written to that file
+    at the end. With `forked`, the workers are forked from one process and share that process's import of torch.
     """
     clients = clients or workers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -124,7 +124,7 @@ def crew(
         environment = {
             "FEDQUEUE_REDIS__URL": server.url,
             "FEDQUEUE_SECURITY__KEYS": str(folder / "keys"),
-            "FEDQUEUE_SECURITY__OUTBOX": str(folder / "outbox"),
+            "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder / "egress"),
         }
 
         def start(module: str, *arguments: str, program: Sequence[str] = ()) -> int:
@@ -138,11 +138,11 @@ def crew(
         coordinator = start("fedqueue_coordinator", *arguments, program=profiled)
         served = [[f"client-{c}" for c in range(w, clients, workers)] for w in range(workers)]
         if forked:
-            everybody = [word for ids in served for c in ids for word in ("--client", c)]
-            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *everybody)]
+            options = [word for ids in served for c in ids for word in ("--client", c)]
+            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *options)]
         else:
             pids = [start("fedqueue_worker", str(config), *(w for c in ids for w in ("--client", c))) for ids in served]
-        running = Crew(server, coordinator, pids, Store(connect(server.url), "bench"))
+        running = LiveFederation(server, coordinator, pids, Store(connect(server.url), "bench"))
         deadline = time.monotonic() + START_SECONDS
         while not _has_merged(running, at_work or 2 * workers):
             assert time.monotonic() < deadline, (folder / "fedqueue_coordinator.log").read_text()[-2000:]
@@ -150,7 +150,7 @@ def crew(
         yield replace(running, workers=children(pids[0])) if forked else running
 
 
-def _has_merged(running: Crew, updates: int) -> bool:
+def _has_merged(running: LiveFederation, updates: int) -> bool:
     with contextlib.suppress(redis.RedisError):
         return running._merged() >= updates
     return False
@@ -161,12 +161,12 @@ def children(pid: int) -> list[int]:
 
 
 def size_options(description: str | None, sizes: Sequence[int]) -> argparse.Namespace:
-    """What a benchmark by size is asked for on its command line; `--quick` is one small size, once."""
+    """Parse the command line of a benchmark that measures several sizes; `--quick` means one small size, once."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one small size, once: shows that it works")
+    parser.add_argument("--quick", action="store_true", help="one small size, once, as a smoke test")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--sizes", default=",".join(map(str, sizes)), help="bytes, by commas")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
+    parser.add_argument("--sizes", default=",".join(map(str, sizes)), help="model sizes in bytes, by commas")
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     options.sizes = [100_000] if options.quick else [int(size) for size in options.sizes.split(",")]
@@ -185,12 +185,12 @@ def peak_bytes(pid: int) -> int:
 
 
 def shared_bytes(pid: int) -> int:
-    """Of its resident bytes, what other processes that have them too count for."""
+    """Return resident bytes minus proportional bytes: the part of shared pages that counts for other processes."""
     return resident_bytes(pid) - proportional_bytes(pid)
 
 
 def proportional_bytes(pid: int) -> int:
-    """Resident bytes, each page in as many parts as processes have it."""
+    """Return resident bytes (PSS): each page is divided by the number of processes that map it."""
     return _bytes_of(pid, "smaps_rollup", "Pss")
 
 
@@ -199,12 +199,12 @@ def resident_bytes(pid: int) -> int:
 
 
 def _bytes_of(pid: int, file: str, name: str) -> int:
-    """The bytes of a line `NAME: N kB`."""
+    """Return the bytes of a line `NAME: N kB`."""
     lines = Path(f"/proc/{pid}/{file}").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
-    """Median, and the range where there is one."""
+    """Format the median, and the range if there are several values."""
     middle = f"{statistics.median(values):.{digits}f}"
     return middle if len(values) == 1 else f"{middle} ({min(values):.{digits}f} to {max(values):.{digits}f})"
