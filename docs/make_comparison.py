@@ -1,4 +1,4 @@
-"""Runs the comparisons of docs/comparison.md, and writes their tables, and a picture for each data set, into it.
+"""Run the comparisons of docs/comparison.md, and write their tables and a picture for each data set into it.
 
 .venv/bin/python docs/make_comparison.py            # all of them: half an hour on one idle core
 .venv/bin/python docs/make_comparison.py hospitals  # one part (digits, hospitals, choices): the other tables stay
@@ -23,22 +23,22 @@ PAGE = DOCS / "comparison.md"
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: what all its comparisons share, its splits, and its clients' speeds."""
+    """A data set: the arguments that all its comparisons share, its splits, and its clients' speeds."""
 
     config: str
     common: tuple[str, ...]
     splits: dict[str, tuple[str, ...]]
     speeds: dict[str, tuple[str, ...]]
     tuned: dict[str, dict[str, str]]
-    """Split → mode → settings that were chosen for it; a mode without any takes fedbuff's."""
+    """Split → strategy → settings that were chosen for it; a strategy without any takes fedbuff's."""
     fedcompass: str
     cohort: str
 
 
-def rates(fadas_step: float, **modes: float) -> dict[str, str]:
-    """Mode → the override of its learning rate; FADAS trains with fedbuff's, and has one of its own on the server."""
-    tuned = {mode: f"training.learning_rate={rate:g}" for mode, rate in modes.items()}
-    return {**tuned, "fadas": f"{tuned['fedbuff']} aggregation.options.learning_rate={fadas_step:g}"}
+def rates(fadas_step: float, **strategies: float) -> dict[str, str]:
+    """Strategy → the override of its learning rate; FADAS trains with fedbuff's rate and has one more on the server."""
+    tuned = {name: f"training.learning_rate={rate:g}" for name, rate in strategies.items()}
+    return {**tuned, "fadas": f"{tuned['fedbuff']} aggregation.strategy_options.learning_rate={fadas_step:g}"}
 
 
 DATA = {
@@ -60,7 +60,7 @@ DATA = {
             "Dirichlet 0.3": rates(fedavg=0.6, fedasync=0.6, fedbuff=0.6, ca2fl=0.6, fadas_step=0.01),
             "IID": rates(fedavg=1, fedasync=1, fedbuff=0.6, ca2fl=0.6, fadas_step=0.01),
         },
-        fedcompass="dispatch.compass.min_steps=10 dispatch.compass.max_steps=50",
+        fedcompass="dispatch.fedcompass.min_steps=10 dispatch.fedcompass.max_steps=50",
         cohort="aggregation.cohort_size=6 dispatch.over_selection=1.3",
     ),
     "hospitals": Data(
@@ -82,15 +82,15 @@ DATA = {
             "each hospital its own rows": rates(fedavg=0.2, fedasync=0.05, fedbuff=0.1, ca2fl=0.2, fadas_step=0.01),
             "all rows dealt out at random": rates(fedavg=0.2, fedasync=0.2, fedbuff=0.2, ca2fl=0.2, fadas_step=0.03),
         },
-        fedcompass="dispatch.compass.min_steps=4 dispatch.compass.max_steps=20",
+        fedcompass="dispatch.fedcompass.min_steps=4 dispatch.fedcompass.max_steps=20",
         cohort="aggregation.cohort_size=3 dispatch.over_selection=1.3",
     ),
 }  # fmt: skip
 
 
 DIGITS = ("examples/digits/federation.toml", *DATA["digits"].common, "--speeds", "1:2:4")
-FADAS = "aggregation.mode=fadas aggregation.options.delay_threshold=1 training.learning_rate=0.6"
-DIVIDE = "aggregation.options.delay_rule=divide"
+FADAS = "aggregation.strategy=fadas aggregation.strategy_options.delay_threshold=1 training.learning_rate=0.6"
+DIVIDE = "aggregation.strategy_options.delay_rule=divide"
 CHOICES = {
     "The divisor of FedBuff: `aggregation.normalize`": (
         *DIGITS, "--set", "training.learning_rate=0.6",
@@ -98,17 +98,17 @@ CHOICES = {
         "--variant", "weights: aggregation.normalize=weights",
     ),
     "What FedAsync mixes in: `aggregation.mixing`": (
-        *DIGITS, "--set", "aggregation.mode=fedasync", "--set", "training.learning_rate=0.6",
+        *DIGITS, "--set", "aggregation.strategy=fedasync", "--set", "training.learning_rate=0.6",
         "--variant", "model: aggregation.mixing=model",
         "--variant", "delta: aggregation.mixing=delta",
         "--variant", "delta, alpha 0.2: aggregation.mixing=delta aggregation.alpha=0.2",
     ),
-    "How FADAS heeds a delay: `delay_rule`": (
+    "How FADAS treats a delay: `delay_rule`": (
         *DIGITS,
-        "--variant", f"bound, 0.01: {FADAS} aggregation.options.learning_rate=0.01",
-        "--variant", f"divide, 0.01: {FADAS} aggregation.options.learning_rate=0.01 {DIVIDE}",
-        "--variant", f"bound, 0.03: {FADAS} aggregation.options.learning_rate=0.03",
-        "--variant", f"divide, 0.03: {FADAS} aggregation.options.learning_rate=0.03 {DIVIDE}",
+        "--variant", f"bound, 0.01: {FADAS} aggregation.strategy_options.learning_rate=0.01",
+        "--variant", f"divide, 0.01: {FADAS} aggregation.strategy_options.learning_rate=0.01 {DIVIDE}",
+        "--variant", f"bound, 0.03: {FADAS} aggregation.strategy_options.learning_rate=0.03",
+        "--variant", f"divide, 0.03: {FADAS} aggregation.strategy_options.learning_rate=0.03 {DIVIDE}",
     ),
     "BatchNorm's statistics: `aggregation.running_statistics`": (
         *DIGITS, "--set", "task.options.model=cnn", "--set", "training.learning_rate=0.1",
@@ -119,43 +119,43 @@ CHOICES = {
     "Why CA²FL diverged on IID digits with equal speeds": (
         *DIGITS[:-2], "--set", "task.options.scheme=iid",
         "--variant", "fedbuff, undamped: aggregation.staleness.function=constant training.learning_rate=0.6",
-        "--variant", "ca2fl: aggregation.mode=ca2fl training.learning_rate=0.6",
-        "--variant", "ca2fl, 0.1: aggregation.mode=ca2fl training.learning_rate=0.1",
-        "--variant", "ca2fl, 4 at once: aggregation.mode=ca2fl dispatch.concurrency=4 training.learning_rate=0.6",
-        "--variant", "ca2fl, server 0.5: aggregation.mode=ca2fl server_optimizer.learning_rate=0.5 "
+        "--variant", "ca2fl: aggregation.strategy=ca2fl training.learning_rate=0.6",
+        "--variant", "ca2fl, 0.1: aggregation.strategy=ca2fl training.learning_rate=0.1",
+        "--variant", "ca2fl, 4 at once: aggregation.strategy=ca2fl dispatch.concurrency=4 training.learning_rate=0.6",
+        "--variant", "ca2fl, server 0.5: aggregation.strategy=ca2fl server_optimizer.learning_rate=0.5 "
         "training.learning_rate=0.6",
     ),
 }  # fmt: skip
-"""What a paper leaves open, or we looked at twice → the arguments of `fedqueue compare`."""
+"""A choice that a paper leaves open → the arguments of `fedqueue compare` that measure it."""
 
 
-def known(data: Data, mode: str) -> bool:
+def known(data: Data, strategy: str) -> bool:
     try:
-        load_config(DOCS.parent / data.config, [f"aggregation.mode={mode}"])
+        load_config(DOCS.parent / data.config, [f"aggregation.strategy={strategy}"])
     except ConfigurationError:
         return False
     return True
 
 
 def variants(data: Data, split: str) -> Iterator[str]:
-    """Every mode there is, and two ways to schedule, as variants with the settings that were chosen for them."""
+    """Every strategy, and two schedules, as variants with the settings that were chosen for them."""
     tuned = data.tuned[split]
-    for mode in ("fedavg", "fedasync", "fedbuff", "fadas", "ca2fl"):
-        if known(data, mode):
-            yield f"{mode}: aggregation.mode={mode} {tuned.get(mode, tuned['fedbuff'])}"
-    fedcompass = f"dispatch.schedule=compass {data.compass}"
-    yield f"fedbuff+compass: aggregation.mode=fedbuff {fedcompass} {tuned['fedbuff']}"
-    yield f"fedavg+over: aggregation.mode=fedavg {data.cohort} {tuned['fedavg']}"
+    for strategy in ("fedavg", "fedasync", "fedbuff", "fadas", "ca2fl"):
+        if known(data, strategy):
+            yield f"{strategy}: aggregation.strategy={strategy} {tuned.get(strategy, tuned['fedbuff'])}"
+    fedcompass = f"dispatch.schedule=fedcompass {data.fedcompass}"
+    yield f"fedbuff+fedcompass: aggregation.strategy=fedbuff {fedcompass} {tuned['fedbuff']}"
+    yield f"fedavg+over: aggregation.strategy=fedavg {data.cohort} {tuned['fedavg']}"
 
 
 def command(data: Data, split: str, speeds: str) -> list[str]:
-    """The arguments of `fedqueue`."""
+    """Arguments of `fedqueue` for one table."""
     words = [word for variant in variants(data, split) for word in ("--variant", variant)]
     return ["compare", data.config, *data.common, *data.splits[split], *data.speeds[speeds], *words]
 
 
 def table(arguments: list[str], folder: Path) -> str:
-    """Run `fedqueue` with these arguments; its files lie in `folder`."""
+    """Run `fedqueue` with these arguments, with results in `folder`; returns the Markdown table."""
     program = [sys.executable, "-m", "fedqueue_coordinator", *arguments, "--output", str(folder)]
     subprocess.run(program, check=True, stdout=subprocess.DEVNULL, cwd=DOCS.parent)  # noqa: S603
     lines = (folder / "comparison.md").read_text(encoding="utf-8").splitlines()
@@ -171,7 +171,7 @@ def choices() -> Iterator[str]:
 
 
 def sections(name: str) -> Iterator[str]:
-    """The generated part of a data set, piece by piece, as its runs end."""
+    """Generated parts of the page for a data set, one by one, as its runs end."""
     data = DATA[name]
     pictures = DOCS / "pictures"
     pictures.mkdir(exist_ok=True)
@@ -191,7 +191,7 @@ def sections(name: str) -> Iterator[str]:
 
 
 def write(name: str) -> None:
-    """Replace what stands between the part's two marks in the page."""
+    """Replace the text between the part's two marks in the page."""
     begin, end = (f"<!-- {name}: {mark} -->\n" for mark in ("begin", "end"))
     generated = "".join(choices() if name == "choices" else sections(name))
     page = PAGE.read_text(encoding="utf-8")

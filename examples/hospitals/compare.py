@@ -26,7 +26,8 @@ from safetensors.torch import load_file
 from task import MODELS, HospitalRows, HospitalsTask
 from torch.utils.data import ConcatDataset
 
-from fedqueue.config.loading import Config, load_config
+from fedqueue.config.loading import load_config
+from fedqueue.config.schema import Config
 from fedqueue.training import train
 
 CONFIG = Path(__file__).with_name("federation.toml")
@@ -60,10 +61,10 @@ class Setting:
         return {metric: {**of, "mean": mean(of.values())} for metric, of in result.items()}
 
     def train_on(self, data: object, epochs: int) -> torch.nn.Module:
-        """A model trained in this process as `[training]` says, but for `epochs` passes."""
+        """A model trained in this process as `[training]` says, but for `local_epochs` passes."""
         torch.manual_seed(self.config.seed)
-        model = self.task.model()
-        config = self.config.training.model_copy(update={"epochs": epochs, "device": "cpu"})
+        model: torch.nn.Module = self.task.model()
+        config = self.config.training.model_copy(update={"local_epochs": epochs, "device": "cpu"})
         train(self.task, model, data, config, progress=lambda: None)
         return model
 
@@ -87,7 +88,7 @@ def main() -> None:
 def compare(setting: Setting) -> dict[str, RunResult]:
     """The three figures of one seed, and what a hospital's model is worth in the three others."""
     federated, updates = federation(setting)
-    epochs = round(updates * setting.config.training.epochs / len(setting.rows))  # passes over an average row
+    epochs = round(updates * setting.config.training.local_epochs / len(setting.rows))  # passes over an average row
     alone = {name: setting.train_on(rows, epochs) for name, rows in setting.rows.items()}
     pooled = setting.train_on(ConcatDataset(list(setting.rows.values())), epochs)
     return {
@@ -102,7 +103,7 @@ def elsewhere(setting: Setting, alone: Mapping[str, torch.nn.Module]) -> RunResu
     """The mean over the models of the other hospitals, each tested on this one's held-out rows."""
     names = list(alone)
     after = {name: names[i + 1 :] + names[:i] for i, name in enumerate(names)}
-    foreign = [setting.test(lambda name, k=k: alone[after[name][k]]) for k in range(len(names) - 1)]
+    foreign = [setting.test({name: alone[after[name][k]] for name in names}.__getitem__) for k in range(len(names) - 1)]
     return {metric: {c: mean(of[metric][c] for of in foreign) for c in foreign[0][metric]} for metric in METRICS}
 
 

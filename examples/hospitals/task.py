@@ -86,7 +86,7 @@ class HospitalsTask(Task):
         rows, ill = (torch.cat(parts) for parts in zip(*(one.tensors for one in each), strict=True))
         sizes = [len(one) for one in each]
         dealt = torch.from_numpy(np.random.default_rng(self.seed).permutation(len(ill)))
-        mine = dealt.split(sizes)[list(HOSPITALS).index(hospital)]
+        mine = dealt.tensor_split(np.cumsum(sizes)[:-1].tolist())[list(HOSPITALS).index(hospital)]
         return HospitalRows((rows[mine], ill[mine]), own.test.tensors)
 
     def test_data(self) -> Dataset[tuple[torch.Tensor, ...]] | None:
@@ -98,7 +98,7 @@ class HospitalsTask(Task):
     def evaluate(self, model: torch.nn.Module, data: Dataset[tuple[torch.Tensor, ...]]) -> dict[str, float]:
         """Mean `loss`, `accuracy`, and `auc` (area under the ROC curve) where both outcomes occur."""
         metrics = super().evaluate(model, data)
-        rows, ill = next(iter(DataLoader(data, batch_size=len(data))))
+        rows, ill = next(iter(DataLoader(data, batch_size=len(data))))  # type: ignore[arg-type]
         if 0 < ill.sum() < len(ill):
             metrics["auc"] = auc(score(model, rows), ill.numpy())
         return metrics
@@ -118,7 +118,8 @@ def score(model: torch.nn.Module, rows: torch.Tensor) -> npt.NDArray[np.float32]
     model.eval()
     with torch.no_grad():
         scores = model(rows.to(next(model.parameters()).device)).cpu().numpy()
-    return scores[:, 1] - scores[:, 0]
+    difference: npt.NDArray[np.float32] = scores[:, 1] - scores[:, 0]
+    return difference
 
 
 def auc(scores: npt.NDArray[np.float32], ill: Indices) -> float:
