@@ -103,7 +103,7 @@ class TakenJob(TrainingJob):
     """A job as its worker reads it: only its queue and its call are read from RQ's record."""
 
     def refresh(self) -> None:
-        """Read the record; raises NoSuchJobError if there is none, or if it contains no call."""
+        """Read the record; raises NoSuchJobError if the record is missing or contains no call."""
         record = cast(dict[bytes, bytes], self.connection.hgetall(self.key))
         if b"data" not in record:
             raise NoSuchJobError(f"no such job: {self.id}")

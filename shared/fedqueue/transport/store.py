@@ -155,7 +155,7 @@ class Store(BlobStore, ScriptRunner):
         return cast(bytes, envelope)
 
     def read_version_signature(self, version: int, model_bytes: int) -> bytes:
-        """The envelope that signs a version of `model_bytes` bytes; empty if there is none."""
+        """The envelope that signs a version of `model_bytes` bytes; empty if the version is not signed."""
         return cast(bytes, self.redis.getrange(self._signature_key(version, model_bytes), 0, MAX_MESSAGE))
 
     def _signature_key(self, version: int, model_bytes: int) -> str:

@@ -34,7 +34,7 @@ ACCEPTED_KEYS = 2
 
 
 def coordinator_key(folder: Path) -> PublicKey:
-    """Return the coordinator's public key; generates the key pair if there is none."""
+    """Return the coordinator's public key; generates the key pair if the folder has no key."""
     path = folder / COORDINATOR_KEY
     if not path.exists():
         SigningKey.generate().save(path)

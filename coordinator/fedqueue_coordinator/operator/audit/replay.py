@@ -31,7 +31,7 @@ class Replay:
     updates: int
     """Updates that were merged again."""
     problems: Sequence[str]
-    """Differences from the ledger or the expected model; empty if there is none."""
+    """Differences from the ledger or the expected model; empty if the replay gives the same bits."""
 
 
 def replay(
