@@ -30,7 +30,7 @@ from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
 from fedqueue.task import load_task
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import Codec, upward
+from fedqueue.tensors.codec import Codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue.transport.connection import connect
@@ -80,7 +80,7 @@ class Counted(Simulation):
 
     def _train(self, job: Job) -> None:
         federation = self.federation
-        self.down_bytes += federation.down.encode(federation.model, federation.version).nbytes
+        self.down_bytes += federation.downlink.encode(federation.model, federation.version).nbytes
         super()._train(job)
         assert job.wire is not None
         self.up_bytes += job.wire.nbytes
@@ -108,7 +108,7 @@ def speed(compression: dict[str, Any], parameters: int, turns: int, store: Coord
     manifest = Manifest((TensorSpec("w", "float32", (parameters,), 0, parameters, PARAMETER),))
     frame = Frame(manifest)
     frame.parameters.normal_(generator=torch.Generator().manual_seed(0)).mul_(0.01)
-    codec = upward(CompressionConfig(**compression), manifest)
+    codec = uplink_codec(CompressionConfig(**compression), manifest)
     wire = codec.encode(frame, 1)
     sum_ = Frame(manifest)
     into = Accumulator(sum_.floats, sum_.counters, sum_.buffer, updates=1)

@@ -22,7 +22,7 @@ from live_federation import spread
 
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import Codec, upward
+from fedqueue.tensors.codec import Codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
@@ -44,7 +44,7 @@ def measure(name: str, length: int, repeats: int) -> dict[str, Any]:
     frame = Frame(manifest)
     torch.manual_seed(0)
     frame.parameters.normal_()
-    codec = upward(CompressionConfig(uplink=name, topk_ratio=0.01), manifest)
+    codec = uplink_codec(CompressionConfig(uplink=name, topk_ratio=0.01), manifest)
     wire, plain = codec.encode(frame, 1), Codec(manifest)
     aggregator = fedbuff(2, constant())
     accumulator = aggregator.init(manifest)

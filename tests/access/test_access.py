@@ -13,10 +13,10 @@ import redis
 
 from fedqueue.errors import ServerUnavailable
 from fedqueue.protocol.messages import Ending, Registration
-from fedqueue.transport.lua_scripts import script_digest
+from fedqueue.transport.lua_scripts import WORKER_SCRIPTS, script_digest
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue.transport.store import Store
-from fedqueue.transport.worker_store import SCRIPTS, WorkerStore
+from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.operator.embedded_server import find_server
 from tests.support.acl_server import CLIENTS, AclServer, tagged
 from tests.support.sample_run import SampleRun
@@ -171,11 +171,11 @@ FORBIDDEN: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("deed", FORBIDDEN)
-def test_denied_worker_command_changes_nothing(guarded, victim, deed):
+@pytest.mark.parametrize("action", FORBIDDEN)
+def test_denied_worker_command_changes_nothing(guarded, victim, action):
     before = victim.contents()
     with pytest.raises(redis.ResponseError, match=DENIED):
-        guarded.user("worker-c0").execute_command(*FORBIDDEN[deed](victim))
+        guarded.user("worker-c0").execute_command(*FORBIDDEN[action](victim))
     assert victim.contents() == before
 
 
@@ -203,21 +203,21 @@ BY_OWN_SCRIPTS: dict[str, Callable[[WorkerStore, Any], Any]] = {
 
 
 @pytest.mark.parametrize("token", ["worker-a", "worker-b"], ids=["own token", "the victim's token"])
-@pytest.mark.parametrize("deed", BY_OWN_SCRIPTS)
-def test_worker_scripts_cannot_reach_other_clients_keys(guarded, victim, deed, token):
+@pytest.mark.parametrize("action", BY_OWN_SCRIPTS)
+def test_worker_scripts_cannot_reach_other_clients_keys(guarded, victim, action, token):
     """Access is denied even with the token of the process that serves the other client."""
     own = victim.keys.attempt(victim.own_job)
     before = victim.contents() | {own: ...}
     with pytest.raises(redis.ResponseError, match=DENIED):
-        BY_OWN_SCRIPTS[deed](worker_store(guarded, "c0", token), victim)
+        BY_OWN_SCRIPTS[action](worker_store(guarded, "c0", token), victim)
     assert victim.contents() | {own: ...} == before, "the script changed another client's keys before the denial"
 
 
 def test_each_denied_command_works_with_more_rights(guarded, victim):
     """The server knows each of the denied commands, which shows that the tests above can fail."""
     admin = guarded.user("admin")
-    for name, deed in FORBIDDEN.items():
-        command = str(deed(victim)[0])
+    for name, action in FORBIDDEN.items():
+        command = str(action(victim)[0])
         assert admin.execute_command("COMMAND", "INFO", command), name
 
 
@@ -226,8 +226,8 @@ def test_allowed_scripts_are_those_that_a_worker_runs(guarded):
     import inspect
 
     source = inspect.getsource(WorkerStore)
-    assert all(f'"{script}"' in source for script in SCRIPTS)
-    assert source.count("self.script(") == len(SCRIPTS)
+    assert all(f'"{script}"' in source for script in WORKER_SCRIPTS)
+    assert source.count("self.script(") == len(WORKER_SCRIPTS)
 
 
 # Invalid data in a worker's own keys
@@ -239,7 +239,7 @@ GARBAGE = ["", "x", "nan", "inf", "-inf", "1e400", "0x10", "99999999999999999999
 @pytest.mark.parametrize("value", GARBAGE)
 def test_garbage_in_worker_records_is_harmless(guarded, victim, value):
     attacker, run = guarded.user("worker-c0"), victim
-    for field in ("number", "base", "held", "lease", "chunks", "posted"):
+    for field in ("number", "base", "pinned", "lease", "chunks", "posted"):
         attacker.hset(run.keys.attempt(run.own_job), field, value)
     for field in ("alive", "job", "registration", "refused:closed", "refused:closed "):
         attacker.hset(run.keys.site("c0"), field, value)
@@ -305,10 +305,10 @@ VIEWER_MAY_NOT: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("deed", VIEWER_MAY_NOT)
-def test_commands_of_a_viewer_beyond_reading_are_denied(guarded, victim, deed):
+@pytest.mark.parametrize("action", VIEWER_MAY_NOT)
+def test_commands_of_a_viewer_beyond_reading_are_denied(guarded, victim, action):
     with pytest.raises(redis.ResponseError, match=DENIED):
-        guarded.user("viewer").execute_command(*VIEWER_MAY_NOT[deed](victim))
+        guarded.user("viewer").execute_command(*VIEWER_MAY_NOT[action](victim))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import fedqueue.tensors.frame
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import BlobMissing, SignatureError
-from fedqueue.tensors.codec import upward
+from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.kernels import kernel
 from fedqueue.tensors.manifest import BUFFER, COUNTER, PARAMETER, Manifest, TensorSpec
@@ -178,6 +178,6 @@ def test_coordinator_compiles_its_loop_before_the_first_update(aggregator, compi
     """An aggregator that keeps updates as frames adds no encoded update, so no kernel is compiled for it."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()
-    up = upward(CompressionConfig(uplink="int8"), manifest)
+    up = uplink_codec(CompressionConfig(uplink="int8"), manifest)
     payload_reader.PayloadReader(None, SimpleNamespace(takes_pieces=aggregator.takes_pieces, up=up))
     assert kernel.cache_info().currsize == compiled

@@ -12,30 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fedqueue.transport.store import Store
-from fedqueue_coordinator.cli import main as cli
-from fedqueue_coordinator.operator import runs
 from tests.support.sample_run import SampleRun
-
-
-@pytest.fixture(autouse=True)
-def folder(monkeypatch, tmp_path):
-    """Enter an empty folder, without a server on the default port, so that no test finds a run by accident."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(runs, "DEFAULT_URL", f"unix://{tmp_path}/none.sock")
-    return tmp_path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedqueue", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
 
 
 @pytest.fixture
@@ -253,6 +230,8 @@ for words in (["run", "--help"], ["init", "fresh"]):  # typer takes pydantic for
 call(worker, "--help", without=HEAVY | {"redis", "cryptography"})
 call(app, "list", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config.schema"})
 call(app, "status", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config.schema"})
+for words in (["acl", "sample", "--client", "c0"], ["certs", "tls"], ["enroll", "c0"], ["revoke", "c0"]):
+    call(app, *words, without=HEAVY - {"numpy"})
 """
 
 

@@ -23,24 +23,6 @@ CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path):
-    """Return the exit code, stdout and stderr of the command line with these arguments, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("fedqueue_coordinator.operator.runs.DEFAULT_URL", f"unix://{tmp_path}/none.sock")
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedqueue", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return ended.value.code or 0, captured.out, captured.err
-
-    return run
-
-
-@pytest.fixture
 def path(tmp_path):
     path = tmp_path / "federation.toml"
     path.write_text(CONFIG)
@@ -66,7 +48,10 @@ def test_missing_command_shows_help_and_is_a_usage_error(call):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("run", ["CONFIG.toml", "--workers", "--set", "--output", "--seed", "--quiet", "Ctrl-C", "Examples:"]),
+        (
+            "run",
+            ["CONFIG.toml", "--workers", "--set", "--seed", "--verbose", "--quiet", "Ctrl-C", "Examples:"],
+        ),
         ("coordinator", ["CONFIG.toml", "--redis", "--url", "--run", "--set", "--output", "--verbose", "SIGTERM"]),
         ("status", ["--redis", "--url", "--run", "--json"]),
         ("list", ["--redis", "--url", "--json"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -13,23 +14,14 @@ from fedqueue.protocol.coordinator_identity import load_coordinator_identity
 from fedqueue.protocol.site_identity import load_site_identity
 from fedqueue.task import load_task
 from fedqueue.tensors.manifest import Manifest
-from fedqueue_coordinator.cli import main as cli
 from fedqueue_coordinator.operator.scaffold import SCAFFOLD_FILENAMES
+from tests.support.command_line import CommandLine
 
 
 @pytest.fixture
-def init(monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def init(call: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], tuple[object, str, str]]]:
     monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def run(folder):
-        monkeypatch.setattr(sys, "argv", ["fedqueue", "init", str(folder)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        return ended.value.code or 0, captured.out, captured.err
-
-    yield run
+    yield lambda folder: call("init", folder)
     sys.modules.pop("fedqueue_task_task", None)
 
 
@@ -89,7 +81,7 @@ def test_every_option_in_the_configuration_is_explained(init, tmp_path):
     assert "FEDQUEUE_" in text
 
 
-def test_commands_of_the_readme_are_complete(init, tmp_path, monkeypatch):
+def test_commands_of_the_readme_are_complete(call, init, tmp_path, monkeypatch):
     """Signatures are required by default, so neither the coordinator nor a worker starts without keys."""
     init("mine")
     folder = tmp_path / "mine"
@@ -99,10 +91,7 @@ def test_commands_of_the_readme_are_complete(init, tmp_path, monkeypatch):
     enroll, coordinator, worker = commands[1:]
     assert commands[0] == ["fedqueue", "run", "federation.toml"]
     assert coordinator[:3] == ["fedqueue", "coordinator", "federation.toml"]
-    monkeypatch.setattr(sys, "argv", enroll)
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert not ended.value.code
+    assert call(*enroll[1:])[0] == 0
     name, settings = worker[worker.index("--client") + 1], [worker[worker.index("--set") + 1]]
     config = load_config(folder / worker[1], settings, environment={})
     assert load_coordinator_identity(folder / "keys", config.name)

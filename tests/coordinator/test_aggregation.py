@@ -7,7 +7,7 @@ import pytest
 
 from fedqueue.config.aggregation import STRATEGIES, ServerOptimizerConfig
 from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
-from fedqueue.tensors.codec import upward
+from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import BUFFER, COUNTER, PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
@@ -295,7 +295,7 @@ LONG = Manifest(
 def test_encoded_merge_equals_the_mean_of_decoded_updates(aggregator, name):
     """The 300,000 parameters span three pieces; the oracle sums whole vectors in float64."""
     assert aggregator.takes_pieces
-    codec = upward(CompressionConfig(uplink=name, topk_ratio=0.1), LONG)
+    codec = uplink_codec(CompressionConfig(uplink=name, topk_ratio=0.1), LONG)
     model, deltas = Frame(LONG), []
     model.buffers.fill_(1.0)
     for i in range(aggregator.buffer_size):

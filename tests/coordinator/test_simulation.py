@@ -12,7 +12,7 @@ from fedqueue.config.loading import parse_config
 from fedqueue.errors import RunFailed
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Order, Registration, read
-from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
@@ -225,7 +225,7 @@ class Workers(CoordinatorStore):
         order = read(Order, next(j.order for j in self.jobs() if j.job == job))
         claim = self.worker.claim(job, 3600)
         base, local = Frame(manifest), Frame(manifest)
-        down, up = (of(self.config.compression, manifest) for of in (downward, upward))
+        down, up = (of(self.config.compression, manifest) for of in (downlink_codec, uplink_codec))
         self.worker.fetch_model(claim.version, down, base)
         data = self.task.train_data(self.config.clients.client(order.client))
         update = compute_update(self.task, model, data, order, base, local, lambda: None)

@@ -93,8 +93,12 @@ def test_check_notices_a_decoder_that_breaks_a_bound(monkeypatch, broken):
     ticks = iter([0.0, 99.0])
     if broken == "hangs":
         monkeypatch.setattr(decoders.time, "process_time", lambda: next(ticks))
-    deeds = {"raises": lambda data: 1 // len(data), "grows": lambda data: bytes(10 * 2**20), "hangs": lambda data: None}
-    monkeypatch.setitem(DECODERS, "broken", Decoder(deeds[broken], (WireError,), ()))
+    decode = {
+        "raises": lambda data: 1 // len(data),
+        "grows": lambda data: bytes(10 * 2**20),
+        "hangs": lambda data: None,
+    }
+    monkeypatch.setitem(DECODERS, "broken", Decoder(decode[broken], (WireError,), ()))
     with pytest.raises(ToShow, match={"raises": "ZeroDivisionError", "grows": "memory", "hangs": "99"}[broken]):
         check("broken", b"")
 

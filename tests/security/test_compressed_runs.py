@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedqueue.errors import SignatureError, StoreError
-from fedqueue.tensors.codec import Encoded, downward, upward
+from fedqueue.tensors.codec import Encoded, downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.server_state import MODEL, load_state
 from fedqueue_coordinator.operator.audit.audit import audit, ok
@@ -31,21 +31,21 @@ class Compressed(Scene):
     def __init__(self, client, folder, **sections):
         sections = {"compression": SMALL, "ledger": {"keep_payloads": True}, **sections}
         super().__init__(client, folder, **sections)
-        self.up = upward(self.config.compression, self.manifest)
-        self.down = downward(self.config.compression, self.manifest)
+        self.uplink = uplink_codec(self.config.compression, self.manifest)
+        self.downlink = downlink_codec(self.config.compression, self.manifest)
 
     def wire(self, value=1.0, seed=0):
         frame = Frame(self.manifest)
         frame.parameters.copy_(frame.parameters.new_tensor([value / (i + 3) for i in range(8)]))
-        return self.up.encode(frame, seed)
+        return self.uplink.encode(frame, seed)
 
     def post(self, site, value=1.0, wire=None, **fields):
         """Post an update of the site's job."""
         claim = site.store.claim(site.job, 3600, site.client)
         base = Frame(self.manifest)
-        site.store.fetch_model(claim.version, self.down, base)
+        site.store.fetch_model(claim.version, self.downlink, base)
         wire = self.wire(value) if wire is None else wire
-        header = {"encoding": self.up.name, "nbytes": wire.nbytes, **fields}
+        header = {"encoding": self.uplink.name, "nbytes": wire.nbytes, **fields}
         assert site.store.post(claim, site.update(**header), wire) == ""
         return base
 
@@ -61,7 +61,7 @@ def test_workers_get_rounded_models_but_recovery_is_exact(scene):
     model = scene.play(site.join, train, train, train).federation.model
     assert scene.version == 3
     got = Frame(scene.manifest)
-    site.store.fetch_model(3, scene.down, got)
+    site.store.fetch_model(3, scene.downlink, got)
     exact, rounded = model.parameters.double(), got.parameters.double()
     assert ((exact - rounded).abs() <= exact.abs() * 2.0**-8).all()
     assert (exact != rounded).any()
@@ -90,7 +90,7 @@ def test_successor_has_the_same_bits_as_an_uninterrupted_run(fake_client, tmp_pa
 def test_audit_detects_a_head_that_differs_from_its_updates(scene):
     site = scene.site("c0")
     scene.play(site.join, lambda: scene.post(site))
-    other = scene.down.encode(Frame(scene.manifest), 1)
+    other = scene.downlink.encode(Frame(scene.manifest), 1)
     scene.redis.set(f"{scene.keys.model(1)}:0", other.tobytes())
     audit_input = read_run_in_redis(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)
     assert audit_input.replay is not None
@@ -101,17 +101,17 @@ def test_head_is_exported_exactly_and_old_versions_as_published(scene):
     site = scene.site("c0")
     model = scene.play(site.join, lambda: scene.post(site)).federation.model
     store = CoordinatorStore(scene.redis, RUN, owner="export")
-    version, wire, state = _read_newest(store, scene.down)
+    version, wire, state = _read_newest(store, scene.downlink)
     assert version == 1
-    np.testing.assert_array_equal(wire, store.read_wire(1, scene.down))
+    np.testing.assert_array_equal(wire, store.read_wire(1, scene.downlink))
     np.testing.assert_array_equal(load_state(state)[MODEL]["parameters"], model.parameters)
     assert verify_model(store, store.info(), 1, wire, scene.key_folder, state) == ""
     with pytest.raises(SignatureError, match="optimizer's state"):
         verify_model(store, store.info(), 1, wire, scene.key_folder, state[:-1])
-    assert store.read_model(0, scene.down).parameters.numel() == 8
+    assert store.read_model(0, scene.downlink).parameters.numel() == 8
     scene.redis.delete(f"{scene.keys.state(1)}:0")
     with pytest.raises(StoreError, match="faster"):
-        _read_newest(store, scene.down)
+        _read_newest(store, scene.downlink)
 
 
 def test_changed_exact_model_in_redis_is_refused(scene):
@@ -161,7 +161,7 @@ def test_merging_never_decodes_a_whole_update(fake_client, tmp_path, monkeypatch
     [
         (lambda s: {"encoding": "int8"}, "wrong_encoding"),
         (lambda s: {"encoding": "float32"}, "wrong_encoding"),
-        (lambda s: {"wire": np.zeros(s.up.largest + 1, np.uint8)}, "wrong_size"),
+        (lambda s: {"wire": np.zeros(s.uplink.largest + 1, np.uint8)}, "wrong_size"),
         (lambda s: {"wire": np.zeros(4, np.uint8)}, "wrong_size"),
         (lambda s: {"wire": np.frombuffer(b"\x19" + bytes(24), np.uint8)}, "malformed"),
         (lambda s: {"wire": s.wire(float("nan"))}, "non_finite"),

@@ -230,11 +230,11 @@ def test_leave_message_of_a_superseded_worker_is_ignored(scene):
         scene.redis.hset(scene.keys.site("c0"), "alive", 0)
         second.join()
 
-    def farewell():
+    def leave():
         body = first.identity.sign(LEFT, "c0", [], b"")
         scene.redis.xadd(scene.keys.updates("c0"), {"kind": "left", "body": body})
 
-    leader = scene.play(first.join, restore_federation, farewell, second.post)
+    leader = scene.play(first.join, restore_federation, leave, second.post)
     assert scene.reasons() == ["superseded"]
     assert dict(leader.federation.clients) == {"c0": EXAMPLES}
     assert scene.version == 1

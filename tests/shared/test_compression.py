@@ -18,7 +18,7 @@ from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.errors import WireError
 from fedqueue.protocol.messages import Update
 from fedqueue.tensors import encodings
-from fedqueue.tensors.codec import Codec, Encoded, downward, upward
+from fedqueue.tensors.codec import Codec, Encoded, downlink_codec, uplink_codec
 from fedqueue.tensors.encodings import ENCODINGS
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
@@ -48,7 +48,7 @@ def frame_with(values, buffers=3, counters=2):
 
 
 def codec_of(frame, name, lossless="none", **fields):
-    return upward(CompressionConfig(uplink=name, uplink_lossless=lossless, **fields), frame.manifest)
+    return uplink_codec(CompressionConfig(uplink=name, uplink_lossless=lossless, **fields), frame.manifest)
 
 
 def sent(values, name, seed=1, lossless="none", **fields):
@@ -372,7 +372,7 @@ def test_zstd_saves_bytes_of_weights_that_look_random():
 @given(deltas=st.lists(numpy_st.arrays(np.float32, 20, elements=st.floats(-1, 1, width=32)), min_size=1, max_size=12))
 def test_sent_delta_plus_residual_is_the_trained_delta(name, deltas):
     manifest = manifest_of(20)
-    feedback = ErrorFeedback(upward(CompressionConfig(uplink=name, topk_ratio=0.1), manifest))
+    feedback = ErrorFeedback(uplink_codec(CompressionConfig(uplink=name, topk_ratio=0.1), manifest))
     total, arrived = np.zeros(20), np.zeros(20)
     for seed, delta in enumerate(deltas):
         frame = frame_with(delta)
@@ -384,7 +384,7 @@ def test_sent_delta_plus_residual_is_the_trained_delta(name, deltas):
 
 
 def test_refused_update_keeps_the_clients_residual():
-    feedback = ErrorFeedback(upward(CompressionConfig(uplink="topk", topk_ratio=0.5), manifest_of(2)))
+    feedback = ErrorFeedback(uplink_codec(CompressionConfig(uplink="topk", topk_ratio=0.5), manifest_of(2)))
     first = frame_with([3.0, 1.0])
     feedback.encode("a", first, HEADER, 0)
     feedback.accepted("a", first)
@@ -401,7 +401,7 @@ def test_refused_update_keeps_the_clients_residual():
 
 
 def test_non_finite_delta_does_not_enter_the_residual():
-    feedback = ErrorFeedback(upward(CompressionConfig(uplink="topk", topk_ratio=0.5), manifest_of(2)))
+    feedback = ErrorFeedback(uplink_codec(CompressionConfig(uplink="topk", topk_ratio=0.5), manifest_of(2)))
     bad = frame_with([math.nan, 1.0])
     _, wire = feedback.encode("a", bad, HEADER, 0)
     feedback.accepted("a", bad)
@@ -410,7 +410,8 @@ def test_non_finite_delta_does_not_enter_the_residual():
 
 
 def test_dense_encodings_have_no_residual():
-    feedback = ErrorFeedback(downward(CompressionConfig(downlink="int8", downlink_lossless="zstd"), manifest_of(50)))
+    compression = CompressionConfig(downlink="int8", downlink_lossless="zstd")
+    feedback = ErrorFeedback(downlink_codec(compression, manifest_of(50)))
     frame = frame_with(np.ones(50))
     update, wire = feedback.encode("a", frame, HEADER, 0)
     feedback.accepted("a", frame)

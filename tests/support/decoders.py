@@ -40,7 +40,7 @@ from fedqueue.protocol.signed_envelope import (
     sign_envelope,
 )
 from fedqueue.protocol.stream_entry import StreamEntry
-from fedqueue.tensors.codec import upward
+from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.rq_jobs import Serializer, TrainingJob
@@ -132,7 +132,7 @@ def _checkpoint_seed() -> bytes:
 
 def _codec(**compression: Any) -> Decoder:
     """Make a decoder to frames of 40 parameters, a buffer and a counter."""
-    codec = upward(CompressionConfig(topk_ratio=0.2, int8_block=16, **compression), _MANIFEST)
+    codec = uplink_codec(CompressionConfig(topk_ratio=0.2, int8_block=16, **compression), _MANIFEST)
     frame = Frame(_MANIFEST)
     frame.floats.copy_(torch.linspace(-1, 1, 41))
 

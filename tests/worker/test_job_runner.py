@@ -16,7 +16,7 @@ from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import WireError
 from fedqueue.local_update import reportable_metrics
 from fedqueue.protocol.messages import MAX_METRICS, Ending, Update, read
-from fedqueue.tensors.codec import upward
+from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue_worker import job_runner as job_runner_module
 from fedqueue_worker.egress_log import EgressLog
@@ -120,7 +120,7 @@ def compressed_site(run, **compression):
     config = CompressionConfig(**compression)
     site = TrainingSite(run, compression=config)
     site.runner._task = site.task = Ramp()
-    codec = upward(config, run.manifest)
+    codec = uplink_codec(config, run.manifest)
 
     def decoded(entry):
         wire = np.empty(read(Update, entry.body).nbytes, np.uint8)
@@ -187,12 +187,12 @@ def test_header_and_egress_log_have_the_encoded_size(fake_run, tmp_path):
 @pytest.mark.parametrize("keep", [True, False])
 def test_base_stays_pinned_only_where_the_merge_needs_it(fake_run, keep):
     site = TrainingSite(fake_run, keep_base=keep)
-    held = []
-    site.task.during = lambda progress: held.append(
-        fake_run.client.hmget(fake_run.keys.attempt("sample-00000001"), "held", "base")
+    pinned = []
+    site.task.during = lambda progress: pinned.append(
+        fake_run.client.hmget(fake_run.keys.attempt("sample-00000001"), "pinned", "base")
     )
     site.train()
-    assert held == [[b"1" if keep else None, b"0"]]
+    assert pinned == [[b"1" if keep else None, b"0"]]
 
 
 def test_only_a_delta_and_counted_metrics_leave(fake_run, site):

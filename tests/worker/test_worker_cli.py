@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import ConfigurationError
 from fedqueue_worker import cli
 from fedqueue_worker.cli import choose_candidates
+from tests.support.command_line import CommandLine
 
 CONFIG = """
 name = "sites"
@@ -31,18 +30,9 @@ def path(tmp_path):
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    """Return the exit code and stderr of the command line with these arguments."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["fedqueue-worker", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return ended.value.code or 0, captured.err, captured.out
-
-    return run
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    """`fedqueue-worker` in this process."""
+    return CommandLine("fedqueue-worker", cli.main, monkeypatch, capsys)
 
 
 def candidates(clients=(), partitions=()):
@@ -83,7 +73,7 @@ def test_client_with_an_invalid_name_is_an_error(client):
 
 
 def test_help_names_every_option_and_shows_examples(call):
-    code, _, out = call("--help")
+    code, out, _ = call("--help")
     assert code == 0
     for option in (
         "--client", "--partition", "--redis", "--url", "--run", "--policy", "--processes", "--logs", "--max-jobs",
@@ -96,24 +86,24 @@ def test_help_names_every_option_and_shows_examples(call):
 
 @pytest.mark.parametrize("short", ["-u", "-b", "-v", "-q", "-s"])
 def test_help_names_short_options(call, short):
-    assert f" {short} " in call("--help")[2]
+    assert f" {short} " in call("--help")[1]
 
 
 def test_error_for_the_former_option_once_names_max_jobs(call, path):
-    code, err, _ = call(path, "--once")
+    code, _, err = call(path, "--once")
     assert code == 2
     assert "use --max-jobs 1 instead" in err
 
 
 def test_verbose_and_quiet_exclude_each_other(call, path):
-    code, err, _ = call(path, "-v", "-q")
+    code, _, err = call(path, "-v", "-q")
     assert code == 2
     assert "not together with --verbose" in err
 
 
 @pytest.mark.parametrize("jobs", ["0", "-1", "all"])
 def test_max_jobs_is_at_least_one(call, path, jobs):
-    code, err, _ = call(path, "--max-jobs", jobs)
+    code, _, err = call(path, "--max-jobs", jobs)
     assert code == 2
     assert "--max-jobs" in err
 
@@ -135,14 +125,14 @@ def test_max_jobs_is_at_least_one(call, path, jobs):
     ],
 )
 def test_invalid_input_is_one_line_and_exit_code_2(call, path, arguments, line):
-    code, err, _ = call(path, *arguments)
+    code, _, err = call(path, *arguments)
     assert code == 2
     assert err.startswith(line)
     assert err.count("\n") == 1
 
 
 def test_missing_file_is_one_line_and_exit_code_2(call, tmp_path):
-    code, err, _ = call(tmp_path / "absent.toml")
+    code, _, err = call(tmp_path / "absent.toml")
     assert (code, err.count("\n")) == (2, 1)
     assert "absent.toml': cannot be read: No such file or directory" in err
 
@@ -159,7 +149,7 @@ def test_unreachable_server_is_one_line_and_exit_code_1(call, path, tmp_path, mo
     monkeypatch.setattr(connection.connect, "__defaults__", (0, None))
     monkeypatch.setenv("FEDQUEUE_REDIS__URL", f"unix://u:hunter2@{tmp_path}/none.sock")
     monkeypatch.chdir(tmp_path)
-    code, err, _ = call(path, "--set", "security.signatures=off")
+    code, _, err = call(path, "--set", "security.signatures=off")
     assert (code, err.count("\n")) == (1, 1)
     assert "no Redis at unix://u@" in err
     assert "hunter2" not in err
@@ -168,6 +158,6 @@ def test_unreachable_server_is_one_line_and_exit_code_1(call, path, tmp_path, mo
 @pytest.mark.server
 def test_missing_task_is_one_line_and_exit_code_2(call, path, server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, err, _ = call(path, "--redis", server.url, "--set", "security.signatures=off")
+    code, _, err = call(path, "--redis", server.url, "--set", "security.signatures=off")
     assert (code, err.count("\n")) == (2, 1)
     assert err.startswith("fedqueue: task.entrypoint: there is no file")

@@ -19,7 +19,7 @@ from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Ending, Order
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.task import Progress, Task
-from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
@@ -67,7 +67,8 @@ class JobRunner:
         manifest = Manifest.from_module(model)
         self._base = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._local = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
-        self._down, self._feedback = downward(compression, manifest), ErrorFeedback(upward(compression, manifest))
+        self._downlink = downlink_codec(compression, manifest)
+        self._feedback = ErrorFeedback(uplink_codec(compression, manifest))
         self._data: dict[str, Any] = {}
         self._policy, self._egress_log = policy, egress_log
         self.jobs = 0
@@ -151,7 +152,7 @@ class JobRunner:
 
         data = self._data[order.client]
         self._policy.check_job(order.training, self._task.num_examples(data))
-        self._retrying.fetch_model(claim.version, self._down, self._base)
+        self._retrying.fetch_model(claim.version, self._downlink, self._base)
         if not self._keep_base:
             self._retrying.release_base(claim)
         made_progress()

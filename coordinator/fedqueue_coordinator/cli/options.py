@@ -38,4 +38,4 @@ ResultsFolder = Annotated[
 ]
 Keys = Annotated[Path, typer.Option(metavar="DIR", help="The coordinator's key folder (security.keys).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log debug lines too.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log debug lines too, such as each committed version.")]

@@ -38,7 +38,13 @@ def run(
     seed: Annotated[
         int | None, typer.Option(metavar="S", help="The run's seed; default: the configuration's.", show_default=False)
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show errors only.")] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="Log debug lines too, in DIR's logs, such as each posted update."),
+    ] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Show errors only; the logs in DIR stay complete.")
+    ] = False,
     resume: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Continue the run in DIR that was interrupted or died.", show_default=False),
@@ -70,8 +76,8 @@ def run(
 
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "coordinator.log").open("a" if resume else "w") as log:
-        configure_logging(log)
-        raise typer.Exit(run_local(settings, launch, folder, quiet, resume is not None))
+        configure_logging(log, log_level(verbose, quiet=False))
+        raise typer.Exit(run_local(settings, launch, folder, quiet, resume is not None, verbose))
 
 
 def coordinator(

@@ -25,7 +25,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Delta, Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution
@@ -98,8 +98,8 @@ class Federation:
         self.evaluated: Evaluated | None = None
         """The newest central evaluation."""
         self.stopped: Stop | None = None
-        self.up = upward(config.compression, model.manifest)
-        self.down = downward(config.compression, model.manifest)
+        self.uplink = uplink_codec(config.compression, model.manifest)
+        self.downlink = downlink_codec(config.compression, model.manifest)
         self._aggregator = make_aggregator(config)
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)
         self._filter = OutlierFilter(config.aggregation.filter, model.manifest.parameters)
@@ -193,7 +193,7 @@ class Federation:
         try:
             header = admit_header(
                 arrived,
-                self.up,
+                self.uplink,
                 self.version,
                 self.config.aggregation.max_staleness,
                 self._scheduler.registered.get(arrived.client, 0),
@@ -305,7 +305,7 @@ class Federation:
         The exact float32 parameters are stored here too, if published versions are rounded.
         """
         parts = {OPTIMIZER: self._optimizer.state, AGGREGATION: self._accumulator.state, FILTER: self._filter.state}
-        return save_state({**parts, MODEL: {"parameters": self.model.parameters}} if self.down.encoding else parts)
+        return save_state({**parts, MODEL: {"parameters": self.model.parameters}} if self.downlink.encoding else parts)
 
     def next_deadline(self) -> float | None:
         """Latest time of the next `Tick`, on the run's clock; None if nothing depends on time."""
@@ -475,5 +475,5 @@ def initial_model(config: Config, module: torch.nn.Module) -> Frame:
     """
     model = Frame(Manifest.from_module(module))
     model.read(module)
-    codec = downward(config.compression, model.manifest)
+    codec = downlink_codec(config.compression, model.manifest)
     return codec.decode(codec.encode(model, 0)).whole() if codec.encoding else model

@@ -9,7 +9,7 @@ from pathlib import Path
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import Codec, downward
+from fedqueue.tensors.codec import Codec, downlink_codec
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import list_runs
 from fedqueue_coordinator.core.server_state import MODEL, load_state
@@ -35,7 +35,7 @@ def export_model(url: str, run: str, version: int | None, output: Path, keys: Pa
             continue
         store = CoordinatorStore(client, run, owner="export")
         info = store.info()
-        codec = downward(parse_config(info.config).compression, Manifest.unpack(info.manifest))
+        codec = downlink_codec(parse_config(info.config).compression, Manifest.unpack(info.manifest))
         state: bytes | None = None
         if version is None:
             version, wire, state = _read_newest(store, codec)

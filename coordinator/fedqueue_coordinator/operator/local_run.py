@@ -72,20 +72,26 @@ def read_launch(folder: Path, overrides: Sequence[str]) -> Launch:
     return Launch(Path(record["config"]), [*record["overrides"], *overrides], record["workers"])
 
 
-def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool) -> int:
+def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool, verbose: bool) -> int:
     """Run `config` as `run_federation` does; returns the exit code."""
-    result = run_federation(config, launch, folder, quiet, resume)
+    result = run_federation(config, launch, folder, quiet, resume, verbose=verbose)
     return INTERRUPTED if result is None else exit_code(result)
 
 
 def run_federation(
-    config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool, task: Task | None = None
+    config: Config,
+    launch: Launch,
+    folder: Path,
+    quiet: bool,
+    resume: bool,
+    task: Task | None = None,
+    verbose: bool = False,
 ) -> RunResult | None:
     """Run `config`, which was loaded from `launch.config`, until it ends; None if interrupted before version 0.
 
     The coordinator uses `task`, or else the task that `config` names. Writes the results to `folder`, and stops the
     server and the workers on every exit path. With `resume`, continues from the server's data or the checkpoint in
-    `folder`. Raises RunExists if a run in `folder` is still active.
+    `folder`. With `verbose`, the workers log debug lines too. Raises RunExists if a run in `folder` is still active.
     """
     _require_free(folder)
     if not resume:
@@ -106,7 +112,9 @@ def run_federation(
 
             enroll_missing(folder / KEYS, config.clients.ids, folder / KEYS / SITES)
         # Started before the imports below, so that both import torch at the same time.
-        workers = LocalWorkers(launch.config, launch.overrides, launch.workers, config.clients.ids, url, folder)
+        workers = LocalWorkers(
+            launch.config, launch.overrides, launch.workers, config.clients.ids, url, folder, verbose
+        )
         stack.callback(workers.stop)
 
         from fedqueue.protocol.coordinator_identity import load_coordinator_identity

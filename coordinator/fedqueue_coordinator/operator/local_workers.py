@@ -18,9 +18,19 @@ class LocalWorkers:
     """A parent process that imports torch once, and the worker processes that it forks."""
 
     def __init__(
-        self, config: Path, overrides: Sequence[str], processes: int, clients: Sequence[str], url: str, folder: Path
+        self,
+        config: Path,
+        overrides: Sequence[str],
+        processes: int,
+        clients: Sequence[str],
+        url: str,
+        folder: Path,
+        verbose: bool,
     ) -> None:
-        """Start `processes` workers that serve `clients` on the Redis server at `url`; logs go to `folder`/logs."""
+        """Start `processes` workers that serve `clients` on the Redis server at `url`.
+
+        Their logs go to `folder`/logs, with debug lines if `verbose`.
+        """
         self._logs = folder / LOGS
         self._log = self._logs / "workers.log"
         # A resumed run appends to the log; its older lines have been shown already.
@@ -28,6 +38,7 @@ class LocalWorkers:
         self._parent_end_reported = False
         command = [sys.executable, "-m", "fedqueue_worker", str(config)]
         command += ["--processes", str(processes), "--logs", str(self._logs.resolve())]
+        command += ["--verbose"] if verbose else []
         command += [word for override in overrides for word in ("--set", override)]
         command += [word for client in clients for word in ("--client", client)]
         environment = {

@@ -205,7 +205,7 @@ class Coordinator:
         while not (self.federation.stopped or self._paused):
             self._publish()
             entries = self.store.receive(self._wait_seconds())
-            self.store.expect_payloads(entries[1:], self.federation.up)
+            self.store.expect_payloads(entries[1:], self.federation.uplink)
             for entry in entries:
                 self._take(entry)
             self._watch()
@@ -349,7 +349,7 @@ class Coordinator:
         closed = store.close(
             close.job,
             close.record,
-            chunks_of(self.federation.up.largest),
+            chunks_of(self.federation.uplink.largest),
             close.entry,
             if_lapsed=close.only_if == CloseCondition.LAPSED,
             unless_posted=close.only_if == CloseCondition.UNPOSTED,
@@ -383,6 +383,7 @@ class Coordinator:
             return
         self._failpoint("before commit")
         stored, wire = publish_newest(self.store, self.federation, self._unpublished)
+        log.debug("version committed", version=self.federation.version, made=len(self._unpublished))
         self._unpublished = []
         self._failpoint("after commit")
         self._base_versions.keep_stored(stored, wire)
@@ -423,7 +424,7 @@ class Coordinator:
         store.end(
             federation.stopped.because,
             self.config.redis.retention_hours * 3600,
-            chunks_of(federation.down.largest),
+            chunks_of(federation.downlink.largest),
             [0] if keep_payloads else [],
         )
         return RunResult(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)

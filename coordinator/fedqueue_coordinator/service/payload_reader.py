@@ -34,7 +34,7 @@ class PayloadReader:
         self._federation = federation
         self._buffer = np.empty(0, np.uint8)
         if federation.takes_pieces:
-            compile_encoding(federation.up)
+            compile_encoding(federation.uplink)
 
     def read(self, load: Load) -> Delta:
         """Read the payload; the delta is valid until the update is merged or rejected.
@@ -43,7 +43,7 @@ class PayloadReader:
         that are not a frame.
         """
         arrived, header = load.arrived, load.header
-        codec, store = self._federation.up, self._store
+        codec, store = self._federation.uplink, self._store
         memory = self._memory_for(header.nbytes)
         if memory is None:
             read = partial(store.ahead.read_span, store.keys.payload(arrived.job, arrived.attempt))
@@ -53,7 +53,7 @@ class PayloadReader:
 
     def _memory_for(self, nbytes: int) -> BlobBuffer | None:
         """Return memory for a payload of `nbytes` ≤ `codec.largest` bytes; None for a payload that is streamed."""
-        codec = self._federation.up
+        codec = self._federation.uplink
         if not self._federation.takes_pieces:
             return np.empty(nbytes, np.uint8)
         free = self._federation.free_memory
@@ -143,17 +143,17 @@ class BaseVersions:
         self._store = store
         self._federation = federation
         self._frames: dict[int, Frame] = {}
-        wire = federation.down.encode(federation.model, federation.version) if federation.needs_base else None
+        wire = federation.downlink.encode(federation.model, federation.version) if federation.needs_base else None
         self.keep_stored(set(store.stored_versions()), wire)
 
     def keep_stored(self, stored: set[int], wire: BlobBuffer | None) -> None:
         """Add the newest version, published as `wire`, and drop the versions that are not `stored` any more."""
         if self._federation.needs_base and wire is not None:
             self._frames = {version: frame for version, frame in self._frames.items() if version in stored}
-            self._frames[self._federation.version] = self._federation.down.received(wire)
+            self._frames[self._federation.version] = self._federation.downlink.received(wire)
 
     def frame(self, version: int) -> Frame:
         """Return the version as workers receive it; raises as `CoordinatorStore.read_model`."""
         if version not in self._frames:
-            self._frames[version] = self._store.read_model(version, self._federation.down)
+            self._frames[version] = self._store.read_model(version, self._federation.downlink)
         return self._frames[version]

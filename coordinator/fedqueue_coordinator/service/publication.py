@@ -20,7 +20,7 @@ def publish_newest(
     `commits` are those of the versions since the last publication, oldest first. Returns the versions that stay stored,
     and the newest one as it is published. Raises as `CoordinatorStore.publish`.
     """
-    wire = federation.down.encode(federation.model, federation.version)
+    wire = federation.downlink.encode(federation.model, federation.version)
     stored = store.publish(
         federation.version,
         wire,
@@ -30,7 +30,7 @@ def publish_newest(
         merged=[arrived.entry for commit in commits for arrived in commit.merged],
         keep_payloads=federation.config.ledger.keep_payloads,
         job_number=federation.job_number,
-        largest_model=federation.down.largest,
-        largest_payload=federation.up.largest,
+        largest_model=federation.downlink.largest,
+        largest_payload=federation.uplink.largest,
     )
     return stored, wire

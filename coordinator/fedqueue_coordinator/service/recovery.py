@@ -15,7 +15,7 @@ from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunExists, StoreError
 from fedqueue.protocol.coordinator_identity import require_signed
 from fedqueue.task import Task
-from fedqueue.tensors.codec import downward
+from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import set_seed
@@ -73,7 +73,7 @@ def _resume(
     Manifest.unpack(info.manifest).require(manifest)
     _require_same(config, info.config)
     require_signed(store.identity, info)
-    codec = downward(config.compression, manifest)
+    codec = downlink_codec(config.compression, manifest)
     wire = store.read_wire(info.version, codec)
     state, job_number, ledger = store.read_optimizer_state(info.version), store.job_number(), store.ledger()
     if store.identity:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedqueue.config.schema import Config
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
@@ -21,7 +21,7 @@ OWN_CODE = "folder.txt"  # the folder of the configuration, if that names the us
 
 def kept_payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -> Callable[[str, int], BlobBuffer]:
     """Return a function (job, attempt) → payload as posted; it raises BlobMissing for one that Redis has not kept."""
-    codec = upward(config.compression, manifest)
+    codec = uplink_codec(config.compression, manifest)
 
     def read(job: str, attempt: int) -> BlobBuffer:
         prefix = store.keys.kept_payload(job, attempt)
@@ -42,7 +42,7 @@ def keep_replay(
         (folder / OWN_CODE).write_text(str(config.folder.resolve()), encoding="utf-8")
     (folder / "manifest.msgpack").write_bytes(head.manifest.pack())
     head.buffer.tofile(folder / "head.bin")
-    first = store.read_model(0, downward(config.compression, head.manifest))
+    first = store.read_model(0, downlink_codec(config.compression, head.manifest))
     first.buffer.tofile(folder / "version-0.bin")
     read_payload = kept_payloads(config, store, head.manifest)
     for record in ledger:

@@ -152,7 +152,7 @@ class Simulation:
         self._module = datasets.task.model()
         first = initial_model(config, self._module)
         self.federation = Federation(config, first, evaluates=datasets.test_data is not None)
-        self._feedback = ErrorFeedback(self.federation.up)
+        self._feedback = ErrorFeedback(self.federation.uplink)
         self._jobs: dict[str, Job] = {}
         self._versions: dict[int, Frame] = {}  # the base versions of open jobs
         self._evaluated: tuple[int, Frame] | None = None
@@ -229,8 +229,8 @@ class Simulation:
         order, federation = job.order, self.federation
         job.base = federation.version
         if job.base not in self._versions:
-            wire = federation.down.encode(federation.model, job.base)
-            self._versions[job.base] = federation.down.received(wire)
+            wire = federation.downlink.encode(federation.model, job.base)
+            self._versions[job.base] = federation.downlink.received(wire)
         base = self._versions[job.base]
         local = Frame(base.manifest)
         batches = 0
@@ -269,7 +269,7 @@ class Simulation:
             case Load(arrived=arrived):
                 wire = self._jobs[arrived.job].wire
                 assert wire is not None
-                delta = self.federation.up.decode(wire)
+                delta = self.federation.uplink.decode(wire)
                 base = self._versions[arrived.base] if action.with_base else None
                 return UpdateLoaded(action, delta, base)
             case Commit():

@@ -55,7 +55,7 @@ class Keys:
     @property
     def head(self) -> str:
         """hash: version, totals (msgpack: the committed counters), job_number, state_chunks, token of its commit,
-        unlooked (commits since the last scan for base versions in use)"""
+        commits_since_scan (commits since the last scan for base versions in use)"""
         return self._key("head")
 
     @property
@@ -93,7 +93,7 @@ class Keys:
         return self._key(f"job:{job}")
 
     def attempt(self, job: str) -> str:
-        """hash: number, holder, base (version), held (the base must stay stored), lease (end, server ms), posted,
+        """hash: number, holder, base (version), pinned (the base must stay stored), lease (end, server ms), posted,
         chunks"""
         return self._key(f"attempt:{job}")
 

@@ -121,7 +121,7 @@ class Encoded:
         return frame
 
 
-def upward(config: CompressionConfig, manifest: Manifest) -> Codec:
+def uplink_codec(config: CompressionConfig, manifest: Manifest) -> Codec:
     """The codec of updates; raises ManifestMismatch for more parameters than `topk` can index."""
     if config.uplink == "topk" and manifest.parameters > MOST_INDICES:
         raise ManifestMismatch(
@@ -130,7 +130,7 @@ def upward(config: CompressionConfig, manifest: Manifest) -> Codec:
     return _codec(config, manifest, config.uplink, config.uplink_lossless)
 
 
-def downward(config: CompressionConfig, manifest: Manifest) -> Codec:
+def downlink_codec(config: CompressionConfig, manifest: Manifest) -> Codec:
     """The codec of versions."""
     return _codec(config, manifest, config.downlink, config.downlink_lossless)
 

@@ -16,6 +16,8 @@ import redis
 from fedqueue.transport.zero_copy import Command, checked, exchange
 
 _SCRIPTS = resources.files("fedqueue.transport").joinpath("scripts")
+WORKER_SCRIPTS = ("join", "register", "leave", "claim", "release", "heartbeat", "post")
+"""The scripts that a worker runs; access rules allow it no others."""
 Call: TypeAlias = tuple[str, list[str], list[Any]]
 """A script's name, its keys and its arguments."""
 

@@ -21,8 +21,6 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.transport.store import Store
 from fedqueue.transport.zero_copy import Command
 
-SCRIPTS = ("join", "register", "leave", "claim", "release", "heartbeat", "post")
-"""The scripts that a worker runs; access rules allow it no others."""
 PAYLOAD_SECONDS = 3600  # after which a payload expires unless it is posted
 
 

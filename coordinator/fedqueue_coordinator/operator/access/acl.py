@@ -26,8 +26,7 @@ from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.key_files import write_private
 from fedqueue.protocol.keys import RUNS, Keys, client_tag
 from fedqueue.transport.connection import SCHEMES, without_password
-from fedqueue.transport.lua_scripts import script_digest
-from fedqueue.transport.worker_store import SCRIPTS
+from fedqueue.transport.lua_scripts import WORKER_SCRIPTS, script_digest
 
 ACL_FILE = "users.acl"
 SERVER_FOLDER, PASSWORD_FILE = "server", "redis.password"
@@ -82,7 +81,7 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
     return [
         Right((*CONNECTION, *TRANSACTION)),
         Right(("get", "getrange", "hget", "hgetall", "sismember"), _reading(read)),
-        Right(tuple(f"evalsha|{script_digest(script)}" for script in SCRIPTS), (f"~{keys.pattern}",)),
+        Right(tuple(f"evalsha|{script_digest(script)}" for script in WORKER_SCRIPTS), (f"~{keys.pattern}",)),
         Right(("hget", "exists"), _reading([keys.job(job)])),
         Right(HASH, (f"~{keys.attempt(job)}",)),
         Right(HASH, (f"~{keys.site(name)}",)),

@@ -13,7 +13,7 @@ from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
 from fedqueue.protocol.msgpack import unpack_record
 from fedqueue.protocol.stream_entry import StreamEntry
-from fedqueue.tensors.codec import downward
+from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import list_runs
 from fedqueue_coordinator.operator.audit.replay import Replay, replay_folder, replay_store
@@ -86,7 +86,7 @@ def _read_snapshot(store: CoordinatorStore, key_folder: Path) -> Callable[[], Au
     # A new epoch starts without the payloads of the epoch before it.
     replayable = config.ledger.keep_payloads and not own_code and not info.epoch
     manifest = Manifest.unpack(info.manifest)
-    frame = store.read_model(info.version, downward(config.compression, manifest)) if replayable else None
+    frame = store.read_model(info.version, downlink_codec(config.compression, manifest)) if replayable else None
     keys = store.keys
     names = [name.decode() for name in cast(set[bytes], store.redis.smembers(keys.jobs))]
     streams = ["", *store.clients()]

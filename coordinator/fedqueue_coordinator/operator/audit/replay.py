@@ -14,7 +14,7 @@ from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
 from fedqueue.errors import BlobMissing, WireError
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution
@@ -47,10 +47,11 @@ def replay(
     `read_payload(job, attempt)` returns a payload as it was posted, or raises BlobMissing. With `rounded`, `expected`
     is the last version as it was published to workers; otherwise it has the exact float32 parameters.
     """
-    up, down = upward(config.compression, model.manifest), downward(config.compression, model.manifest)
+    uplink = uplink_codec(config.compression, model.manifest)
+    downlink = downlink_codec(config.compression, model.manifest)
 
     def published(version: int) -> Frame:
-        return down.received(down.encode(model, version))
+        return downlink.received(downlink.encode(model, version))
 
     aggregator = make_aggregator(config)
     optimizer = ServerOptimizer(config.server_optimizer, model)
@@ -62,7 +63,7 @@ def replay(
     for record in versions:
         for line in record["merged"]:
             try:
-                delta = up.decode(read_payload(line["job"], line["attempt"]))
+                delta = uplink.decode(read_payload(line["job"], line["attempt"]))
             except (BlobMissing, WireError) as error:
                 return Replay(updates, [f"the payload of job {line['job']} cannot be read: {error}"])
             base = bases.get(line["base"])
@@ -91,7 +92,7 @@ def replay_store(
     config: Config, store: CoordinatorStore, manifest: Manifest, ledger: Sequence[Mapping[str, Any]], head: Frame
 ) -> Replay:
     """Replay from the payloads in Redis up to `head`, the newest version as stored."""
-    first = store.read_model(0, downward(config.compression, manifest))
+    first = store.read_model(0, downlink_codec(config.compression, manifest))
     return replay(config, ledger, first, kept_payloads(config, store, manifest), head, rounded=True)
 
 

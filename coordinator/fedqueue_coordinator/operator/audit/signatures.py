@@ -31,7 +31,7 @@ from fedqueue.protocol.signed_envelope import (
     open_envelope,
 )
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downward, upward
+from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
@@ -121,7 +121,7 @@ class _Verification:
     ) -> None:
         self._store, self._info, self._ledger, self._public = store, info, ledger, public
         compression, manifest = parse_config(info.config).compression, Manifest.unpack(info.manifest)
-        self._up, self._down = upward(compression, manifest), downward(compression, manifest)
+        self._uplink, self._downlink = uplink_codec(compression, manifest), downlink_codec(compression, manifest)
         self._scope = Scope(info.run)
         self._checked: dict[str, int] = {}
         self._problems: list[str] = []
@@ -154,7 +154,7 @@ class _Verification:
         self._scope = descriptor_scope(self._info, self._public)
 
     def _version(self, version: int) -> VersionRecord:
-        wire = self._store.read_wire(version, self._down)
+        wire = self._store.read_wire(version, self._downlink)
         return _signed_version(self._store, self._scope, self._public, version, wire)
 
     def _head(self, version: int) -> None:
@@ -189,7 +189,7 @@ class _Verification:
         for line in lines:
             prefix = self._store.keys.kept_payload(line["job"], line["attempt"])
             try:
-                wire = np.empty(self._store.blob_size(prefix, self._up), np.uint8)
+                wire = np.empty(self._store.blob_size(prefix, self._uplink), np.uint8)
                 self._store.read_blob(prefix, wire)
             except StoreError:  # not kept, or not completely
                 continue

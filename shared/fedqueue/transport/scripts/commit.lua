@@ -2,7 +2,7 @@
 -- its model and of the server optimizer's state are staged before this script, under keys of this leader's own. So a
 -- former leader that does not know it yet cannot overwrite its successor's version.
 -- KEYS[1]  leader          hash: its token must be the caller's
--- KEYS[2]  head            hash {version, totals, state_chunks, token, unlooked, ...}
+-- KEYS[2]  head            hash {version, totals, state_chunks, token, commits_since_scan, ...}
 -- KEYS[3]  versions        sorted set of the versions whose chunks are stored
 -- KEYS[4]  ledger          stream
 -- KEYS[5]  jobs            set of jobs that have not ended
@@ -87,15 +87,15 @@ elseif head ~= version or head_token ~= token then
 end  -- else: this very commit, repeated because its reply was lost
 
 local in_use = {}
-local commits_since_scan = redis.call('HINCRBY', head_key, 'unlooked', 1)
+local commits_since_scan = redis.call('HINCRBY', head_key, 'commits_since_scan', 1)
 local scans = commits_since_scan * scan_limit >= redis.call('SCARD', jobs_key)
 if scans then
-  redis.call('HDEL', head_key, 'unlooked')
+  redis.call('HDEL', head_key, 'commits_since_scan')
   for _, pinned in ipairs(redis.call('SMEMBERS', pinned_key)) do in_use[pinned] = true end
   for _, job in ipairs(redis.call('SMEMBERS', jobs_key)) do
-    local attempt = redis.call('HMGET', attempt_prefix .. job, 'held', 'base')
-    local held, base = attempt[1], attempt[2]
-    if held and base then in_use[base] = true end
+    local attempt = redis.call('HMGET', attempt_prefix .. job, 'pinned', 'base')
+    local pins_base, base = attempt[1], attempt[2]
+    if pins_base and base then in_use[base] = true end
   end
 end
 local reply = {1}

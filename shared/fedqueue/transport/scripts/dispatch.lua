@@ -1,7 +1,7 @@
 -- Open a job for a client, with a lease. Repeating it changes nothing.
 -- KEYS[1]  leader     hash: its token must be the caller's
 -- KEYS[2]  job        hash {client, order}: only a coordinator writes it
--- KEYS[3]  attempt    hash {number, holder, base, held, lease, posted, chunks}: the worker's record from here on
+-- KEYS[3]  attempt    hash {number, holder, base, pinned, lease, posted, chunks}: the worker's record from here on
 -- KEYS[4]  jobs       set of jobs that have not ended
 -- KEYS[5]  site       hash of the client {holder, job, ...}
 -- KEYS[6]  head       hash {job_number, ...}
