@@ -178,6 +178,6 @@ def test_coordinator_compiles_its_loop_before_the_first_update(aggregator, compi
     """An aggregator that keeps updates as frames adds no encoded update, so no kernel is compiled for it."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()
-    up = uplink_codec(CompressionConfig(uplink="int8"), manifest)
-    payload_reader.PayloadReader(None, SimpleNamespace(takes_pieces=aggregator.takes_pieces, up=up))
+    uplink = uplink_codec(CompressionConfig(uplink="int8"), manifest)
+    payload_reader.PayloadReader(None, SimpleNamespace(takes_pieces=aggregator.takes_pieces, uplink=uplink))
     assert kernel.cache_info().currsize == compiled
