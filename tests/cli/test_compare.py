@@ -17,6 +17,7 @@ from fedqueue.errors import ConfigurationError, TaskError
 from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.compare import RunProgress, describe
+from fedqueue_coordinator.operator.compare_options import parse_axes, parse_strategies, parse_variant
 from fedqueue_coordinator.operator.reports.comparison import markdown, rows, spread
 from fedqueue_coordinator.operator.reports.comparison_plot import draw
 from fedqueue_coordinator.simulation.comparison import (
@@ -108,7 +109,7 @@ def test_terminal_shows_the_current_run_and_its_metrics(path):
     console = Console(file=screen, force_terminal=True, width=120)
     setup = setup_of(path)
     with RunProgress(console, 5) as progress:
-        outcome = setup.run(make_variants("fedbuff")[0], 0, {}, progress.update)
+        outcome = setup.run(make_variants(["fedbuff"])[0], 0, {}, progress.update)
         progress.say(describe(outcome))
     assert "run 1 of 5: fedbuff, seed 0" in screen.getvalue()
     assert "accuracy" in screen.getvalue()
@@ -119,28 +120,29 @@ def test_terminal_shows_the_current_run_and_its_metrics(path):
 
 
 def test_variant_has_overrides_of_its_own():
-    assert make_variants("fedavg", ['big buffer: aggregation.strategy=fedbuff "task.options={a = 1}"']) == [
+    variant = parse_variant('big buffer: aggregation.strategy=fedbuff "task.options={a = 1}"')
+    assert make_variants(["fedavg"], [variant]) == [
         Variant("fedavg", ("aggregation.strategy=fedavg",)),
         Variant("big buffer", ("aggregation.strategy=fedbuff", "task.options={a = 1}")),
     ]
 
 
 def test_default_is_three_modes_or_only_the_given_variants():
-    assert [c.name for c in make_variants("")] == ["fedavg", "fedasync", "fedbuff"]
-    assert [c.name for c in make_variants("", ["x: seed=1"])] == ["x"]
+    assert [c.name for c in make_variants(parse_strategies(""))] == ["fedavg", "fedasync", "fedbuff"]
+    assert [c.name for c in make_variants(parse_strategies(""), [parse_variant("x: seed=1")])] == ["x"]
     with pytest.raises(ConfigurationError, match="names no strategy"):
-        make_variants(" , ")
+        make_variants(parse_strategies(" , "))
 
 
 def test_speeds_are_assigned_to_the_clients_cyclically(path):
-    config = load_config(path, slowdown_overrides(load_config(path), "1:2:4"))
+    config = load_config(path, slowdown_overrides(load_config(path), (1, 2, 4)))
     assert config.clients.slowdown == {"client-0": 1.0, "client-1": 2.0, "client-2": 4.0, "client-3": 1.0}
 
 
 def test_compare_measures_all_modes_after_equal_updates(path):
     setup = setup_of(path)
     every = {}
-    for variant in make_variants("fedavg,fedasync,fedbuff"):
+    for variant in make_variants(["fedavg", "fedasync", "fedbuff"]):
         config = setup.config(variant, 0, {})
         assert not config.stop.target
         assert config.stop.updates == 16
@@ -149,7 +151,7 @@ def test_compare_measures_all_modes_after_equal_updates(path):
 
 
 def test_updates_per_run_default_to_fifty_per_client(path):
-    (variant,) = make_variants("fedbuff")
+    (variant,) = make_variants(["fedbuff"])
     assert setup_of(path, updates=0).config(variant, 0, {}).stop.updates == 200
     assert setup_of(path, "stop.updates=7", updates=0).config(variant, 0, {}).stop.updates == 7
     assert setup_of(path, "stop.updates=7", updates=5).config(variant, 0, {}).stop.updates == 5
@@ -157,29 +159,29 @@ def test_updates_per_run_default_to_fifty_per_client(path):
 
 def test_seed_is_set_for_additional_keys(path):
     setup = Setup(path, (), TimingModel(), 8, ("task.options.batch_seconds",))
-    config = setup.config(make_variants("fedbuff")[0], 3, {"training.learning_rate": "0.25"})
+    config = setup.config(make_variants(["fedbuff"])[0], 3, {"training.learning_rate": "0.25"})
     assert (config.seed, config.task.options["batch_seconds"], config.training.learning_rate) == (3, 3, 0.25)
 
 
 def test_task_without_test_data_cannot_be_compared(path):
     setup = setup_of(path, f"task.entrypoint={untested_task.__file__}:UntestedTask")
     with pytest.raises(TaskError, match="test_data"):
-        setup.run(make_variants("fedbuff")[0], 0, {}, nothing)
+        setup.run(make_variants(["fedbuff"])[0], 0, {}, nothing)
 
 
 # Tuning
 
 
 def test_grid_is_every_combination():
-    assert grid([]) == [{}]
-    assert grid(["a.b=1,2", "c=x,y"]) == [
+    assert grid({}) == [{}]
+    assert grid(parse_axes(["a.b=1,2", "c=x,y"])) == [
         {"a.b": "1", "c": "x"}, {"a.b": "1", "c": "y"}, {"a.b": "2", "c": "x"}, {"a.b": "2", "c": "y"},
     ]  # fmt: skip
 
 
 def chosen(path, tune):
     """Return the setting that the trials chose for the comparison."""
-    outcomes = list(compare(setup_of(path), make_variants("fedbuff"), 2, grid([tune]), nothing))
+    outcomes = list(compare(setup_of(path), make_variants(["fedbuff"]), 2, grid(parse_axes([tune])), nothing))
     assert [o.seed for o in outcomes if o.seed in TUNING_SEEDS] == [*TUNING_SEEDS] * (1 + tune.count(","))
     first, second = outcomes[-2:]
     assert (first.seed, second.seed) == (0, 1)

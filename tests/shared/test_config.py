@@ -135,6 +135,8 @@ WORDS = [
     *((key, "off") for key in OFF),
     ("dispatch.concurrency", "auto"),
     ("clients.min_available", "auto"),
+    ("compare.strategies", "auto"),
+    ("compare.updates", "auto"),
     ("aggregation.robust.keep", "auto"),
     ("aggregation.robust.clip_norm", "median"),
     ("aggregation.cohort_size", "all"),
@@ -175,9 +177,9 @@ def test_word_and_omitted_key_both_mean_none(path, key, word):
     assert value_of(parse_config(tree_with("seed", 0)), key) == NOT_NONE.get(key)
     given = load_config(path, [f"{key}={word}", "stop.target={loss = 0.1}"], {})
     assert value_of(given, key) is None
-    stored = parse_config(tree_with(key, word))  # redis and parts of security are not stored
+    stored = parse_config(tree_with(key, word))  # redis, compare and parts of security are not stored
     dump = stored.model_dump(mode="json")
-    if not key.startswith(("redis.", "security.")):
+    if not key.startswith(("redis.", "security.", "compare.")):
         assert functools.reduce(dict.__getitem__, key.split("."), dump) == word
     read = Config.model_validate_json(stored.model_dump_json())
     assert read == stored.model_copy(update={"redis": RedisConfig(), "security": SecurityConfig()})

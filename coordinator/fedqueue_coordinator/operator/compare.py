@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from fedqueue.config.loading import load_config
 from fedqueue.errors import MissingExtra
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.operator.compare_options import CompareOptions
 from fedqueue_coordinator.operator.reports.comparison import (
     COMPARISON_FILENAMES,
     rows,
@@ -28,6 +29,8 @@ from fedqueue_coordinator.simulation.comparison import (
     grid,
     make_variants,
     slowdown_overrides,
+    table_axes,
+    table_variants,
 )
 from fedqueue_coordinator.simulation.virtual_clock import TimingModel
 
@@ -35,29 +38,26 @@ WIDTH = 110
 """Columns of the table if the output is not a terminal."""
 
 
-def compare_strategies(
-    path: Path,
-    strategies: str,
-    variant_texts: Sequence[str],
-    seeds: int,
-    seed_keys: Sequence[str],
-    tune: Sequence[str],
-    updates: int,
-    speeds: str,
-    timing: TimingModel,
-    overrides: Sequence[str],
-    output: Path | None,
-) -> None:
-    """Compare the variants of `strategies` and `variant_texts`.
+def compare_strategies(path: Path, options: CompareOptions, overrides: Sequence[str], output: Path | None) -> None:
+    """Compare what the section [compare] of the configuration at `path` says, changed by `options`.
 
-    Writes the table, the figures and the picture to the folder `output`.
-    `speeds` is "1:2:4" (see `slowdown_overrides`), `tune` a list of "KEY=VALUE,VALUE,…" (see `grid`).
+    Writes the table, the figures and the picture to the folder `output`, and prints the table.
     Raises ConfigurationError before the first run if any setting is invalid.
     """
     config = load_config(path, overrides)
     torch.set_num_threads(config.training.threads)
-    setup = Setup(path, (*overrides, *slowdown_overrides(config, speeds)), timing, updates, tuple(seed_keys))
-    variants, combinations, target = make_variants(strategies, variant_texts), grid(tune), setup.target
+    settings = options.applied_to(config.compare)
+    variants = make_variants(settings.strategies, options.variants or table_variants(settings.variants))
+    axes = options.axes or table_axes(settings.tune)
+    timing = TimingModel(settings.batch_seconds, settings.job_seconds, settings.jitter)
+    setup = Setup(
+        path,
+        (*overrides, *slowdown_overrides(config, settings.speeds)),
+        timing,
+        settings.updates or 0,
+        settings.seed_keys,
+    )
+    combinations, target, seeds = grid(axes), setup.target, settings.seeds
     folder = output or Path("runs") / f"{config.name}-compare"
     runs = len(variants) * (seeds + (len(combinations) * len(TUNING_SEEDS) if len(combinations) > 1 else 0))
     outcomes: list[Outcome] = []
@@ -66,7 +66,7 @@ def compare_strategies(
             progress.say(describe(outcome))
             outcomes += [outcome] if outcome.seed not in TUNING_SEEDS else []
     title = f"{config.name}: {', '.join(variant.name for variant in variants)}"
-    about = conditions(setup, seeds, tune, speeds)
+    about = conditions(setup, seeds, axes, settings.speeds)
     write_comparison(folder, title, about, outcomes, target)
     console = Console()
     if not console.is_terminal:
@@ -82,18 +82,20 @@ def compare_strategies(
         console.print(str(missing), markup=False, highlight=False, soft_wrap=True)
 
 
-def conditions(setup: Setup, seeds: int, tune: Sequence[str], speeds: str) -> list[str]:
+def conditions(setup: Setup, seeds: int, axes: Mapping[str, Sequence[str]], speeds: Sequence[float]) -> list[str]:
     """Describe how the figures were obtained, one sentence or two per line."""
     timing = setup.timing
-    slower = f" Clients are {speeds} times slower, in turn." if speeds else ""
+    factors = ":".join(f"{factor:g}" for factor in speeds)
+    slower = f" Clients are {factors} times slower, in turn." if speeds else ""
     lines = [
         f"Virtual clock: a batch takes {timing.batch_seconds:g} s, the start of a job {timing.job_seconds:g} s, with "
         f"{timing.jitter:.0%} noise per job.{slower} Training is real; only its duration is computed.",
         f"Target: {target_in_words(setup.target)}. Values are mean ± standard deviation over {seeds} seeds. "
         "The columns seconds and updates say when the target was first met, over the seeds that met it.",
     ]
-    if tune:
-        lines.append(f"Tuned for each variant on seeds {', '.join(map(str, TUNING_SEEDS))}: {'; '.join(tune)}.")
+    if axes:
+        tuned = "; ".join(f"{key}={','.join(values)}" for key, values in axes.items())
+        lines.append(f"Tuned for each variant on seeds {', '.join(map(str, TUNING_SEEDS))}: {tuned}.")
     if setup.overrides:
         lines.append(f"Settings: {' '.join(setup.overrides)}.")
     return lines

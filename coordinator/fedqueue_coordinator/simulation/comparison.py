@@ -6,7 +6,7 @@ however many updates make one version in its strategy. A variant that is evaluat
 reach the target sooner.
 
     setup = Setup(Path("federation.toml"), overrides=(), timing=TimingModel(), updates=240)
-    for outcome in compare(setup, make_variants("fedavg,fedbuff"), seeds=3, combinations=[{}]):
+    for outcome in compare(setup, make_variants(["fedavg", "fedbuff"]), seeds=3, combinations=[{}]):
         print(outcome.variant, outcome.seed, outcome.reached)
 
 `fedqueue compare` (operator/compare.py) shows the progress and writes the table.
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -34,9 +34,9 @@ from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.core.stop_conditions import lower_is_better, target_reached
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
-DEFAULT_STRATEGIES = "fedavg,fedasync,fedbuff"
+DEFAULT_STRATEGIES = ("fedavg", "fedasync", "fedbuff")
 UPDATES_PER_CLIENT = 50
-"""Merged updates per run and client, if neither stop.updates nor --updates is set."""
+"""Merged updates per run and client, if neither stop.updates nor compare.updates is set."""
 TUNING_SEEDS = (1000, 1001)
 """Seeds of the runs that choose a setting; these runs are not part of the comparison."""
 
@@ -126,12 +126,12 @@ class Setup:
 
     @property
     def target(self) -> dict[str, float]:
-        """Return metric → value to reach; raises ConfigurationError if the configuration has no stop.target."""
-        target = load_config(self.path, list(self.overrides)).stop.target
+        """Return metric → value to reach; raises ConfigurationError if the configuration has none."""
+        config = load_config(self.path, list(self.overrides))
+        target = config.compare.target or config.stop.target
         if not target:
-            raise ConfigurationError(
-                "stop.target", None, "is required to compare", "set the metrics to reach, such as {accuracy = 0.95}"
-            )
+            hint = "set the metrics to reach, such as {accuracy = 0.95}, there or in compare.target"
+            raise ConfigurationError("stop.target", None, "is required to compare", hint)
         return target
 
     def run(self, variant: Variant, seed: int, tuned: Mapping[str, str], on_progress: Progress) -> Outcome:
@@ -194,51 +194,90 @@ def outcome_of(
     )
 
 
-def make_variants(strategies: str, specifications: Sequence[str] = ()) -> list[Variant]:
-    """Parse `strategies`, "STRATEGY,STRATEGY,…", and `specifications`, each "NAME: KEY=VALUE …" with a shell's quotes.
+def make_variants(strategies: Sequence[str] | None, variants: Sequence[Variant] = ()) -> list[Variant]:
+    """Return a variant for each of `strategies`, then `variants`.
 
-    With neither, the variants are DEFAULT_STRATEGIES. Raises ConfigurationError for a specification of another form,
-    for a name that occurs twice, and if there is no variant.
+    Without `strategies`, those are DEFAULT_STRATEGIES, or none if there are `variants`. Raises ConfigurationError for a
+    name that occurs twice, and if there is no variant.
     """
-    strategies = strategies or ("" if specifications else DEFAULT_STRATEGIES)
-    names = filter(None, map(str.strip, strategies.split(",")))
-    found = [Variant(name, (f"aggregation.strategy={name}",)) for name in names]
-    for specification in specifications:
-        name, colon, settings = specification.partition(":")
-        if not colon or not name.strip():
-            hint = 'write "NAME: section.key=value section.key=value"'
-            raise ConfigurationError("--variant", specification, "has no name and colon", hint)
-        found.append(Variant(name.strip(), tuple(shlex.split(settings))))
-    repeated = [name for name, count in Counter(c.name for c in found).items() if count > 1]
-    if repeated or not found:
-        problem = f"{repeated[0]!r} occurs twice" if repeated else "names no strategy"
-        raise ConfigurationError(
-            "--strategies", strategies, problem, "write different strategies, such as fedavg,fedbuff"
-        )
+    names = (() if variants else DEFAULT_STRATEGIES) if strategies is None else strategies
+    found = [*(Variant(name, (f"aggregation.strategy={name}",)) for name in names), *variants]
+    hint = "write different strategies, such as fedavg and fedbuff"
+    if not found:
+        raise ConfigurationError("compare.strategies", list(names), "names no strategy", hint)
+    name, count = Counter(variant.name for variant in found).most_common(1)[0]
+    if count > 1:
+        raise ConfigurationError("compare.strategies", name, "occurs twice among the strategies and variants", hint)
     return found
 
 
-def grid(tune: Sequence[str]) -> list[dict[str, str]]:
-    """Return every combination of the values in "KEY=VALUE,VALUE,…"; one empty combination if `tune` is empty."""
-    axes = []
-    for text in tune:
-        key, equals, values = text.partition("=")
-        if not equals or not key or not all(values.split(",")):
-            raise ConfigurationError("--tune", text, "not a key with values", "write section.key=value,value,…")
-        axes.append([(key.strip(), value.strip()) for value in values.split(",")])
-    return [dict(combination) for combination in itertools.product(*axes)]
+def table_variants(tables: Mapping[str, Mapping[str, Any]]) -> list[Variant]:
+    """Return the variants of `compare.variants`: name → the keys that it changes, in their sections."""
+    return [
+        Variant(name, tuple(f"{key}={toml_text(value)}" for key, value in dotted(table).items()))
+        for name, table in tables.items()
+    ]
 
 
-def slowdown_overrides(config: Config, speeds: str) -> list[str]:
-    """Return an override of clients.slowdown that assigns the factors of `speeds` ("1:2:4") to the clients in turn."""
+def table_axes(table: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return key → its values to try, as KEY=VALUE takes them, of `compare.tune`; raises ConfigurationError."""
+    axes = {}
+    for key, values in dotted(table).items():
+        if not isinstance(values, list | tuple) or not values:
+            raise ConfigurationError(
+                f"compare.tune.{key}", values, "not a list of values", "write the values to try, such as [0.1, 0.3]"
+            )
+        axes[key] = [toml_text(value) for value in values]
+    return axes
+
+
+def dotted(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return section.key → value for each value in nested tables."""
+    found: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping) and value:
+            found |= dotted(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = value
+    return found
+
+
+def toml_text(value: object) -> str:
+    """Return `value`, which was read from TOML, as an override KEY=VALUE takes it: TOML, but words without quotes."""
+    if isinstance(value, str):
+        try:
+            tomllib.loads(f"value = {value}")
+        except tomllib.TOMLDecodeError:
+            return value
+    return _toml(value)
+
+
+def _toml(value: object) -> str:
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return json.dumps(value, ensure_ascii=False)
+        case Mapping():
+            return f"{{{', '.join(f'{_toml(key)} = {_toml(inner)}' for key, inner in value.items())}}}"
+        case list() | tuple():
+            return f"[{', '.join(map(_toml, value))}]"
+        case _:
+            return str(value)
+
+
+def grid(axes: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    """Return every combination of the values of each key; one empty combination if `axes` is empty."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def slowdown_overrides(config: Config, speeds: Sequence[float]) -> list[str]:
+    """Return an override of clients.slowdown that assigns the factors `speeds` to the clients in turn."""
     if not speeds:
         return []
-    factors = itertools.cycle(speeds.split(":"))
-    try:
-        pairs = [f'"{client}" = {float(factor)}' for client, factor in zip(config.clients.ids, factors, strict=False)]
-    except ValueError:
-        hint = "write how many times slower the clients are, in turn, such as 1:2:4"
-        raise ConfigurationError("--speeds", speeds, "not a list of numbers", hint) from None
+    pairs = [
+        f'"{client}" = {factor}' for client, factor in zip(config.clients.ids, itertools.cycle(speeds), strict=False)
+    ]
     return [f"clients.slowdown={{{', '.join(pairs)}}}"]
 
 

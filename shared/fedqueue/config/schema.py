@@ -10,6 +10,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from fedqueue.config.aggregation import STRATEGIES, AggregationConfig, ServerOptimizerConfig
 from fedqueue.config.client import Client
+from fedqueue.config.compare import CompareConfig
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.config.dispatch import DispatchConfig
 from fedqueue.config.names import ClientId, RunName
@@ -161,6 +162,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     ledger: LedgerConfig = LedgerConfig()
     stop: StopConfig
+    compare: CompareConfig = Field(default=CompareConfig(), exclude=True)
     _folder: Path = PrivateAttr(default=Path())
 
     @property
