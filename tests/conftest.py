@@ -21,7 +21,12 @@ from tests.support.sample_run import SampleRun
 torch.set_num_threads(1)
 # CI tries the same examples each time, so that only the change can cause a failure; a local run tries new examples.
 settings.register_profile("fedqueue", deadline=None, max_examples=60, derandomize="CI" in os.environ)
-settings.load_profile("fedqueue")
+settings.register_profile("fast", settings.get_profile("fedqueue"), max_examples=20)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try fewer examples in a run without the slow tests, which is to answer within a minute."""
+    settings.load_profile("fast" if "not slow" in config.option.markexpr else "fedqueue")
 
 
 @pytest.fixture(autouse=True)

@@ -274,7 +274,8 @@ COMPASS = {"schedule": "fedcompass", "fedcompass": {"min_steps": 3, "max_steps":
         "bfloat16-float32-zstd",
     ],
 )
-def test_simulation_and_coordinator_produce_the_same_bits(redis_client, tmp_path, aggregation, dispatch, compression):
+@pytest.mark.server
+def test_simulation_and_coordinator_produce_the_same_bits(server_client, tmp_path, aggregation, dispatch, compression):
     config = simulated_config(
         ("a", "b", "c"), aggregation=aggregation, clients={"slowdown": {"b": 2.5, "c": 1.3}}, stop={"versions": 8},
         server_optimizer={"name": "adam", "learning_rate": 0.05},
@@ -283,7 +284,7 @@ def test_simulation_and_coordinator_produce_the_same_bits(redis_client, tmp_path
     )  # fmt: skip
     task = PointsTask()
     simulation, simulated = simulate(config, TimingModel(batch_seconds=1.0, jitter=0.2), task)
-    store = Workers(redis_client, config.name, "owner")
+    store = Workers(server_client, config.name, "owner")
     store.begin(config, task, simulation.trace)
     clock = {"clock": lambda: store.now, "sleep": lambda seconds: None}
     real = Coordinator(config, task, store, tmp_path, **clock).run()

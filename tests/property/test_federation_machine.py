@@ -430,7 +430,7 @@ class FederationMachine(RuleBasedStateMachine):
 
 
 TestFederation = FederationMachine.TestCase
-TestFederation.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+TestFederation.settings = settings(stateful_step_count=30)
 
 
 def test_replayed_twin_of_the_machine_starts_equal():
