@@ -21,7 +21,7 @@ SOURCES = {
     "fedqueue_worker": ROOT / "worker" / "fedqueue_worker",
 }
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("fedqueue.errors",),
+    ("fedqueue.errors", "fedqueue.exception_text"),
     ("fedqueue.exit_codes", "fedqueue.logs"),
     ("fedqueue.config",),
     ("fedqueue.protocol",),

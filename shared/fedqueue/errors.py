@@ -17,6 +17,7 @@
     │   ├── BlobMissing         a chunk of a version or of a payload is missing
     │   └── Fenced              another coordinator leads the run now
     ├── ServerUnavailable       the Redis server cannot be reached or refuses this user
+    ├── LoadFailed              a worker process could load the data of no client
     ├── ClientTaken             another worker serves that client, or every partition is taken
     ├── JobClosed               a worker's job has been closed or given to another attempt
     └── RunFailed               the run ended without a usable result
@@ -26,6 +27,7 @@ The command line turns ConfigurationError and TaskError into exit code 2, all ot
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -190,6 +192,22 @@ class ServerUnavailable(FedqueueError):
     ...         print("start a server, or leave redis.url empty for an embedded one")
     start a server, or leave redis.url empty for an embedded one
     """
+
+
+class LoadFailed(FedqueueError):
+    """A worker process could load the data of no client, so it has nothing to serve.
+
+    `reasons` is client → type, message and last frames of the exception that the task raised.
+
+    >>> import fedqueue
+    >>> print(fedqueue.LoadFailed({"north": "FileNotFoundError: rows.csv"}))
+    no client could be loaded: north: FileNotFoundError: rows.csv
+    """
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        self.reasons = dict(reasons)
+        listed = "; ".join(f"{client}: {reason}" for client, reason in self.reasons.items())
+        super().__init__(f"no client could be loaded: {listed}")
 
 
 class ClientTaken(FedqueueError):

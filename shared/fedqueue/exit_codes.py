@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from types import FrameType
 from typing import NoReturn
@@ -18,8 +19,16 @@ from typing import NoReturn
 import typer
 
 from fedqueue.errors import ConfigurationError, FedqueueError, TaskError
+from fedqueue.exception_text import printable
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """The signals that end a process in an orderly way: SIGTERM, SIGINT, and SIGHUP unless `nohup` made it ignored."""
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    lost_terminal = () if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (hangup,)
+    return (signal.SIGTERM, signal.SIGINT, *lost_terminal)
 
 
 def run_app(app: typer.Typer) -> None:
@@ -31,7 +40,7 @@ def run_app(app: typer.Typer) -> None:
     except FedqueueError as error:
         _fail(str(error), FAILED)
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
+        _fail("interrupted", INTERRUPTED)
     except Exception as error:
         from redis import RedisError  # late: `--help` does not need it
 
@@ -41,7 +50,7 @@ def run_app(app: typer.Typer) -> None:
 
 
 def _fail(message: str, code: int) -> None:
-    print(f"fedqueue: {message}", file=sys.stderr)  # noqa: T201
+    print(f"fedqueue: {printable(message)}", file=sys.stderr)  # noqa: T201
     sys.exit(code)
 
 

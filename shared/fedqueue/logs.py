@@ -1,11 +1,18 @@
-"""Logs: how a process writes its own, and the last line of another process's."""
+"""Logs: how a process writes its own, and the last line of another process's; output whose reader may go away."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import sys
+import time
+from collections.abc import Callable, Iterator, MutableMapping
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+ECHO_SECONDS = 60.0
+"""A warning that is repeated sooner than this is not shown on the console again."""
 
 
 def configure_logging(to: TextIO | None = None, level: int = logging.INFO) -> None:
@@ -44,3 +51,65 @@ def last_line(log: Path) -> str:
     """The last line of a log file that is not blank, for an error message."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "(its log is empty)"
+
+
+# Warnings on the console, of a process whose log is a file
+
+
+@contextlib.contextmanager
+def warnings_shown(show: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> Iterator[None]:
+    """Pass each line that fedqueue logs as a warning or an error to `show` too, but the same one not again and again.
+
+    `show` gets one line. The same event with the same fields is passed on once in ECHO_SECONDS.
+    """
+    import structlog
+
+    shown: dict[str, float] = {}
+
+    def echo(logger: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        if level not in ("warning", "error", "critical", "exception"):
+            return event
+        fields = [f"{name}: {value}" for name, value in event.items() if name not in ("event", "level", "exc_info")]
+        text, now = "; ".join([str(event["event"]), *fields]), clock()
+        if now - shown.get(text, -ECHO_SECONDS) >= ECHO_SECONDS:
+            shown[text] = now
+            show(text)
+        return event
+
+    processors = structlog.get_config()["processors"]
+    structlog.configure(processors=[echo, *processors])
+    try:
+        yield
+    finally:
+        structlog.configure(processors=processors)
+
+
+# Output whose reader may go away
+
+
+class _Outliving(io.FileIO):
+    """A file whose writes never fail: text for a closed pipe, a lost terminal or a full disk is dropped."""
+
+    def write(self, data: Any) -> int:
+        with contextlib.suppress(OSError):
+            written = super().write(data)
+            if written is not None:
+                return written
+        return len(data)
+
+
+def outlive_readers() -> None:
+    """Let this process write to stdout and stderr for as long as it lives, whether or not their readers do.
+
+    Otherwise `fedqueue run … | head`, a `tee` that ended or a full disk would end a training with an OSError.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            number = stream.fileno()
+        except (AttributeError, OSError, ValueError):  # closed, or replaced by an object without a file
+            continue
+        stream.flush()
+        raw = io.BufferedWriter(_Outliving(number, "w", closefd=False))
+        wrapped = io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=True, write_through=True)
+        setattr(sys, name, wrapped)

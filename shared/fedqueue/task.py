@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fedqueue.config.client import Client
 from fedqueue.config.entrypoint import import_entrypoint
 from fedqueue.errors import TaskError
+from fedqueue.exception_text import exception_text, exception_with_place
 
 if TYPE_CHECKING:
     import torch
 
     from fedqueue.config.training import TrainingConfig
 
-__all__ = ["Client", "Progress", "Task", "TrainResult", "construct_task", "load_task"]
+__all__ = ["Client", "Progress", "Task", "TrainResult", "construct_task", "load_task", "make_model"]
 
 
 class Progress(Protocol):
@@ -153,6 +154,17 @@ def construct_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
     """Return `cls(**options)`. Raises TaskError if the constructor raises; that exception is its cause."""
     try:
         return cls(**options)
-    except Exception as error:
-        problem = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        problem = exception_text(error)
         raise TaskError(f"{cls.__name__}(**task.options) with {dict(options)}: {problem}") from error
+
+
+def make_model(task: Task) -> torch.nn.Module:
+    """Return `task.model()`. Raises TaskError for whatever the method raises, which is its cause.
+
+    The caller handles SIGINT, so that a KeyboardInterrupt here is the task's own.
+    """
+    try:
+        return task.model()
+    except BaseException as error:
+        raise TaskError(f"{type(task).__name__}.model(): {exception_with_place(error)}") from error

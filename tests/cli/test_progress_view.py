@@ -13,7 +13,15 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.core.events import ClientJoined, Evaluated
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.operator.progress_view import BARS, LINE_SECONDS, REFRESH_SECONDS, LiveView, sparkline
+from fedqueue_coordinator.operator.progress_view import (
+    BARS,
+    IDLE_SECONDS,
+    LINE_SECONDS,
+    REFRESH_SECONDS,
+    LiveView,
+    PlainConsole,
+    sparkline,
+)
 
 CONFIG = parse_config(
     {
@@ -51,7 +59,7 @@ def test_line_has_time_version_updates_clients_jobs_and_metrics(federation):
 def test_line_says_that_the_run_waits_for_clients(federation):
     shown, stream = view(terminal=False)
     shown.update(federation, 0.0)
-    assert "waiting for clients" in stream.getvalue()
+    assert "version 0  0 updates  0 of 4 clients alive, waiting for 2  0 jobs" in stream.getvalue()
 
 
 def test_long_line_is_not_broken(federation):
@@ -64,8 +72,71 @@ def test_long_line_is_not_broken(federation):
 def test_lines_are_printed_at_intervals(federation):
     shown, stream = view(terminal=False)
     for now in (0.0, 0.5, LINE_SECONDS - 0.01, LINE_SECONDS, LINE_SECONDS + 0.1):
+        federation.run_counters.updates += 1
         shown.update(federation, now)
     assert stream.getvalue().count("version 0") == 2
+
+
+def test_line_is_repeated_rarely_while_nothing_changes(federation):
+    shown, stream = view(terminal=False)
+    for now in range(0, int(IDLE_SECONDS) * 2, 2):
+        shown.update(federation, float(now))
+    assert stream.getvalue().count("version 0") == 2
+
+
+def test_line_names_the_clients_that_are_missing(federation):
+    shown, stream = view(terminal=False)
+    federation.handle(ClientJoined("client-2", 10), 0.0)
+    shown.update(federation, 0.0)
+    assert "1 of 4 clients alive, waiting for 2 (missing: client-0, client-1, client-3)" in stream.getvalue()
+
+
+def test_first_failure_of_a_kind_is_shown_once(federation):
+    shown, stream = view(terminal=False)
+    for client in range(4):
+        federation.failures.abandoned(f"client-{client}", "failed", f"ValueError: client-{client}: row {client}")
+        shown.update(federation, 0.0)
+    federation.failures.abandoned("client-0", "failed", "KeyError: 'x'")
+    shown.update(federation, 0.1)
+    lines = [line for line in stream.getvalue().splitlines() if "training failed" in line]
+    assert lines == [
+        "client-0: training failed: ValueError: client-0: row 0",
+        "client-0: training failed: KeyError: 'x'",
+    ]
+
+
+def test_quiet_shows_failures_and_no_mild_ones(federation):
+    shown, stream = view(terminal=False, quiet=True)
+    federation.failures.abandoned("client-0", "failed", "ValueError: no")
+    federation.failures.rejected("client-1", "stale", "staleness 12")
+    shown.update(federation, 0.0)
+    assert stream.getvalue() == "client-0: training failed: ValueError: no\n"
+
+
+def test_foreign_text_is_shown_as_it_is(federation):
+    shown, stream = view(terminal=False)
+    federation.failures.abandoned("client-0", "failed", "E: [red]a[/INST] :smile: \x1b[31m\udce9")
+    shown.update(federation, 0.0)
+    assert "E: [red]a[/INST] :smile: \\x1b[31m\\udce9\n" in stream.getvalue()
+
+
+def test_line_counts_what_was_lost(federation):
+    shown, stream = view(terminal=False)
+    federation.rejected["non_finite"] = 3
+    federation.abandoned.update({"failed": 2, "lapsed": 0})
+    shown.update(federation, 0.0)
+    assert "rejected 3 non_finite  abandoned 2 failed\n" in stream.getvalue()
+
+
+def test_closed_pipe_silences_the_view_only(federation):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    console = PlainConsole()
+    console.file = Closed()
+    LiveView(CONFIG, False, console).update(federation, 0.0)
+    assert console.quiet
 
 
 def test_quiet_shows_nothing(federation):
@@ -92,7 +163,7 @@ def test_table_shows_rate_clients_metrics_target_and_losses(federation):
     shown.update(federation, 0.0)
     table = render(shown, federation, 10.0)
     for words in (
-        "digits: fedbuff", "10.0 s", "0 (0 of 4 updates buffered)", "30 merged, 3.0/s", "1 of 4 alive, waiting for 2",
+        "digits: fedbuff", "10.0 s", "0 (0 of 4 updates buffered)", "30 merged, 3.0/s", "1 of 4 alive", "waiting for 2",
         "2 stale", "1 lapsed", "0.5000 (target 0.95)", "2.0000",
     ):  # fmt: skip
         assert words in table

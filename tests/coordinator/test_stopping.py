@@ -85,6 +85,7 @@ def test_rejected_updates_do_not_count_towards_the_limit():
 
 def test_run_stops_at_its_time_limit():
     run = start("c0", stop={"seconds": 5.0})
+    run.post("c0", 1.0)
     assert run.federation.next_deadline() == 5.0
     assert not of_kind(run.tick(4.9), Stop)
     assert of_kind(run.tick(0.1), Stop) == [Stop("seconds: 5")]

@@ -7,6 +7,8 @@ from collections import Counter
 from fedqueue_coordinator.core.run_summary import summarize
 from tests.support.federation_run import start
 
+LAPSED = "its worker was silent for dispatch.lease_seconds, or its training made no progress for dispatch.stall_seconds"
+
 
 def merged(client, staleness):
     return {"client": client, "staleness": staleness}
@@ -42,6 +44,12 @@ def test_summary_matches_results_by_hand():
         "staleness": {"mean": 1.0, "max": 3, "histogram": {"0": 2, "1": 1, "3": 1}},
         "clients": {"a": 1, "b": 3},
         "shares": {"a": 0.25, "b": 0.75},
+        "clients_without_update": {},
+        "failures": [
+            {"what": "update rejected (stale)", "text": "", "first": "", "count": 2, "clients": 1},
+            {"what": "update rejected (non_finite)", "text": "", "first": "", "count": 1, "clients": 1},
+            {"what": "job lapsed", "text": LAPSED, "first": "", "count": 1, "clients": 1},
+        ],
         "metrics": {"loss": 0.5, "accuracy": 0.9},
         "history": [
             {"version": 0, "seconds": 0.123, "loss": 2.3},

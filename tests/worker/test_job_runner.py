@@ -14,13 +14,14 @@ import torch
 from fedqueue import Task, TrainResult
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import WireError
+from fedqueue.exception_text import exception_with_place
 from fedqueue.local_update import reportable_metrics
 from fedqueue.protocol.messages import MAX_METRICS, Ending, Update, read
 from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue_worker import job_runner as job_runner_module
 from fedqueue_worker.egress_log import EgressLog
-from fedqueue_worker.job_runner import HandBack, JobRunner, describe, slowed
+from fedqueue_worker.job_runner import HandBack, JobRunner, slowed
 from tests.support.training_site import Doubling, TrainingSite
 
 
@@ -431,7 +432,7 @@ def test_description_of_an_error_is_bounded():
 
     with pytest.raises(ValueError) as caught:
         deep(50)
-    described = describe(caught.value)
+    described = exception_with_place(caught.value)
     assert len(described) < 1000
     assert described.count("deep (test_job_runner.py:") == 3
 

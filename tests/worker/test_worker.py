@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Task
 from fedqueue.config.schema import Config
-from fedqueue.errors import ClientTaken, ManifestMismatch
+from fedqueue.errors import ClientTaken, LoadFailed, ManifestMismatch
 from fedqueue.protocol.messages import Ending, read
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker import process as worker_module
@@ -32,7 +32,7 @@ def logs():
 
 @pytest.fixture(autouse=True)
 def _restored():
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -337,9 +337,10 @@ def test_error_during_loading_releases_the_client(fake_run, task):
         raise FileNotFoundError("no rows here")
 
     task.while_loading = broken
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(LoadFailed, match="client-0: FileNotFoundError: no rows here; in broken"):
         start(fake_run, task)
-    assert kinds(fake_run) == ["left"]
+    assert kinds(fake_run) == ["unavailable"]
+    assert not fake_run.coordinator.alive_clients()
 
 
 def test_num_examples_may_be_a_numpy_integer(fake_run, task):

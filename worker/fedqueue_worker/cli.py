@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.exit_codes import exit_at_once, run_app
-from fedqueue.logs import configure_logging, log_level
+from fedqueue.exception_text import one_line
+from fedqueue.exit_codes import exit_at_once, run_app, stop_signals
+from fedqueue.logs import configure_logging, log_level, outlive_readers
 
 if TYPE_CHECKING:
     from fedqueue.config.schema import Config
@@ -112,13 +113,14 @@ def worker(
     """Train on this machine's own data for a federated run: rows stay here, model updates leave.
 
     Waits for the run to start, joins it as one or more clients, and trains the jobs that the coordinator puts into
-    their queues. Ends when the run ends. On SIGTERM or Ctrl-C, it hands its running job back and ends.
+    their queues. Ends when the run ends. On SIGTERM, SIGHUP or Ctrl-C, it hands its running job back and ends.
     """
     from fedqueue.config.loading import load_config
 
     level = log_level(verbose, quiet)
+    outlive_readers()
     configure_logging(level=level)
-    for signum in (signal.SIGTERM, signal.SIGINT):  # until the worker installs its own handlers
+    for signum in stop_signals():  # until the worker installs its own handlers
         signal.signal(signum, exit_at_once)
     settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
     candidates = choose_candidates(settings, client or [], partition or [])
@@ -154,7 +156,10 @@ def worker(
     check(connection, url)
     task = load_task(settings.task.entrypoint, settings.task.options, folder)
     store = WorkerStore(connection, settings.name, token, identity)
-    ended_because = Worker(settings, task, store, site_policy, egress_log).run(candidates, max_jobs, burst)
+    serving = Worker(settings, task, store, site_policy, egress_log)
+    ended_because = serving.run(candidates, max_jobs, burst)
+    for idle, reason in serving.without_update.items():
+        typer.echo(f"{PROGRAM}: no update from {idle}: {one_line(reason)}", err=True)
     if not quiet:
         typer.echo(f"{PROGRAM}: {ended_because}", err=True)
 

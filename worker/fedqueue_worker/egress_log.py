@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.protocol.messages import Ending, Registration, Update
+from fedqueue.protocol.messages import Ending, Registration, Unavailable, Update
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.transport.worker_store import Claim
@@ -32,6 +32,11 @@ class EgressLog:
     def log_registration(self, registration: Registration) -> None:
         """Log a registration. Call this before the client's number of examples is sent."""
         self._append("registration", client=registration.client, examples=registration.examples)
+
+    def log_unavailable(self, unavailable: Unavailable) -> None:
+        """Log the report that a client's data cannot be loaded. Call this before the report is sent."""
+        size = len(unavailable.error.encode())
+        self._append("unavailable", client=unavailable.client, bytes=size, text=unavailable.error)
 
     def log_update(self, claim: Claim, update: Update, payload: BlobBuffer) -> None:
         """Log an update: bytes, SHA-256, names of metrics, seconds, base version. Call this before the post."""

@@ -53,6 +53,10 @@ class Heartbeat:
         if self._thread.is_alive() and self._thread is not threading.current_thread():
             self._thread.join()
 
+    def leave_out(self, client: str) -> None:
+        """Keep the client alive no longer; call this before its lease is released."""
+        self._clients = [other for other in self._clients if other != client]
+
     def register(self, registration: Registration) -> None:
         """Register the client; repeated if the coordinator expires it. Raises ClientTaken."""
         self._registrations[registration.client] = registration
@@ -98,7 +102,8 @@ class Heartbeat:
             log.warning("run missing from Redis: waiting for its coordinator to restore it")
             return
         for client in reply.lost_clients:
-            self._rejoin(client)
+            if client in self._clients:
+                self._rejoin(client)
         for client, key in list(self._signed_with.items()):
             if self._store.key_of(client) != key:
                 why = "its last registration failed" if key is None else "it has a new key"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
+from fedqueue.exception_text import exception_text, exception_with_place, printable
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Ending, Order
 from fedqueue.protocol.post_result import PostResult
@@ -33,8 +34,7 @@ from fedqueue_worker.retrying_store import RetryingStore
 log = structlog.get_logger("fedqueue.worker")
 
 UNCOMPRESSED = CompressionConfig()
-ERROR_FRAMES = 3
-ERROR_MESSAGE = 500  # characters
+MAX_REFUSAL = 500  # characters
 
 
 class HandBack(BaseException):
@@ -70,6 +70,10 @@ class JobRunner:
         self._downlink = downlink_codec(compression, manifest)
         self._feedback = ErrorFeedback(uplink_codec(compression, manifest))
         self._data: dict[str, Any] = {}
+        self._last_failure: dict[str, str] = {}  # client → why its last job ended without an update
+        self._failed: Counter[str] = Counter()  # client → its jobs that failed or were refused
+        self._accepted: set[str] = set()  # clients with an accepted update
+        self._logged: set[str] = set()  # failures whose traceback is in the log
         self._policy, self._egress_log = policy, egress_log
         self.jobs = 0
         """The number of attempts that have ended, however they ended."""
@@ -123,14 +127,14 @@ class JobRunner:
                 client=wanted.client,
                 reason=str(error),
             )
-            self._end(claim, Ending(reason="refused", error=str(error)[:ERROR_MESSAGE]))
+            self._end(claim, wanted.client, Ending(reason="refused", error=printable(str(error))[:MAX_REFUSAL]))
         except (JobClosed, StoreError) as error:  # a version that is gone belongs to a job that is gone
             log.warning("job dropped: it was closed during training", job=wanted.job, reason=str(error))
         except HandBack:
             self._hand_back(claim)
-        except Exception as error:
-            log.exception("training failed", job=wanted.job, client=wanted.client)
-            self._end(claim, Ending(reason="failed", error=describe(error)))
+        except BaseException as error:  # Ctrl-C raises HandBack: whatever else comes here, the task's code raised it
+            self._log_failure(wanted, error)
+            self._end(claim, wanted.client, Ending(reason="failed", error=exception_with_place(error)))
         finally:
             self._heartbeat.finish()
             self.jobs += 1
@@ -170,6 +174,7 @@ class JobRunner:
         # Replayed: an earlier try was stored, and its answer was lost.
         if result in (PostResult.ACCEPTED, PostResult.REPLAYED):
             self._feedback.accepted(order.client, self._local)
+            self._accepted.add(order.client)
         if result is not PostResult.ACCEPTED:
             self._egress_log.log_refused_post(claim, result)
             log.warning(
@@ -179,7 +184,32 @@ class JobRunner:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
         return bool(commands)
 
-    def _end(self, claim: Claim, ending: Ending) -> None:
+    def without_update(self) -> dict[str, str]:
+        """Client → why no update of it was accepted, for each such client that was loaded."""
+        reasons = {}
+        for client in self._data:
+            if client not in self._accepted:
+                reason = self._last_failure.get(client, "no job of it came to an end")
+                times = f" ({self._failed[client]} jobs)" if self._failed[client] > 1 else ""
+                reasons[client] = reason + times
+        return reasons
+
+    def _log_failure(self, order: Order, error: BaseException) -> None:
+        """Log a failure of the task's code; the traceback comes with the first of each kind."""
+        text = exception_with_place(error)
+        first = text not in self._logged
+        self._logged.add(text)
+        log.error(
+            "training failed",
+            job=order.job,
+            client=order.client,
+            error=exception_text(error) if first else text,
+            exc_info=first and error,
+        )
+
+    def _end(self, claim: Claim, client: str, ending: Ending) -> None:
+        self._last_failure[client] = f"{ending.reason}: {ending.error}"
+        self._failed[client] += 1
         self._egress_log.log_ending(claim, ending)
         self._retrying.end(claim, ending)
 
@@ -221,10 +251,3 @@ def _slow(progress: Progress, factor: float, clock: Callable[[], float], sleep: 
         progress()
 
     return slow_progress
-
-
-def describe(error: Exception) -> str:
-    """Type, message and last frames of a task's exception: where it was raised, without the value of any variable."""
-    frames = traceback.extract_tb(error.__traceback__)[-ERROR_FRAMES:]
-    where = " < ".join(f"{frame.name} ({frame.filename.rpartition('/')[2]}:{frame.lineno})" for frame in frames[::-1])
-    return f"{type(error).__name__}: {str(error)[:ERROR_MESSAGE]}; in {where}"

@@ -18,10 +18,9 @@ import structlog
 import torch
 
 from fedqueue.config.entrypoint import import_entrypoint
-from fedqueue.exit_codes import DONE, FAILED, exit_at_once
+from fedqueue.exit_codes import DONE, FAILED, exit_at_once, stop_signals
 from fedqueue.logs import configure_logging, last_line
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
 PR_SET_PDEATHSIG = 1  # of Linux
 GRACE_SECONDS = 30  # for a child to hand back its job after a signal, before it is killed
 
@@ -49,9 +48,9 @@ def preload(entrypoint: str, folder: Path) -> None:
 def fork(count: int, logs: Path | None, level: int = logging.INFO) -> int:
     """Fork `count` children. Returns in each child, with its number from 0; never returns in this process.
 
-    This process passes SIGTERM and SIGINT on, kills a child that has not ended GRACE_SECONDS later, reports a child
-    that ends by itself, and exits with the highest exit code once all have ended. A child gets SIGTERM when this
-    process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on.
+    This process passes the signals of `stop_signals` on, kills a child that has not ended GRACE_SECONDS later, reports
+    a child that ends by itself, and exits with the highest exit code once all have ended. A child gets SIGTERM when
+    this process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on.
     """
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
@@ -59,7 +58,7 @@ def fork(count: int, logs: Path | None, level: int = logging.INFO) -> int:
     sys.stderr.flush()
     gc.collect()
     gc.freeze()  # a collection in a child would write to every page that it shares
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the child has its handlers
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, stop_signals())  # until the child has its handlers
     parent, children = os.getpid(), dict[int, int]()
     for number in range(count):
         child = os.fork()
@@ -78,7 +77,7 @@ def log_of(logs: Path | None, number: int) -> Path | None:
 
 def _begin(parent: int, log: Path | None, level: int) -> None:
     """Set up a child: signals, its log, and random numbers that differ from those of the other children."""
-    for signum in SIGNALS:
+    for signum in stop_signals():
         signal.signal(signum, exit_at_once)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -96,7 +95,8 @@ def _begin(parent: int, log: Path | None, level: int) -> None:
 def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
     """Wait for signals and children until no child is left. No handlers: a signal just before a wait would be lost."""
     running, told, worst = dict(children), False, DONE
-    watched = {*SIGNALS, signal.SIGCHLD, signal.SIGALRM}
+    stops = stop_signals()
+    watched = {*stops, signal.SIGCHLD, signal.SIGALRM}
     signal.signal(signal.SIGCHLD, lambda *_: None)  # an ignored signal cannot be waited for
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
     while True:
@@ -110,7 +110,7 @@ def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
         if not running:
             sys.exit(worst)
         signum = signal.sigwait(watched)
-        if signum in SIGNALS:
+        if signum in stops:
             told = True
             signal.alarm(GRACE_SECONDS)
             _send(signal.SIGTERM, running)

@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 
 import redis
@@ -19,12 +19,22 @@ from rq.worker import DequeueStrategy
 
 from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
-from fedqueue.errors import ClientTaken, ConfigurationError, ManifestMismatch, RunNotFound, SignatureError
-from fedqueue.exit_codes import DONE
+from fedqueue.errors import (
+    ClientTaken,
+    ConfigurationError,
+    LoadFailed,
+    ManifestMismatch,
+    PolicyRefusal,
+    RunNotFound,
+    SignatureError,
+    TaskError,
+)
+from fedqueue.exception_text import exception_text, exception_with_place
+from fedqueue.exit_codes import DONE, stop_signals
 from fedqueue.protocol.keys import client_tag
-from fedqueue.protocol.messages import Registration
+from fedqueue.protocol.messages import Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
-from fedqueue.task import Task
+from fedqueue.task import Task, make_model
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.connection import limit_retries
 from fedqueue.transport.retry import RedisRetry
@@ -56,20 +66,24 @@ class Worker:
         self.policy, self.egress_log = policy, egress_log
         self.clients: list[str] = []
         self.ended_because = ""
+        self.without_update: Mapping[str, str] = {}
+        """Client → why no update of it was accepted; complete once `run` has returned."""
         self._told_to_stop = False
+        self._failed_loads: dict[str, str] = {}  # client → why its data cannot be loaded
         self._retrying = RetryingStore(store, lambda: self._told_to_stop)
 
     def run(self, candidates: Sequence[Sequence[str]], max_jobs: int | None = None, burst: bool = False) -> str:
         """Serve one client of each list of candidates until the run ends or a signal comes; returns why it ended.
 
-        With `max_jobs`, ends after that many jobs; with `burst`, ends once the clients' queues are empty.
+        With `max_jobs`, ends after that many jobs; with `burst`, ends once the clients' queues are empty. A client
+        whose data cannot be loaded is reported and left out.
 
-        Raises ClientTaken where other workers serve all candidates, ManifestMismatch where the task's model differs
-        from the run's, SignatureError where the run's messages are not signed by its coordinator, and PolicyRefusal
-        where this site's policy does not allow the task.
+        Raises LoadFailed where no client could be loaded, ClientTaken where other workers serve all candidates,
+        ManifestMismatch where the task's model differs from the run's, SignatureError where the run's messages are not
+        signed by its coordinator, and PolicyRefusal where this site's policy does not allow the task.
         """
         self.policy.check_task(self.config.task.entrypoint)
-        for signum in (signal.SIGTERM, signal.SIGINT):  # until RQ installs its own: while waiting, joining, loading
+        for signum in stop_signals():  # until RQ installs its own: while waiting, joining, loading
             signal.signal(signum, self._on_signal)
         info = self._wait_for_run()
         if info.state != "running":
@@ -88,21 +102,17 @@ class Worker:
         heartbeat = Heartbeat(
             self.store, self.clients, dispatch.lease_seconds, dispatch.stall_seconds, self._stop_because
         )
+        runner = JobRunner(
+            self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
+            self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
+        )  # fmt: skip
         heartbeat.start()
         try:
-            runner = JobRunner(
-                self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
-                self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
-            )  # fmt: skip
-            for client in self.clients:
-                data = self.task.train_data(self.config.clients.client(client))
-                runner.load(client, data)
-                registration = Registration(client=client, examples=int(self.task.num_examples(data)))
-                self.egress_log.log_registration(registration)
-                heartbeat.register(registration)
+            self._load(runner, heartbeat)
             log.info("ready", run=info.run, clients=self.clients, pid=os.getpid())
             self._serve(runner, max_jobs, burst)
         finally:
+            self.without_update = runner.without_update()
             limit_retries(self.store.redis)
             heartbeat.stop()
             with contextlib.suppress(redis.RedisError):  # then the coordinator expires the clients
@@ -130,7 +140,12 @@ class Worker:
     def _make_model(self, info: RunInfo) -> torch.nn.Module:
         """The task's model, which has to match the run's manifest."""
         torch.set_num_threads(self.config.training.threads)
-        model = self.task.model()
+        try:
+            model = make_model(self.task)
+        except TaskError:
+            if self._told_to_stop:  # the signal handler's SystemExit
+                raise SystemExit(DONE) from None
+            raise
         torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         try:
             Manifest.unpack(info.manifest).require(Manifest.from_module(model))
@@ -152,6 +167,41 @@ class Worker:
                 )
             clients.append(client)
         return clients
+
+    def _load(self, runner: JobRunner, heartbeat: Heartbeat) -> None:
+        """Load the data of each client, then register those that are ready: a job would wait while others load."""
+        registrations = []
+        for client in list(self.clients):
+            try:
+                data = self.task.train_data(self.config.clients.client(client))
+                registration = Registration(client=client, examples=int(self.task.num_examples(data)))
+            except BaseException as error:
+                if self._told_to_stop:  # the signal handler's SystemExit
+                    raise
+                self._leave_out(client, error, heartbeat)
+            else:
+                runner.load(client, data)
+                registrations.append(registration)
+        if not registrations:
+            raise LoadFailed(self._failed_loads)
+        for registration in registrations:
+            self.egress_log.log_registration(registration)
+            heartbeat.register(registration)
+
+    def _leave_out(self, client: str, error: BaseException, heartbeat: Heartbeat) -> None:
+        """Report that the client's data cannot be loaded, and serve the others."""
+        log.error(
+            "client left out: its data cannot be loaded",
+            client=client,
+            error=exception_text(error),
+            exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
+        )
+        unavailable = Unavailable(client=client, error=exception_with_place(error))
+        self._failed_loads[client] = unavailable.error
+        self.clients.remove(client)
+        heartbeat.leave_out(client)
+        self.egress_log.log_unavailable(unavailable)
+        self._retrying.report_unavailable(unavailable)
 
     def _serve(self, runner: JobRunner, max_jobs: int | None, burst: bool) -> None:
         """Run RQ's loop, and restart it where an outage in the middle of RQ's bookkeeping ended it."""
@@ -188,7 +238,7 @@ class Worker:
         return TrainingWorker(runner, self.store.redis, [keys.queue(client) for client in self.clients], name)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM or SIGINT before the first job; recorded too, as the exception may be lost in a finalizer."""
+        """Handle a signal before the first job: note it too, as the exception may be lost in a finalizer."""
         if not self._told_to_stop:
             self._told_to_stop = True
             raise SystemExit(DONE)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
-from fedqueue.protocol.messages import Ending, Order, Update
+from fedqueue.protocol.messages import Ending, Order, Unavailable, Update
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.tensors.blobs import BlobBuffer
@@ -34,6 +34,10 @@ class RetryingStore:
     def join(self, candidates: Sequence[str], lease_seconds: float) -> str | None:
         """As `WorkerStore.join`."""
         return self._retry.call(partial(self._store.join, candidates, lease_seconds))
+
+    def report_unavailable(self, unavailable: Unavailable) -> None:
+        """As `WorkerStore.report_unavailable`."""
+        self._retry.call(partial(self._store.report_unavailable, unavailable))
 
     def open_order(self, order: bytes | dict[str, Any]) -> Order:
         """As `WorkerStore.open_order`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 import uuid
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from rq.registry import StartedJobRegistry
 from rq.utils import now
 from rq.worker import WorkerStatus
 
+from fedqueue.exit_codes import stop_signals
 from fedqueue.transport.connection import limit_retries
 from fedqueue.transport.retry import transient_reason
 from fedqueue.transport.rq_jobs import NoTimeout, Serializer, client_queue, forget, job_class, queue_class
@@ -224,8 +226,12 @@ class TrainingWorker(SimpleWorker):
         if pipeline is not None or self.last_heartbeat is None or now() - self.last_heartbeat > RQ_HEARTBEAT:
             super().heartbeat(timeout, pipeline)
 
+    def _install_signal_handlers(self) -> None:
+        for signum in stop_signals():
+            signal.signal(signum, self.request_stop)
+
     def request_stop(self, signum: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM or SIGINT: hand back the running job at once, or stop waiting for one.
+        """Handle SIGTERM, SIGINT or SIGHUP: hand back the running job at once, or stop waiting for one.
 
         The exception raised here may be lost (redis-py's telemetry drops every exception that is raised inside it),
         so the stop is recorded as well.

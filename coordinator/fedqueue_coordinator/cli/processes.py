@@ -12,7 +12,8 @@ from typing import Annotated
 import typer
 
 from fedqueue.errors import ConfigurationError, FedqueueError
-from fedqueue.logs import configure_logging, log_level
+from fedqueue.exit_codes import stop_signals
+from fedqueue.logs import configure_logging, log_level, outlive_readers
 from fedqueue_coordinator.cli.options import ConfigPath, ConfiguredUrl, ResultsFolder, Sets, Verbose
 
 RUN_EPILOG = """
@@ -58,6 +59,7 @@ def run(
     from fedqueue.config.loading import load_config
     from fedqueue_coordinator.operator.local_run import Launch, read_launch
 
+    outlive_readers()
     overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
     if resume and config:
         raise ConfigurationError(
@@ -75,7 +77,8 @@ def run(
     from fedqueue_coordinator.operator.local_run import run_local
 
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "coordinator.log").open("a" if resume else "w") as log:
+    path = folder / "coordinator.log"
+    with open(path, "a" if resume else "w", encoding="utf-8", errors="backslashreplace") as log:
         configure_logging(log, log_level(verbose, quiet=False))
         raise typer.Exit(run_local(settings, launch, folder, quiet, resume is not None, verbose))
 
@@ -97,10 +100,11 @@ def coordinator(
     """Lead a run on a Redis server that the workers can reach.
 
     Resumes a run that its last coordinator left unfinished. If Redis has lost the run, resumes from the checkpoint in
-    DIR. SIGTERM leaves the run for the next coordinator; SIGINT (Ctrl-C) ends the run.
+    DIR. SIGTERM and SIGHUP leave the run for the next coordinator; SIGINT (Ctrl-C) ends the run.
     """
     from fedqueue.config.loading import load_config
 
+    outlive_readers()
     configure_logging(level=log_level(verbose, quiet))
     settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
     url = settings.redis.address(redis)
@@ -126,7 +130,8 @@ def coordinator(
     folder = output or Path("runs") / settings.name
     store = CoordinatorStore(connection, settings.name, new_owner(), identity)
     leading = Coordinator(settings, task, store, folder, view.update)
-    signal.signal(signal.SIGTERM, lambda *_: leading.pause())
+    for signum in stop_signals():
+        signal.signal(signum, lambda *_: leading.pause())
     signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))
     with view:
         result = leading.run(standby)

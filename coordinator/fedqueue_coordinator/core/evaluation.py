@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fedqueue.config.schema import EvaluationConfig
+from fedqueue.exception_text import exception_with_place
 from fedqueue.protocol.messages import Evaluation
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
@@ -56,5 +57,5 @@ def evaluate(task: Task, data: Any, frame: Frame, device: torch.device) -> Evalu
         metrics = task.evaluate(model.to(device), data)
         finite = {str(k): float(v) for k, v in metrics.items() if math.isfinite(v)}
         return Evaluation(version=0, metrics=finite)
-    except Exception as error:
-        return Evaluation(version=0, metrics={}, error=f"{type(error).__name__}: {error}"[:4000])
+    except (Exception, SystemExit) as error:
+        return Evaluation(version=0, metrics={}, error=exception_with_place(error)[:4000])

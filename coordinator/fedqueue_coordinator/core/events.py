@@ -39,6 +39,17 @@ class ClientLeft:
 
 
 @dataclass(frozen=True)
+class ClientUnavailable:
+    """A worker reported that it cannot load the client's data, and serves the client no longer."""
+
+    entry: str
+    client: str
+    error: str
+    served: bool = False
+    """Another worker serves the client already."""
+
+
+@dataclass(frozen=True)
 class UpdateArrived:
     """The header of an update was read from its client's stream; the payload is still in the store."""
 
@@ -148,8 +159,8 @@ class Tick:
 
 
 Event = (
-    ClientJoined | ClientLeft | UpdateArrived | UpdateLoaded | UpdateUnreadable | InvalidEntry | JobEnded
-    | LeaseExpired | JobLapsed | JobStays | Evaluated | Tick
+    ClientJoined | ClientLeft | ClientUnavailable | UpdateArrived | UpdateLoaded | UpdateUnreadable | InvalidEntry
+    | JobEnded | LeaseExpired | JobLapsed | JobStays | Evaluated | Tick
 )  # fmt: skip
 
 # Actions

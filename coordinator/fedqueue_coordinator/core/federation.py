@@ -18,7 +18,7 @@ versions, whether or not a coordinator crashed in between.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,7 @@ from fedqueue_coordinator.core.events import (
     Action,
     ClientJoined,
     ClientLeft,
+    ClientUnavailable,
     Close,
     CloseCondition,
     Commit,
@@ -56,13 +57,21 @@ from fedqueue_coordinator.core.events import (
     UpdateLoaded,
     UpdateUnreadable,
 )
-from fedqueue_coordinator.core.ledger_records import abandoned_record, merged_update, rejected_record, version_record
+from fedqueue_coordinator.core.failures import Failures
+from fedqueue_coordinator.core.ledger_records import (
+    abandoned_record,
+    merged_update,
+    rejected_record,
+    unavailable_record,
+    version_record,
+)
 from fedqueue_coordinator.core.outliers import NormLimit, OutlierFilter
 from fedqueue_coordinator.core.reasons import OUTLIER, AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
 from fedqueue_coordinator.core.stop_conditions import stop_reason, target_reached
+from fedqueue_coordinator.core.waiting import dead_end, waiting_for
 
 
 class Federation:
@@ -95,6 +104,10 @@ class Federation:
         """Reason → rejected updates, since this process began."""
         self.abandoned: Counter[str] = Counter()
         """Reason → abandoned jobs, since this process began."""
+        self.failures = Failures()
+        """Failures by kind, since this process began."""
+        self.unavailable: dict[str, str] = {}
+        """Client → why its worker cannot load its data, until it joins."""
         self.evaluated: Evaluated | None = None
         """The newest central evaluation."""
         self.stopped: Stop | None = None
@@ -139,9 +152,12 @@ class Federation:
         actions: list[Action] = []
         match event:
             case ClientJoined(client, examples):
+                self.unavailable.pop(client, None)
                 self._scheduler.join(client, examples)
             case ClientLeft():
                 actions += self._leave(event, now)
+            case ClientUnavailable():
+                actions += self._leave_out(event, now)
             case UpdateArrived():
                 actions += self._receive(event, now)
             case UpdateLoaded(load, delta, base):
@@ -156,6 +172,7 @@ class Federation:
                 actions += self._close_lapsed(job, now)
             case JobLapsed(job, client):
                 self.abandoned[AbandonReason.LAPSED] += 1
+                self.failures.abandoned(client, AbandonReason.LAPSED, "")
                 actions += self._pass_on(job, client, now)
             case JobStays(job, client, abandoned_for):
                 self.abandoned[abandoned_for] -= 1
@@ -316,6 +333,14 @@ class Federation:
         ]
         return min((end for end in ends if end is not None), default=None)
 
+    def waiting_for(self, now: float) -> str:
+        """Describe what keeps the run from dispatching a job; an empty string if it goes on."""
+        return waiting_for(self.config, self._scheduler, self.unavailable, now)
+
+    def dead_end(self, gone: Container[str]) -> str:
+        """Describe why the run can never go on, if no client in `gone` comes back; an empty string if it can."""
+        return dead_end(self.config, self._scheduler, gone, self.unavailable)
+
     # Slots
 
     def _dispatch(self, now: float) -> list[Action]:
@@ -359,12 +384,15 @@ class Federation:
     def _reject(self, arrived: UpdateArrived, reason: RejectionReason, detail: str, now: float) -> Close:
         """Reject an update whose job has no slot any more."""
         self.rejected[reason] += 1
+        self.failures.rejected(arrived.client, reason, detail)
         self._arriving.discard(arrived.job)
         self._alone.discard(arrived.job)
         quarantine = self._filter.strike(arrived.client) if reason in OUTLIER else 0.0
         if quarantine:
             detail += f"; quarantined for {quarantine:g} s"
+        was_set_aside = self._scheduler.is_set_aside(arrived.client)
         self._scheduler.rejected(arrived.client, reason, quarantine, now)
+        self._note_set_aside(arrived.client, was_set_aside)
         return Close(arrived.job, arrived.entry.id, rejected_record(arrived, reason, detail, self.version, now))
 
     def _abandon(
@@ -378,6 +406,7 @@ class Federation:
         only_if: CloseCondition = CloseCondition.ANY,
     ) -> Close:
         self.abandoned[reason] += 1
+        self.failures.abandoned(client, reason, error)
         return Close(job, entry, abandoned_record(job, client, reason, error, self.version, now), only_if)
 
     def _leave(self, left: ClientLeft, now: float) -> list[Action]:
@@ -397,12 +426,27 @@ class Federation:
             for job in jobs
         ]
 
+    def _leave_out(self, event: ClientUnavailable, now: float) -> list[Action]:
+        """Leave out a client whose data cannot be loaded, until another worker serves it."""
+        self.failures.unavailable(event.client, event.error)
+        record = unavailable_record(event.client, event.error, self.version, now)
+        if event.served:
+            return [Acknowledge(event.entry, record)]
+        self.unavailable[event.client] = event.error
+        return [*self._leave(ClientLeft(event.client), now), Acknowledge(event.entry, record)]
+
     def _end_job(self, ended: JobEnded, now: float) -> list[Action]:
         if self.open_jobs.get(ended.job) != ended.client:
             return [Acknowledge(ended.entry, None)]  # the job was taken back before
         close = self._abandon(ended.job, ended.client, ended.entry, ended.reason, ended.error, now)
+        was_set_aside = self._scheduler.is_set_aside(ended.client)
         self._scheduler.penalize_ending(ended.client, ended.reason, now)
+        self._note_set_aside(ended.client, was_set_aside)
         return [close, *self._pass_on(ended.job, ended.client, now)]
+
+    def _note_set_aside(self, client: str, before: bool) -> None:
+        if not before and self._scheduler.is_set_aside(client):
+            self.failures.set_aside(client)
 
     def _close_lapsed(self, job: str, now: float) -> list[Action]:
         """Close a job whose lease is over; it counts once the store has closed it (`JobLapsed`)."""
@@ -415,10 +459,13 @@ class Federation:
     def _refuse_unknown(self, arrived: UpdateArrived, now: float) -> Acknowledge:
         """Refuse an update for which no job is open: it is forged, or the second one of its job."""
         reason = RejectionReason.UNKNOWN_JOB
+        detail = "no such job is open"
         self.rejected[reason] += 1
-        return Acknowledge(arrived.entry.id, rejected_record(arrived, reason, "no such job is open", self.version, now))
+        self.failures.rejected(arrived.client, reason, detail)
+        return Acknowledge(arrived.entry.id, rejected_record(arrived, reason, detail, self.version, now))
 
     def _refuse_entry(self, invalid: InvalidEntry, now: float) -> Acknowledge:
+        self.failures.rejected(invalid.entry.client, invalid.reason, invalid.detail)
         record = rejected_record(invalid.entry, invalid.reason, invalid.detail, self.version, now)
         return Acknowledge(invalid.entry.id, record)
 
@@ -429,13 +476,22 @@ class Federation:
 
     def _stop_if_due(self, now: float) -> list[Action]:
         if self._scheduler.all_set_aside:
-            return self.stop(Stop("every client failed too often and was set aside", failed=True), now)
+            worst = self.failures.most_frequent
+            because = "every client failed too often and was set aside" + (f": {worst.line}" if worst else "")
+            return self.stop(Stop(because, failed=True), now)
         if self.evaluated and self.evaluated.error:
             return self.stop(Stop(f"the evaluation failed: {self.evaluated.error}", failed=True), now)
         if self.evaluated and (reached := target_reached(self.config.stop.target, self.evaluated)):
-            return self.stop(Stop(reached), now)
+            return self.stop(self._end_at(reached, self.evaluated.version), now)
         because = stop_reason(self.config.stop, self.version, self.run_counters.updates, now)
-        return self.stop(Stop(because), now) if because else []
+        return self.stop(self._end_at(because, self.version), now) if because else []
+
+    def _end_at(self, limit: str, version: int) -> Stop:
+        """End at a limit, or at the target that `version` reached; without any merged update the run has failed."""
+        if version:
+            return Stop(limit)
+        worst = self.failures.most_frequent
+        return Stop(f"{limit}; no update was merged" + (f": {worst.line}" if worst else ""), failed=True)
 
     def stop(self, stop: Stop, now: float) -> list[Action]:
         """End the run: reject the buffered updates and abandon the open jobs."""
@@ -460,7 +516,7 @@ class Federation:
                 return [self._reject(load.arrived, RejectionReason.RUN_ENDED, "the run has ended", now)]
             case InvalidEntry():
                 return [self._refuse_entry(event, now)]
-            case JobEnded(entry=entry):
+            case JobEnded(entry=entry) | ClientUnavailable(entry=entry):
                 return [Acknowledge(entry, None)]
             case JobStays(job, client, reason):
                 self.abandoned[reason] -= 1

@@ -54,6 +54,11 @@ def abandoned_record(
     }  # fmt: skip
 
 
+def unavailable_record(client: str, error: str, version: int, seconds: float) -> LedgerRecord:
+    """Describe a client whose worker cannot load its data; `version` is the newest one."""
+    return {"kind": "unavailable", "client": client, "error": error, "version": version, "seconds": seconds}
+
+
 def evaluation_record(version: int, metrics: Mapping[str, float], seconds: float) -> LedgerRecord:
     """Describe a finished evaluation."""
     return {"kind": "evaluation", "version": version, "metrics": dict(metrics), "seconds": seconds}

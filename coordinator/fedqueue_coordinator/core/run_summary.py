@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedqueue.tensors.frame import Frame
+from fedqueue_coordinator.core.failures import FailureKind, Failures
 
 if TYPE_CHECKING:
     import torch
+
+
+NO_WORKER = "no worker registered it"
+NO_UPDATE_IN_TIME = "it got no job, or the run ended before its first update was merged"
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class RunResult:
     jobs_dispatched: int
     folder: Path | None = None
     """Where the run left its files."""
+    registered: frozenset[str] = frozenset()
+    """The clients that a worker registered."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -78,8 +85,13 @@ def summarize(
     stopped_because: str,
     ledger: Iterable[Mapping[str, Any]],
     refused: Mapping[str, int],
+    configured: Collection[str] = (),
+    registered: Collection[str] = (),
 ) -> dict[str, Any]:
-    """Summarize a run; `seconds` in the summary is the time of the last record, on the run's clock."""
+    """Summarize a run; `seconds` in the summary is the time of the last record, on the run's clock.
+
+    `configured` are the clients of its configuration, `registered` those that a worker registered.
+    """
     records = list(ledger)
     merged = [line for r in records if r["kind"] == "version" for line in r["merged"]]
     evaluations = [r for r in records if r["kind"] == "evaluation"]
@@ -88,6 +100,7 @@ def summarize(
     staleness = [line["staleness"] for line in merged]
     clients = Counter(line["client"] for line in merged)
     seconds = max((r["seconds"] for r in records), default=0.0)
+    failures = Failures.from_ledger(records)
     return {
         "run": run,
         "strategy": strategy,
@@ -107,7 +120,32 @@ def summarize(
         },
         "clients": dict(sorted(clients.items())),
         "shares": {client: round(count / len(merged), 4) for client, count in sorted(clients.items())},
+        "clients_without_update": {
+            client: _why_without_update(client, failures, registered)
+            for client in sorted({*configured, *registered, *failures.last} - clients.keys() - {""})
+        },
+        "failures": [_failure(kind) for kind in failures.kinds.values()],
         "metrics": evaluations[-1]["metrics"] if evaluations else {},
         "history": history_of(evaluations),
         "stopped_because": stopped_because,
+    }
+
+
+def _why_without_update(client: str, failures: Failures, registered: Collection[str]) -> str:
+    last = failures.last.get(client)
+    if last is not None:
+        count = failures.counts[client]
+        return ": ".join(part for part in (last.what, last.text) if part) + (
+            f" ({count} failures)" if count > 1 else ""
+        )
+    return NO_UPDATE_IN_TIME if client in registered else NO_WORKER
+
+
+def _failure(kind: FailureKind) -> dict[str, Any]:
+    return {
+        "what": kind.what,
+        "text": kind.text,
+        "first": kind.client,
+        "count": kind.count,
+        "clients": len(kind.clients),
     }

@@ -92,6 +92,25 @@ class Scheduler:
             self.offer(client)
 
     @property
+    def started(self) -> bool:
+        """Whether enough clients were alive at some time, so that jobs may be dispatched."""
+        return self._started
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether a client may get a job as soon as a slot is free."""
+        return bool(self._idle)
+
+    @property
+    def next_rest(self) -> float | None:
+        """End of the next rest, or None."""
+        return self._backoff.next_end()
+
+    def is_set_aside(self, client: str) -> bool:
+        """Whether the client gets no further job in this run."""
+        return self._backoff.set_aside(client)
+
+    @property
     def all_set_aside(self) -> bool:
         """Whether every client that ever registered is set aside, so that no job can be dispatched again."""
         return bool(self.registered) and all(map(self._backoff.set_aside, self.registered))

@@ -11,7 +11,7 @@ import json
 import shutil
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,16 @@ from typing import TYPE_CHECKING, Any
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, MissingExtra, RunExists, ServerUnavailable
-from fedqueue.exit_codes import DONE, FAILED, INTERRUPTED
+from fedqueue.exception_text import one_line
+from fedqueue.exit_codes import DONE, FAILED, INTERRUPTED, stop_signals
+from fedqueue.logs import warnings_shown
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.operator.local_workers import EGRESS, KEYS, LOGS, LocalWorkers
 
-if TYPE_CHECKING:  # these modules import torch, which `run_federation` does while the workers do
+if TYPE_CHECKING:  # some of these import torch, which `run_federation` does while the workers do
+    import redis
+
     from fedqueue.task import Task
     from fedqueue_coordinator.core.federation import Federation
     from fedqueue_coordinator.core.run_summary import RunResult
@@ -101,8 +105,7 @@ def run_federation(
         if not resume:
             remove_if_not_started.callback(_remove, folder, "redis", KEYS)
         url = config.redis.address() or stack.enter_context(_embedded_server(folder))
-        connection = connect(url, tls=config.redis.tls)
-        check(connection, url)
+        connection = _connect(config, url)
         (folder / URL_FILE).write_text(url)
         (folder / URL_FILE).chmod(0o600)  # a URL may contain a password
         stack.callback((folder / URL_FILE).unlink, missing_ok=True)
@@ -135,13 +138,14 @@ def run_federation(
         remove_if_not_started.pop_all()
         identity = load_coordinator_identity(folder / KEYS, config.name) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
+        stack.enter_context(warnings_shown(view.warn))
 
         def on_progress(federation: Federation, now: float) -> None:
             view.update(federation, now)
             for message in workers.new_messages():
-                view.console.print(message, style="yellow", markup=False, highlight=False, soft_wrap=True)
-            if not workers.any_alive() and not federation.stopped:
-                coordinator.fail(f"every worker process has ended; see the logs in {folder / LOGS}")
+                view.warn(message)
+            if not federation.stopped and (why := _dead_end(federation, workers, folder)):
+                coordinator.fail(why)
 
         coordinator = Coordinator(
             config, task, CoordinatorStore(connection, config.name, new_owner(), identity), folder, on_progress
@@ -157,6 +161,21 @@ def run_federation(
     return result
 
 
+def _connect(config: Config, url: str) -> redis.Redis:
+    connection = connect(url, tls=config.redis.tls)
+    check(connection, url)
+    return connection
+
+
+def _dead_end(federation: Federation, workers: LocalWorkers, folder: Path) -> str:
+    """Why the run can never go on, as no process but `workers` serves its clients; an empty string if it can."""
+    if workers.any_alive():
+        return federation.dead_end(workers.lost_clients | federation.unavailable.keys())
+    worst = federation.failures.most_frequent
+    why = f": {worst.line}" if worst else ""
+    return f"every worker process has ended{why}; see the logs in {folder / LOGS}"
+
+
 def exit_code(result: RunResult) -> int:
     """Return the exit code of a run: 0 done, 1 failed, 130 interrupted."""
     if result.stopped_because == INTERRUPT:
@@ -165,24 +184,45 @@ def exit_code(result: RunResult) -> int:
 
 
 def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: bool = False) -> None:
-    """Print the final metrics, why the run stopped, and the paths of the result files."""
+    """Print the final metrics, the paths of the result files, which clients contributed nothing, and why the run ended.
+
+    In quiet mode: the clients that failed, and why a run failed.
+    """
+    from fedqueue_coordinator.operator.progress_view import ERROR, WARNING
+
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items()) or "not evaluated"
-    view.console.print(
-        f"[bold]{summary['run']}[/]: {metrics} after {summary['seconds']:.1f} s: {summary['versions']} versions of "
-        f"{summary['updates_merged']} updates from {len(summary['clients'])} clients, "
-        f"mean staleness {summary['staleness']['mean']:.2f}",
-        highlight=False,
-        soft_wrap=True,
+    merged = (
+        f" after {summary['seconds']:.1f} s: {summary['versions']} versions of {summary['updates_merged']} updates "
+        f"from {len(summary['clients'])} clients, mean staleness {summary['staleness']['mean']:.2f}"
     )
-    why = f"the run failed: {summary['stopped_because']}" if failed else f"stopped by {summary['stopped_because']}"
-    view.console.print(why, style="red" if failed else "none", markup=False, highlight=False, soft_wrap=True)
+    view.say(f"{summary['run']}: {metrics}{merged if summary['versions'] else ', no update was merged'}", "bold")
     report = folder / "report.png"
     paths = [f"report: {report}"] if report.exists() else []
     paths += [f"model: {folder / 'model.safetensors'}", f"numbers: {folder / 'summary.json'}"]
-    view.console.print("   ".join(paths), highlight=False, soft_wrap=True)
+    view.say("   ".join(paths))
     if not report.exists():
-        missing = MissingExtra("report.png", "matplotlib", "plots")
-        view.console.print(str(missing), markup=False, highlight=False, soft_wrap=True)
+        view.say(str(MissingExtra("report.png", "matplotlib", "plots")))
+    for line, failure in lines_without_update(summary["clients_without_update"]):
+        view.say(line, WARNING if failure else "", even_if_quiet=failure)
+    why = f"the run failed: {summary['stopped_because']}" if failed else f"stopped by {summary['stopped_because']}"
+    view.say(why, ERROR if failed else "", even_if_quiet=failed)
+
+
+def lines_without_update(reasons: Mapping[str, str]) -> Iterator[tuple[str, bool]]:
+    """Say which clients contributed nothing, and why, with a line for each kind of reason.
+
+    `reasons` is client → why. Yields each line, and whether its reason is a failure.
+    """
+    from fedqueue_coordinator.core.failures import kind_of
+    from fedqueue_coordinator.core.run_summary import NO_UPDATE_IN_TIME
+    from fedqueue_coordinator.core.waiting import names
+
+    groups: dict[str, list[str]] = {}
+    for client, reason in reasons.items():
+        groups.setdefault(kind_of(client, reason), []).append(client)
+    for clients in groups.values():
+        reason = reasons[clients[0]]
+        yield f"no update from {names(clients)}: {one_line(reason)}", reason != NO_UPDATE_IN_TIME
 
 
 def _require_free(folder: Path) -> None:
@@ -224,13 +264,13 @@ def _embedded_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _signals(coordinator: Coordinator) -> Iterator[None]:
-    """End the run on Ctrl-C and SIGTERM, with the results so far."""
+    """End the run on Ctrl-C, SIGTERM and SIGHUP, with the results so far."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:
         coordinator.interrupt(INTERRUPT)
 
     handled = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
-    previous = {s: signal.signal(s, interrupt) for s in (signal.SIGINT, signal.SIGTERM) if handled}
+    previous = {s: signal.signal(s, interrupt) for s in stop_signals() if handled}
     try:
         yield
     finally:

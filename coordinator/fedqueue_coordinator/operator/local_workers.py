@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from fedqueue.logs import last_line
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.access.enrolment import SITES
 
+_ENDED = re.compile(r"worker (\d+) \(pid \d+\) ended ")
 KEYS, EGRESS, LOGS = "keys", "egress", "logs"
 
 
@@ -31,6 +33,9 @@ class LocalWorkers:
 
         Their logs go to `folder`/logs, with debug lines if `verbose`.
         """
+        self.lost_clients: set[str] = set()
+        """Clients whose worker process has ended; no other process of this run serves them."""
+        self._of_worker = [list(clients[number::processes]) for number in range(min(processes, len(clients)))]
         self._logs = folder / LOGS
         self._log = self._logs / "workers.log"
         # A resumed run appends to the log; its older lines have been shown already.
@@ -57,7 +62,9 @@ class LocalWorkers:
             whole, newline, _ = log.read().rpartition(b"\n")
         self._read_bytes += len(whole + newline)
         for line in whole.decode(errors="replace").splitlines():
-            if line.startswith("worker "):
+            if ended_worker := _ENDED.match(line):
+                for clients in self._of_worker[int(ended_worker[1]) :][:1]:
+                    self.lost_clients.update(clients)
                 yield line
         if ended and not self._parent_end_reported:
             self._parent_end_reported = True

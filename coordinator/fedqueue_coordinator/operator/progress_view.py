@@ -1,32 +1,56 @@
-"""The progress display of `fedqueue run` and `fedqueue coordinator`."""
+"""The progress display of `fedqueue run` and `fedqueue coordinator`, and what they say of failures.
+
+Names, paths and texts that the console shows come from configurations, clients and exceptions. They are shown as they
+are: no markup, no emoji codes, no control characters.
+"""
 
 from __future__ import annotations
 
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from fedqueue.config.schema import Config
+from fedqueue.exception_text import printable
+from fedqueue_coordinator.core.failures import FailureKind
 from fedqueue_coordinator.core.federation import Federation
 
 REFRESH_SECONDS = 0.25
 """Time between two updates of the table on a terminal."""
 LINE_SECONDS = 2.0
 """Time between two lines if the output is not a terminal."""
+IDLE_SECONDS = 60.0
+"""Time between two such lines while nothing changes but the time."""
 BARS = "▁▂▃▄▅▆▇█"
+WARNING, ERROR = "yellow", "red"
+
+
+class PlainConsole(Console):
+    """A console that takes no text as markup, and falls silent when its reader has gone."""
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def on_broken_pipe(self) -> None:
+        """Show nothing further. Rich would end the process."""
+        self.quiet = True
 
 
 class LiveView:
-    """Shows a table that is updated in place on a terminal, and plain lines elsewhere; shows nothing if `quiet`."""
+    """Shows a table that is updated in place on a terminal, and plain lines elsewhere; `quiet`: failures only."""
 
     def __init__(self, config: Config, quiet: bool, console: Console | None = None) -> None:
         self._config, self._quiet = config, quiet
-        self.console = console or Console(stderr=True, quiet=quiet)
+        self.console = console or PlainConsole(stderr=True)
         self._live: Live | None = None
         self._next = 0.0
+        self._said: tuple[str, float] = ("", 0.0)  # the last line without its time, and when it was printed
+        self._told: set[tuple[str, str]] = set()
         self._history: list[tuple[int, float]] = []
 
     def __enter__(self) -> Self:
@@ -41,8 +65,24 @@ class LiveView:
         if self._live:
             self._live.stop()
 
+    def say(self, text: str, style: str = "", even_if_quiet: bool = False) -> None:
+        """Print a line, with `text` as it is."""
+        if even_if_quiet or not self._quiet:
+            self.console.print(Text(printable(text), style=style), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Print a line about something that went wrong, in quiet mode too."""
+        self.say(text, WARNING, even_if_quiet=True)
+
     def update(self, federation: Federation, now: float) -> None:
-        """Show the state of the federation at `now` (seconds since the start), unless the last update is too recent."""
+        """Show the state of the federation at `now` (seconds since the start), unless the last update is too recent.
+
+        A failure of a new kind is always shown, and at once.
+        """
+        for key, kind in federation.failures.kinds.items():
+            if key not in self._told:
+                self._told.add(key)
+                self.say(kind.line, WARNING, even_if_quiet=not kind.mild)
         evaluated = federation.evaluated
         if evaluated and evaluated.metrics and (not self._history or self._history[-1][0] != evaluated.version):
             shown = "accuracy" if "accuracy" in evaluated.metrics else next(iter(evaluated.metrics))
@@ -52,50 +92,69 @@ class LiveView:
         if self._live:
             self._next = now + REFRESH_SECONDS
             self._live.update(self._table(federation, now), refresh=True)
-        else:
-            self._next = now + LINE_SECONDS
-            self.console.print(self._line(federation, now), highlight=False, soft_wrap=True)
+            return
+        self._next = now + LINE_SECONDS
+        state, said = self._state(federation, now), self._said
+        if state != said[0] or now >= said[1] + IDLE_SECONDS:
+            self._said = (state, now)
+            self.say(f"{now:6.1f} s  {state}")
 
-    def _line(self, federation: Federation, now: float) -> str:
+    def _state(self, federation: Federation, now: float) -> str:
         parts = [
-            f"{now:6.1f} s",
             f"version {federation.version}",
             f"{federation.run_counters.updates} updates",
-            f"{len(federation.clients)} clients",
+            federation.waiting_for(now) or f"{len(federation.clients)} clients",
             f"{len(federation.open_jobs)} jobs",
+            *(f"{name} {counted(counts)}" for name, counts in _losses(federation) if counts),
         ]
-        if not federation.clients:
-            parts.append("waiting for clients")
         if federation.evaluated:
             parts += [f"{name} {value:.4f}" for name, value in federation.evaluated.metrics.items()]
         return "  ".join(parts)
 
     def _table(self, federation: Federation, now: float) -> Table:
         config = self._config
-        table = Table(title=f"{config.name}: {config.aggregation.strategy}", title_justify="left", show_header=False)
+        title = Text(printable(f"{config.name}: {config.aggregation.strategy}"), style="table.title")
+        table = Table(title=title, title_justify="left", show_header=False)
         table.add_column(style="bold")
         table.add_column()
-        clients = f"{len(federation.clients)} of {len(config.clients.ids)} alive"
-        if len(federation.clients) < config.minimum_clients and not federation.version:
-            clients += f", waiting for {config.minimum_clients}"
-        table.add_row("time", f"{now:.1f} s")
-        table.add_row(
-            "version",
-            f"{federation.version} ({federation.buffered} of {config.buffer_size} updates buffered)",
-        )
+
+        def row(name: str, value: str) -> None:
+            table.add_row(Text(printable(name)), Text(printable(value)))
+
+        row("time", f"{now:.1f} s")
+        row("version", f"{federation.version} ({federation.buffered} of {config.buffer_size} updates buffered)")
         rate = federation.run_counters.updates / now if now else 0.0
-        table.add_row("updates", f"{federation.run_counters.updates} merged, {rate:.1f}/s")
-        table.add_row("clients", clients)
-        table.add_row("jobs", f"{len(federation.open_jobs)} open")
-        for name, counts in (("rejected", federation.rejected), ("abandoned", federation.abandoned)):
+        row("updates", f"{federation.run_counters.updates} merged, {rate:.1f}/s")
+        row("clients", f"{len(federation.clients)} of {len(config.clients.ids)} alive")
+        row("jobs", f"{len(federation.open_jobs)} open")
+        waiting = federation.waiting_for(now)
+        if waiting:
+            row("waiting", waiting)
+        for name, counts in _losses(federation):
             if counts:
-                table.add_row(name, ", ".join(f"{n} {reason}" for reason, n in counts.items()))
+                row(name, counted(counts))
         if federation.evaluated:
             for name, value in federation.evaluated.metrics.items():
                 goal = config.stop.target.get(name)
-                table.add_row(name, f"{value:.4f}" + (f" (target {goal:g})" if goal is not None else ""))
-            table.add_row("", sparkline([value for _, value in self._history]))
+                row(name, f"{value:.4f}" + (f" (target {goal:g})" if goal is not None else ""))
+            row("", sparkline([value for _, value in self._history]))
         return table
+
+
+def counted(counts: Counter[str]) -> str:
+    """Counts by reason, in words: `2 stale, 1 forged`."""
+    return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
+
+
+def describe_failures(kinds: list[FailureKind]) -> list[str]:
+    """One line for each kind of failure: the first one, and how many there were."""
+    return [
+        kind.line + (f" ({kind.count} times, {len(kind.clients)} clients)" if kind.count > 1 else "") for kind in kinds
+    ]
+
+
+def _losses(federation: Federation) -> list[tuple[str, Counter[str]]]:
+    return [("rejected", +federation.rejected), ("abandoned", +federation.abandoned)]
 
 
 def sparkline(values: list[float], width: int = 60) -> str:

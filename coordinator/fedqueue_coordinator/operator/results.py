@@ -31,6 +31,8 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
         result.stopped_because,
         result.ledger,
         result.refused,
+        config.clients.ids,
+        result.registered,
     )
     summary["model_version"] = result.version
     summary["jobs_dispatched"] = result.jobs_dispatched

@@ -11,6 +11,7 @@ After a crash or a lost reply, the next coordinator re-reads every unacknowledge
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -38,6 +39,7 @@ from fedqueue_coordinator.core.events import (
     Action,
     ClientJoined,
     ClientLeft,
+    ClientUnavailable,
     Close,
     CloseCondition,
     Commit,
@@ -259,14 +261,17 @@ class Coordinator:
         event = self._verifier.to_event(entry)
         match event:
             case InvalidEntry(_, reason, detail):
-                log.warning("ignoring invalid stream entry", entry=entry.id, reason=str(reason), error=detail)
+                log.info("ignoring invalid stream entry", entry=entry.id, reason=str(reason), error=detail)
             case JobEnded(client=client, reason=reason, error=detail) if detail:
-                log.warning("job ended without an update", client=client, reason=str(reason), error=detail)
+                log.info("job ended without an update", client=client, reason=str(reason), error=detail)
             case ClientJoined(client, examples):
                 log.info("client joined", client=client, examples=examples)
             case ClientLeft(client):
                 log.info("client left", client=client)
                 event = ClientLeft(client, served=self.store.is_served(client))
+            case ClientUnavailable(_, client, error):
+                log.info("client unavailable", client=client, error=error)
+                event = dataclasses.replace(event, served=self.store.is_served(client))
             case Evaluated(version, metrics):  # before the records of the run's end, to which it may lead
                 self._perform([Acknowledge(entry.id, evaluation_record(version, metrics, self._now()))])
         self._handle(event)
@@ -361,9 +366,9 @@ class Coordinator:
         if not close.entry:
             rq_jobs.forget(store.redis, store.keys.queue(client), close.job)
         if close.record["kind"] == "rejected":
-            log.warning("update rejected", client=client, reason=reason)
+            log.info("update rejected", client=client, reason=reason, detail=close.record["detail"])
         if close.only_if == CloseCondition.LAPSED:
-            log.warning("lease of job expired: job abandoned", job=close.job, client=client)
+            log.info("lease of job expired: job abandoned", job=close.job, client=client)
             return JobLapsed(close.job, client)
         return None
 
@@ -410,7 +415,8 @@ class Coordinator:
         for entry in store.sweep(count=10_000):
             self._take(entry)
         version, model = self._final_version()
-        for client in store.registrations():
+        registered = store.registrations().keys()
+        for client in registered:
             rq_jobs.delete_queue(store.redis, store.keys.queue(client))
         ledger = self._ledger()
         refused = store.refused()
@@ -427,7 +433,10 @@ class Coordinator:
             chunks_of(federation.downlink.largest),
             [0] if keep_payloads else [],
         )
-        return RunResult(version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs)
+        return RunResult(
+            version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs,
+            registered=frozenset(registered),
+        )  # fmt: skip
 
     def _ledger(self) -> list[LedgerRecord]:
         """Read the whole ledger, and log an error if it is not the one that was signed."""

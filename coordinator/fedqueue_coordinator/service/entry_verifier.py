@@ -12,12 +12,13 @@ import structlog
 
 from fedqueue.errors import NotEnrolled, SignatureError, Superseded, WireError
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
-from fedqueue.protocol.messages import Ending, Evaluation, Registration, read
-from fedqueue.protocol.signed_envelope import ENDED, JOINED, LEFT, UPDATE, SignedEnvelope
+from fedqueue.protocol.messages import Ending, Evaluation, Registration, Unavailable, read
+from fedqueue.protocol.signed_envelope import ENDED, JOINED, LEFT, UNAVAILABLE, UPDATE, SignedEnvelope
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue_coordinator.core.events import (
     ClientJoined,
     ClientLeft,
+    ClientUnavailable,
     Evaluated,
     Event,
     InvalidEntry,
@@ -60,6 +61,8 @@ class EntryVerifier:
             case "left":
                 self._check_leaving(entry)
                 return ClientLeft(entry.client)
+            case "unavailable":
+                return ClientUnavailable(entry.id, entry.client, self._unavailable(entry).error)
             case "evaluated":
                 body = self._identity.open_evaluation(entry.body) if self._identity else entry.body
                 result = read(Evaluation, body)
@@ -118,6 +121,18 @@ class EntryVerifier:
         except SignatureError as error:
             return JobEnded(entry.id, entry.job, entry.client, AbandonReason(_reason_of(error)), str(error))
         return JobEnded(entry.id, entry.job, entry.client, AbandonReason(ending.reason), ending.error)
+
+    def _unavailable(self, entry: StreamEntry) -> Unavailable:
+        body = entry.body
+        if self._identity is not None:
+            envelope = self._identity.open(UNAVAILABLE, entry.client, [], body)
+            if (entry.client, envelope.session) in self._former:
+                raise Superseded(f"client {entry.client} is served by another worker than the one that cannot load it")
+            body = envelope.body
+        unavailable = read(Unavailable, body)
+        if unavailable.client != entry.client:
+            raise WireError(f"report that client {unavailable.client} is unavailable, by {entry.client}")
+        return unavailable
 
     def _verified_body(self, kind: str, entry: StreamEntry) -> bytes:
         if self._identity is None:

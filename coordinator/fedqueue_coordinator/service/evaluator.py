@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fedqueue.exception_text import exception_with_place
 from fedqueue.protocol.messages import Evaluation
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
@@ -36,6 +37,9 @@ class Evaluator:
             self._thread = None
 
     def _run(self, version: int, frame: Frame) -> None:
-        result = evaluate(self._task, self._data, frame, self._device)
+        try:
+            result = evaluate(self._task, self._data, frame, self._device)
+        except BaseException as error:  # Ctrl-C reaches the main thread only, so the task raised this
+            result = Evaluation(version=0, metrics={}, error=exception_with_place(error)[:4000])
         self.snapshot = (version, frame)
         self._report(result.model_copy(update={"version": version}))

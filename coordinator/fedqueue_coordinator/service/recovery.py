@@ -14,7 +14,7 @@ import structlog
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunExists, StoreError
 from fedqueue.protocol.coordinator_identity import require_signed
-from fedqueue.task import Task
+from fedqueue.task import Task, make_model
 from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
@@ -48,7 +48,7 @@ def restore_federation(
     cannot change during a run, StoreError for a checkpoint of another run, and SignatureError for forged contents.
     """
     set_seed(config.seed)
-    module = task.model()  # not stored: it takes as much memory as a version
+    module = make_model(task)  # not stored: it takes as much memory as a version
     manifest = Manifest.from_module(module)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)

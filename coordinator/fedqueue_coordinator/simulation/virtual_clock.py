@@ -27,6 +27,7 @@ from typing import Any
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import RunFailed
+from fedqueue.exception_text import exception_with_place
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Order
 from fedqueue.protocol.stream_entry import StreamEntry
@@ -189,7 +190,7 @@ class Simulation:
         version, model = self._final_version(federation.stopped)
         return RunResult(
             version, model, federation.stopped.because, federation.stopped.failed, self.ledger, {},
-            federation.job_number,
+            federation.job_number, registered=frozenset(federation.clients),
         )  # fmt: skip
 
     def _schedule(self, seconds: float, event: Event | TrainingStarted) -> None:
@@ -244,9 +245,9 @@ class Simulation:
         entry = f"{order.job}-arrival"
         try:
             header = compute_update(self.datasets.task, self._module, data, order, base, local, progress)
-        except Exception as error:  # an error in the task, which a worker would report
+        except (Exception, SystemExit) as error:  # an error in the task, which a worker would report
             seconds = self.timing.training_seconds(batches, slowdown, order.seed)
-            failed = JobEnded(entry, order.job, order.client, AbandonReason.FAILED, f"{type(error).__name__}: {error}")
+            failed = JobEnded(entry, order.job, order.client, AbandonReason.FAILED, exception_with_place(error))
             self._schedule(self.now + seconds, failed)
             return
         header, job.wire = self._feedback.encode(order.client, local, header, order.seed)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fedqueue.errors import TaskError
+from fedqueue.exception_text import exception_with_place
 
 ENTRYPOINT = re.compile(r"[^:\0]*\w\.py:[A-Za-z_]\w*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -44,14 +45,14 @@ def _module_from_file(path: Path, key: str) -> ModuleType:
         sys.path.insert(0, str(path.parent))  # other files of the folder can be imported, as in a script
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
-        raise TaskError(f"importing {path}: {type(error).__name__}: {error}") from error
+        raise TaskError(f"importing {path}: {exception_with_place(error)}") from error
     return module
 
 
 def _module_by_name(name: str, key: str) -> ModuleType:
     try:
         return importlib.import_module(name)
-    except Exception as error:
-        raise TaskError(f"{key}: importing {name}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{key}: importing {name}: {exception_with_place(error)}") from error

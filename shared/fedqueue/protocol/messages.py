@@ -53,6 +53,14 @@ class Registration(Message):
     examples: Natural
 
 
+class Unavailable(Message):
+    """A worker's statement that it cannot serve a client, because the task's code cannot load the client's data."""
+
+    client: ClientId
+    error: Annotated[str, Field(max_length=4000)]
+    """As that of an `Ending`."""
+
+
 class Update(Message):
     """The header of an update; its payload is a frame in this encoding, of `nbytes` bytes in `chunks` chunks."""
 

@@ -31,6 +31,7 @@ DOMAIN = "fedqueue/1"  # separates these signatures from other uses of a key, an
 
 RUN_DESCRIPTOR, ORDER, VERSION, EVALUATED = "descriptor", "order", "version", "evaluated"  # signed by a coordinator
 UPDATE, ENDED, JOINED, LEFT = "update", "ended", "joined", "left"  # signed by a worker
+UNAVAILABLE = "unavailable"  # signed by a worker
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ class StreamEntry:
 
     id: str
     """Its position in the stream and the stream's client: `POSITION@CLIENT`."""
-    kind: str  # "update", "ended", "joined", "left" or "evaluated"
+    kind: str  # "update", "ended", "joined", "left", "unavailable" or "evaluated"
     body: bytes
     client: str = ""
     job: str = ""

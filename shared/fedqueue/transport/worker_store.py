@@ -10,10 +10,10 @@ import numpy as np
 import redis
 
 from fedqueue.errors import JobClosed, SignatureError
-from fedqueue.protocol.messages import Ending, Order, Registration, Update, read
+from fedqueue.protocol.messages import Ending, Order, Registration, Unavailable, Update, read
 from fedqueue.protocol.msgpack import pack
 from fedqueue.protocol.post_result import PostResult
-from fedqueue.protocol.signed_envelope import JOINED, LEFT, digest_of, unverified_body
+from fedqueue.protocol.signed_envelope import JOINED, LEFT, UNAVAILABLE, digest_of, unverified_body
 from fedqueue.protocol.site_identity import SiteIdentity
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec
@@ -76,9 +76,15 @@ class WorkerStore(Store):
     def leave(self, clients: Sequence[str]) -> None:
         """Release these clients, so that another worker can serve them at once."""
         for client in clients:
-            body = self._signed(LEFT, client, [], b"")
-            keys = [self.keys.site(client), self.keys.updates(client)]
-            self.script("leave", keys, [self.token, body, self.keys.wakeup])
+            self._release(client, LEFT, b"")
+
+    def report_unavailable(self, unavailable: Unavailable) -> None:
+        """Release the client, and report why its data cannot be loaded."""
+        self._release(unavailable.client, UNAVAILABLE, unavailable.pack())
+
+    def _release(self, client: str, kind: str, body: bytes) -> None:
+        keys = [self.keys.site(client), self.keys.updates(client)]
+        self.script("leave", keys, [self.token, kind, self._signed(kind, client, [], body), self.keys.wakeup])
 
     def claim(self, job: str, lease_seconds: float, client: str = "") -> Claim:
         """Begin an attempt; raises JobClosed, and counts it for `client`, if the job is not open."""

@@ -1,0 +1,74 @@
+"""What a run waits for, in words, and whether it can go on at all."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+
+from fedqueue.config.schema import Config
+from fedqueue.exception_text import one_line
+from fedqueue_coordinator.core.scheduler import Scheduler
+
+NAMED = 5
+"""Clients that a message names; the others are counted."""
+
+
+def waiting_for(config: Config, scheduler: Scheduler, unavailable: Mapping[str, str], now: float) -> str:
+    """Describe what keeps the run from dispatching a job; an empty string if a job is under way or may be dispatched.
+
+    `unavailable` is client → why its data cannot be loaded.
+    """
+    alive = scheduler.clients
+    missing = [client for client in config.clients.ids if client not in alive]
+    if not scheduler.started:
+        which = f"{_named(missing)}{_reasons(missing, unavailable)}" if alive or unavailable else ""
+        return f"{len(alive)} of {len(config.clients.ids)} clients alive, waiting for {config.minimum_clients}{which}"
+    if scheduler.open_jobs:
+        return ""
+    if not alive:
+        return f"no client is alive, waiting for a worker{_named(missing)}{_reasons(missing, unavailable)}"
+    if all(map(scheduler.is_set_aside, alive)):
+        return f"every client that is alive is set aside, waiting for another one{_named(missing)}"
+    rest = scheduler.next_rest
+    if rest is not None and rest > now and not scheduler.has_idle:
+        return f"the clients rest after failures, until {rest:.1f} s"
+    return ""
+
+
+def dead_end(config: Config, scheduler: Scheduler, gone: Container[str], unavailable: Mapping[str, str]) -> str:
+    """Describe why the run can never go on, if no client in `gone` comes back; an empty string if it can.
+
+    `unavailable` is client → why its data cannot be loaded.
+    """
+    known = dict.fromkeys([*config.clients.ids, *scheduler.registered])
+    left = [client for client in known if client not in gone]
+    lost = [client for client in known if client in gone]
+    if not scheduler.started and len(left) < config.minimum_clients:
+        return (
+            f"{len(left)} of {len(known)} clients can take part, and {config.minimum_clients} are needed"
+            f"{_why(config)}{_named(lost)}{_reasons(lost, unavailable)}"
+        )
+    if scheduler.started and all(map(scheduler.is_set_aside, left)):
+        return f"no client is left that can train{_named(lost)}{_reasons(lost, unavailable)}"
+    return ""
+
+
+def names(clients: Iterable[str]) -> str:
+    """List up to NAMED clients, and count the others."""
+    listed = list(clients)
+    more = len(listed) - NAMED
+    return ", ".join(listed[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _named(clients: list[str]) -> str:
+    return f" (missing: {names(clients)})" if clients else ""
+
+
+def _why(config: Config) -> str:
+    if config.clients.min_available:
+        return " (clients.min_available)"
+    return f" for each version of {config.aggregation.strategy}" if config.barrier else ""
+
+
+def _reasons(clients: Iterable[str], unavailable: Mapping[str, str]) -> str:
+    known = [client for client in clients if client in unavailable]
+    return f"; {known[0]} cannot load its data: {one_line(unavailable[known[0]])}" if known else ""
