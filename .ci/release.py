@@ -1,7 +1,7 @@
 """`make release-check`: whether this commit can be released under its version; RELEASING.md has all steps.
 
 Prints every problem and exits with 1 if there is one: a tag that is not the version, a changelog without the version,
-or a placeholder that was never filled in.
+a placeholder that was never filled in, or authors that differ between pyproject.toml and CITATION.cff.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PLACEHOLDER = "github.com/OWNER/"
+PLACEHOLDER_AUTHOR = "The fedqueue authors"
 
 
 def main() -> int:
@@ -37,7 +38,24 @@ def problems(root: Path, tag: str) -> list[str]:
     for name, url in project["urls"].items():
         if PLACEHOLDER in url:
             found.append(f"pyproject.toml: project.urls.{name} is still a placeholder")
+    authors = [author["name"] for author in project["authors"]]
+    if PLACEHOLDER_AUTHOR in authors:
+        found.append("pyproject.toml: project.authors is still a placeholder")
+    cited = cited_authors((root / "CITATION.cff").read_text(encoding="utf-8"))
+    if cited != authors:
+        found.append(f"CITATION.cff names the authors {cited}, but pyproject.toml names {authors}")
     return found
+
+
+def cited_authors(text: str) -> list[str]:
+    """Return the authors that a CITATION.cff lists, each by `name`, or by `given-names` and `family-names`."""
+    _, _, after = text.partition("\nauthors:\n")
+    section = re.split(r"^\w", after, maxsplit=1, flags=re.MULTILINE)[0]
+    names = []
+    for entry in section.split("  - ")[1:]:
+        fields = dict(re.findall(r'^ *([\w-]+): *"?(.*?)"?$', entry, re.MULTILINE))
+        names.append(fields.get("name") or f"{fields.get('given-names', '')} {fields.get('family-names', '')}".strip())
+    return names
 
 
 def version_of(root: Path) -> str:

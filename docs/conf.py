@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tomllib
 from pathlib import Path
 
 DOCS = Path(__file__).parent
@@ -11,8 +12,9 @@ sys.path.insert(0, str(DOCS / "_ext"))
 from fedqueue import __version__  # noqa: E402
 
 project = "fedqueue"
-author = "the fedqueue authors"
-copyright = "2026, the fedqueue authors"
+_metadata = tomllib.loads((DOCS.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+author = ", ".join(person["name"] for person in _metadata["authors"])
+copyright = f"2026, {author}"
 version = release = __version__
 
 extensions = [

@@ -264,16 +264,29 @@ def test_release_check_refuses_an_inconsistent_release(tmp_path):
     (tmp_path / "shared/fedqueue").mkdir(parents=True)
     (tmp_path / "shared/fedqueue/__init__.py").write_text('__version__ = "1.2.0"\n')
     (tmp_path / "CHANGELOG.md").write_text("## [1.2.0] - 2026-12-01\n")
-    project = '[project]\n[project.urls]\nHomepage = "https://github.com/{}/fedqueue"\n'
-    (tmp_path / "pyproject.toml").write_text(project.format("somebody"))
+    project = '[project]\nauthors = [{{ name = "{}" }}]\nurls.Homepage = "https://github.com/{}/fedqueue"\n'
+    (tmp_path / "pyproject.toml").write_text(project.format("Ada Lovelace", "somebody"))
+    (tmp_path / "CITATION.cff").write_text("title: t\nauthors:\n  - name: Ada Lovelace\nlicense: Apache-2.0\n")
     assert check.problems(tmp_path, "v1.2.0") == []
     assert check.problems(tmp_path, "main") == []
     (tmp_path / "CHANGELOG.md").write_text("## [Unreleased]\n")
-    (tmp_path / "pyproject.toml").write_text(project.format("OWNER"))
+    (tmp_path / "pyproject.toml").write_text(project.format("The fedqueue authors", "OWNER"))
     assert check.problems(tmp_path, "v1.3.0") == [
         "the tag is v1.3.0, but shared/fedqueue/__init__.py says 1.2.0",
         "CHANGELOG.md has no section ## [1.2.0]",
         "pyproject.toml: project.urls.Homepage is still a placeholder",
+        "pyproject.toml: project.authors is still a placeholder",
+        "CITATION.cff names the authors ['Ada Lovelace'], but pyproject.toml names ['The fedqueue authors']",
+    ]
+
+
+def test_release_check_reads_the_cited_authors():
+    persons = '  - family-names: Lovelace\n    given-names: Ada\n    orcid: x\n  - name: "The Society"\n'
+    assert script("release").cited_authors(f"title: t\nauthors:\n{persons}keywords:\n  - x\n") == [
+        "Ada Lovelace", "The Society",
+    ]  # fmt: skip
+    assert script("release").cited_authors((ROOT / "CITATION.cff").read_text()) == [
+        author["name"] for author in PROJECT["authors"]
     ]
 
 
