@@ -26,8 +26,7 @@ from fedqueue.protocol.messages import Update
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task, load_task
 from fedqueue.tensors.blobs import chunks_of
-from fedqueue.tensors.frame import Frame, make_update
-from fedqueue.tensors.manifest import Manifest
+from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.events import (
     Action,
     ClientJoined,
@@ -39,7 +38,7 @@ from fedqueue_coordinator.core.events import (
     UpdateArrived,
     UpdateLoaded,
 )
-from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.federation import Federation, initial_model
 
 DIGITS = Path(__file__).parents[1] / "examples" / "digits"
 CLIENTS, BUFFER, HOSTILE = 10, 10, (1, 3)
@@ -100,8 +99,7 @@ class Sites:
         self.hostile = set(config.clients.ids[:hostile])
         torch.manual_seed(config.seed)
         self._module = task.model()
-        first = Frame(Manifest.from_module(self._module))
-        first.read(self._module)
+        first = initial_model(config, self._module)
         self.federation = Federation(config, first, evaluates=False)
         self._versions = {0: first.copy()}
         self._data = {c: self._examples(c) for c in config.clients.ids}
@@ -134,9 +132,8 @@ class Sites:
         base.write(self._module)
         torch.manual_seed(self.config.seed * 1_000_003 + job.number)
         fit = self.task.fit(self._module, data, self.config.training, lambda: None)
-        local = Frame(base.manifest)
-        local.read(self._module)
-        update = make_update(local, base)
+        update = Frame(base.manifest)
+        update.read_update(self._module, base)
         if job.client in self.hostile:
             ATTACKS[self.attack](update)
         nbytes = update.buffer.nbytes

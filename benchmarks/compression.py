@@ -122,7 +122,7 @@ def speed(compression: dict[str, Any], parameters: int, turns: int, store: Coord
         received = np.empty(nbytes, np.uint8)
         store.read_payload(job, 1, "", received)
         delta = codec.decode(received)
-        admit_delta(delta)
+        admit_delta(delta, sum_)
         accumulate(into, Contribution(delta, 1, 0), 0.5)
 
     plain = Codec(manifest)

@@ -11,7 +11,7 @@ import torch
 from fedqueue.protocol.messages import MAX_METRICS, Order, Update
 from fedqueue.task import Progress, Task, TrainResult
 from fedqueue.tensors.blobs import chunks_of
-from fedqueue.tensors.frame import Frame, make_update
+from fedqueue.tensors.frame import Frame
 from fedqueue.training import set_seed
 
 
@@ -29,8 +29,8 @@ def compute_update(
     fit = task.fit(model, data, order.training, progress)
     seconds = time.perf_counter() - started
 
-    local.read(model)
-    payload = make_update(local, base).buffer
+    local.read_update(model, base)
+    payload = local.buffer
     return Update(
         examples=int(fit.num_examples),  # a task may count with numpy
         nbytes=payload.nbytes,

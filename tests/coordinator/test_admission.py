@@ -94,7 +94,7 @@ def test_header_outside_the_protocol_is_malformed(body):
 
 
 def test_norm_of_an_admitted_update_is_that_of_its_parameters():
-    assert admit_delta(make_frame([3.0, -4.0], mean=100.0, variance=100.0)) == pytest.approx(5.0)
+    assert admit_delta(make_frame([3.0, -4.0], mean=100.0, variance=100.0), make_frame()) == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
@@ -104,12 +104,12 @@ def test_non_finite_value_is_found_at_any_position(index, value):
     frame = make_frame()
     frame.floats[index] = value
     with pytest.raises(Inadmissible, match=RejectionReason.NON_FINITE):
-        admit_delta(frame)
+        admit_delta(frame, make_frame())
 
 
 def test_infinities_of_both_signs_do_not_cancel():
     with pytest.raises(Inadmissible, match=RejectionReason.NON_FINITE):
-        admit_delta(make_frame([math.inf, -math.inf]))
+        admit_delta(make_frame([math.inf, -math.inf]), make_frame())
 
 
 # In a run: a rejected update is not merged, the ledger has the reason, and the run continues

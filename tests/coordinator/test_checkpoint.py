@@ -20,13 +20,15 @@ CHECKPOINT = Checkpoint(
     totals={"updates": 14, "seconds": 2.5, "merged_by": {"client-0": 14}},
     unfinished={"toy-e1-00000019": "client-0"},
     model=np.arange(24, dtype=np.uint8),
+    frozen=np.arange(8, dtype=np.uint8),
     optimizer_state=b"\x00\x01",
     ledger=[{"kind": "version", "version": 7, "merged": [{"job": "toy-e1-00000018", "weight": 0.1}]}],
 )
 
 
 def same(a: Checkpoint, b: Checkpoint) -> bool:
-    return np.array_equal(a.model, b.model) and replace(a, model=b.model) == b
+    equal = np.array_equal(a.model, b.model) and np.array_equal(a.frozen, b.frozen)
+    return equal and replace(a, model=b.model, frozen=b.frozen) == b
 
 
 def test_checkpoint_round_trips(tmp_path):
@@ -36,7 +38,7 @@ def test_checkpoint_round_trips(tmp_path):
 
 
 def test_empty_checkpoint_round_trips(tmp_path):
-    bare = replace(CHECKPOINT, optimizer_state=b"", ledger=[], unfinished={})
+    bare = replace(CHECKPOINT, frozen=np.empty(0, np.uint8), optimizer_state=b"", ledger=[], unfinished={})
     save_checkpoint(tmp_path / "c", bare)
     assert same(load_checkpoint(tmp_path / "c"), bare)
 

@@ -1,4 +1,4 @@
-"""Merging BatchNorm's running statistics: mean, drift and frozen."""
+"""Merging BatchNorm's running statistics: mean and drift."""
 
 from __future__ import annotations
 
@@ -61,15 +61,6 @@ def test_drift_can_make_a_variance_negative_as_documented():
     update = stale(0.0, 1.0, 0.0, 9.0, staleness=1)
     model = merge("drift", make_frame(variance=2.0), update, staleness={"function": "constant"})
     assert model.buffers[1].item() == -6.0
-
-
-@pytest.mark.parametrize("robust", [{}, {"robust": {"rule": "median"}}])
-def test_frozen_statistics_stay_while_parameters_move(robust):
-    update = Contribution(make_frame([1.0, 2.0], mean=5.0, variance=3.0, steps=4), 10, 0)
-    model = merge("frozen", make_frame(mean=0.5, variance=0.25), update, **robust)
-    assert model.buffers.tolist() == [0.5, 0.25]
-    assert model.parameters.tolist() == [1.0, 2.0]
-    assert model.counters.tolist() == [4]
 
 
 def test_robust_drift_applies_the_rule_to_shifted_values():

@@ -126,7 +126,9 @@ def _checkpoint(data: bytes) -> Any:
 def _checkpoint_seed() -> bytes:
     record = {"kind": "version", "version": 1, "merged": []}
     bytes_ = np.arange(8, dtype=np.uint8)
-    save_checkpoint(_FILE, Checkpoint("r", "d", 0, 1, 2, {"updates": 1}, {"r-1": "c0"}, bytes_, b"state", [record]))
+    save_checkpoint(
+        _FILE, Checkpoint("r", "d", 0, 1, 2, {"updates": 1}, {"r-1": "c0"}, bytes_, bytes_, b"state", [record])
+    )
     return _FILE.read_bytes()
 
 

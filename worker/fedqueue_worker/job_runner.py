@@ -13,6 +13,7 @@ import redis
 import structlog
 import torch
 
+from fedqueue.config.aggregation import AggregationConfig
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
 from fedqueue.exception_text import exception_text, exception_with_place, printable
@@ -60,11 +61,13 @@ class JobRunner:
         policy: Policy = ALLOW_ALL,
         egress_log: EgressLog = NO_EGRESS_LOG,
         compression: CompressionConfig = UNCOMPRESSED,
+        aggregation: AggregationConfig | None = None,
     ) -> None:
+        """`compression` and `aggregation` are the run's; the latter decides which buffers are merged how."""
         self._store, self._task, self._model, self._heartbeat = store, task, model, heartbeat
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
-        manifest = Manifest.from_module(model)
+        manifest = Manifest.from_module(model, aggregation)
         self._base = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._local = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._downlink = downlink_codec(compression, manifest)
@@ -156,6 +159,8 @@ class JobRunner:
 
         data = self._data[order.client]
         self._policy.check_job(order.training, self._task.num_examples(data))
+        if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
+            self._base.frozen = self._retrying.fetch_frozen(nbytes)
         self._retrying.fetch_model(claim.version, self._downlink, self._base)
         if not self._keep_base:
             self._retrying.release_base(claim)

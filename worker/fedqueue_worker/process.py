@@ -95,8 +95,8 @@ class Worker:
             raise ConfigurationError(
                 "security.signatures", "off", f"run {info.run!r} is signed", "set it to 'required'; workers need keys"
             )
-        model = self._make_model(info)
         run_config = parse_config(info.config)
+        model = self._make_model(info, run_config)
         dispatch = run_config.dispatch
         self.clients = self._join(candidates, dispatch.lease_seconds)
         heartbeat = Heartbeat(
@@ -105,6 +105,7 @@ class Worker:
         runner = JobRunner(
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
+            run_config.aggregation,
         )  # fmt: skip
         heartbeat.start()
         try:
@@ -137,7 +138,7 @@ class Worker:
             time.sleep(POLL_SECONDS)
         raise SystemExit(DONE)
 
-    def _make_model(self, info: RunInfo) -> torch.nn.Module:
+    def _make_model(self, info: RunInfo, run_config: Config) -> torch.nn.Module:
         """The task's model, which has to match the run's manifest."""
         torch.set_num_threads(self.config.training.threads)
         try:
@@ -146,11 +147,11 @@ class Worker:
             if self._told_to_stop:  # the signal handler's SystemExit
                 raise SystemExit(DONE) from None
             raise
-        torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         try:
-            Manifest.unpack(info.manifest).require(Manifest.from_module(model))
+            Manifest.unpack(info.manifest).require(Manifest.from_module(model, run_config.aggregation))
         except ManifestMismatch as error:
             raise ManifestMismatch(f"this worker's task does not fit run {info.run!r}: {error}") from None
+        torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         return model
 
     def _join(self, candidates: Sequence[Sequence[str]], lease_seconds: float) -> list[str]:

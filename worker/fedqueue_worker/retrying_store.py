@@ -51,6 +51,10 @@ class RetryingStore:
         """As `WorkerStore.fetch_model`."""
         self._retry.call(partial(self._store.fetch_model, version, codec, into))
 
+    def fetch_frozen(self, nbytes: int) -> BlobBuffer | None:
+        """As `WorkerStore.fetch_frozen`."""
+        return self._retry.call(partial(self._store.fetch_frozen, nbytes))
+
     def release_base(self, claim: Claim) -> None:
         """As `WorkerStore.release_base`."""
         self._retry.call(partial(self._store.release_base, claim))

@@ -7,21 +7,29 @@ Notation: x is the current model at version t. Update i has base version b_i, st
 x_local,i − x_{b_i} and n_i examples. An aggregator turns K updates into a pseudo-delta Δ̄, and the server optimizer
 steps with −Δ̄ as gradient (Reddi et al., arXiv 2003.00295). With SGD at rate 1 that is x ← x + Δ̄.
 
-Floating buffers (running statistics) arrive as local values, not as deltas. A version takes a convex combination of its
-own value and the clients' values, so that a variance stays positive: x_B ← x_B + Σ w_i (local_i − x_B) / divisor.
-Counters take the maximum.
+Floating buffers arrive as local values, not as deltas. A version takes a convex combination of its own value and the
+clients' values, so that a variance stays positive: x_B ← x_B + Σ w_i (local_i − x_B) / divisor. Counters take the
+maximum. `buffer_rules.py` replaces the result for buffers that are not averaged.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.frame import Delta, Frame
 from fedqueue.tensors.manifest import Manifest
+
+if TYPE_CHECKING:
+    from fedqueue_coordinator.algorithms.buffer_rules import MergedBuffers
+
+
+def _no_doubles() -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,10 @@ class Accumulator:
     Only `finish` may change them. After a crash, every update that no commit has acknowledged is added again: a change
     by `add` would be made twice.
     """
+    doubles: torch.Tensor = field(default_factory=_no_doubles)
+    """Σ w_i · float64 buffers so far, float64 [manifest.doubles]."""
+    merged_buffers: MergedBuffers | None = None
+    """What the rules of buffers need; None before the first update."""
 
     def clear(self) -> None:
         """Empty the accumulator, except for `state`. The next update overwrites the tensors."""
@@ -86,11 +98,14 @@ class Accumulator:
         self.examples = 0
         self.staleness = 0
         self.contributions.clear()
+        self.merged_buffers = None
 
 
 @dataclass(frozen=True)
 class Step:
     """The next version: pseudo-delta float32 [parameters], new buffers float32, new counters int64.
+
+    `doubles`: new float64 buffers; without it they stay as they are.
 
     >>> import torch
     >>> import fedqueue
@@ -102,6 +117,7 @@ class Step:
     delta: torch.Tensor
     buffers: torch.Tensor
     counters: torch.Tensor
+    doubles: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -137,7 +153,7 @@ class Aggregator:
     def init(self, manifest: Manifest) -> Accumulator:
         """Make an empty accumulator; it takes as much memory as one model."""
         frame = Frame(manifest)
-        return Accumulator(frame.floats, frame.counters, frame.buffer)
+        return Accumulator(frame.floats, frame.counters, frame.buffer, doubles=frame.doubles)
 
 
 def accumulate(acc: Accumulator, update: Contribution, weight: float) -> None:
@@ -162,9 +178,11 @@ def accumulate(acc: Accumulator, update: Contribution, weight: float) -> None:
     delta.add_to(acc.floats[:edge], weight, first)
     if first:
         torch.mul(delta.buffers, weight, out=acc.floats[edge:])
+        torch.mul(delta.doubles, weight, out=acc.doubles)
         acc.counters.copy_(delta.counters)
     else:
         acc.floats[edge:].add_(delta.buffers, alpha=weight)
+        acc.doubles.add_(delta.doubles, alpha=weight)
         torch.maximum(acc.counters, delta.counters, out=acc.counters)
     acc.updates += 1
     acc.weights += weight
@@ -187,6 +205,9 @@ def mean_step(acc: Accumulator, model: Frame, divisor: float) -> Step:
     parameters = len(model.parameters)
     if divisor != 1.0:
         acc.floats.div_(divisor)
+        acc.doubles.div_(divisor)
     # The sum of two non-negative terms: rounding cannot bring a variance below 0, as x + (mean − x) could.
-    buffers = acc.floats[parameters:].add_(model.buffers, alpha=max(0.0, 1.0 - acc.weights / divisor))
-    return Step(acc.floats[:parameters], buffers, torch.maximum(acc.counters, model.counters))
+    kept = max(0.0, 1.0 - acc.weights / divisor)
+    buffers = acc.floats[parameters:].add_(model.buffers, alpha=kept)
+    doubles = acc.doubles.add_(model.doubles, alpha=kept)
+    return Step(acc.floats[:parameters], buffers, torch.maximum(acc.counters, model.counters), doubles)

@@ -14,6 +14,7 @@ from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, MissingExtra
 from fedqueue.training import make_optimizer, optimizer_class
 from fedqueue_coordinator.algorithms.aggregator import Aggregator
+from fedqueue_coordinator.algorithms.buffer_rules import with_buffer_rules
 from fedqueue_coordinator.algorithms.ca2fl import ca2fl
 from fedqueue_coordinator.algorithms.fadas import fadas
 from fedqueue_coordinator.algorithms.fedasync import fedasync
@@ -21,7 +22,6 @@ from fedqueue_coordinator.algorithms.fedavg import fedavg
 from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 from fedqueue_coordinator.algorithms.plugins import load_plugin
 from fedqueue_coordinator.algorithms.robust import make_rule, robust_fedbuff
-from fedqueue_coordinator.algorithms.running_statistics import with_running_statistics
 from fedqueue_coordinator.algorithms.server_optimizer import try_out
 from fedqueue_coordinator.algorithms.staleness import Staleness, constant, make_staleness
 
@@ -93,7 +93,7 @@ def make_aggregator(config: Config) -> Aggregator:
         raise ConfigurationError("aggregation.strategy_options", options, f"{strategy}: {error}") from error
     if own:
         _require_agreement(config, aggregator)
-    return with_running_statistics(aggregator, config.aggregation.running_statistics)
+    return with_buffer_rules(aggregator, config.aggregation)
 
 
 def check_algorithms(config: Config) -> None:

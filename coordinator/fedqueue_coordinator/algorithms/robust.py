@@ -2,7 +2,7 @@
 
 The K updates are the vectors s(τ_i) Δ_i, so their arithmetic mean is FedBuff's own step. A rule either computes a
 center by coordinate, or gives each update a weight. Running statistics follow the same rule, on
-x_B + s(τ_i) (local_i − x_B), and counters take the median.
+x_B + s(τ_i) (local_i − x_B), and counters take the median. `buffer_rules.py` has the other buffers.
 
 A hostile client may state any number of examples, so no rule weighs by examples.
 """
@@ -23,7 +23,7 @@ from fedqueue_coordinator.algorithms.deterministic_reductions import blocks, inn
 from fedqueue_coordinator.algorithms.staleness import Staleness
 
 Centre = Callable[[torch.Tensor], torch.Tensor]
-"""float32 [K, block] → float32 [block]; the function may overwrite its argument."""
+"""float32 or float64 [K, block] → the same dtype [block]; the function may overwrite its argument."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,8 @@ def robust_fedbuff(buffer_size: int, staleness: Staleness, rule: Rule) -> Aggreg
             _take_centre(acc, frames, scales, rule.centre, model)
         counters = torch.stack([frame.counters for frame in frames]).median(dim=0).values
         parameters = len(model.parameters)
-        return Step(acc.floats[:parameters], acc.floats[parameters:], torch.maximum(counters, model.counters))
+        counters = torch.maximum(counters, model.counters)
+        return Step(acc.floats[:parameters], acc.floats[parameters:], counters, acc.doubles)
 
     return Aggregator("fedbuff", buffer_size, add, finish)
 
@@ -178,14 +179,17 @@ def robust_fedbuff(buffer_size: int, staleness: Staleness, rule: Rule) -> Aggreg
 def _mix(acc: Accumulator, frames: list[Frame], scales: list[float], weights: Weights, model: Frame) -> None:
     edge = len(model.parameters)
     parameters, buffers = acc.floats[:edge].zero_(), acc.floats[edge:].zero_()
+    acc.doubles.zero_()
     kept = 1.0
     for frame, scale, p, b in zip(frames, scales, weights.parameters, weights.statistics, strict=True):
         if p:  # an update of weight 0 must have no influence at all
             parameters.add_(frame.parameters, alpha=p * scale)
         if b:
             buffers.add_(frame.buffers, alpha=b * scale)
+            acc.doubles.add_(frame.doubles, alpha=b * scale)
         kept -= b * scale
     buffers.add_(model.buffers, alpha=max(0.0, kept))
+    acc.doubles.add_(model.doubles, alpha=max(0.0, kept))
 
 
 def _take_centre(acc: Accumulator, frames: list[Frame], scales: list[float], centre: Centre, model: Frame) -> None:
@@ -201,3 +205,7 @@ def _take_centre(acc: Accumulator, frames: list[Frame], scales: list[float], cen
                 start = max(part.start, edge)
                 row[start - part.start :].add_(model.floats[start : part.stop], alpha=1.0 - scale)
         torch.add(centre(rows), 0.0, out=acc.floats[part])
+    if len(acc.doubles):
+        weighted = zip(frames, scales, strict=True)
+        doubles = torch.stack([f.doubles * scale + model.doubles * (1.0 - scale) for f, scale in weighted])
+        acc.doubles.copy_(centre(doubles))

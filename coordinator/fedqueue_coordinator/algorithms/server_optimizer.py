@@ -29,6 +29,7 @@ class ServerOptimizer:
         try_out(config)
         self._rates = learning_rates(config, version)
         self._model = model
+        self._infinite: torch.Tensor | None = None  # indices of parameters, found at the first step
         self._optimizer: torch.optim.Optimizer | None = None
         if is_plain(config):
             return
@@ -38,8 +39,16 @@ class ServerOptimizer:
         )
 
     def step(self, step: Step) -> None:
-        """Apply one version's step; `step.delta` is overwritten."""
+        """Apply one version's step; `step.delta` is overwritten.
+
+        A parameter that is infinite in version 0 stays as it is: no admitted update changes it, and an optimizer would
+        make it NaN.
+        """
         rate = next(self._rates)
+        if self._infinite is None:
+            self._infinite = torch.nonzero(~torch.isfinite(self._model.parameters)).flatten()
+        kept = self._model.parameters[self._infinite]
+        step.delta[self._infinite] = 0.0
         if self._optimizer:
             self._optimizer.param_groups[0]["lr"] = rate
             self._parameter.grad = step.delta.neg_()
@@ -47,7 +56,10 @@ class ServerOptimizer:
             self._parameter.grad = None
         else:
             self._model.parameters.add_(step.delta, alpha=rate)
+        self._model.parameters[self._infinite] = kept
         self._model.buffers.copy_(step.buffers)
+        if step.doubles is not None:
+            self._model.doubles.copy_(step.doubles)
         self._model.counters.copy_(step.counters)
 
     @property

@@ -10,7 +10,8 @@ from fedqueue.errors import SignatureError, StoreError, WireError
 from fedqueue.protocol.messages import Update, read
 from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.codec import Codec
-from fedqueue.tensors.frame import Delta
+from fedqueue.tensors.frame import Delta, Frame, same_elements
+from fedqueue.tensors.manifest import DOUBLES, FLOATS
 from fedqueue_coordinator.core.events import UpdateArrived
 from fedqueue_coordinator.core.reasons import RejectionReason
 
@@ -73,22 +74,46 @@ def admit_to_round(base: int, version: int) -> None:
         )
 
 
-def admit_delta(delta: Delta) -> float:
+def admit_delta(delta: Delta, model: Frame) -> float:
     """Return the L2 norm of the parameters; raises Inadmissible if the delta cannot be read or is not finite.
 
     The check is one pass, piece by piece: the norm of a vector is finite exactly if no element is NaN or infinite and
-    the squares do not overflow. A delta whose norm exceeds 1e19 is no training result either.
+    the squares do not overflow. A delta whose norm exceeds 1e19 is no training result either. A buffer is judged where
+    the client changed it: where its bits differ from those of `model`, the newest version.
     """
     try:
         norm = math.hypot(*(float(torch.linalg.vector_norm(values)) for _, values in delta.pieces()))
+        if not math.isfinite(norm):
+            raise Inadmissible(RejectionReason.NON_FINITE, _bad_parameter(delta))
     except (StoreError, WireError) as error:
         raise Inadmissible(unusable_reason(error), str(error)) from error
-    buffers = float(torch.linalg.vector_norm(delta.buffers)) if len(delta.buffers) else 0.0
-    if not (math.isfinite(norm) and math.isfinite(buffers)):
-        raise Inadmissible(
-            RejectionReason.NON_FINITE, "the payload holds NaN, infinity, or values whose norm overflows float32"
-        )
+    for section in FLOATS, DOUBLES:
+        values = getattr(delta, section)
+        if len(values) and not math.isfinite(float(torch.linalg.vector_norm(values))):
+            _require_finite_changes(section, values, delta, model)
     return norm
+
+
+def _bad_parameter(delta: Delta) -> str:
+    """Describe the first parameter that is not finite."""
+    for where, values in delta.pieces():
+        bad = torch.nonzero(~torch.isfinite(values)).flatten()
+        if len(bad) and isinstance(where, slice):
+            return f"{delta.manifest.parameter_at(where.start + int(bad[0])).name} has NaN or infinity"
+        if len(bad):  # a sparse encoder sends no finite value after it has found one that is not
+            return "the parameters have NaN or infinity"
+    return "the norm of the parameters overflows float32"
+
+
+def _require_finite_changes(section: str, values: torch.Tensor, delta: Delta, model: Frame) -> None:
+    judged = ~torch.isfinite(values.square())
+    if latest := delta.manifest.latest(section):  # nothing is computed from these values
+        changed = delta.changed[latest.flags].bool().repeat_interleave(latest.lengths)
+        judged[latest.elements] = ~torch.isfinite(values[latest.elements]) & changed
+    judged &= ~same_elements(values, getattr(model, section))
+    if bool(judged.any()):
+        name = delta.manifest.buffer_at(section, int(torch.nonzero(judged)[0])).name
+        raise Inadmissible(RejectionReason.NON_FINITE, f"the buffer {name} has become NaN, infinite or too large")
 
 
 def unusable_reason(error: StoreError | WireError) -> RejectionReason:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Delta, Frame
@@ -225,7 +226,7 @@ class Federation:
         try:
             if self.config.barrier:
                 admit_to_round(arrived.base, self.version)
-            norm = admit_delta(delta)
+            norm = admit_delta(delta, self.model)
             self._norms.check(norm)
             if self.config.aggregation.filter.on or not self._aggregator.takes_pieces:
                 delta = delta.whole()
@@ -529,7 +530,19 @@ def initial_model(config: Config, module: torch.nn.Module) -> Frame:
 
     A replay of the run begins from the stored version 0, so version 0 itself must be what is stored.
     """
-    model = Frame(Manifest.from_module(module))
+    model = Frame(Manifest.from_module(module, config.aggregation))
     model.read(module)
     codec = downlink_codec(config.compression, model.manifest)
-    return codec.decode(codec.encode(model, 0)).whole() if codec.encoding else model
+    if not codec.encoding:
+        return model
+    rounded = codec.decode(codec.encode(model, 0)).whole()
+    rounded.frozen = model.frozen
+    lost = torch.nonzero(~torch.isfinite(rounded.parameters)).flatten()
+    if len(lost):
+        name = model.manifest.parameter_at(int(lost[0])).name
+        raise ConfigurationError(
+            "compression.downlink", config.compression.downlink,
+            f"cannot encode {name}, which has infinite or too large values",
+            "write 'float32', or freeze the parameter with requires_grad_(False) in model()",
+        )  # fmt: skip
+    return rounded

@@ -36,6 +36,7 @@ def export_model(url: str, run: str, version: int | None, output: Path, keys: Pa
         store = CoordinatorStore(client, run, owner="export")
         info = store.info()
         codec = downlink_codec(parse_config(info.config).compression, Manifest.unpack(info.manifest))
+        frozen = store.read_frozen(codec.manifest.frozen_nbytes)
         state: bytes | None = None
         if version is None:
             version, wire, state = _read_newest(store, codec)
@@ -45,8 +46,9 @@ def export_model(url: str, run: str, version: int | None, output: Path, keys: Pa
             except BlobMissing:
                 stored = ", ".join(map(str, store.stored_versions()))
                 raise StoreError(f"version {version} of {run} is no longer stored; stored versions: {stored}") from None
-        unverified = verify_model(store, store.info(), version, wire, keys, state)
+        unverified = verify_model(store, store.info(), version, wire, keys, state, frozen)
         model = codec.decode(wire).whole()
+        model.frozen = frozen
         if state is not None:
             model.parameters.copy_(load_state(state)[MODEL]["parameters"])
         output.parent.mkdir(parents=True, exist_ok=True)

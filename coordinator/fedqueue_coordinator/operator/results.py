@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from fedqueue.config.schema import Config
@@ -49,5 +50,13 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
 
 
 def save_model(path: Path, model: Frame) -> None:
-    """Write the model's `state_dict`, with its own names, dtypes and shapes, as safetensors."""
-    save_file(model.state_dict(), path)
+    """Write the model's `state_dict`, with its own names, dtypes and shapes, as safetensors.
+
+    The format has no shared memory, so each name of a tied tensor gets a copy of its values.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in model.state_dict().items():
+        tensors[name] = tensor.clone() if id(tensor) in seen else tensor
+        seen.add(id(tensor))
+    save_file(tensors, path)

@@ -1,6 +1,6 @@
 """The coordinator's own copy of a run on disk, from which a run continues after Redis lost its data.
 
-A checkpoint is one safetensors file, written by a background thread and renamed into place: `model` and
+A checkpoint is one safetensors file, written by a background thread and renamed into place: `model`, `frozen` and
 `optimizer_state` (uint8), `ledger` (msgpack, uint8), and the rest as JSON in its metadata.
 """
 
@@ -32,7 +32,8 @@ from fedqueue_coordinator.core.federation import Federation
 log = structlog.get_logger("fedqueue.coordinator")
 
 CHECKPOINT_FILENAME = "checkpoint.safetensors"
-FORMAT = "2"
+ARRAYS = ("model", "frozen", "optimizer_state", "ledger")
+FORMAT = "3"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Checkpoint:
     unfinished: dict[str, str]
     """Job → client for the jobs that were open or buffered; they end with the epoch."""
     model: BlobBuffer
+    frozen: BlobBuffer
+    """The model's frozen tensors; of no bytes if it has none."""
     optimizer_state: bytes
     ledger: list[dict[str, Any]]
 
@@ -63,6 +66,7 @@ class Checkpoint:
             totals=federation.run_counters.committed(),
             unfinished=federation.unfinished,
             model=federation.model.buffer.copy(),
+            frozen=np.empty(0, np.uint8) if federation.model.frozen is None else federation.model.frozen,
             optimizer_state=federation.optimizer_state,
             ledger=ledger,
         )
@@ -85,9 +89,10 @@ class _Plain(BaseModel):
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write a new file and rename it to `path`, so that `path` is always a complete checkpoint; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    plain = {k: v for k, v in vars(checkpoint).items() if k not in ("model", "optimizer_state", "ledger")}
+    plain = {k: v for k, v in vars(checkpoint).items() if k not in ARRAYS}
     arrays = {
         "model": checkpoint.model,
+        "frozen": checkpoint.frozen,
         "optimizer_state": np.frombuffer(checkpoint.optimizer_state, np.uint8),
         "ledger": np.frombuffer(msgpack.packb(checkpoint.ledger), np.uint8),
     }
@@ -108,13 +113,15 @@ def load_checkpoint(path: Path) -> Checkpoint | None:
             if metadata.get("format") != FORMAT:
                 raise StoreError(f"{path} is no checkpoint of this version of fedqueue")
             plain = _Plain.model_validate_json(metadata["checkpoint"])
-            model, state, ledger = (file.get_tensor(name) for name in ("model", "optimizer_state", "ledger"))
-            if {tensor.dtype for tensor in (model, state, ledger)} != {np.dtype(np.uint8)} or model.ndim != 1:
+            model, frozen, state, ledger = arrays = [file.get_tensor(name) for name in ARRAYS]
+            if any(array.dtype != np.uint8 or array.ndim != 1 for array in arrays):
                 raise ValueError("its tensors are not uint8")
             records = unpack(ledger.tobytes(), sys.maxsize)  # the file is local and already in memory
             if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
                 raise ValueError("its ledger is not a list of records")
-            return Checkpoint(**dict(plain), model=model, optimizer_state=state.tobytes(), ledger=records)
+            return Checkpoint(
+                **dict(plain), model=model, frozen=frozen, optimizer_state=state.tobytes(), ledger=records
+            )
     except (safetensors.SafetensorError, OSError, KeyError, ValueError, WireError) as error:
         raise StoreError(f"{path} cannot be read as a checkpoint: {error}") from error
 

@@ -94,16 +94,25 @@ class CoordinatorStore(Store):
         return bool(self.redis.exists(self.keys.versions))
 
     def create(
-        self, config: str, manifest: Manifest, epoch: int = 0, clients: Iterable[str] = (), first_version: int = 0
+        self,
+        config: str,
+        manifest: Manifest,
+        epoch: int = 0,
+        clients: Iterable[str] = (),
+        first_version: int = 0,
+        frozen: BlobBuffer | None = None,
     ) -> None:
-        """Write the run's configuration, manifest and clients; more clients may join later.
+        """Write the run's configuration, manifest, frozen tensors and clients; more clients may join later.
 
         `epoch` is the number of times that Redis has lost the run, and `first_version` the version that this epoch
         starts from.
         """
         signed: dict[Any, Any] = {}
+        if frozen is not None:
+            self.write_blob(self.keys.frozen, frozen)
         if self.identity:
-            signed["descriptor"] = self.identity.begin(config.encode(), manifest.pack(), epoch, first_version)
+            descriptor = self.identity.begin(config.encode(), manifest.pack(), epoch, first_version, frozen)
+            signed["descriptor"] = descriptor
         self.redis.hset(
             self.keys.config,
             mapping={

@@ -13,7 +13,7 @@ from fedqueue.errors import FedqueueError, SignatureError, StoreError
 from fedqueue.protocol.signed_envelope import new_digest
 from fedqueue.tensors.blobs import CHUNK, BlobBuffer
 from fedqueue.tensors.codec import Codec
-from fedqueue.tensors.frame import PIECE, Delta, Frame, Piece, add_pieces, slices
+from fedqueue.tensors.frame import PIECE, Delta, Frame, Piece, add_pieces, slices, split_tail
 from fedqueue.tensors.manifest import Manifest, align
 from fedqueue_coordinator.core.events import Load
 from fedqueue_coordinator.core.federation import Federation
@@ -92,12 +92,13 @@ class StreamedPayload:
         self._digest = digest
         self._valid = False
         edge = 4 * manifest.parameters
-        start = edge // 8 * 8  # so that the counters are aligned
+        start = edge // 8 * 8  # so that what follows the float32 section is aligned
         tail = np.empty(manifest.nbytes - start, np.uint8)
         read(start, tail, manifest.nbytes)
         self._tail = tail[edge - start :]
         self.buffers = torch.from_numpy(tail[edge - start : 4 * manifest.floats - start].view(np.float32))
-        self.counters = torch.from_numpy(tail[align(4 * manifest.floats) - start :].view(np.int64))
+        rest = split_tail(manifest, tail[align(4 * manifest.floats) - start :])
+        self.doubles, self.counters, self.changed = rest
 
     def pieces(self) -> Iterator[Piece]:
         """As `Delta.pieces`; raises as the class says."""

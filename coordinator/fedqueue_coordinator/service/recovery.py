@@ -49,13 +49,14 @@ def restore_federation(
     """
     set_seed(config.seed)
     module = make_model(task)  # not stored: it takes as much memory as a version
-    manifest = Manifest.from_module(module)
+    manifest = Manifest.from_module(module, config.aggregation)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)
     if checkpoint:
         return _new_epoch(config, store, manifest, checkpoint, evaluates)
     federation = Federation(config, initial_model(config, module), evaluates=evaluates)
-    store.create(config.model_dump_json(), manifest, epoch=0, clients=config.clients.ids)
+    frozen = federation.model.frozen
+    store.create(config.model_dump_json(), manifest, epoch=0, clients=config.clients.ids, frozen=frozen)
     if config.ledger.keep_payloads:
         store.pin_version(0)
     publish_newest(store, federation)
@@ -74,17 +75,19 @@ def _resume(
     _require_same(config, info.config)
     require_signed(store.identity, info)
     codec = downlink_codec(config.compression, manifest)
-    wire = store.read_wire(info.version, codec)
+    wire, frozen = store.read_wire(info.version, codec), store.read_frozen(manifest.frozen_nbytes)
     state, job_number, ledger = store.read_optimizer_state(info.version), store.job_number(), store.ledger()
     if store.identity:
-        store.set_descriptor(store.identity.resume(info))
+        store.set_descriptor(store.identity.resume(info, frozen))
         envelope = store.read_version_signature(info.version, wire.nbytes)
         signed = store.identity.check_version(info.version, envelope, wire, state)
         store.identity.check_history(info.version, signed, ledger, info.totals)
         job_number = max(job_number, signed.job_number)  # a job's name must not be used twice
+    model = codec.decode(wire).whole()
+    model.frozen = frozen
     federation = Federation(
         config,
-        codec.decode(wire).whole(),
+        model,
         info.version,
         job_number,
         state,
@@ -114,7 +117,7 @@ def _new_epoch(
     epoch = checkpoint.epoch + 1
     federation = Federation(
         config,
-        Frame(manifest, checkpoint.model.copy()),
+        Frame(manifest, checkpoint.model.copy(), checkpoint.frozen if manifest.frozen_nbytes else None),
         checkpoint.version,
         checkpoint.job_number,
         checkpoint.optimizer_state,
@@ -129,7 +132,9 @@ def _new_epoch(
     ]
     record = epoch_record(epoch, checkpoint.version, checkpoint.job_number, run_counters.seconds)
     federation.restore_quarantines(checkpoint.ledger, run_counters.seconds)
-    store.create(config.model_dump_json(), manifest, epoch, config.clients.ids, first_version=checkpoint.version)
+    store.create(
+        config.model_dump_json(), manifest, epoch, config.clients.ids, checkpoint.version, federation.model.frozen
+    )
     store.restore(checkpoint.version, checkpoint.job_number, [*checkpoint.ledger, *lost, record])
     publish_newest(store, federation)
     log.warning(

@@ -232,6 +232,7 @@ class Simulation:
         if job.base not in self._versions:
             wire = federation.downlink.encode(federation.model, job.base)
             self._versions[job.base] = federation.downlink.received(wire)
+            self._versions[job.base].frozen = federation.model.frozen
         base = self._versions[job.base]
         local = Frame(base.manifest)
         batches = 0

@@ -13,6 +13,7 @@ from fedqueue.config.sections import AUTO, OFF, Count, NonNegative, Positive, Se
 
 STRATEGIES = ("fedasync", "fedbuff", "fedavg", "fadas", "ca2fl")
 RunningStatistics = Literal["mean", "drift", "frozen"]
+BufferRule = Literal["latest", "mean", "max", "frozen"]
 STALENESS_FUNCTIONS = ("constant", "polynomial", "hinge", "exponential")
 
 
@@ -104,8 +105,11 @@ class AggregationConfig(Section):
     weight_by_examples: bool = False
     """FedBuff, FADAS: multiplies each update's weight by its number of examples; FedAvg always does."""
     running_statistics: RunningStatistics = "mean"
-    """BatchNorm's and other floating-point buffers: the mean of the clients' values (`mean`), the sum of their changes
+    """BatchNorm's running means and variances: the mean of the clients' values (`mean`), the sum of their changes
     (`drift`), or the values of version 0 (`frozen`)."""
+    buffers: dict[str, BufferRule] = {}
+    """Rules of other buffers, pattern of names → rule: the newest value (`latest`), the `mean`, the `max`, or that of
+    version 0 (`frozen`). Without a rule: docs/explanation/what-is-federated.md."""
     needs_base: bool = False
     """An algorithm of your own: declares that it reads the base versions of updates, so that they stay stored."""
     max_staleness: int = Field(default=100, ge=0)

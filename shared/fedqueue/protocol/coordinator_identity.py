@@ -62,30 +62,38 @@ class CoordinatorIdentity:
 
     # What the run is
 
-    def begin(self, config: bytes, manifest: bytes, epoch: int, first_version: int) -> bytes:
+    def begin(
+        self, config: bytes, manifest: bytes, epoch: int, first_version: int, frozen: Digestible | None = None
+    ) -> bytes:
         """The signed descriptor of a run that starts or restarts, with a new random instance.
 
-        `config` is the configuration's text and `manifest` the packed manifest; `first_version` is the version that
-        the epoch starts from.
+        `config` is the configuration's text, `manifest` the packed manifest, and `frozen` the frozen tensors, if there
+        are any; `first_version` is the version that the epoch starts from.
         """
         self._history = NO_HISTORY
-        return self._descriptor(secrets.token_hex(16), epoch, first_version, digest_of(config), digest_of(manifest))
+        contents = digest_of(config), digest_of(manifest), _digest_of_frozen(frozen)
+        return self._descriptor(secrets.token_hex(16), epoch, first_version, *contents)
 
-    def resume(self, info: RunInfo) -> bytes:
-        """The signed descriptor of the next term of the run in `info`.
+    def resume(self, info: RunInfo, frozen: Digestible | None = None) -> bytes:
+        """The signed descriptor of the next term of the run in `info`, whose frozen tensors in Redis are `frozen`.
 
-        Raises SignatureError if this coordinator did not sign the present descriptor, or if configuration or manifest
-        differ from it.
+        Raises SignatureError if this coordinator did not sign the present descriptor, or if configuration, manifest or
+        frozen tensors differ from it.
         """
         descriptor = read(RunDescriptor, self._own(RUN_DESCRIPTOR, Scope(self._run), [], info.descriptor))
         self._term = max(self._term, descriptor.term)
         if (info.config_digest, digest_of(info.manifest)) != (descriptor.config, descriptor.manifest):
             raise SignatureError("configuration or manifest in Redis are not those that the coordinator signed")
+        if _digest_of_frozen(frozen) != descriptor.frozen:
+            raise SignatureError("the frozen tensors in Redis are not those that the coordinator signed")
         return self._descriptor(
-            descriptor.instance, descriptor.epoch, info.version, descriptor.config, descriptor.manifest
-        )
+            descriptor.instance, descriptor.epoch, info.version,
+            descriptor.config, descriptor.manifest, descriptor.frozen,
+        )  # fmt: skip
 
-    def _descriptor(self, instance: str, epoch: int, first_version: int, config: str, manifest: str) -> bytes:
+    def _descriptor(
+        self, instance: str, epoch: int, first_version: int, config: str, manifest: str, frozen: str
+    ) -> bytes:
         self._term += 1
         self._scope = Scope(self._run, instance, epoch)
         descriptor = RunDescriptor(
@@ -95,6 +103,7 @@ class CoordinatorIdentity:
             first_version=first_version,
             config=config,
             manifest=manifest,
+            frozen=frozen,
         )
         return sign_envelope(self._key, RUN_DESCRIPTOR, Scope(self._run), [], descriptor.pack())
 
@@ -205,6 +214,10 @@ class CoordinatorIdentity:
             return KeyFile(path, read_public_keys)
         except ConfigurationError as error:  # one client's broken file must not end the run
             raise NotEnrolled(str(error)) from None
+
+
+def _digest_of_frozen(frozen: Digestible | None) -> Any:
+    return "" if frozen is None else digest_of(frozen)
 
 
 def load_coordinator_identity(folder: Path, run: str) -> CoordinatorIdentity:

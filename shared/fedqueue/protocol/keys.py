@@ -136,6 +136,11 @@ class Keys:
         return f"{self.model_prefix}staged:{token}"
 
     @property
+    def frozen(self) -> str:
+        """string chunks at `…:0`, `…:1`, …: the model's frozen tensors, which are in no version"""
+        return f"{self.model_prefix}frozen"
+
+    @property
     def state_prefix(self) -> str:
         """The beginning of each key of `state`."""
         return self._key("state:")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 import msgpack
 from pydantic import Field
@@ -59,7 +59,7 @@ class RunDescriptor(Message):
     """The coordinator's signed description of a run; workers trust no other source of configuration and manifest.
 
     `term` rises with each coordinator that becomes leader, and `first_version` is the version that its term starts
-    from. `config` and `manifest` are digests.
+    from. `config` and `manifest` are digests, and so is `frozen`, of the frozen tensors; it is empty without any.
     """
 
     instance: Annotated[str, Field(min_length=16, max_length=64)]
@@ -68,6 +68,7 @@ class RunDescriptor(Message):
     first_version: Natural
     config: Digest
     manifest: Digest
+    frozen: Digest | Literal[""] = ""
 
 
 class VersionRecord(Message):

@@ -97,6 +97,8 @@ class SiteIdentity:
             raise SignatureError("another run of this name has replaced this one: restart the worker to serve it")
         if known and descriptor.epoch == known.epoch and descriptor.term < known.term:
             raise SignatureError(f"the run went back from term {known.term} to {descriptor.term}")
+        if known and descriptor.frozen != known.frozen:
+            raise SignatureError("the run has other frozen tensors than before: restart the worker to fetch them")
         if known is None or descriptor.epoch > known.epoch or descriptor.term > known.term:
             self._seen = descriptor.first_version  # may be older than seen: Redis may have lost newer versions
         self._descriptor = descriptor
@@ -117,6 +119,11 @@ class SiteIdentity:
         if digest_of(model) != read(VersionRecord, envelope.body).model:
             raise SignatureError(f"the model in Redis is not version {version} as the coordinator signed it")
         self._seen = version
+
+    def check_frozen(self, frozen: Digestible) -> None:
+        """Raise SignatureError unless these are the run's frozen tensors, as the coordinator signed them."""
+        if self._descriptor is None or digest_of(frozen) != self._descriptor.frozen:
+            raise SignatureError("the frozen tensors in Redis are not those that the coordinator signed")
 
     def sign(self, kind: str, client: str, about: Sequence[str | int], body: bytes) -> bytes:
         """The signed envelope of `body`; raises ConfigurationError for a client without a key here."""

@@ -2,7 +2,7 @@
 
     the parameters, encoded (`encodings.py`)     padding to 8 bytes
     floating buffers, float32                    padding to 8 bytes
-    counters, int64                              optionally, all of it under zstd (`zstd.py`)
+    the rest of the frame (`frame.py`)           optionally, all of it under zstd (`zstd.py`)
 
 With float32 the frame's own buffer is sent, without a copy.
 """
@@ -19,8 +19,11 @@ from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import ManifestMismatch, WireError
 from fedqueue.tensors import zstd
 from fedqueue.tensors.encodings import ENCODINGS, MOST_INDICES, Bytes, Encoding
-from fedqueue.tensors.frame import Delta, Frame, Piece
-from fedqueue.tensors.manifest import Manifest, align
+from fedqueue.tensors.frame import Delta, Frame, Piece, split_tail
+from fedqueue.tensors.manifest import SECTIONS, Manifest, align
+
+WHOLE = (*SECTIONS, "changed")
+"""The parts of a frame that are not encoded."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Codec:
         if self.encoding is None:
             return self.manifest.nbytes
         buffers = self.manifest.floats - self.manifest.parameters
-        return align(self.encoding.size(self.manifest.parameters)) + align(4 * buffers) + 8 * self.manifest.counters
+        return align(self.encoding.size(self.manifest.parameters)) + align(4 * buffers) + self.manifest.tail_nbytes
 
     @property
     def largest(self) -> int:
@@ -65,8 +68,8 @@ class Codec:
             data = np.zeros(self.nbytes, np.uint8)
             encoded = Encoded(self.manifest, self.encoding, data)
             self.encoding.encode(frame.parameters, encoded.head, seed)
-            encoded.buffers.copy_(frame.buffers)
-            encoded.counters.copy_(frame.counters)
+            for part in WHOLE:
+                getattr(encoded, part).copy_(getattr(frame, part))
         return zstd.pack(data, self._width) if self.zstd else data
 
     def decode(self, wire: Bytes) -> Delta:
@@ -92,7 +95,7 @@ class Codec:
 class Encoded:
     """A frame whose parameters are still encoded: the uint8 array `data`, and views into it.
 
-    `head`: the encoded parameters; `buffers`: float32; `counters`: int64.
+    `head`: the encoded parameters; `buffers`: float32; `doubles`: float64; `counters`: int64; `changed`: uint8.
     """
 
     def __init__(self, manifest: Manifest, encoding: Encoding, data: Bytes) -> None:
@@ -101,7 +104,7 @@ class Encoded:
         start, length = align(size), 4 * (manifest.floats - manifest.parameters)
         self.head = data[:size]
         self.buffers = torch.from_numpy(data[start : start + length].view(np.float32))
-        self.counters = torch.from_numpy(data[start + align(length) :].view(np.int64))
+        self.doubles, self.counters, self.changed = split_tail(manifest, data[start + align(length) :])
 
     def pieces(self) -> Iterator[Piece]:
         """As `Delta.pieces`."""
@@ -116,8 +119,8 @@ class Encoded:
         frame = Frame(self.manifest)
         for where, values in self.pieces():
             frame.parameters[where] = values
-        frame.buffers.copy_(self.buffers)
-        frame.counters.copy_(self.counters)
+        for part in WHOLE:
+            getattr(frame, part).copy_(getattr(self, part))
         return frame
 
 

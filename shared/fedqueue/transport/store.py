@@ -140,6 +140,16 @@ class Store(BlobStore, ScriptRunner):
         """A version as workers get it, decoded; raises as `read_wire`, and WireError for bytes that are no frame."""
         return codec.decode(self.read_wire(version, codec)).whole()
 
+    def read_frozen(self, nbytes: int) -> BlobBuffer | None:
+        """The model's frozen tensors, of `nbytes` bytes; None if it has none. Raises as `read_blob`."""
+        import numpy as np
+
+        if not nbytes:
+            return None
+        frozen = np.empty(nbytes, np.uint8)
+        self.read_blob(self.keys.frozen, frozen)
+        return frozen
+
     def read_signed_version(self, version: int, into: BlobBuffer) -> bytes:
         """Fill `into` with a version, as `read_blob`; returns the envelope that signs it.
 

@@ -136,6 +136,13 @@ class WorkerStore(Store):
         self.fetch(version, wire)
         into.buffer[:] = codec.decode(wire).whole().buffer
 
+    def fetch_frozen(self, nbytes: int) -> BlobBuffer | None:
+        """`read_frozen`; raises also SignatureError for other tensors than those that the coordinator signed."""
+        frozen = self.read_frozen(nbytes)
+        if self.identity and frozen is not None:
+            self.identity.check_frozen(frozen)
+        return frozen
+
     def release_base(self, claim: Claim) -> None:
         """Let the base version be deleted, once it is downloaded and the merge does not need it."""
         self.script("release", [self.keys.job(claim.job), self.keys.attempt(claim.job)], [claim.attempt])

@@ -67,9 +67,10 @@ def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[L
 
 
 def verify_model(
-    store: Store, info: RunInfo, version: int, model: BlobBuffer, keys: Path, state: bytes | None = None
-) -> str:
-    """Verify `model`, the stored bytes of `version`, and `state`, the server's state if given.
+    store: Store, info: RunInfo, version: int, model: BlobBuffer, keys: Path,
+    state: bytes | None = None, frozen: BlobBuffer | None = None,
+) -> str:  # fmt: skip
+    """Verify `model`, the stored bytes of `version`, the frozen tensors and `state`, the server's state, if given.
 
     Returns an empty string, or why it could not be verified. Raises SignatureError if the model or the state is not
     the one that the coordinator signed.
@@ -79,14 +80,17 @@ def verify_model(
     if not (keys / COORDINATOR_PUBLIC).exists():
         return f"no {COORDINATOR_PUBLIC} in {keys}"
     public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
-    signed = _signed_version(store, descriptor_scope(info, public), public, version, model)
+    descriptor = read_descriptor(info, public)
+    if frozen is not None:
+        _require_frozen(descriptor, frozen)
+    signed = _signed_version(store, _scope(info, descriptor), public, version, model)
     if state is not None:
         _require_state(version, signed, state)
     return ""
 
 
-def descriptor_scope(info: RunInfo, public: Sequence[PublicKey]) -> Scope:
-    """Verify the run descriptor and return the scope of the run's signatures.
+def read_descriptor(info: RunInfo, public: Sequence[PublicKey]) -> RunDescriptor:
+    """Verify the run descriptor and return it.
 
     Raises SignatureError unless the digests of configuration and manifest in Redis are those in the descriptor.
     """
@@ -97,7 +101,16 @@ def descriptor_scope(info: RunInfo, public: Sequence[PublicKey]) -> Scope:
         raise SignatureError("the configuration in Redis is not the one in the run descriptor")
     if digest_of(info.manifest) != descriptor.manifest:
         raise SignatureError("the manifest in Redis is not the one in the run descriptor")
+    return descriptor
+
+
+def _scope(info: RunInfo, descriptor: RunDescriptor) -> Scope:
     return Scope(info.run, descriptor.instance, descriptor.epoch)
+
+
+def _require_frozen(descriptor: RunDescriptor, frozen: BlobBuffer) -> None:
+    if digest_of(frozen) != descriptor.frozen:
+        raise SignatureError("the frozen tensors in Redis are not those that the coordinator signed")
 
 
 def _signed_version(
@@ -151,7 +164,10 @@ class _Verification:
         self._checked[kind] = self._checked.get(kind, 0) + 1
 
     def _descriptor(self) -> None:
-        self._scope = descriptor_scope(self._info, self._public)
+        descriptor = read_descriptor(self._info, self._public)
+        self._scope = _scope(self._info, descriptor)
+        if (frozen := self._store.read_frozen(self._downlink.manifest.frozen_nbytes)) is not None:
+            _require_frozen(descriptor, frozen)
 
     def _version(self, version: int) -> VersionRecord:
         wire = self._store.read_wire(version, self._downlink)

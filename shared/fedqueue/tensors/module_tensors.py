@@ -1,0 +1,180 @@
+"""The tensors of a module that are federated: its parameters and its saved buffers, each under all of its names.
+
+They are read and written where the module uses them, and not through `state_dict()`, which a class may override to
+return copies or other names. What cannot be federated is refused here, by the name of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fedqueue.errors import ManifestMismatch
+
+EXTRA_STATE = "_extra_state"
+_COMPILED = "_orig_mod"  # the attribute in which `torch.compile` keeps the module that it wraps
+
+
+@dataclass(frozen=True)
+class ModuleTensor:
+    """One tensor of a module.
+
+    `names` are those of its module attributes, the first one first; a tied tensor has several. `keys` are its names in
+    the module's `state_dict()`.
+    """
+
+    names: tuple[str, ...]
+    keys: tuple[str, ...]
+    tensor: torch.Tensor
+    is_parameter: bool
+    is_trainable: bool
+
+    @property
+    def name(self) -> str:
+        """The name in messages and in the manifest."""
+        return self.names[0]
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, whose names have no prefix."""
+    parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
+    while True:
+        inner = model._modules.get(_COMPILED) if isinstance(model, torch.nn.Module) else None
+        if isinstance(model, parallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def tensors_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter, then every buffer that is saved, in the order of the module tree, under each of its names."""
+    model = unwrapped(model)
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    unsaved = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in getattr(module, "_non_persistent_buffers_set", ())
+    }
+    buffers = model.named_buffers(remove_duplicate=False)
+    return {**tensors, **{name: buffer for name, buffer in buffers if name not in unsaved}}
+
+
+def module_tensors(model: torch.nn.Module) -> list[ModuleTensor]:
+    """The tensors of a module, tied ones once; raises ManifestMismatch for one that cannot be federated."""
+    model = unwrapped(model)
+    tensors = tensors_by_name(model)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    groups: dict[object, list[str]] = {}
+    for name, tensor in tensors.items():
+        _refuse_unusable(name, tensor)
+        groups.setdefault(_identity(tensor), []).append(name)
+    keys = _keys_by_name(model, tensors, groups)
+    return [
+        ModuleTensor(
+            tuple(names),
+            tuple(key for name in names for key in keys.get(name, ())),
+            tensors[names[0]],
+            any(name in parameters for name in names),
+            any(name in parameters and tensors[name].requires_grad for name in names),
+        )
+        for names in groups.values()
+    ]
+
+
+def _identity(tensor: torch.Tensor) -> object:
+    """Equal for two tensors exactly if they are the same elements of the same memory."""
+    if not tensor.numel():
+        return id(tensor)
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride(), tensor.device
+
+
+def _refuse_unusable(name: str, tensor: torch.Tensor) -> None:
+    if torch.nn.parameter.is_lazy(tensor):
+        raise ManifestMismatch(
+            f"model: {name} has no shape yet (a lazy module): run one batch through the model in model(), "
+            "before it is returned"
+        )
+    if tensor.is_meta:
+        raise ManifestMismatch(f"model: {name} is on the meta device, so it has no values: build it on the CPU")
+    if tensor.layout != torch.strided:
+        raise ManifestMismatch(f"model: {name} is {tensor.layout}: make it dense with to_dense()")
+    if 0 in tensor.stride() and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):
+        own = name.rpartition(".")[2]
+        raise ManifestMismatch(
+            f"model: {name} is an expanded view, whose elements share memory: register {own}.clone() in its place"
+        )
+
+
+def _keys_by_name(
+    model: torch.nn.Module, tensors: Mapping[str, torch.Tensor], groups: Mapping[object, list[str]]
+) -> dict[str, list[str]]:
+    """Name → its names in `state_dict()`; raises ManifestMismatch for an entry that is no parameter and no buffer."""
+    keys: dict[str, list[str]] = {}
+    renamed: list[tuple[str, torch.Tensor]] = []
+    for key, value in model.state_dict().items():
+        if key.rpartition(".")[2] == EXTRA_STATE:
+            owner = key.rpartition(".")[0] or "the model"
+            raise ManifestMismatch(
+                f"model: {owner} has extra state (get_extra_state), which is not federated: keep it in a buffer"
+            )
+        if key in tensors:
+            keys.setdefault(key, []).append(key)
+        elif isinstance(value, torch.Tensor):
+            renamed.append((key, value))
+        else:
+            raise ManifestMismatch(
+                f"model: state_dict() has {key}, a {type(value).__name__}, which is no parameter and no buffer"
+            )
+    left = [names[0] for names in groups.values() if not any(name in keys for name in names)]
+    for key, value in renamed:
+        match = _match(key, value, left, tensors)
+        if match is None:
+            raise ManifestMismatch(f"model: state_dict() has {key}, which is no parameter and no buffer of the module")
+        left.remove(match)
+        keys[match] = [key]
+    for name in left:  # `state_dict()` leaves it out: it keeps its own name
+        keys[name] = [name]
+    return keys
+
+
+def _match(key: str, value: torch.Tensor, left: list[str], tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """The tensor that `state_dict()` calls `key`: with a prefix more or less, in the same memory, or equal to it."""
+    alike = [name for name in left if tensors[name].shape == value.shape]
+    for fits in (
+        [name for name in alike if name.endswith(f".{key}") or key.endswith(f".{name}")],
+        [name for name in alike if value.numel() and tensors[name].data_ptr() == value.data_ptr()],
+        [name for name in alike if torch.equal(tensors[name].detach().to(value), value)],
+    ):
+        if len(fits) == 1:
+            return fits[0]
+    return None
+
+
+def check_unchanged(model: torch.nn.Module, expected: Mapping[str, bool]) -> dict[str, torch.Tensor]:
+    """The tensors of a trained module; `expected`: the names that it had before → whether that tensor is frozen.
+
+    Raises ManifestMismatch if training has added or removed a tensor, or has made a frozen one trainable.
+    """
+    tensors = tensors_by_name(model)
+    if tensors.keys() != expected.keys():
+        new = [name for name in tensors if name not in expected]
+        gone = [name for name in expected if name not in tensors]
+        what = f"training has added {_listed(new)}" if new else f"training has removed {_listed(gone)}"
+        raise ManifestMismatch(
+            f"model: {what}, so the update would lack a part of the model: create every parameter and buffer in "
+            "model(), for example with one batch, or register a buffer with persistent=False"
+        )
+    for name, frozen in expected.items():
+        if frozen and tensors[name].requires_grad:
+            raise ManifestMismatch(
+                f"model: {name} is frozen in model() and trainable after training, so no update contains it: "
+                "choose requires_grad in model()"
+            )
+    return tensors
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
