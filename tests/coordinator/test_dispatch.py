@@ -7,37 +7,8 @@ from collections import Counter
 from fedqueue.protocol.keys import job_name
 from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.events import Dispatch
-from fedqueue_coordinator.core.idle_pool import IdlePool
 from tests.support.builders import of_kind
 from tests.support.federation_run import start
-
-
-def pool(*clients):
-    idle = IdlePool()
-    for client in clients:
-        idle.add(client)
-    return idle
-
-
-# The pool
-
-
-def test_adding_a_client_twice_keeps_it_in_the_pool_once():
-    idle = pool("a", "b", "a")
-    assert len(idle) == 2
-    idle.discard("a")
-    assert "a" not in idle
-    assert len(idle) == 1
-
-
-def test_discard_at_any_index_keeps_the_pool_sorted():
-    for gone in "abcd":
-        idle = pool(*"dbac")
-        idle.discard(gone)
-        idle.discard(gone)
-        idle.discard("never there")
-        assert idle.clients == sorted(set("abcd") - {gone})
-
 
 # Backoff
 
@@ -66,6 +37,14 @@ def test_success_resets_the_backoff():
     backoff.succeeded("a")
     backoff.failed("a", 100.0)
     assert backoff.next_end() == 101.0
+
+
+def test_success_ends_an_exclusion():
+    backoff = Backoff(1.0, max_failures=5, max_rejections=1)
+    backoff.rejected("a", 0.0)
+    assert backoff.set_aside("a")
+    backoff.succeeded("a")
+    assert backoff.allows("a")
 
 
 def test_longer_of_two_backoffs_applies():

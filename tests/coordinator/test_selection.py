@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.msgpack import pack_record
+from fedqueue_coordinator.core.idle_pool import IdlePool, Place
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.selection import SELECTIONS, ClientStats, FairShare, draw, make_selection
 from tests.support.builders import make_config
@@ -25,14 +26,21 @@ def known(examples=(), last_merged=(), last_job=()):
     return ClientStats(dict(examples), lambda client: merged.get(client, -1), dict(last_job))
 
 
+def select(name, stats, drawn):
+    """Return the client that the selection chooses among all."""
+    selection, idle = SELECTIONS[name], IdlePool()
+    for client in CLIENTS:
+        idle.put(client, Place(0, selection.rank(client, stats), selection.weight(client, stats)))
+    return idle.drawn(drawn) if selection.draws else idle.first()[0]
+
+
 # Selections
 
 
 @pytest.mark.parametrize("name", sorted(SELECTIONS))
 def test_selection_is_deterministic_by_seed_and_number(name):
-    select = SELECTIONS[name]
     some = known({"a": 1, "b": 2, "c": 3, "d": 4}, {"a": 2}, {"a": 7})
-    choices = [[select(CLIENTS, some, draw(seed, number)) for number in range(50)] for seed in (7, 7)]
+    choices = [[select(name, some, draw(seed, number)) for number in range(50)] for seed in (7, 7)]
     assert choices[0] == choices[1]
     assert set(choices[0]) <= set(CLIENTS)
 
@@ -45,29 +53,29 @@ def test_draws_are_uniform_and_differ_by_seed_and_number():
 
 
 def test_uniform_selection_is_uniform():
-    counts = Counter(SELECTIONS["uniform"](CLIENTS, known(), draw(0, number)) for number in range(4000))
+    counts = Counter(select("uniform", known(), draw(0, number)) for number in range(4000))
     assert all(abs(counts[client] - 1000) < 150 for client in CLIENTS)  # five standard deviations
 
 
 def test_selection_by_examples_is_proportional():
     some = known({"a": 10, "b": 0, "c": 30, "d": 60})
-    counts = Counter(SELECTIONS["examples"](CLIENTS, some, draw(0, number)) for number in range(4000))
+    counts = Counter(select("examples", some, draw(0, number)) for number in range(4000))
     for client, share in {"a": 0.1, "b": 0.0, "c": 0.3, "d": 0.6}.items():
         assert abs(counts[client] / 4000 - share) < 0.04  # five standard deviations
 
 
 def test_selection_by_examples_works_when_all_have_none():
-    assert SELECTIONS["examples"](CLIENTS, known(), 0.5) in CLIENTS
+    assert select("examples", known(), 0.5) in CLIENTS
 
 
 def test_round_robin_selects_the_least_recently_used_client():
-    assert SELECTIONS["round_robin"](CLIENTS, known(last_job={"a": 4, "b": 1, "c": 3, "d": 2}), 0.9) == "b"
-    assert SELECTIONS["round_robin"](CLIENTS, known(last_job={"a": 4, "b": 1, "d": 2}), 0.9) == "c"
+    assert select("round_robin", known(last_job={"a": 4, "b": 1, "c": 3, "d": 2}), 0.9) == "b"
+    assert select("round_robin", known(last_job={"a": 4, "b": 1, "d": 2}), 0.9) == "c"
 
 
 def test_stalest_selects_the_least_recently_merged_client():
     some = known(last_merged={"a": 3, "b": 1, "c": 1, "d": 2})
-    assert {SELECTIONS["stalest"](CLIENTS, some, draw(0, number)) for number in range(50)} == {"b", "c"}
+    assert {select("stalest", some, draw(0, number)) for number in range(50)} == {"b", "c"}
 
 
 def test_unknown_selection_error_lists_the_known_ones():

@@ -66,7 +66,7 @@ def _fadas(
 
 
 def _ca2fl(config: Config, cache_clients: int = 0) -> Aggregator:
-    clients = len(config.clients.ids)
+    clients = config.clients.number
     return ca2fl(config.buffer_size, clients, cache_clients or clients)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from dataclasses import dataclass, field
 
 from fedqueue_coordinator.core.reasons import (
@@ -34,6 +35,9 @@ class Backoff:
     """Client → rejected updates in a row."""
     resting: list[tuple[float, str]] = field(default_factory=list)
     """Heap of (end of the rest, client)."""
+    excluded: set[str] = field(default_factory=set)
+    """The clients that are set aside."""
+    _rests: Counter[str] = field(default_factory=Counter)  # client → its entries in `resting`
 
     # Penalties
 
@@ -73,33 +77,41 @@ class Backoff:
     def rest(self, client: str, end: float) -> None:
         """Give the client no job before `end`."""
         heapq.heappush(self.resting, (end, client))
+        self._rests[client] += 1
 
     def succeeded(self, client: str) -> None:
         """Reset the client's counts: its update is merged."""
         self.failures.pop(client, None)
         self.rejections.pop(client, None)
+        self.excluded.discard(client)
 
     def _count(self, counts: dict[str, int], client: str, now: float) -> None:
         counts[client] = counts.get(client, 0) + 1
-        if not self.set_aside(client):
+        failures, rejections = self.failures.get(client, 0), self.rejections.get(client, 0)
+        if failures >= self.max_failures or rejections >= self.max_rejections:
+            self.excluded.add(client)
+        else:
             self.rest(client, now + self.first_seconds * 2 ** (counts[client] - 1))
 
     # Queries
 
     def set_aside(self, client: str) -> bool:
         """Whether the client gets no further job in this run."""
-        failed = self.failures.get(client, 0) >= self.max_failures
-        return failed or self.rejections.get(client, 0) >= self.max_rejections
+        return client in self.excluded
 
     def allows(self, client: str) -> bool:
         """Whether the client neither rests nor is set aside."""
-        return not self.set_aside(client) and all(client != resting for _, resting in self.resting)
+        return client not in self._rests and client not in self.excluded
 
     def rested(self, now: float) -> list[str]:
         """Remove and return the clients whose rest is over."""
         clients = []
         while self.resting and self.resting[0][0] <= now:
-            clients.append(heapq.heappop(self.resting)[1])
+            client = heapq.heappop(self.resting)[1]
+            clients.append(client)
+            self._rests[client] -= 1
+            if not self._rests[client]:
+                del self._rests[client]
         return clients
 
     def next_end(self) -> float | None:

@@ -17,10 +17,10 @@ scheduler does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fedqueue.config.dispatch import FedCompassConfig
+from fedqueue_coordinator.core.selection import Selection
 
 
 @dataclass
@@ -63,9 +63,10 @@ class FedCompass:
         self._group_of: dict[str, Group] = {}
         self._underway: dict[str, RunningJob] = {}
 
-    def fastest(self, clients: Sequence[str]) -> str:
-        """Return the client that gets the next job; clients of unknown speed come before all others."""
-        return min(clients, key=lambda client: (self._step_seconds.get(client, 0.0), client))
+    @property
+    def selection(self) -> Selection:
+        """The rule that the fastest client gets the next job; clients of unknown speed come before all others."""
+        return Selection(rank=lambda client, stats: self._step_seconds.get(client, 0.0), draws=False)
 
     def assign(self, client: str, now: float) -> int:
         """Return the number of steps of the client's next job, which begins now; add the client to a group."""

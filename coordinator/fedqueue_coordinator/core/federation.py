@@ -345,7 +345,7 @@ class Federation:
     # Slots
 
     def _dispatch(self, now: float) -> list[Action]:
-        return [*self._scheduler.dispatch(len(self._arriving), len(self._buffer), self.version, now)]
+        return [*self._scheduler.dispatch(len(self._arriving), len(self._buffer), now)]
 
     def _pass_on(self, job: str, client: str, now: float) -> list[Action]:
         """Give the slot of a job that ended to another client, or to this one if no other is idle."""
@@ -419,7 +419,7 @@ class Federation:
         self._scheduler.leave(left.client)
         if left.served or not left.announced:
             return []
-        jobs = [job for job, client in self.open_jobs.items() if client == left.client]
+        jobs = self._scheduler.jobs_of(left.client)
         for job in jobs:
             self._scheduler.lost(job, left.client)
         return [

@@ -3,11 +3,14 @@
 A client becomes idle when it joins, when its update arrives and when its job ends; `dispatch` gives jobs to idle
 clients while slots are free. Whether a client may become idle depends on its rests (`backoff.py`), on its round
 (`sync_round.py`) or on its group (`fedcompass.py`). `selection.py` chooses among the idle clients.
+
+No step looks at every client. An idle client has a place in `idle_pool.py`, and moves when a number that the place
+depends on changes (`_place`).
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from fedqueue.config.schema import Config
@@ -15,10 +18,10 @@ from fedqueue.protocol.keys import job_name
 from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.events import Dispatch
 from fedqueue_coordinator.core.fedcompass import FedCompass
-from fedqueue_coordinator.core.idle_pool import IdlePool
+from fedqueue_coordinator.core.idle_pool import IdlePool, Place
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.core.selection import FairShare
+from fedqueue_coordinator.core.selection import ClientStats, FairShare, draw, make_selection
 from fedqueue_coordinator.core.sync_round import SyncRound
 
 
@@ -44,8 +47,11 @@ class Scheduler:
         self._round = SyncRound(config)  # stays empty without a barrier
         fedcompass = config.dispatch.schedule == "fedcompass"
         self._fedcompass = FedCompass(config.dispatch.fedcompass, run_counters.step_seconds) if fedcompass else None
+        self._selection = self._fedcompass.selection if self._fedcompass else make_selection(config.dispatch.selection)
+        self._stats = ClientStats(self.registered, self._fair_share.last_merged, self._fair_share.last_job)
         self._idle = IdlePool()
-        self._busy: Counter[str] = Counter()  # client → open jobs; more than one only after a recovery
+        # Client → its open jobs, oldest first; more than one only after a recovery.
+        self._jobs: defaultdict[str, dict[str, None]] = defaultdict(dict)
 
     # Recovery
 
@@ -53,10 +59,13 @@ class Scheduler:
         self, open_jobs: Mapping[str, str], registered: Mapping[str, int], last_jobs: Mapping[str, int]
     ) -> None:
         """Restore open jobs (→ client), registrations, and each client's last job number."""
-        self.open_jobs.update(open_jobs)
-        self._busy.update(open_jobs.values())
+        for job, client in open_jobs.items():
+            self.open_jobs[job] = client
+            self._jobs[client][job] = None
         self.registered.update(registered)
         self._fair_share.last_job.update(last_jobs)
+        for client in {*open_jobs.values(), *registered, *last_jobs}:
+            self._place(client)
         if self._config.barrier:
             for client in open_jobs.values():
                 self._round.add(client, self._run_counters.seconds)  # the round began with the newest version
@@ -82,9 +91,23 @@ class Scheduler:
     def offer(self, client: str) -> None:
         """Make the client idle if it may train: it is alive, has no job, no rest, no round and no group to wait for."""
         in_group = self._fedcompass is not None and self._fedcompass.waits(client)
-        taken = self._busy[client] > 0 or client in self._round or in_group
+        taken = client in self._jobs or client in self._round or in_group
         if client in self.clients and not taken and self._backoff.allows(client):
-            self._idle.add(client)
+            self._idle.put(client, self._place_of(client))
+        else:
+            self._place(client)
+
+    def _place(self, client: str) -> None:
+        """Move an idle client, after a change of a number that its place depends on."""
+        if client in self._idle:
+            self._idle.put(client, self._place_of(client))
+
+    def _place_of(self, client: str) -> Place:
+        return Place(
+            self._fair_share.beyond_the_cap(client, len(self._jobs.get(client, ()))),
+            self._selection.rank(client, self._stats),
+            self._selection.weight(client, self._stats),
+        )
 
     def end_rests(self, now: float) -> None:
         """Make the clients idle whose rest is over."""
@@ -113,7 +136,8 @@ class Scheduler:
     @property
     def all_set_aside(self) -> bool:
         """Whether every client that ever registered is set aside, so that no job can be dispatched again."""
-        return bool(self.registered) and all(map(self._backoff.set_aside, self.registered))
+        excluded = self._backoff.excluded
+        return 0 < len(self.registered) <= len(excluded) and self.registered.keys() <= excluded
 
     # Updates
 
@@ -133,7 +157,7 @@ class Scheduler:
     def rejected(self, client: str, reason: RejectionReason, quarantine_seconds: float, now: float) -> None:
         """Apply the penalty for an update that is not merged. Another job of the client stays as it is."""
         self._fair_share.rejected(client)
-        if not self._busy[client]:
+        if client not in self._jobs:
             self._leave_group(client)
         self._backoff.penalize_rejection(client, reason, quarantine_seconds, now)
         self._idle.discard(client)
@@ -141,7 +165,8 @@ class Scheduler:
 
     def committed(self, version: int, clients: Sequence[str], now: float) -> None:
         """Count a version that consists of one update of each of `clients`."""
-        self._fair_share.committed(version, clients, now)
+        for client in self._fair_share.committed(version, clients, now):
+            self._place(client)
 
     def share(self, client: str) -> float:
         """Return the client's share, from 0 to 1, of the updates in recent versions."""
@@ -153,6 +178,11 @@ class Scheduler:
         """Free the slot of a job that ended; neither a round nor a group waits for the client any longer."""
         self._leave_group(client)
         self._free(job, client)
+        self._place(client)
+
+    def jobs_of(self, client: str) -> list[str]:
+        """Return the client's open jobs, oldest first."""
+        return list(self._jobs.get(client, ()))
 
     def penalize_ending(self, client: str, reason: AbandonReason, now: float) -> None:
         """Apply the penalty for a job that its worker ended."""
@@ -162,6 +192,7 @@ class Scheduler:
         """Close every open job, as the run ends; return the jobs and their clients."""
         jobs = sorted(self.open_jobs.items())
         self.open_jobs.clear()
+        self._jobs.clear()
         return jobs
 
     # Rounds and groups
@@ -181,8 +212,9 @@ class Scheduler:
         late = sorted(self.open_jobs.items())
         for job, client in late:
             self._free(job, client)
+        freed = {*self._round.clients, *(client for _, client in late)}
         self._round.close()
-        for client in self.clients:
+        for client in freed:
             self.offer(client)
         return late
 
@@ -201,26 +233,26 @@ class Scheduler:
 
     # Dispatch
 
-    def dispatch(self, arriving: int, buffered: int, version: int, now: float) -> list[Dispatch]:
+    def dispatch(self, arriving: int, buffered: int, now: float) -> list[Dispatch]:
         """Give jobs to idle clients while slots are free.
 
-        `arriving` updates are being read and `buffered` ones wait for the next version; `version` is the newest one.
+        `arriving` updates are being read and `buffered` ones wait for the next version.
         """
         self._started = self._started or len(self.clients) >= self._config.minimum_clients
         dispatched: list[Dispatch] = []
         while self._started and self._idle and self._has_room(arriving + buffered):
-            client = self._choose(self.job_number + 1, version, nothing_under_way=not (self.open_jobs or arriving))
+            client = self._choose(self.job_number + 1, nothing_under_way=not (self.open_jobs or arriving))
             if client is None:  # every idle client has reached its share
                 break
             self.job_number += 1
             self._idle.discard(client)
-            self._busy[client] += 1
             self._fair_share.last_job[client] = self.job_number
             if self._config.barrier:
                 self._round.add(client, now)
             steps = self._fedcompass.assign(client, now) if self._fedcompass else 0
             job = job_name(self._config.name, self._epoch, self.job_number, client)
             self.open_jobs[job] = client
+            self._jobs[client][job] = None
             dispatched.append(Dispatch(job, self.job_number, client, steps))
         return dispatched
 
@@ -229,17 +261,22 @@ class Scheduler:
             return self._round.has_room(len(self.open_jobs) + without_slot)
         return len(self.open_jobs) < self._config.concurrency
 
-    def _choose(self, number: int, version: int, nothing_under_way: bool) -> str | None:
-        candidates = self._fair_share.within_share(self._idle.clients, self._busy, nothing_under_way)
-        if not candidates:
+    def _choose(self, number: int, nothing_under_way: bool) -> str | None:
+        """Return the client of job `number`; None if every idle client has reached the cap and would exceed it."""
+        first = self._idle.first()
+        if first is None:
             return None
-        if self._fedcompass:
-            return self._fedcompass.fastest(candidates)
-        return self._fair_share.choose(candidates, number, version, self.registered)
+        client, place = first
+        if place.beyond_cap and not nothing_under_way:
+            return None
+        return self._idle.drawn(draw(self._config.seed, number)) if self._selection.draws else client
 
     def _free(self, job: str, client: str) -> None:
         if self.open_jobs.pop(job, None) is not None:
-            self._busy[client] -= 1
+            jobs = self._jobs[client]
+            del jobs[job]
+            if not jobs:
+                del self._jobs[client]
 
     def _leave_group(self, client: str) -> None:
         self._round.drop(client)

@@ -17,13 +17,13 @@ def waiting_for(config: Config, scheduler: Scheduler, unavailable: Mapping[str, 
 
     `unavailable` is client → why its data cannot be loaded.
     """
+    if scheduler.started and scheduler.open_jobs:
+        return ""
     alive = scheduler.clients
     missing = [client for client in config.clients.ids if client not in alive]
     if not scheduler.started:
         which = f"{_named(missing)}{_reasons(missing, unavailable)}" if alive or unavailable else ""
-        return f"{len(alive)} of {len(config.clients.ids)} clients alive, waiting for {config.minimum_clients}{which}"
-    if scheduler.open_jobs:
-        return ""
+        return f"{len(alive)} of {config.clients.number} clients alive, waiting for {config.minimum_clients}{which}"
     if not alive:
         return f"no client is alive, waiting for a worker{_named(missing)}{_reasons(missing, unavailable)}"
     if all(map(scheduler.is_set_aside, alive)):

@@ -125,7 +125,7 @@ class LiveView:
         row("version", f"{federation.version} ({federation.buffered} of {config.buffer_size} updates buffered)")
         rate = federation.run_counters.updates / now if now else 0.0
         row("updates", f"{federation.run_counters.updates} merged, {rate:.1f}/s")
-        row("clients", f"{len(federation.clients)} of {len(config.clients.ids)} alive")
+        row("clients", f"{len(federation.clients)} of {config.clients.number} alive")
         row("jobs", f"{len(federation.open_jobs)} open")
         waiting = federation.waiting_for(now)
         if waiting:

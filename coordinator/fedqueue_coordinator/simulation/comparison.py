@@ -114,7 +114,7 @@ class Setup:
         seeds = [f"{key}={seed}" for key in ("seed", *self.seed_keys)]
         settings = [f"{key}={value}" for key, value in tuned.items()]
         config = load_config(self.path, [*self.overrides, *variant.overrides, *settings, *seeds])
-        clients = len(config.clients.ids)
+        clients = config.clients.number
         updates = self.updates or config.stop.updates or UPDATES_PER_CLIENT * clients
         evaluation = {"every_versions": max(1, clients // config.buffer_size), "every_seconds": None}
         return config.model_copy(

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import heapq
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,6 +156,7 @@ class Simulation:
         self._feedback = ErrorFeedback(self.federation.uplink)
         self._jobs: dict[str, Job] = {}
         self._versions: dict[int, Frame] = {}  # the base versions of open jobs
+        self._users: Counter[int] = Counter()  # version → open jobs that train from it
         self._evaluated: tuple[int, Frame] | None = None
         self._events: list[ScheduledEvent] = []
         self._scheduled = 0
@@ -229,6 +230,7 @@ class Simulation:
         """Train a job on the newest version and schedule the arrival of its update."""
         order, federation = job.order, self.federation
         job.base = federation.version
+        self._users[job.base] += 1
         if job.base not in self._versions:
             wire = federation.downlink.encode(federation.model, job.base)
             self._versions[job.base] = federation.downlink.received(wire)
@@ -277,11 +279,10 @@ class Simulation:
             case Commit():
                 self.ledger.append(dict(action.record))
                 for arrived in action.merged:
-                    del self._jobs[arrived.job]
-                self._drop_unused_bases()
+                    self._forget(arrived.job)
             case Close(job, _, record):
                 self.ledger.append(dict(record))
-                self._jobs.pop(job, None)
+                self._forget(job)
             case Acknowledge(_, record):
                 self.ledger += [dict(record)] if record else []
             case Evaluate(version):
@@ -293,9 +294,14 @@ class Simulation:
                 pass
         return None
 
-    def _drop_unused_bases(self) -> None:
-        used = {job.base for job in self._jobs.values()}
-        self._versions = {version: frame for version, frame in self._versions.items() if version in used}
+    def _forget(self, name: str) -> None:
+        """Forget a job that has ended, and its base version unless another open job trains from that."""
+        job = self._jobs.pop(name, None)
+        if job is None or job.base < 0:
+            return
+        self._users[job.base] -= 1
+        if not self._users[job.base]:
+            del self._users[job.base], self._versions[job.base]
 
     def _final_version(self, stop: Stop) -> tuple[int, Frame]:
         """Return the version that reached the target, else the newest, and evaluate it if that has not happened."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -56,13 +57,25 @@ class ClientsConfig(Section):
     @property
     def ids(self) -> tuple[str, ...]:
         """The names of all clients, in the order of their partitions."""
-        return self.names or tuple(f"client-{i}" for i in range(self.count))
+        return self.names or _numbered(self.count)
+
+    @property
+    def number(self) -> int:
+        """How many clients there are: the length of `ids`."""
+        return len(self.names) or self.count
 
     def client(self, client: str) -> Client:
         """The client of that name; one that is not in `ids` has no partition and brings its own data."""
-        if client in self.ids:
-            return Client(client, self.ids.index(client), len(self.ids))
-        return Client(client)
+        return Client(client, self._partitions.get(client), self.number if client in self._partitions else None)
+
+    @cached_property
+    def _partitions(self) -> dict[str, int]:
+        return {client: partition for partition, client in enumerate(self.ids)}
+
+
+@cache
+def _numbered(count: int) -> tuple[str, ...]:
+    return tuple(f"client-{i}" for i in range(count))
 
 
 class AdmissionConfig(Section):
@@ -178,7 +191,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _cohort_exists(self) -> Config:
-        cohort, clients = self.aggregation.cohort_size, len(self.clients.ids)
+        cohort, clients = self.aggregation.cohort_size, self.clients.number
         if cohort and cohort > clients:
             raise refuse(
                 f"aggregation.cohort_size is {cohort}, but there are only {clients} clients",
@@ -188,7 +201,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _dispatch_fits(self) -> Config:
-        clients, versions, limit = len(self.clients.ids), self.dispatch.share_window, self.updates_within_share
+        clients, versions, limit = self.clients.number, self.dispatch.share_window, self.updates_within_share
         if limit is not None and clients * limit < versions * self.buffer_size:
             raise refuse(
                 f"dispatch.max_share is {self.dispatch.max_share}: {clients} clients with at most {limit} updates each "
@@ -232,18 +245,18 @@ class Config(Section):
             case "fedasync":
                 return 1
             case "fedavg":
-                return self.aggregation.cohort_size or len(self.clients.ids)
+                return self.aggregation.cohort_size or self.clients.number
             case _:
                 return self.aggregation.buffer_size
 
     @property
     def minimum_clients(self) -> int:
         """Clients that must be alive before training starts: `clients.min_available`, resolved."""
-        return self.clients.min_available or (min(self.buffer_size, len(self.clients.ids)) if self.barrier else 1)
+        return self.clients.min_available or (min(self.buffer_size, self.clients.number) if self.barrier else 1)
 
     @property
     def concurrency(self) -> int:
         """Open jobs at a time, at most: `dispatch.concurrency`, resolved."""
         if self.barrier:
             return math.ceil(self.dispatch.over_selection * self.buffer_size - 1e-9)
-        return self.dispatch.concurrency or len(self.clients.ids)
+        return self.dispatch.concurrency or self.clients.number
