@@ -136,7 +136,7 @@ def test_wrong_password_is_one_clear_line_and_exit_1(chaos: Chaos, tmp_path: Pat
 
 def test_lost_redis_data_is_restored_from_the_checkpoint(chaos: Chaos) -> None:
     chaos.calm()
-    checkpoints = [chaos.folder / f"out-{i}" / "checkpoint.safetensors" for i in (0, 1)]
+    checkpoints = [chaos.folder / f"out-{i}" / "unfinished" / "checkpoint.safetensors" for i in (0, 1)]
     leader = chaos.leader()
     assert leader is not None
     place = checkpoints[chaos.fleet.coordinators.index(leader)]

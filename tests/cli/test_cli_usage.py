@@ -16,8 +16,8 @@ from fedqueue_coordinator.cli import main as cli
 from fedqueue_worker import cli as worker_cli
 
 COMMANDS = (
-    "run", "coordinator", "worker", "list", "status", "export", "audit", "compare", "acl", "certs", "enroll", "revoke",
-    "init",
+    "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "acl", "certs", "enroll",
+    "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
@@ -57,6 +57,7 @@ def test_missing_command_shows_help_and_is_a_usage_error(call):
         ("list", ["--redis", "--url", "--json"]),
         ("export", ["RUN", "--version", "--output", "--redis", "safetensors"]),
         ("audit", ["RUN", "--redis"]),
+        ("remove", ["RUN", "--redis", "--output", "--yes", "egress"]),
         ("compare", ["--strategies", "--variant", "--tune", "--speeds", "Examples:"]),
         ("acl", ["--shared-worker", "--dir-per-user", "--print-urls"]),
         ("certs", ["DIR", "--host", "--days"]),
@@ -87,7 +88,7 @@ def test_every_option_has_a_help_text(command):
     assert all(text and text.endswith((".", ")")) for text in options_of(command).values()), options_of(command)
 
 
-@pytest.mark.parametrize("command", ["coordinator", "list", "status", "export", "audit"])
+@pytest.mark.parametrize("command", ["coordinator", "list", "status", "export", "audit", "remove"])
 def test_server_option_has_three_names(command):
     assert ("--redis", "--url", "-u") in options_of(command)
 

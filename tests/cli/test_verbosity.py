@@ -10,6 +10,7 @@ import structlog
 
 from fedqueue_coordinator.operator import child_processes, local_run
 from fedqueue_coordinator.operator.local_workers import LocalWorkers
+from fedqueue_coordinator.operator.run_folder import RunFolder
 from tests.support.command_line import CommandLine
 
 
@@ -23,7 +24,9 @@ def test_verbose_run_logs_debug_lines(
     """`-q` leaves the log as it is."""
     (folder / "federation.toml").write_text('name = "r"\n[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n')
 
-    def run_local(settings: object, launch: object, folder: Path, quiet: bool, resume: bool, verbose: bool) -> int:
+    def run_local(
+        settings: object, launch: object, folder: object, quiet: bool, resume: bool, verbose: bool, overwrite: bool
+    ) -> int:
         assert (quiet, verbose) == ("-q" in options, "-v" in options)
         log = structlog.get_logger()
         log.debug("a debug line")
@@ -40,5 +43,5 @@ def test_verbose_run_logs_debug_lines(
 def test_workers_of_a_verbose_run_are_verbose(folder: Path, monkeypatch: pytest.MonkeyPatch, verbose: bool) -> None:
     started: list[Sequence[str]] = []
     monkeypatch.setattr(child_processes, "start", lambda command, log, environment: started.append(command))
-    LocalWorkers(folder / "federation.toml", [], 2, ["c0"], "unix://absent", folder, verbose)
+    LocalWorkers(folder / "federation.toml", [], 2, ["c0"], "unix://absent", RunFolder(folder), verbose)
     assert ("--verbose" in started[0]) is verbose

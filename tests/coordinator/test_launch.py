@@ -1,30 +1,293 @@
-"""Launch records: how a local run is started again."""
+"""A run's folder: whose files are in it, how a run is resumed, and when results replace former ones."""
 
 from __future__ import annotations
 
+import json
+import os
+import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.operator.local_run import Launch, read_launch, write_launch
+from fedqueue.errors import ConfigurationError, RunExists, ServerUnavailable
+from fedqueue_coordinator.operator import embedded_server
+from fedqueue_coordinator.operator.embedded_server import make_socket_folder, remove_left_socket_folders
+from fedqueue_coordinator.operator.results import RESULT_FILENAMES
+from fedqueue_coordinator.operator.run_folder import Launch, RunFolder, read_launch
 
-LAUNCH = Launch(Path("/somewhere/federation.toml"), ["training.local_epochs=2"], 3)
-
-
-@pytest.mark.parametrize("left", ["redis/appendonly", "checkpoint.safetensors"])
-def test_run_with_data_or_checkpoint_can_be_resumed(tmp_path, left):
-    write_launch(tmp_path, LAUNCH)
-    (tmp_path / left).parent.mkdir(exist_ok=True)
-    (tmp_path / left).touch()
-    assert read_launch(tmp_path, ["stop.versions=9"]) == Launch(
-        LAUNCH.config, ["training.local_epochs=2", "stop.versions=9"], 3
-    )
+LAUNCH = Launch(Path("/somewhere/federation.toml"), ["training.local_epochs=2"], 3, run="toy")
+OTHER = replace(LAUNCH, config=Path("/elsewhere/federation.toml"))
+LEADER = replace(LAUNCH, command="coordinator")
 
 
-def test_ended_run_and_other_folders_cannot_be_resumed(tmp_path):
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "toy")
+
+
+def begin(folder: RunFolder, launch: Launch = LAUNCH, version: int = 0, **how: bool) -> None:
+    """Begin a run that dies at `version`."""
+    with folder.opened(launch, **how):
+        folder.note(version, 0.0)
+
+
+def finish(folder: RunFolder, text: str, launch: Launch = LAUNCH, complete: bool = True, **how: bool) -> Path:
+    """Run to the end, with results that contain `text`."""
+    with folder.opened(launch, **how):
+        for name in RESULT_FILENAMES:
+            (folder.unfinished / name).write_text(json.dumps({"complete": complete, "text": text}))
+        where = folder.publish((*RESULT_FILENAMES, "replay"), complete)
+        if complete:
+            folder.discard()
+        return where
+
+
+def texts(folder: Path) -> set[str]:
+    return {json.loads((folder / name).read_text())["text"] for name in RESULT_FILENAMES if (folder / name).exists()}
+
+
+# Folders that are not a run's
+
+
+@pytest.mark.parametrize("name", ["keys/coordinator.key", "logs/mine.log", "egress/old.jsonl", "redis/x.aof", "a.txt"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folder_with_files_of_others_is_refused_unchanged(folder, name, overwrite):
+    (folder.path / name).parent.mkdir(parents=True)
+    (folder.path / name).write_text("mine")
+    with pytest.raises(ConfigurationError, match=f"no run of fedqueue made.*{name.partition('/')[0]}") as error:
+        begin(folder, overwrite=overwrite)
+    assert error.value.value == str(folder.path)
+    assert "--output" in error.value.hint
+    assert [p for p in folder.path.rglob("*") if p.is_file()] == [folder.path / name]
+
+
+def test_hidden_files_are_no_obstacle(folder):
+    folder.path.mkdir(parents=True)
+    (folder.path / ".gitignore").write_text("*")
+    (folder.path / "lost+found").mkdir()
+    assert finish(folder, "new") == folder.path
+
+
+def test_foreign_files_in_a_runs_folder_stay(folder):
+    finish(folder, "old")
+    mine = [folder.path / name for name in ("keys/coordinator.key", "egress/c.jsonl", "redis/a.aof", "notes.txt")]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    begin(folder, version=3)
+    finish(folder, "new", overwrite=True)
+    assert texts(folder.path) == {"new"}
+    assert {path.read_text() for path in mine} == {"mine"}
+
+
+@pytest.mark.parametrize("deep", [Path("runs/toy"), Path("runs/toy/deeper")])
+def test_folder_that_cannot_be_made_is_one_error(tmp_path, deep):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "toy").write_text("a file in the way")
+    with pytest.raises(ConfigurationError, match=r"--output.*cannot be written \((File exists|Not a directory)\)"):
+        begin(RunFolder(tmp_path / deep))
+
+
+def test_folder_that_became_read_only_is_one_error(folder, monkeypatch):
+    begin(folder, LEADER, version=1)
+
+    def refuse(*arguments, **how):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    for resume in (True, False):
+        with pytest.raises(ConfigurationError, match="Read-only file system"):
+            begin(folder, LEADER, shared=True, resume=resume)
+
+
+# Results
+
+
+def test_former_results_stay_until_new_ones_are_complete(folder):
+    finish(folder, "old")
+    begin(folder)
+    assert texts(folder.path) == {"old"}
+    assert finish(folder, "failed", complete=False) == folder.unfinished
+    assert texts(folder.path) == {"old"}
+    assert texts(folder.unfinished) == {"failed"}
+    assert finish(folder, "new") == folder.path
+    assert texts(folder.path) == {"new"}
+    assert not folder.unfinished.exists()
+
+
+def test_results_of_a_failed_run_are_replaced(folder):
+    assert finish(folder, "interrupted", complete=False) == folder.path
+    assert finish(folder, "failed", complete=False) == folder.path
+    assert texts(folder.path) == {"failed"}
+
+
+def test_former_replay_and_report_go_with_their_results(folder):
+    finish(folder, "old")
+    (folder.path / "replay").mkdir()
+    (folder.path / "replay" / "head.bin").write_bytes(b"old")
+    with folder.opened(LAUNCH):
+        (folder.unfinished / "summary.json").write_text('{"complete": true, "text": "new"}')
+        folder.publish((*RESULT_FILENAMES, "replay"), complete=True)
+        folder.discard()
+    assert texts(folder.path) == {"new"}
+    assert not (folder.path / "replay").exists()
+
+
+def test_results_of_another_configuration_are_refused(folder):
+    finish(folder, "old")
+    with pytest.raises(ConfigurationError, match=r"results of /somewhere/fed.*--overwrite"):
+        finish(folder, "new", OTHER)
+    compared = RunFolder(folder.path.parent / "compared")
+    finish(compared, "table", replace(LAUNCH, command="compare"))
+    with pytest.raises(ConfigurationError, match="results of `fedqueue compare"):
+        finish(compared, "new")
+    assert texts(folder.path) == {"old"}
+    finish(folder, "new", OTHER, overwrite=True)
+    assert texts(folder.path) == {"new"}
+
+
+# Unfinished runs
+
+
+def test_unfinished_run_is_refused_resumed_or_overwritten(folder):
+    begin(folder, version=642)
+    (folder.redis / "aof").mkdir(parents=True)
+    with pytest.raises(ConfigurationError, match=r"was interrupted at version 642; .*--resume .*, or .* --overwrite"):
+        begin(folder)
+    with folder.opened(LAUNCH, resume=True):
+        assert (folder.redis / "aof").exists()
+    begin(folder, overwrite=True)
+    assert not folder.redis.exists()
+
+
+def test_run_that_died_before_version_1_is_no_obstacle(folder):
+    with folder.opened(LAUNCH):
+        folder.redis.mkdir()
+    begin(folder)
+    assert not folder.redis.exists()
+
+
+def test_run_that_could_not_begin_leaves_nothing(folder):
+    begin(folder)
+    assert not folder.path.exists()
+    finish(folder, "old")
+    begin(folder)
+    assert not folder.unfinished.exists()
+
+
+def test_failed_run_says_so(folder):
+    begin(folder, version=7)
+    folder.note_end(7, "failed")
+    with pytest.raises(ConfigurationError, match="holds a run that failed at version 7"):
+        begin(folder)
+
+
+def test_version_is_noted_at_most_once_a_second(folder):
+    with folder.opened(LAUNCH):
+        for version, now, noted in ((0, 0.0, 0), (1, 0.1, 1), (2, 0.2, 1), (9, 1.2, 9), (10, 1.3, 9)):
+            folder.note(version, now)
+            assert folder.version() == noted
+
+
+def test_folder_in_use_is_refused_to_a_second_run(folder):
+    with folder.opened(LAUNCH):
+        for how in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(RunExists, match=r"'toy' is still active in .*toy; wait"):
+                begin(folder, **how)
+        with pytest.raises(RunExists):
+            begin(folder, LEADER, shared=True)
+    begin(folder)
+
+
+def test_leader_and_standby_share_a_folder(folder):
+    with folder.opened(LEADER, shared=True):
+        folder.note(5, 0.0)
+        checkpoint = folder.unfinished / "checkpoint.safetensors"
+        checkpoint.touch()
+        begin(folder, LEADER, shared=True)
+        assert checkpoint.exists()
+        with pytest.raises(RunExists):
+            begin(folder)
+    with pytest.raises(ConfigurationError, match=r"`fedqueue coordinator /somewhere/federation.toml --output"):
+        begin(folder)
+    with pytest.raises(ConfigurationError, match="--overwrite"):
+        begin(folder, replace(LEADER, run="other"), shared=True)
+
+
+# Resuming
+
+
+def test_unfinished_run_is_resumed_with_its_settings(folder):
+    begin(folder, version=1)
+    launch = read_launch(folder.path, ["stop.versions=9", "training.local_epochs = 4"])
+    assert launch == replace(LAUNCH, overrides=["training.local_epochs = 4", "stop.versions=9"])
+
+
+def test_settings_are_kept_only_once_the_run_continues(folder):
+    begin(folder, version=3)
+    refused = read_launch(folder.path, ["training.learning_rate=0.5"])
+    begin(folder, refused, resume=True)
+    assert read_launch(folder.path, []) == LAUNCH
+    with folder.opened(refused, resume=True):
+        folder.continued(refused)
+    assert read_launch(folder.path, []) == refused
+
+
+def test_ended_run_and_other_folders_cannot_be_resumed(folder):
+    folder.path.mkdir(parents=True)
     with pytest.raises(ConfigurationError, match=r"holds no launch\.json"):
-        read_launch(tmp_path, [])
-    write_launch(tmp_path, LAUNCH)
+        read_launch(folder.path, [])
+    begin(folder, LEADER, version=1)
+    with pytest.raises(ConfigurationError, match="start `fedqueue coordinator"):
+        read_launch(folder.path, [])
+    finish(folder, "done", overwrite=True)
+    assert folder.launch() == LAUNCH
     with pytest.raises(ConfigurationError, match="has ended"):
-        read_launch(tmp_path, [])
+        read_launch(folder.path, [])
+
+
+# Folders of sockets
+
+
+def test_socket_folder_avoids_a_long_path(tmp_path):
+    long = tmp_path / ("x" * 110)
+    long.mkdir()
+    made = Path(make_socket_folder([str(long), "/tmp"]))
+    assert made.parent == Path("/tmp")
+    assert made.stat().st_mode & 0o777 == 0o700
+    made.rmdir()
+    with pytest.raises(ServerUnavailable, match="set TMPDIR to a folder that can be written, with a path of at most"):
+        make_socket_folder([str(long)])
+
+
+def test_only_dead_private_socket_folders_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(name: str, *files: str, mode: int = 0o700, age: float = 3600) -> Path:
+        path: Path = tmp_path / name
+        path.mkdir(mode=mode)
+        for file in files:
+            (path / file).touch()
+        os.utime(path, (path.stat().st_mtime - age,) * 2)
+        return path
+
+    live, dead = make("fedqueue-redis-live"), make("fedqueue-redis-dead")
+    sockets = []
+    for path in (live, dead):
+        sockets.append(socket.socket(socket.AF_UNIX))
+        monkeypatch.chdir(path)
+        sockets[-1].bind("redis.sock")
+        os.utime(path, (path.stat().st_mtime - 3600,) * 2)
+    sockets[1].close()
+    kept = {
+        live,
+        make("fedqueue-redis-new", age=0),
+        make("fedqueue-redis-open", mode=0o755),
+        make("fedqueue-redis-file", "redis.sock"),
+        make("fedqueue-redis-more", "notes.txt"),
+        make("other"),
+    }
+    make("fedqueue-redis-empty")
+    monkeypatch.setattr(embedded_server, "answers", lambda url: "live" in url)
+    remove_left_socket_folders(tmp_path)
+    assert set(tmp_path.iterdir()) == kept
+    sockets[0].close()

@@ -122,6 +122,22 @@ def test_invalid_toml_is_an_error(tmp_path, content):
         load_config(path, environment={})
 
 
+@pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
+def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path, ending):
+    path = tmp_path / "federation.toml"
+    text = 'name = "size"\n[task]\nentrypoint = "task.py:T"\n[stop]\nversions = 1\n'
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", ending))
+    assert load_config(path, environment={}).name == "size"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
+def test_utf_16_of_powershell_is_named(tmp_path, encoding):
+    path = tmp_path / "federation.toml"
+    path.write_bytes(("\ufeff" + 'name = "x"').encode(encoding))
+    with pytest.raises(ConfigurationError, match=r"federation\.toml'.*UTF-16.*save it as UTF-8"):
+        load_config(path, environment={})
+
+
 # Words that stand for None
 
 OFF = [

@@ -18,6 +18,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedqueue.config.loading import toml_text
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.protocol.messages import Update
@@ -71,7 +72,7 @@ ALLOW_ALL = Policy()
 def load_policy(path: Path) -> Policy:
     """Read a policy file; raises ConfigurationError with the key, its value and the accepted values."""
     try:
-        return Policy.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+        return Policy.model_validate(tomllib.loads(toml_text(path.read_bytes())))
     except OSError as error:
         raise ConfigurationError("--policy", str(path), f"cannot be read: {error.strerror}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -12,6 +12,7 @@ from fedqueue_coordinator.cli.compare import COMPARE_EPILOG, compare
 from fedqueue_coordinator.cli.init import init
 from fedqueue_coordinator.cli.processes import RUN_EPILOG, WORKER_SETTINGS, coordinator, run, worker
 from fedqueue_coordinator.cli.reading import audit, export, list_runs, status
+from fedqueue_coordinator.cli.remove import remove
 from fedqueue_coordinator.cli.renamed import CommandsWithFormerNames
 from fedqueue_coordinator.cli.security import acl, certs, enroll, revoke
 
@@ -52,7 +53,7 @@ def options(
     pass
 
 
-PROCESSES, READING, SECURITY = "Take part in a run", "Read runs", "Keys and access"
+PROCESSES, READING, SECURITY = "Take part in a run", "Runs and results", "Keys and access"
 
 app.command()(init)
 app.command(rich_help_panel=PROCESSES, epilog=RUN_EPILOG)(run)
@@ -62,6 +63,7 @@ app.command(rich_help_panel=READING, name="list")(list_runs)
 app.command(rich_help_panel=READING)(status)
 app.command(rich_help_panel=READING)(export)
 app.command(rich_help_panel=READING)(audit)
+app.command(rich_help_panel=READING)(remove)
 app.command(rich_help_panel=READING, epilog=COMPARE_EPILOG)(compare)
 app.command(rich_help_panel=SECURITY)(acl)
 app.command(rich_help_panel=SECURITY)(certs)

@@ -39,3 +39,9 @@ ResultsFolder = Annotated[
 Keys = Annotated[Path, typer.Option(metavar="DIR", help="The coordinator's key folder (security.keys).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Log debug lines too, such as each committed version.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Start over where DIR has an unfinished run, and replace results of another configuration."
+    ),
+]

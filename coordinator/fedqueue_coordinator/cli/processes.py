@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -12,9 +11,8 @@ from typing import Annotated
 import typer
 
 from fedqueue.errors import ConfigurationError, FedqueueError
-from fedqueue.exit_codes import stop_signals
 from fedqueue.logs import configure_logging, log_level, outlive_readers
-from fedqueue_coordinator.cli.options import ConfigPath, ConfiguredUrl, ResultsFolder, Sets, Verbose
+from fedqueue_coordinator.cli.options import ConfigPath, ConfiguredUrl, Overwrite, ResultsFolder, Sets, Verbose
 
 RUN_EPILOG = """
 Examples:
@@ -48,16 +46,20 @@ def run(
     ] = False,
     resume: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Continue the run in DIR that was interrupted or died.", show_default=False),
+        typer.Option(
+            metavar="DIR", help="Continue the run in DIR that was interrupted, failed or died.", show_default=False
+        ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Run a whole federation on this machine: server, coordinator, workers.
 
     Starts an embedded Redis-protocol server unless redis.url is set. Ctrl-C ends the run and keeps the latest model.
-    --resume DIR continues it, or a run whose machine died.
+    --resume DIR continues it, or a run whose machine died. The results of an earlier run in DIR are replaced at the end
+    of this run.
     """
     from fedqueue.config.loading import load_config
-    from fedqueue_coordinator.operator.local_run import Launch, read_launch
+    from fedqueue_coordinator.operator.run_folder import LOG_FILENAME, Launch, RunFolder, read_launch
 
     outlive_readers()
     overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
@@ -65,22 +67,24 @@ def run(
         raise ConfigurationError(
             "CONFIG", str(config), "not together with --resume", f"leave it out; it is in {resume}"
         )
+    if resume and (overwrite or (output and output != resume)):
+        word = "--overwrite" if overwrite else "--output"
+        raise ConfigurationError(word, None, "not together with --resume", f"leave it out; {resume} is resumed")
     if resume:
         launch = read_launch(resume, overrides)
-        folder = resume
+        settings = load_config(launch.config, launch.overrides)
     elif config:
-        launch = Launch(config.resolve(), overrides, workers)
-        folder = output or Path("runs") / load_config(config, overrides).name
+        settings = load_config(config, overrides)
+        launch = Launch(config.resolve(), overrides, workers, run=settings.name)
     else:
         raise ConfigurationError("CONFIG", None, "missing", "name a configuration, or pass --resume DIR")
-    settings = load_config(launch.config, launch.overrides)
+    folder = RunFolder(resume or output or Path("runs") / settings.name)
     from fedqueue_coordinator.operator.local_run import run_local
 
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "coordinator.log"
-    with open(path, "a" if resume else "w", encoding="utf-8", errors="backslashreplace") as log:
+    opened, path = folder.opened(launch, overwrite, resume is not None), folder.path / LOG_FILENAME
+    with opened, path.open("a", encoding="utf-8", errors="backslashreplace") as log:
         configure_logging(log, log_level(verbose, quiet=False))
-        raise typer.Exit(run_local(settings, launch, folder, quiet, resume is not None, verbose))
+        raise typer.Exit(run_local(settings, launch, folder, quiet, resume is not None, verbose, overwrite))
 
 
 def coordinator(
@@ -94,30 +98,36 @@ def coordinator(
     standby: Annotated[
         bool, typer.Option("--standby", help="Wait while another coordinator leads, and take over when it fails.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue a run that failed or that Ctrl-C ended, from the checkpoint.")
+    ] = False,
+    overwrite: Overwrite = False,
     verbose: Verbose = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only; no progress.")] = False,
 ) -> None:
     """Lead a run on a Redis server that the workers can reach.
 
     Resumes a run that its last coordinator left unfinished. If Redis has lost the run, resumes from the checkpoint in
-    DIR. SIGTERM and SIGHUP leave the run for the next coordinator; SIGINT (Ctrl-C) ends the run.
+    DIR. SIGTERM and SIGHUP leave the run for the next coordinator; SIGINT (Ctrl-C) ends the run. The results of an
+    earlier run in DIR are replaced at the end of this run.
     """
     from fedqueue.config.loading import load_config
 
+    if resume and overwrite:
+        raise ConfigurationError("--overwrite", None, "not together with --resume", "leave one out")
     outlive_readers()
     configure_logging(level=log_level(verbose, quiet))
-    settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
+    overrides = [*(set_ or []), *([f"name={run}"] if run else [])]
+    settings = load_config(config, overrides)
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
     from fedqueue.protocol.coordinator_identity import load_coordinator_identity
     from fedqueue.task import load_task
     from fedqueue.transport.connection import check, connect
-    from fedqueue_coordinator.operator.local_run import INTERRUPT, exit_code, print_result
-    from fedqueue_coordinator.operator.progress_view import LiveView
-    from fedqueue_coordinator.operator.results import write_results
-    from fedqueue_coordinator.service.coordinator import Coordinator
-    from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
+    from fedqueue_coordinator.operator.lead_run import lead_run
+    from fedqueue_coordinator.operator.local_run import exit_code
+    from fedqueue_coordinator.operator.run_folder import Launch, RunFolder
 
     security = settings.security
     identity = (
@@ -126,19 +136,13 @@ def coordinator(
     task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
     connection = connect(url, tls=settings.redis.tls)
     check(connection, url)
-    view = LiveView(settings, quiet=quiet)
-    folder = output or Path("runs") / settings.name
-    store = CoordinatorStore(connection, settings.name, new_owner(), identity)
-    leading = Coordinator(settings, task, store, folder, view.update)
-    for signum in stop_signals():
-        signal.signal(signum, lambda *_: leading.pause())
-    signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))
-    with view:
-        result = leading.run(standby)
+    launch = Launch(config.resolve(), overrides, command="coordinator", run=settings.name)
+    folder = RunFolder(output or Path("runs") / settings.name)
+    with folder.opened(launch, overwrite, shared=True):
+        result = lead_run(settings, task, connection, identity, folder, quiet, standby, resume, overwrite)
     if result is None:
         typer.echo("fedqueue: stopped; another coordinator can resume this run", err=True)
         return
-    print_result(view, write_results(folder, settings, result), folder, result.failed)
     raise typer.Exit(exit_code(result))
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import stat
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import redis
@@ -17,6 +21,12 @@ from fedqueue.logs import last_line
 from fedqueue.tensors.blobs import CHUNK
 from fedqueue_coordinator.operator import child_processes
 
+SOCKET_PREFIX, SOCKET_NAME = "fedqueue-redis-", "redis.sock"
+LONGEST_SOCKET_PATH = 103
+"""Bytes; 107 on Linux, 103 on macOS and the BSDs."""
+SHORT_FOLDERS = ("/tmp", "/var/tmp")  # noqa: S108  # nosec B108 - mkdtemp makes a private folder in it
+LEFT_SECONDS = 60.0
+"""Age from which on an empty socket folder belongs to no server that is starting."""
 START_SECONDS = 10.0
 """Time that the server has to answer its first ping."""
 
@@ -42,6 +52,57 @@ def find_server() -> str:
     )
 
 
+def answers(url: str) -> bool:
+    """Return whether a server answers at `url`, the address of an embedded server."""
+    client = redis.Redis.from_url(url, retry=Retry(NoBackoff(), 0), socket_timeout=5)
+    try:
+        return bool(client.ping())
+    except redis.RedisError as error:
+        return not isinstance(error, redis.ConnectionError)  # it loads its data
+    finally:
+        client.close()
+
+
+def make_socket_folder(candidates: Sequence[str] = ()) -> str:
+    """Make a private folder (mode 0700) for a socket, in the first of `candidates` where its path is short enough.
+
+    By default, these are the folder for temporary files (TMPDIR) and SHORT_FOLDERS. Raises ServerUnavailable if no
+    folder can be made in any of them.
+    """
+    tried = dict.fromkeys(candidates or (tempfile.gettempdir(), *SHORT_FOLDERS))
+    room = LONGEST_SOCKET_PATH - len(f"/{SOCKET_PREFIX}12345678/{SOCKET_NAME}")
+    for candidate in tried:
+        if len(os.fsencode(candidate)) <= room:
+            with contextlib.suppress(OSError):
+                return tempfile.mkdtemp(prefix=SOCKET_PREFIX, dir=candidate)
+    raise ServerUnavailable(
+        f"the embedded server has no folder for its socket: tried {', '.join(tried)}; "
+        f"set TMPDIR to a folder that can be written, with a path of at most {room} bytes"
+    )
+
+
+def remove_left_socket_folders(folder: Path) -> None:
+    """Remove from `folder` the socket folders of servers that were killed with their run.
+
+    A folder is removed if it is this user's, private, older than LEFT_SECONDS, and has no entry but a socket that
+    refuses connections.
+    """
+    for left in folder.glob(f"{SOCKET_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            status = left.lstat()
+            private = stat.S_ISDIR(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o700
+            if not private or status.st_uid != os.getuid() or time.time() - status.st_mtime < LEFT_SECONDS:
+                continue
+            sockets = list(left.iterdir())
+            if [entry.name for entry in sockets] not in ([], [SOCKET_NAME]):
+                continue
+            if sockets and (not stat.S_ISSOCK(sockets[0].lstat().st_mode) or answers(f"unix://{sockets[0]}")):
+                continue
+            for entry in sockets:
+                entry.unlink()
+            left.rmdir()
+
+
 class EmbeddedServer:
     """A server on a unix socket that only this user can open, with its append-only file and its log in `folder`.
 
@@ -50,10 +111,11 @@ class EmbeddedServer:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._program = find_server()
         folder.mkdir(parents=True, exist_ok=True)
-        # The path of a socket is limited to about 100 bytes; the path of `folder` may be longer.
-        self._socket_folder = tempfile.mkdtemp(prefix="fedqueue-")
-        self._socket = f"{self._socket_folder}/redis.sock"
+        self._socket_folder = make_socket_folder()
+        remove_left_socket_folders(Path(self._socket_folder).parent)
+        self._socket = f"{self._socket_folder}/{SOCKET_NAME}"
         self.url = f"unix://{self._socket}"
         self.log = folder / "server.log"
         self.process = self._start()
@@ -68,7 +130,7 @@ class EmbeddedServer:
             "auto-aof-rewrite-min-size": "1gb",
         }  # fmt: skip
         arguments = [word for key, value in options.items() for word in (f"--{key}", value)]
-        return child_processes.start([find_server(), *arguments], self.log)
+        return child_processes.start([self._program, *arguments], self.log)
 
     def _wait(self) -> None:
         client = redis.Redis(unix_socket_path=self._socket, retry=Retry(NoBackoff(), 0))

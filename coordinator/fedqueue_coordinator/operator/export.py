@@ -14,7 +14,7 @@ from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import list_runs
 from fedqueue_coordinator.core.server_state import MODEL, load_state
 from fedqueue_coordinator.operator.audit.signatures import verify_model
-from fedqueue_coordinator.operator.results import save_model
+from fedqueue_coordinator.operator.results import replaced, save_model
 from fedqueue_coordinator.operator.runs import finished_runs, reachable_servers, read_summary
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
@@ -28,41 +28,47 @@ def export_model(url: str, run: str, version: int | None, output: Path, keys: Pa
     The second value is empty if the model was verified, or comes from a folder of results, where nothing is signed.
     `version` None means the newest. `keys` is the folder with the coordinator's public key. Raises RunNotFound,
     StoreError for a version that is not stored, and SignatureError for a model that differs from the one that the
-    coordinator signed; in all three cases nothing is written.
+    coordinator signed; in all three cases nothing is written. Raises ConfigurationError, before the model is read, for
+    an `output` that cannot be written or is no model.
     """
     for client in reachable_servers(url):
         if run not in list_runs(client):
             continue
-        store = CoordinatorStore(client, run, owner="export")
-        info = store.info()
-        codec = downlink_codec(parse_config(info.config).compression, Manifest.unpack(info.manifest))
-        frozen = store.read_frozen(codec.manifest.frozen_nbytes)
-        state: bytes | None = None
-        if version is None:
-            version, wire, state = _read_newest(store, codec)
-        else:
-            try:
-                wire = store.read_wire(version, codec)
-            except BlobMissing:
-                stored = ", ".join(map(str, store.stored_versions()))
-                raise StoreError(f"version {version} of {run} is no longer stored; stored versions: {stored}") from None
-        unverified = verify_model(store, store.info(), version, wire, keys, state, frozen)
-        model = codec.decode(wire).whole()
-        model.frozen = frozen
-        if state is not None:
-            model.parameters.copy_(load_state(state)[MODEL]["parameters"])
-        output.parent.mkdir(parents=True, exist_ok=True)
-        save_model(output, model)
-        return version, unverified
+        with replaced(output) as new:
+            return _write_from_redis(CoordinatorStore(client, run, owner="export"), version, new, keys)
     folder = finished_runs().get(run)
     if folder is None:
         raise RunNotFound(run)
     kept: int = read_summary(folder)["model_version"]
     if version not in (None, kept):
         raise StoreError(f"run {run} has ended, and {folder} holds only version {kept}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "model.safetensors", output)
+    with replaced(output) as new:
+        shutil.copyfile(folder / "model.safetensors", new)
     return kept, ""
+
+
+def _write_from_redis(store: CoordinatorStore, version: int | None, path: Path, keys: Path) -> tuple[int, str]:
+    info = store.info()
+    codec = downlink_codec(parse_config(info.config).compression, Manifest.unpack(info.manifest))
+    frozen = store.read_frozen(codec.manifest.frozen_nbytes)
+    state: bytes | None = None
+    if version is None:
+        version, wire, state = _read_newest(store, codec)
+    else:
+        try:
+            wire = store.read_wire(version, codec)
+        except BlobMissing:
+            stored = ", ".join(map(str, store.stored_versions()))
+            raise StoreError(
+                f"version {version} of {store.run} is no longer stored; stored versions: {stored}"
+            ) from None
+    unverified = verify_model(store, store.info(), version, wire, keys, state, frozen)
+    model = codec.decode(wire).whole()
+    model.frozen = frozen
+    if state is not None:
+        model.parameters.copy_(load_state(state)[MODEL]["parameters"])
+    save_model(path, model)
+    return version, unverified
 
 
 def _read_newest(store: CoordinatorStore, codec: Codec) -> tuple[int, BlobBuffer, bytes | None]:

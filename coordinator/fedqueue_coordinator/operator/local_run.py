@@ -1,119 +1,79 @@
 """`fedqueue run`: a whole federation on this machine, with an embedded server, a coordinator and worker processes.
 
-The coordinator runs in this process. `launch.json` in the run's folder records how the run was started, so that
-`--resume DIR` can start it again.
+The coordinator runs in this process. `run_folder` says what is in the run's folder, and what `--resume` continues.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
-import shutil
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import redis
+
 from fedqueue.config.schema import Config
-from fedqueue.errors import ConfigurationError, MissingExtra, RunExists, ServerUnavailable
+from fedqueue.errors import MissingExtra, RunExists, ServerUnavailable
 from fedqueue.exception_text import one_line
 from fedqueue.exit_codes import DONE, FAILED, INTERRUPTED, stop_signals
 from fedqueue.logs import warnings_shown
+from fedqueue.protocol.key_files import write_private
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
-from fedqueue_coordinator.operator.local_workers import EGRESS, KEYS, LOGS, LocalWorkers
+from fedqueue_coordinator.operator.local_workers import LocalWorkers
+from fedqueue_coordinator.operator.run_folder import INTERRUPT, Launch, RunFolder
 
 if TYPE_CHECKING:  # some of these import torch, which `run_federation` does while the workers do
-    import redis
-
     from fedqueue.task import Task
     from fedqueue_coordinator.core.federation import Federation
     from fedqueue_coordinator.core.run_summary import RunResult
     from fedqueue_coordinator.operator.progress_view import LiveView
     from fedqueue_coordinator.service.coordinator import Coordinator
-
-URL_FILE = "redis.url"
-LAUNCH_FILENAME = "launch.json"
-INTERRUPT = "interrupted"
+    from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a local run was started."""
-
-    config: Path
-    """Absolute path of the configuration file."""
-    overrides: Sequence[str]
-    """KEY=VALUE texts, in the order given."""
-    workers: int
-    """Number of worker processes."""
-
-
-def write_launch(folder: Path, launch: Launch) -> None:
-    """Write `launch` to launch.json in `folder`."""
-    record = {"config": str(launch.config), "overrides": list(launch.overrides), "workers": launch.workers}
-    (folder / LAUNCH_FILENAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-
-def read_launch(folder: Path, overrides: Sequence[str]) -> Launch:
-    """Read the launch of the run in `folder` and append `overrides`.
-
-    Raises ConfigurationError if `folder` contains no run, or a run that has ended.
-    """
-    try:
-        record = json.loads((folder / LAUNCH_FILENAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        hint = "pass the folder of a run that `fedqueue run` started"
-        raise ConfigurationError("--resume", str(folder), f"holds no {LAUNCH_FILENAME} of a run", hint) from error
-    if not ((folder / "redis").exists() or (folder / "checkpoint.safetensors").exists()):
-        hint = "leave out --resume to run it again from version 0"
-        raise ConfigurationError(
-            "--resume", str(folder), "the run in this folder has ended and cannot be resumed", hint
-        )
-    return Launch(Path(record["config"]), [*record["overrides"], *overrides], record["workers"])
-
-
-def run_local(config: Config, launch: Launch, folder: Path, quiet: bool, resume: bool, verbose: bool) -> int:
+def run_local(
+    config: Config, launch: Launch, folder: RunFolder, quiet: bool, resume: bool, verbose: bool, overwrite: bool
+) -> int:
     """Run `config` as `run_federation` does; returns the exit code."""
-    result = run_federation(config, launch, folder, quiet, resume, verbose=verbose)
+    result = run_federation(config, launch, folder, quiet, resume, verbose=verbose, overwrite=overwrite)
     return INTERRUPTED if result is None else exit_code(result)
 
 
 def run_federation(
     config: Config,
     launch: Launch,
-    folder: Path,
+    folder: RunFolder,
     quiet: bool,
     resume: bool,
     task: Task | None = None,
     verbose: bool = False,
+    overwrite: bool = False,
 ) -> RunResult | None:
     """Run `config`, which was loaded from `launch.config`, until it ends; None if interrupted before version 0.
 
-    The coordinator uses `task`, or else the task that `config` names. Writes the results to `folder`, and stops the
-    server and the workers on every exit path. With `resume`, continues from the server's data or the checkpoint in
-    `folder`. With `verbose`, the workers log debug lines too. Raises RunExists if a run in `folder` is still active.
+    `folder` is opened. The coordinator uses `task`, or else the task that `config` names. Writes the results, whose
+    folder is in the returned result, and stops the server and the workers on every exit path. With `resume`, continues
+    from the server's data or the checkpoint in `folder`; with `overwrite`, a run that has ended is deleted from Redis
+    first. With `verbose`, the workers log debug lines too.
     """
-    _require_free(folder)
-    if not resume:
-        _remove(folder, URL_FILE, "redis", LOGS, KEYS, EGRESS)
     with contextlib.ExitStack() as stack:
-        remove_if_not_started = stack.enter_context(contextlib.ExitStack())
+        discard_if_not_started = stack.enter_context(contextlib.ExitStack())
         if not resume:
-            remove_if_not_started.callback(_remove, folder, "redis", KEYS)
-        url = config.redis.address() or stack.enter_context(_embedded_server(folder))
-        connection = _connect(config, url)
-        (folder / URL_FILE).write_text(url)
-        (folder / URL_FILE).chmod(0o600)  # a URL may contain a password
-        stack.callback((folder / URL_FILE).unlink, missing_ok=True)
+            discard_if_not_started.callback(folder.discard_server)
+        url, server = config.redis.address(), None
+        if not url:
+            server = stack.enter_context(_embedded_server(folder.redis))
+            url = server.url
+        connection = stack.enter_context(_connected(url, config, folder))
         signed = config.security.signatures == "required"
         if signed:  # with keys that exist for this run only and are deleted with its server
             from fedqueue_coordinator.operator.access.enrolment import SITES, enroll_missing
 
-            enroll_missing(folder / KEYS, config.clients.ids, folder / KEYS / SITES)
+            enroll_missing(folder.keys, config.clients.ids, folder.keys / SITES)
         # Started before the imports below, so that both import torch at the same time.
         workers = LocalWorkers(
             launch.config, launch.overrides, launch.workers, config.clients.ids, url, folder, verbose
@@ -124,56 +84,96 @@ def run_federation(
         from fedqueue.task import load_task
         from fedqueue_coordinator.algorithms.registry import check_algorithms
         from fedqueue_coordinator.operator.progress_view import LiveView
-        from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_results
-        from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME as CHECKPOINT_FILE
+        from fedqueue_coordinator.operator.results import deliver_results
         from fedqueue_coordinator.service.coordinator import Coordinator
         from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
-        from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 
         task = task or load_task(config.task.entrypoint, config.task.options, launch.config.parent)
         check_algorithms(config)
-        if not resume:
-            _remove(folder, *RESULT_FILENAMES, CHECKPOINT_FILE, REPLAY_FOLDER)
-        write_launch(folder, launch)
-        remove_if_not_started.pop_all()
-        identity = load_coordinator_identity(folder / KEYS, config.name) if signed else None
+        identity = load_coordinator_identity(folder.keys, config.name) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
         stack.enter_context(warnings_shown(view.warn))
-
-        def on_progress(federation: Federation, now: float) -> None:
-            view.update(federation, now)
-            for message in workers.new_messages():
-                view.warn(message)
-            if not federation.stopped and (why := _dead_end(federation, workers, folder)):
-                coordinator.fail(why)
-
+        progress = _Progress(view, workers, folder, launch, server)
+        store = CoordinatorStore(connection, config.name, new_owner(), identity)
+        if overwrite:
+            clear_ended(store, config.dispatch.leader_lease_seconds)
         coordinator = Coordinator(
-            config, task, CoordinatorStore(connection, config.name, new_owner(), identity), folder, on_progress
+            config, task, store, folder.unfinished, progress.update, on_wait=progress.wait, reopen=resume
         )
+        progress.fail = coordinator.fail
         stack.enter_context(_signals(coordinator))
-        result = coordinator.run()
-        if result is None:
-            return None
+        try:
+            result = coordinator.run()
+        except ServerUnavailable as error:
+            raise _with_way_out(error, folder) from error
+        finally:
+            if progress.begun:
+                discard_if_not_started.pop_all()
         workers.stop()
-    _remove(folder, "redis", KEYS)
-    summary = write_results(folder, config, result)
-    print_result(view, summary, folder, result.failed)
+    if result is None:
+        return None
+    summary, result = deliver_results(folder, config, result, coordinator.checkpoint_saved)
+    assert result.folder is not None
+    print_result(view, summary, result.folder, result.failed)
+    print_what_is_left(view, folder, result.folder)
     return result
 
 
-def _connect(config: Config, url: str) -> redis.Redis:
-    connection = connect(url, tls=config.redis.tls)
-    check(connection, url)
-    return connection
-
-
-def _dead_end(federation: Federation, workers: LocalWorkers, folder: Path) -> str:
+def _dead_end(federation: Federation, workers: LocalWorkers, folder: RunFolder) -> str:
     """Why the run can never go on, as no process but `workers` serves its clients; an empty string if it can."""
     if workers.any_alive():
         return federation.dead_end(workers.lost_clients | federation.unavailable.keys())
     worst = federation.failures.most_frequent
     why = f": {worst.line}" if worst else ""
-    return f"every worker process has ended{why}; see the logs in {folder / LOGS}"
+    return f"every worker process has ended{why}; see the logs in {folder.logs}"
+
+
+class _Progress:
+    """What happens after each round of the coordinator's loop in a local run."""
+
+    def __init__(
+        self, view: LiveView, workers: LocalWorkers, folder: RunFolder, launch: Launch, server: EmbeddedServer | None
+    ) -> None:
+        self._view, self._workers, self._folder, self._launch, self._server = view, workers, folder, launch, server
+        self.begun = False
+        """Whether the run has begun, or has continued."""
+        self.fail: Callable[[str], None]
+
+    def wait(self) -> None:
+        """End the run if the coordinator waits for the embedded server, and that has ended."""
+        if self._server and self._server.process.poll() is not None:
+            self.fail(f"the embedded server has ended; see {self._server.log}")
+
+    def update(self, federation: Federation, now: float) -> None:
+        """Show the progress and the workers' messages; end the run if it can never go on."""
+        if not self.begun:
+            self._folder.continued(self._launch)
+            self.begun = True
+        self._folder.note(federation.version, now)
+        self._view.update(federation, now)
+        for message in self._workers.new_messages():
+            self._view.warn(message)
+        if not federation.stopped and (why := _dead_end(federation, self._workers, self._folder)):
+            self.fail(why)
+
+
+def _with_way_out(error: ServerUnavailable, folder: RunFolder) -> ServerUnavailable:
+    """Add to the error how to get what the run has made so far."""
+    if not (version := folder.version()):
+        return error
+    return ServerUnavailable(
+        f"{error}; version {version} is in {folder.redis}: remove the cause (free space on a full disk), then "
+        f"`fedqueue {folder.command_to_resume()}`"
+    )
+
+
+def clear_ended(store: CoordinatorStore, lease_seconds: float) -> None:
+    """Delete a run from Redis that has ended; one that has not stays. Raises RunExists while a coordinator leads it."""
+    if store.has_ended():
+        if not store.lead(lease_seconds):
+            raise RunExists(store.run, "is led by another coordinator", "stop that coordinator first")
+        store.clear()
+        store.release_lead()
 
 
 def exit_code(result: RunResult) -> int:
@@ -225,41 +225,38 @@ def lines_without_update(reasons: Mapping[str, str]) -> Iterator[tuple[str, bool
         yield f"no update from {names(clients)}: {one_line(reason)}", reason != NO_UPDATE_IN_TIME
 
 
-def _require_free(folder: Path) -> None:
-    """Raise RunExists if the server of a run in `folder` still answers."""
-    address = folder / URL_FILE
-    if address.exists():
-        client = connect(address.read_text().strip(), retries=0)
-        try:
-            check(client, "")
-        except ServerUnavailable:
-            pass  # the server of that run has ended
-        else:
-            problem, hint = (
-                f"is still active in {folder}",
-                "wait for its end or stop it, or choose another --output DIR",
-            )
-            raise RunExists(folder.name, problem, hint)
-        finally:
-            client.close()
-
-
-def _remove(folder: Path, *names: str) -> None:
-    """Delete files and folders of an earlier run, if they exist."""
-    for name in names:
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name, ignore_errors=True)
-        else:
-            (folder / name).unlink(missing_ok=True)
+def print_what_is_left(view: LiveView, folder: RunFolder, results: Path) -> None:
+    """Say which former results were kept, where results are that `folder` did not take, and what can be resumed."""
+    lines = []
+    if results == folder.unfinished:
+        lines.append(f"the results of an earlier run that came to its end are still in {folder.path}")
+    elif results != folder.path:
+        lines.append(f"{folder.path} cannot be written: the results are in {results}")
+    if interrupted := folder.interrupted():
+        lines.append(f"the run {interrupted}: continue it with `fedqueue {folder.command_to_resume()}`")
+    for line in lines:
+        view.warn(line)
 
 
 @contextlib.contextmanager
-def _embedded_server(folder: Path) -> Iterator[str]:
-    server = EmbeddedServer(folder / "redis")
+def _embedded_server(folder: Path) -> Iterator[EmbeddedServer]:
+    server = EmbeddedServer(folder)
     try:
-        yield server.url
+        yield server
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def _connected(url: str, config: Config, folder: RunFolder) -> Iterator[redis.Redis]:
+    """Connect to the run's server, whose address is in `folder.url_file` meanwhile for `fedqueue status`."""
+    connection = connect(url, tls=config.redis.tls)
+    check(connection, url)
+    write_private(folder.url_file, url.encode())  # a URL may contain a password
+    try:
+        yield connection
+    finally:
+        folder.url_file.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -11,9 +11,9 @@ from pathlib import Path
 from fedqueue.logs import last_line
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.access.enrolment import SITES
+from fedqueue_coordinator.operator.run_folder import RunFolder
 
 _ENDED = re.compile(r"worker (\d+) \(pid \d+\) ended ")
-KEYS, EGRESS, LOGS = "keys", "egress", "logs"
 
 
 class LocalWorkers:
@@ -26,19 +26,19 @@ class LocalWorkers:
         processes: int,
         clients: Sequence[str],
         url: str,
-        folder: Path,
+        folder: RunFolder,
         verbose: bool,
     ) -> None:
         """Start `processes` workers that serve `clients` on the Redis server at `url`.
 
-        Their logs go to `folder`/logs, with debug lines if `verbose`.
+        Their logs go to `folder.logs`, with debug lines if `verbose`.
         """
         self.lost_clients: set[str] = set()
         """Clients whose worker process has ended; no other process of this run serves them."""
         self._of_worker = [list(clients[number::processes]) for number in range(min(processes, len(clients)))]
-        self._logs = folder / LOGS
+        self._logs = folder.logs
         self._log = self._logs / "workers.log"
-        # A resumed run appends to the log; its older lines have been shown already.
+        # Each run appends to the log of the runs before it in the same folder.
         self._read_bytes = self._log.stat().st_size if self._log.exists() else 0
         self._parent_end_reported = False
         command = [sys.executable, "-m", "fedqueue_worker", str(config)]
@@ -49,8 +49,8 @@ class LocalWorkers:
         environment = {
             "FEDQUEUE_REDIS__URL": url,  # not an argument, because other users can read arguments
             "FEDQUEUE_REDIS__PASSWORD_FILE": "off",  # nosec B105 - no password file: the URL has the password
-            "FEDQUEUE_SECURITY__KEYS": str((folder / KEYS / SITES).resolve()),
-            "FEDQUEUE_SECURITY__EGRESS_LOG": str((folder / EGRESS).resolve()),
+            "FEDQUEUE_SECURITY__KEYS": str((folder.keys / SITES).resolve()),
+            "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder.egress.resolve()),
         }
         self._process: subprocess.Popen[bytes] = child_processes.start(command, self._log, environment)
 

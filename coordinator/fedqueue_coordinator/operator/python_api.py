@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import inspect
 import os
 import sys
@@ -26,8 +25,9 @@ from fedqueue.logs import configure_structlog
 from fedqueue.task import Task, construct_task, load_task
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.run_summary import RunResult
-from fedqueue_coordinator.operator.local_run import Launch, run_federation
-from fedqueue_coordinator.operator.results import write_results
+from fedqueue_coordinator.operator.local_run import run_federation
+from fedqueue_coordinator.operator.results import deliver_results
+from fedqueue_coordinator.operator.run_folder import LAUNCH_CONFIG_FILENAME, LOG_FILENAME, Launch, RunFolder
 from fedqueue_coordinator.operator.task_source import find_entrypoint
 from fedqueue_coordinator.operator.toml_text import toml_document, toml_value
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
@@ -35,7 +35,6 @@ from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simula
 Source = str | Path | Mapping[str, Any] | Config | Task | type[Task]
 """The path of a configuration file (TOML), its content as a dict, a `Config`, or a task: its class or an instance."""
 
-LAUNCH_CONFIG_FILENAME = "launch.toml"
 SHORT_NAMES = {
     "strategy": ("aggregation", "strategy"),
     "versions": ("stop", "versions"),
@@ -51,6 +50,7 @@ def run(
     *,
     workers: int = 4,
     folder: str | Path | None = None,
+    overwrite: bool = False,
     show_progress: bool = False,
     **settings: Any,
 ) -> RunResult:
@@ -65,12 +65,16 @@ def run(
     any section or value by its own name, such as `training={"local_epochs": 2}` or `seed=1`. Environment variables
     `FEDQUEUE_SECTION__KEY` override what `source` says, as they do on the command line.
 
-    The results are written to `folder`, by default `runs/NAME`; they replace what an earlier run left there. An
-    interrupt (Ctrl-C, or a notebook's stop button) ends the run and keeps the model so far. A run that failed is
-    returned with `failed` set, and `stopped_because` says why. `show_progress` writes the run's progress to stderr.
+    The results are written to `folder`, by default `runs/NAME`; at the end of the run they replace those of an earlier
+    run of the same task. An interrupt (Ctrl-C, or a notebook's stop button) ends the run and keeps the model so far. A
+    run that failed is returned with `failed` set, and `stopped_because` says why. With `overwrite`, an unfinished run
+    in `folder` is deleted, and results of another task are replaced. `show_progress` writes the run's progress to
+    stderr.
 
-    Raises ConfigurationError for a setting that is not accepted, TaskError for a task that cannot be imported or
-    constructed, RunExists where a run in `folder` is still active, and ServerUnavailable without a Redis server.
+    Raises ConfigurationError for a setting that is not accepted, and for a `folder` with files that no run of fedqueue
+    made or, without `overwrite`, with an unfinished run or results of another task. Raises TaskError for a task that
+    cannot be imported or constructed, RunExists where a run in `folder` is still active, and ServerUnavailable without
+    a Redis server.
 
     >>> import tempfile
     >>> import fedqueue
@@ -81,28 +85,36 @@ def run(
     """
     _refuse_during_import()
     overrides = _overrides(settings)
-    if isinstance(source, str | Path):
-        path = Path(source)
-        config = load_config(path, overrides)
-        run_folder = _folder_for(config, folder)
-        return _run(config, Launch(path.resolve(), overrides, workers), run_folder, show_progress)
-    tree, base = _tree_of(source)
-    run_folder = _folder_for(override_config(copy.deepcopy(tree), overrides), folder)
-    if isinstance(source, Task | type):
-        tree["task"] = {"entrypoint": find_entrypoint(source if isinstance(source, type) else type(source), run_folder)}
-    else:
-        _move_paths(tree, base, run_folder)
-    config = override_config(copy.deepcopy(tree), overrides).located(run_folder)
-    task = _constructible_by_workers(source, config) if isinstance(source, Task | type) else None
-    path = run_folder / LAUNCH_CONFIG_FILENAME
-    path.write_text(toml_document(_without_url(tree)), encoding="utf-8")
-    return _run(config, Launch(path.resolve(), overrides, workers), run_folder, show_progress, task)
+    with contextlib.ExitStack() as stack:
+        if isinstance(source, str | Path):
+            path, task = Path(source).resolve(), None
+            config = load_config(path, overrides)
+            results = _folder_for(config, folder)
+            stack.enter_context(results.opened(Launch(path, overrides, workers, run=config.name), overwrite))
+        else:
+            tree, base = _tree_of(source)
+            config = override_config(copy.deepcopy(tree), overrides)
+            results = _folder_for(config, folder)
+            path = results.path.resolve() / LAUNCH_CONFIG_FILENAME
+            origin = _origin(source, config, base)
+            launch = Launch(path, overrides, workers, run=config.name, origin=origin)
+            stack.enter_context(results.opened(launch, overwrite))
+            if isinstance(source, Task | type):
+                cls = source if isinstance(source, type) else type(source)
+                tree["task"] = {"entrypoint": find_entrypoint(cls, results.path)}
+            else:
+                _move_paths(tree, base, results.path)
+            config = override_config(copy.deepcopy(tree), overrides).located(results.path)
+            task = _constructible_by_workers(source, config) if isinstance(source, Task | type) else None
+            path.write_text(toml_document(_without_url(tree)), encoding="utf-8")
+        return _run(config, results, show_progress, task)
 
 
 def simulate(
     source: Source,
     *,
     folder: str | Path | None = None,
+    overwrite: bool = False,
     batch_seconds: float = 0.01,
     job_seconds: float = 0.01,
     jitter: float = 0.1,
@@ -115,8 +127,8 @@ def simulate(
     calls with the same arguments return the same model to the bit.
 
     `source` and `settings` are those of `run`. Any task will do here, also a class of a notebook cell or an instance
-    whose constructor took arguments. Files are written only where `folder` is given. torch's random generator and its
-    number of threads are the same after the call as before.
+    whose constructor took arguments. Files are written only where `folder` is given, as `run` writes them. torch's
+    random generator and its number of threads are the same after the call as before.
 
     Raises ConfigurationError and TaskError as `run`, and RunFailed where no client can train any more.
 
@@ -149,22 +161,39 @@ def simulate(
     else:
         task = load_task(config.task.entrypoint, config.task.options, config.folder)
     check_algorithms(config)
-    with _torch_settings_kept():
+    with contextlib.ExitStack() as stack:
+        results = RunFolder(Path(folder)) if folder is not None else None
+        if results:
+            path = Path(source).resolve() if isinstance(source, str | Path) else Path()
+            launch = Launch(path, overrides, 0, "simulate", config.name, _origin(source, config, config.folder))
+            stack.enter_context(results.opened(launch, overwrite))
+        stack.enter_context(_torch_settings_kept())
         torch.set_num_threads(config.training.threads)
         timing = TimingModel(batch_seconds, job_seconds, jitter)
         result = Simulation(config, ClientDatasets(task), timing).run()
-    if folder is None:
-        return result
-    write_results(Path(folder), config, result)
-    return dataclasses.replace(result, folder=Path(folder))
+        return deliver_results(results, config, result, checkpoint_saved=True)[1] if results else result
 
 
-def _run(config: Config, launch: Launch, folder: Path, show_progress: bool, task: Task | None = None) -> RunResult:
-    with (folder / "coordinator.log").open("w") as log, _log_into(log), _torch_settings_kept():
+def _run(config: Config, folder: RunFolder, show_progress: bool, task: Task | None) -> RunResult:
+    launch = folder.launch()
+    assert launch is not None
+    with (folder.path / LOG_FILENAME).open("a") as log, _log_into(log), _torch_settings_kept():
         result = run_federation(config, launch, folder, quiet=not show_progress, resume=False, task=task)
     if result is None:
         raise KeyboardInterrupt
-    return dataclasses.replace(result, folder=folder)
+    return result
+
+
+def _origin(source: Source, config: Config, base: Path) -> str:
+    """What the results are of, to tell those of one project from another's: a file, or a class and where it is."""
+    if isinstance(source, str | Path):
+        return str(Path(source).resolve())
+    if isinstance(source, Task | type):
+        cls = source if isinstance(source, type) else type(source)
+        file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+        return f"{Path(file).resolve() if file else cls.__module__}:{cls.__qualname__}"
+    where, colon, name = config.task.entrypoint.rpartition(":")
+    return f"{(base / where).resolve() if where.endswith('.py') else where}{colon}{name}"
 
 
 def _refuse_during_import() -> None:
@@ -179,10 +208,8 @@ def _refuse_during_import() -> None:
         frame = frame.f_back
 
 
-def _folder_for(config: Config, folder: str | Path | None) -> Path:
-    run_folder = Path(folder) if folder is not None else Path("runs") / config.name
-    run_folder.mkdir(parents=True, exist_ok=True)
-    return run_folder
+def _folder_for(config: Config, folder: str | Path | None) -> RunFolder:
+    return RunFolder(Path(folder) if folder is not None else Path("runs") / config.name)
 
 
 # What the caller gave, as a configuration

@@ -17,8 +17,8 @@ from types import FrameType, ModuleType
 
 from fedqueue.errors import TaskError
 from fedqueue.task import Task
+from fedqueue_coordinator.operator.run_folder import SCRIPT_COPY
 
-SCRIPT_COPY = "launch_task.py"
 CALLS = ("run", "simulate")
 
 

@@ -133,6 +133,8 @@ class Checkpointer:
         self.path = path
         self._seconds = math.inf if seconds is None else seconds
         self._next = self._seconds
+        self.saved: int | None = None
+        """The version in the newest checkpoint that this process has saved."""
         self._thread: threading.Thread | None = None
 
     def due(self, now: float) -> bool:
@@ -155,10 +157,14 @@ class Checkpointer:
     def delete(self) -> None:
         """Delete the checkpoint of a finished run, so that a later run of the same name starts from version 0."""
         self.join()
-        self.path.unlink(missing_ok=True)
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("checkpoint of the finished run not deleted", path=str(self.path), error=str(error))
 
     def _save(self, checkpoint: Checkpoint) -> None:
         try:
             save_checkpoint(self.path, checkpoint)
-        except OSError as error:
+            self.saved = checkpoint.version
+        except (OSError, safetensors.SafetensorError) as error:
             log.warning("checkpoint not saved; check the disk", path=str(self.path), error=str(error))

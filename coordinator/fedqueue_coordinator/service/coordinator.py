@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -23,7 +24,7 @@ import structlog
 import torch
 
 from fedqueue.config.schema import Config
-from fedqueue.errors import Fenced, StoreError, WireError
+from fedqueue.errors import Fenced, ServerUnavailable, StoreError, WireError
 from fedqueue.protocol.messages import Evaluation, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
@@ -31,7 +32,7 @@ from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import choose_device
 from fedqueue.transport import rq_jobs
-from fedqueue.transport.retry import RedisRetry
+from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.admission import unusable_reason
 from fedqueue_coordinator.core.events import (
@@ -92,11 +93,14 @@ class Coordinator:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
         failpoint: Callable[[str], None] = lambda point: None,
+        on_wait: Callable[[], None] = lambda: None,
+        reopen: bool = False,
     ) -> None:
         """`folder` is for the checkpoint; `failpoint` is called with the name of each crash point under test.
 
-        `on_progress` gets the federation and the seconds of the run's clock after each round of the loop. Raises
-        ConfigurationError for an algorithm that cannot be made.
+        `on_progress` gets the federation and the seconds of the run's clock after each round of the loop;
+        `on_wait` is called before each wait for Redis. With `reopen`, a run that has ended is continued from the
+        checkpoint. Raises ConfigurationError for an algorithm that cannot be made.
         """
         self.config = config
         self.task = task
@@ -115,6 +119,8 @@ class Coordinator:
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILENAME, config.checkpoint.every_seconds)
         self._verifier = EntryVerifier(store.identity)
         self._retry = RedisRetry(self._told_to_stop, sleep)
+        self._on_wait = on_wait
+        self._reopen = reopen
         self.federation: Federation
         self._payloads: PayloadReader
         self._base_versions: BaseVersions
@@ -149,6 +155,8 @@ class Coordinator:
             try:
                 return self._lead(standby)
             except redis.RedisError as error:
+                self._require_time_left(error)
+                self._on_wait()
                 self._retry.wait(error)
             except PayloadChanged as error:
                 log.error("payload changed during merge; restarting from the last commit", error=str(error))
@@ -159,6 +167,19 @@ class Coordinator:
 
     def _told_to_stop(self) -> bool:
         return self._paused or self._ending is not None
+
+    def _require_time_left(self, error: redis.RedisError) -> None:
+        """Raise ServerUnavailable if stop.seconds have passed in an outage, which only the federation would notice."""
+        limit, because = self.config.stop.seconds, transient_reason(error)
+        if limit is not None and because and self._now() >= limit:
+            raise ServerUnavailable(
+                f"stop.seconds = {limit:g} have passed while waiting for Redis: {because}"
+            ) from error
+
+    @property
+    def checkpoint_saved(self) -> bool:
+        """Whether the checkpoint has the version with which the run ended."""
+        return self._checkpointer.saved == self.federation.version
 
     def _lead(self, standby: bool) -> RunResult | None:
         """Acquire the leader lease, and lead until the run ends, is paused, or an error occurs."""
@@ -182,6 +203,8 @@ class Coordinator:
     def _resume(self) -> None:
         """Begin or resume the run: restore the federation, then read every entry that no commit has acknowledged."""
         store = self.store
+        if self._reopen and store.has_ended() and self._checkpointer.path.exists():
+            store.clear()
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
         self.federation = restore_federation(
             self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
@@ -422,8 +445,12 @@ class Coordinator:
         refused = store.refused()
         jobs = store.job_number()
         if keep_payloads and not federation.epoch:  # a later epoch lacks the payloads of the one before
-            keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
-        if self._ending:  # the operator ended it early, and may want to continue after all
+            try:
+                keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
+            except OSError as error:
+                log.error("payloads not kept, so the audit cannot replay the run; check the disk", error=str(error))
+                shutil.rmtree(self._folder / REPLAY_FOLDER, ignore_errors=True)
+        if self._ending or federation.stopped.failed:  # the operator may want to continue it after all
             self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())
         else:
             self._checkpointer.delete()

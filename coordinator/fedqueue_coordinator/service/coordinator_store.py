@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # RQ, which a command that only shows a run does without
 
 log = structlog.get_logger("fedqueue.coordinator")
 
+CLEAR_SECONDS = 60.0  # the lease while a run is deleted
 STAGED_SECONDS = 3600  # after which blobs expire that a leader staged and never committed
 SCANNED_JOBS = 1000  # open jobs that one commit may scan for the base versions that they need
 MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # bounds on the payload keys deleted with a job: workers write these counts
@@ -92,6 +93,10 @@ class CoordinatorStore(Store):
     def exists(self) -> bool:
         """Whether Redis has this run with at least one version committed in the present epoch."""
         return bool(self.redis.exists(self.keys.versions))
+
+    def has_ended(self) -> bool:
+        """Whether Redis still has this run after its end."""
+        return self.redis.hget(self.keys.config, "state") == b"ended"
 
     def create(
         self,
@@ -157,8 +162,7 @@ class CoordinatorStore(Store):
                 ],
             )
         )  # fmt: skip
-        kept = [cast(bytes, key) for key in self.redis.scan_iter(match=keys.pattern, count=1000)]
-        for key in kept:
+        for key in self.all_keys():
             self.redis.expire(key, max(1, round(retention_seconds)))
 
     def restore(self, version: int, job_number: int, ledger: Iterable[Mapping[str, Any]]) -> None:
@@ -172,6 +176,38 @@ class CoordinatorStore(Store):
             self.identity.remember(records)
         pipe.execute()
         self.redis.hset(self.keys.head, mapping={"version": version - 1, "job_number": job_number})
+
+    def clear(self) -> int:
+        """Delete the run's keys, except the leader's, and its jobs and queues in RQ; returns the number of keys.
+
+        The leader's key stays, so that no fencing token is issued twice. The caller leads the run. Raises Fenced.
+        """
+        from fedqueue.transport import rq_jobs  # not by commands that only show a run
+
+        keys = self.keys
+        found = [key for key in self.all_keys() if key != keys.leader.encode()]
+        self.renew_lead(CLEAR_SECONDS)
+        for client in self.clients():
+            rq_jobs.delete_queue(self.redis, keys.queue(client))
+        for key in found:
+            self.redis.unlink(key)
+        self.redis.srem(RUNS, self.run)
+        return len(found)
+
+    def forget_leader(self) -> None:
+        """Delete the last key of a run that `clear` has deleted, unless a coordinator has begun it again."""
+        if not self.redis.exists(self.keys.config):
+            self.redis.unlink(self.keys.leader)
+
+    def is_led(self) -> bool:
+        """Whether a coordinator's lease has not ended, by the server's clock."""
+        owner, expires = cast(list[bytes | None], self.redis.hmget(self.keys.leader, "owner", "expires"))
+        seconds, micros = self.redis.time()
+        return bool(owner) and number(expires) > seconds * 1000 + micros // 1000
+
+    def all_keys(self) -> list[bytes]:
+        """Return the names of the run's keys."""
+        return [cast(bytes, key) for key in self.redis.scan_iter(match=self.keys.pattern, count=1000)]
 
     # Versions
 

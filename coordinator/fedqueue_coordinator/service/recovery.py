@@ -7,6 +7,7 @@ it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import structlog
@@ -69,7 +70,10 @@ def _resume(
     """Resume from the head. The contents of a signed run, and all registrations, are verified again."""
     info = store.info()
     if info.state != "running":
-        hint = "choose another name with --set name=NAME, or wait until redis.retention_hours have passed since its end"
+        hint = (
+            f"`fedqueue remove {config.name}` deletes it, --resume continues it from a checkpoint if it failed or was "
+            "interrupted, --set name=NAME starts another one"
+        )
         raise RunExists(config.name, f"has ended ({info.stopped_because})", hint)
     Manifest.unpack(info.manifest).require(manifest)
     _require_same(config, info.config)
@@ -152,13 +156,26 @@ def _norms(config: Config, ledger: list[dict[str, Any]]) -> list[float]:
 
 
 def _require_same(config: Config, stored: dict[str, Any]) -> None:
-    """Raise ConfigurationError for a section that must not change and differs from the `stored` one."""
+    """Raise ConfigurationError for keys that must not change and differ from the `stored` ones."""
     mine = config.model_dump(mode="json")
-    for section in mine.keys() - MAY_CHANGE:
-        if mine[section] != stored.get(section):
-            raise ConfigurationError(
-                section,
-                mine[section],
-                f"differs from the run's own, {stored.get(section)!r}, and cannot change during a run",
-                "restore it, or start another run",
-            )
+    changed = [
+        difference
+        for section in mine
+        if section not in MAY_CHANGE
+        for difference in _differences(section, stored.get(section), mine[section])
+    ]
+    if changed:
+        keys = ", ".join(key for key, _, _ in changed)
+        was = "; ".join(f"{key} is {old!r} in the run, {new!r} here" for key, old, new in changed)
+        raise ConfigurationError(
+            keys, None, f"cannot change during a run ({was})", "restore the run's value, or start another run"
+        )
+
+
+def _differences(key: str, old: Any, new: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, old value, new value) for each value below `key` that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in sorted({*old, *new}):
+            yield from _differences(f"{key}.{name}", old.get(name), new.get(name))
+    elif old != new:
+        yield key, old, new

@@ -6,6 +6,7 @@ This module and the two command lines are the only modules that read files and e
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 import tomllib
@@ -66,12 +67,22 @@ def load_config(
     """
     path = Path(path)
     try:
-        tree = tomllib.loads(path.read_text(encoding="utf-8"))
+        tree = tomllib.loads(toml_text(path.read_bytes()))
     except OSError as error:
         raise ConfigurationError("CONFIG", str(path), f"cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError("CONFIG", str(path), f"is not TOML: {error}") from error
     return override_config(tree, overrides, environment).located(path.resolve().parent)
+
+
+def toml_text(data: bytes) -> str:
+    """Decode a TOML file, without the byte order mark that some editors of Windows write.
+
+    Raises TOMLDecodeError for UTF-16, and UnicodeDecodeError for other bytes that are no UTF-8.
+    """
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise tomllib.TOMLDecodeError("it is UTF-16, which PowerShell's > writes; save it as UTF-8")
+    return data.decode("utf-8-sig")
 
 
 def override_config(

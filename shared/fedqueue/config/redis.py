@@ -57,7 +57,7 @@ def with_password(url: str, file: str | None) -> str:
     if not file:
         return url
     try:
-        password = Path(file).read_text(encoding="utf-8").strip()
+        password = Path(file).read_text(encoding="utf-8-sig").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError("redis.password_file", file, f"cannot be read: {error}") from None
     scheme, _, rest = url.partition("://")

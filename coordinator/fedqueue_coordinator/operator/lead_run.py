@@ -1,0 +1,74 @@
+"""`fedqueue coordinator`: leads a run on a Redis server, and writes its results."""
+
+from __future__ import annotations
+
+import signal
+
+import redis
+
+from fedqueue.config.schema import Config
+from fedqueue.errors import ServerUnavailable
+from fedqueue.exit_codes import stop_signals
+from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
+from fedqueue.task import Task
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.run_summary import RunResult
+from fedqueue_coordinator.operator.local_run import clear_ended, print_result, print_what_is_left
+from fedqueue_coordinator.operator.progress_view import LiveView
+from fedqueue_coordinator.operator.results import deliver_results
+from fedqueue_coordinator.operator.run_folder import INTERRUPT, RunFolder
+from fedqueue_coordinator.service.coordinator import Coordinator
+from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
+
+
+def lead_run(
+    config: Config,
+    task: Task,
+    connection: redis.Redis,
+    identity: CoordinatorIdentity | None,
+    folder: RunFolder,
+    quiet: bool,
+    standby: bool,
+    resume: bool,
+    overwrite: bool,
+) -> RunResult | None:
+    """Lead the run to its end and write its results to `folder`, which is opened; None if SIGTERM ended this process.
+
+    With `resume`, a run that has failed or was interrupted is continued from the checkpoint in `folder`; with
+    `overwrite`, a run that has ended is deleted from Redis first. Raises as `Coordinator.run`.
+    """
+    store = CoordinatorStore(connection, config.name, new_owner(), identity)
+    if overwrite:
+        clear_ended(store, config.dispatch.leader_lease_seconds)
+    view = LiveView(config, quiet)
+
+    def on_progress(federation: Federation, now: float) -> None:
+        folder.note(federation.version, now)
+        view.update(federation, now)
+
+    leading = Coordinator(config, task, store, folder.unfinished, on_progress, reopen=resume)
+    for signum in stop_signals():
+        signal.signal(signum, lambda *_: leading.pause())
+    signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))
+    with view:
+        try:
+            result = leading.run(standby)
+        except ServerUnavailable as error:
+            raise _with_way_out(error, config.name, folder) from error
+    if result is None:
+        return None
+    summary, result = deliver_results(folder, config, result, leading.checkpoint_saved)
+    assert result.folder is not None
+    print_result(view, summary, result.folder, result.failed)
+    print_what_is_left(view, folder, result.folder)
+    return result
+
+
+def _with_way_out(error: ServerUnavailable, run: str, folder: RunFolder) -> ServerUnavailable:
+    """Add to the error how to get what the run has made so far."""
+    if not (version := folder.version()):
+        return error
+    return ServerUnavailable(
+        f"{error}; Redis has version {version}: once Redis works again (free space on a full disk), start the "
+        f"coordinator again, or `fedqueue export {run} --output FILE`"
+    )
