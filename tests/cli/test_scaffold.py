@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,10 +19,9 @@ from tests.support.command_line import CommandLine
 
 
 @pytest.fixture
-def init(call: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], tuple[object, str, str]]]:
+def init(call: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], tuple[object, str, str]]:
     monkeypatch.setattr(sys, "path", list(sys.path))
-    yield lambda folder: call("init", folder)
-    sys.modules.pop("fedqueue_task_task", None)
+    return lambda folder: call("init", folder)
 
 
 def test_three_files_are_written_and_the_next_command_is_shown(init, tmp_path):

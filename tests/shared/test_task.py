@@ -35,12 +35,12 @@ class NoTask:
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
-    for name in [n for n in sys.modules if n.startswith(("fedqueue_task_", "neighbour"))]:
+    for name in [n for n in sys.modules if n.startswith(("fedqueue.config.own_code.", "neighbour"))]:
         monkeypatch.delitem(sys.modules, name)
     (tmp_path / "mine.py").write_text(SOURCE)
     (tmp_path / "neighbour.py").write_text("ANSWER = 42\n")
     yield tmp_path
-    for name in [n for n in sys.modules if n.startswith(("fedqueue_task_", "neighbour"))]:
+    for name in [n for n in sys.modules if n.startswith(("fedqueue.config.own_code.", "neighbour"))]:
         del sys.modules[name]
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from fedqueue.config.own_code import package_of
 from fedqueue.errors import TaskError
 from fedqueue.exception_text import exception_with_place
 
@@ -35,14 +36,12 @@ def _module_from_file(path: Path, key: str) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise TaskError(f"{key}: there is no file {path}")
-    name = f"fedqueue_task_{path.stem}"
+    name = f"{package_of(path.parent).__name__}.{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and data loaders find their module by its name
-    if str(path.parent) not in sys.path:
-        sys.path.insert(0, str(path.parent))  # other files of the folder can be imported, as in a script
     try:
         spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:
