@@ -24,7 +24,7 @@ from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Update
 from fedqueue.protocol.stream_entry import StreamEntry
-from fedqueue.task import Task, load_task
+from fedqueue.task import Progress, Task, load_task
 from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.events import (
@@ -131,7 +131,7 @@ class Sites:
         base, data = self._versions[job.base], self._data[job.client]
         base.write(self._module)
         torch.manual_seed(self.config.seed * 1_000_003 + job.number)
-        fit = self.task.fit(self._module, data, self.config.training, lambda: None)
+        fit = self.task.fit(self._module, data, self.config.training, Progress())
         update = Frame(base.manifest)
         update.read_update(self._module, base)
         if job.client in self.hostile:

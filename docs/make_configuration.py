@@ -38,20 +38,21 @@ An unknown key is an error that names the nearest known one.
 A key that was renamed is an error that names the present one.
 
 The coordinator sends its `[training]` settings with each job.
-Each site reads `[task]`, `clients.slowdown` and `training.threads` from its own file.
+Each site reads from its own file `[task]`, `clients.slowdown`, and of `[training]` `device`, `threads` and
+`loader_workers`.
 """
 
 
 def page() -> str:
     """The whole page: a table for the top level and one for each section."""
-    return HEAD + "".join(_tables("", Config))
+    return HEAD + "".join(_tables("", Config, ""))
 
 
-def _tables(path: str, section: type[BaseModel]) -> typing.Iterator[str]:
+def _tables(path: str, section: type[BaseModel], purpose: str) -> typing.Iterator[str]:
     plain = {n: f for n, f in section.model_fields.items() if not _section_of(f)}
     yield f"\n## {f'`[{path}]`' if path else 'Top level'}\n\n"
-    if path and section.__doc__:
-        yield f"{section.__doc__.partition('>>>')[0].strip()}\n\n"  # without its example
+    if path and (about := purpose or section.__doc__):
+        yield f"{inspect.cleandoc(about.partition('>>>')[0]).strip()}\n\n"  # without its example
     yield "| key | accepts | default | |\n|---|---|---|---|\n"
     said = _docstrings(section)
     for name, field in plain.items():
@@ -59,7 +60,7 @@ def _tables(path: str, section: type[BaseModel]) -> typing.Iterator[str]:
         yield f"| `{name}` | {_accepts(field)} | {_default(field)} | {text} |\n"
     for name, field in section.model_fields.items():
         if inner := _section_of(field):
-            yield from _tables(f"{path}.{name}" if path else name, inner)
+            yield from _tables(f"{path}.{name}" if path else name, inner, said.get(name, ""))
 
 
 def _docstrings(section: type[BaseModel]) -> dict[str, str]:
@@ -94,8 +95,9 @@ def _type(annotation: object) -> str:
     if origin is typing.Literal:
         return ", ".join(f'`"{a}"`' for a in arguments)
     if origin is typing.Annotated:
+        described = [m.description for m in arguments[1:] if isinstance(m, FieldInfo) and m.description]
         fields = [m.metadata if isinstance(m, FieldInfo) else [m] for m in arguments[1:]]
-        return _bounded(_type(arguments[0]), itertools.chain(*fields))
+        return described[0] if described else _bounded(_type(arguments[0]), itertools.chain(*fields))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(a) for a in arguments if a is not type(None))
     if origin is tuple:

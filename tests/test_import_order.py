@@ -26,7 +26,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.config",),
     ("fedqueue.protocol",),
     ("fedqueue.tensors",),
-    ("fedqueue.task", "fedqueue.training", "fedqueue.local_update", "fedqueue.partition"),
+    ("fedqueue.batches", "fedqueue.learning_rates"),
+    ("fedqueue.task", "fedqueue.training", "fedqueue.local_model", "fedqueue.local_update", "fedqueue.partition"),
     ("fedqueue.transport", "fedqueue_coordinator.algorithms"),
     ("fedqueue_coordinator.core",),
     ("fedqueue_coordinator.service", "fedqueue_coordinator.simulation", "fedqueue_worker"),
@@ -38,6 +39,8 @@ WITHIN = {
     ("fedqueue_coordinator.__main__", "fedqueue_coordinator.cli"),
     ("fedqueue.task", "fedqueue.training"),
     ("fedqueue.training", "fedqueue.task"),
+    ("fedqueue.local_model", "fedqueue.task"),
+    ("fedqueue.local_update", "fedqueue.local_model"),
     ("fedqueue.local_update", "fedqueue.task"),
     ("fedqueue.local_update", "fedqueue.training"),
 }

@@ -3,6 +3,7 @@
     FedqueueError
     ├── ConfigurationError      a key or an argument is unknown, missing or has a bad value
     ├── TaskError               the user's task cannot be found, imported or used
+    │   └── NoExamples          a client has no examples to train on
     ├── MissingExtra            an optional package is not installed
     ├── WireError               bytes from another process are not what the protocol allows
     │   ├── ManifestMismatch    a model differs from the run's model
@@ -74,6 +75,10 @@ class TaskError(FedqueueError):
     ...     print(error)
     fedqueue.task has no Task named 'Mine'; it has: none
     """
+
+
+class NoExamples(TaskError):
+    """The client has no examples, so it takes no part in the run."""
 
 
 class MissingExtra(FedqueueError):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from fedqueue.config.client import Client
 from fedqueue.config.entrypoint import import_entrypoint
@@ -17,24 +17,57 @@ if TYPE_CHECKING:
 
     from fedqueue.config.training import TrainingConfig
 
+DEFAULT_CLIENT = Client("client-0")
+
 __all__ = ["Client", "Progress", "Task", "TrainResult", "construct_task", "load_task", "make_model"]
 
 
-class Progress(Protocol):
-    """What `Task.fit` calls after each batch: it renews the job's lease.
+class Progress:
+    """What `Task.fit` is told about its job, and what it calls after each batch, which renews the job's lease.
 
-    Raises JobClosed when the update is no longer wanted. `fit` lets the error pass, and the worker drops the job.
+    A call raises JobClosed when the update is no longer wanted. `fit` lets the error pass, and the worker drops the
+    job. Each step of a torch optimizer renews the lease too.
 
     >>> from fedqueue import Progress
     >>> def train(batches: list[int], progress: Progress) -> int:
     ...     for batch in batches:
     ...         progress()
     ...     return len(batches)
-    >>> train([1, 2, 3], progress=lambda: None)
+    >>> train([1, 2, 3], Progress())
     3
     """
 
-    def __call__(self) -> None: ...
+    def __init__(
+        self,
+        report: Callable[[], None] = lambda: None,
+        client: Client = DEFAULT_CLIENT,
+        version: int = 0,
+        memory: dict[str, Any] | None = None,
+    ) -> None:
+        """`report` is called by each call and each step. Without arguments, for tests of a `fit` of your own."""
+        self._report = report
+        self.client = client
+        """The client that the job trains for."""
+        self.version = version
+        """The base version: the version of the model that the job trains from."""
+        self.memory: dict[str, Any] = {} if memory is None else memory
+        """The client's own, from job to job, in the memory of its worker process. A restart of the process empties it,
+        and so does a move of the client to another process. Its content never leaves the site by itself."""
+        self._calls = self._steps = 0
+
+    def __call__(self) -> None:
+        self._calls += 1
+        self._report()
+
+    def stepped(self) -> None:
+        """Report a step of an optimizer. The worker calls this itself after each step of a torch optimizer."""
+        self._steps += 1
+        self._report()
+
+    @property
+    def batches(self) -> int:
+        """The batches that the job has trained on: the calls, or the optimizer's steps where there was no call."""
+        return self._calls or self._steps
 
 
 @dataclass(frozen=True)
@@ -61,7 +94,7 @@ class Task:
     `fit`, which calls `loss`. Training data is loaded on workers only.
 
     >>> import torch
-    >>> from fedqueue import Client, Task, TrainingConfig
+    >>> from fedqueue import Client, Progress, Task, TrainingConfig
     >>> class Sign(Task):
     ...     def model(self):
     ...         return torch.nn.Linear(1, 2)
@@ -70,21 +103,39 @@ class Task:
     ...         return torch.utils.data.TensorDataset(inputs, (inputs[:, 0] > 0).long())
     >>> task = Sign()
     >>> data = task.train_data(Client("client-0", partition=0, partitions=4))
-    >>> task.fit(task.model(), data, TrainingConfig(device="cpu"), progress=lambda: None).num_examples
+    >>> task.fit(task.model(), data, TrainingConfig(device="cpu"), progress=Progress()).num_examples
     40
     """
+
+    stateful_clients: bool = False
+    """Whether each client keeps from job to job what the model contains beside its parameters and persistent buffers,
+    such as a hidden state. `False`: each job finds the model as `model` returned it."""
 
     def model(self) -> torch.nn.Module:
         """Return a newly initialised model. The run's seed is set before the call."""
         raise NotImplementedError(f"{type(self).__name__} must define model(self) -> torch.nn.Module")
 
     def train_data(self, client: Client) -> Any:
-        """Return the client's own examples as a `torch.utils.data.Dataset`. Called once, on the client's worker."""
+        """Return the client's own examples. Called once, on the client's worker.
+
+        The default `fit` takes a `torch.utils.data.Dataset`, map-style or iterable, or a `DataLoader`. The global
+        random generators are seeded for the client before the call. A client without examples takes no part.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define train_data(self, client) -> Dataset")
 
     def test_data(self) -> Any:
         """Return the coordinator's held-out examples as a `Dataset`, or None for no central evaluation."""
         return None
+
+    def collate_fn(self, examples: list[Any]) -> Any:
+        """Return one batch, made of a list of examples of a dataset. The default is torch's `default_collate`.
+
+        Override it, or assign a function to `self.collate_fn`, for examples of different lengths. Data that is a
+        `DataLoader` has its own.
+        """
+        import torch
+
+        return torch.utils.data.default_collate(examples)
 
     def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Return the loss of one batch, a scalar tensor. The default is the mean cross entropy of (inputs, labels)."""
@@ -118,19 +169,27 @@ class Task:
     def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> TrainResult:
         """Train `model` in place on `data`, what `train_data` returned. The default trains as `[training]` says.
 
-        An override calls `progress()` after each batch and returns how many examples it trained on.
+        `progress.client` and `progress.version` say for which client and from which version. An override calls
+        `progress()` after each batch, and returns how many examples it trained on.
         """
         from fedqueue.training import train
 
         return train(self, model, data, config, progress)
 
-    def num_examples(self, data: Any) -> int:
+    def num_examples(self, data: Any) -> int | None:
         """Return the number of examples in `data`: the client's weight in an algorithm that weights by examples.
 
-        Raises TaskError for data without a length.
+        None for a stream without a length, whose examples are counted in training. Raises TaskError for other data
+        without a length.
         """
+        import torch
+
+        if isinstance(data, torch.utils.data.DataLoader):
+            return self.num_examples(data.dataset)
         if isinstance(data, Sized):
             return len(data)
+        if isinstance(data, torch.utils.data.IterableDataset):
+            return None
         raise TaskError(f"{type(data).__name__} has no len(): override Task.num_examples(self, data) to count it")
 
 

@@ -10,7 +10,8 @@ from torch.utils.data import TensorDataset
 from fedqueue import Client, Task
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import RunFailed
-from fedqueue.local_update import compute_update
+from fedqueue.local_model import LocalModel
+from fedqueue.local_update import compute_update, load_data
 from fedqueue.protocol.messages import Order, Registration, read
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
@@ -227,8 +228,11 @@ class Workers(CoordinatorStore):
         base, local = Frame(manifest), Frame(manifest)
         down, up = (of(self.config.compression, manifest) for of in (downlink_codec, uplink_codec))
         self.worker.fetch_model(claim.version, down, base)
-        data = self.task.train_data(self.config.clients.client(order.client))
-        update = compute_update(self.task, model, data, order, base, local, lambda: None)
+        client = self.config.clients.client(order.client)
+        data, _ = load_data(self.task, client, self.config.seed)
+        local_model = LocalModel(self.task, model, manifest)
+        progress = local_model.progress(client, claim.version, lambda: None)
+        update = compute_update(self.task, local_model, data, order, base, local, progress)
         self.feedback = self.feedback or ErrorFeedback(up)
         self.training[job] = claim, *self.feedback.encode(order.client, local, update, order.seed)
         self.left[job] = order.client, local

@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset, TensorDataset
 
 from fedqueue.config.training import TrainingConfig
-from fedqueue.errors import ConfigurationError, JobClosed
+from fedqueue.errors import ConfigurationError, JobClosed, TaskError
 from fedqueue.task import Task
 from fedqueue.training import choose_device, make_optimizer, train
 
@@ -141,7 +141,7 @@ def test_gradients_are_reset_between_batches():
 
 def test_local_steps_on_empty_data_are_an_error():
     empty = TensorDataset(torch.zeros(0), torch.zeros(0))
-    with pytest.raises(ValueError, match="num_samples"):
+    with pytest.raises(TaskError, match="no examples"):
         run(Squares(), Weight(), empty, local_steps=3)
 
 
@@ -176,7 +176,7 @@ class Rows(Dataset):
 @pytest.mark.parametrize(
     ("data", "form"),
     [
-        (Dictionaries(), lambda b: b["x"].shape == (3,) and b["more"][1] == ["text"] * 3 and len(b["pair"]) == 2),
+        (Dictionaries(), lambda b: b["x"].shape == (3,) and b["more"][1] == ("text",) * 3 and len(b["pair"]) == 2),
         (Rows(torch.zeros(4)), lambda b: b.shape == (2, 4)),
         (Rows((torch.zeros(1), torch.ones(1))), lambda b: len(b) == 2),
         (Rows(Named(torch.zeros(1), torch.ones(1))), lambda b: b.y.shape == (2, 1)),
@@ -208,9 +208,10 @@ def test_model_and_batches_move_to_the_device():
 
 
 @pytest.mark.parametrize("available", [True, False])
-def test_auto_device_is_cuda_if_available(monkeypatch, available):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
-    assert choose_device("auto") == torch.device("cuda" if available else "cpu")
+def test_auto_device_is_the_accelerator_if_there_is_one(monkeypatch, available):
+    found = torch.device("cuda") if available else None
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: found)
+    assert choose_device("auto") == (found or torch.device("cpu"))
 
 
 def test_device_is_found_by_its_name():

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from fedqueue.config.schema import Config
-from fedqueue.local_update import compute_update
+from fedqueue.local_model import LocalModel
+from fedqueue.local_update import compute_update, load_data
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
@@ -22,14 +23,16 @@ def retrace(config: Config, task: Task, ledger: Sequence[Mapping[str, Any]]) -> 
     torch.manual_seed(config.seed)
     module = task.model()
     model = frame_of_module(module)
+    local_model = LocalModel(task, module, model.manifest)
     versions = {0: model.copy()}
     federation = Federation(config, model, evaluates=False)
     for line in [line for record in ledger if record["kind"] == "version" for line in record["merged"]]:
         job, client, base = line["job"], line["client"], versions[line["base"]]
         order = make_order(config, Dispatch(job, int(job.split("-")[-2]), client))
         local = Frame(base.manifest)
-        data = task.train_data(config.clients.client(client))
-        header = compute_update(task, module, data, order, base, local, lambda: None)
+        data, _ = load_data(task, config.clients.client(client), config.seed)
+        progress = local_model.progress(config.clients.client(client), line["base"], lambda: None)
+        header = compute_update(task, local_model, data, order, base, local, progress)
         federation.restore_jobs({job: client}, {client: header.examples})
         entry = StreamEntry("", "update", header.pack(), client, job, 1, line["base"])
         actions = federation.handle(UpdateArrived(entry, entry.body), line["at"])

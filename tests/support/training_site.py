@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedqueue import Progress, Task, TrainResult
+from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.config.training import TrainingConfig
 from fedqueue.protocol.stream_entry import StreamEntry
@@ -55,7 +55,7 @@ class TrainingSite:
         self.runner = JobRunner(
             self.store, self.task, run.module, self.heartbeat, 60, keep_base, slowdown or {}, compression=compression
         )
-        self.runner.load("c0", "the rows of c0")
+        self.runner.load(Client("c0"), "the rows of c0")
         run.coordinator.receive(0.001)
 
     def train(self, number: int = 1, **callbacks: Any) -> list[StreamEntry]:

@@ -11,7 +11,7 @@ import redis
 import structlog
 import torch
 
-from fedqueue import Task, TrainResult
+from fedqueue import Client, Task, TrainResult
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import WireError
 from fedqueue.exception_text import exception_with_place
@@ -88,7 +88,7 @@ def test_delta_equals_that_of_training_outside_a_worker(fake_run):
     data = torch.utils.data.TensorDataset(torch.randn(20, 3), torch.randint(0, 2, (20,)))
     site = TrainingSite(fake_run)
     site.runner = JobRunner(site.store, Default(), fake_run.module, site.heartbeat, 60, True, {})
-    site.runner.load("c0", data)
+    site.runner.load(Client("c0"), data)
     [entry] = site.train()
     received = fake_run.posted_frame(entry)
 
@@ -144,7 +144,7 @@ def test_residual_is_added_to_the_clients_next_update(fake_run):
 def test_restarted_worker_logs_zero_error_feedback(fake_run, logs):
     site, decoded = compressed_site(fake_run, **TOP)
     site.train(1)
-    site.runner.load("c0", "the rows of c0")  # as for a client that is new to this worker
+    site.runner.load(Client("c0"), "the rows of c0")  # as for a client that is new to this worker
     again, decoded = compressed_site(fake_run, **TOP)
     assert decoded(again.train(2)[0]) == [0] * 10 + [10, 11]
     assert [line["client"] for line in logs if line["event"] == "error feedback begins at zero"] == ["c0"] * 3

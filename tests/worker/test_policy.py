@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 import pytest
 import structlog
 
+from fedqueue import Client
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.protocol.messages import Ending, Update, read
@@ -85,7 +86,7 @@ class AgreedSite(TrainingSite):
         super().__init__(run)
         self.task.num_examples = lambda data: 10
         self.runner = JobRunner(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, egress_log)
-        self.runner.load("c0", "the rows of c0")
+        self.runner.load(Client("c0"), "the rows of c0")
 
 
 def lines(path):

@@ -79,6 +79,14 @@ def worker(
             help="Serve partition I of N (from 0), or any free one. Without --client and --partition: auto.",
         ),
     ] = None,
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="DEVICE",
+            help="The torch device of this machine: auto, cpu, cuda:1, mps …; default: training.device.",
+            show_default=False,
+        ),
+    ] = "",
     policy: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="This site's limits for jobs; default: security.policy.", show_default=False),
@@ -122,7 +130,8 @@ def worker(
     configure_logging(level=level)
     for signum in stop_signals():  # until the worker installs its own handlers
         signal.signal(signum, exit_at_once)
-    settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
+    own = {"name": run, "training.device": device}
+    settings = load_config(config, [*(set_ or []), *(f"{key}={value}" for key, value in own.items() if value)])
     candidates = choose_candidates(settings, client or [], partition or [])
     url = settings.redis.address(redis)
     if not url:

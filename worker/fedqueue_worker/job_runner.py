@@ -14,13 +14,16 @@ import structlog
 import torch
 
 from fedqueue.config.aggregation import AggregationConfig
+from fedqueue.config.client import Client
 from fedqueue.config.compression import CompressionConfig
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
 from fedqueue.exception_text import exception_text, exception_with_place, printable
+from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Ending, Order
 from fedqueue.protocol.post_result import PostResult
-from fedqueue.task import Progress, Task
+from fedqueue.task import Task
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
@@ -35,6 +38,7 @@ from fedqueue_worker.retrying_store import RetryingStore
 log = structlog.get_logger("fedqueue.worker")
 
 UNCOMPRESSED = CompressionConfig()
+THIS_MACHINE = TrainingConfig()
 MAX_REFUSAL = 500  # characters
 
 
@@ -62,17 +66,22 @@ class JobRunner:
         egress_log: EgressLog = NO_EGRESS_LOG,
         compression: CompressionConfig = UNCOMPRESSED,
         aggregation: AggregationConfig | None = None,
+        machine: TrainingConfig = THIS_MACHINE,
     ) -> None:
-        """`compression` and `aggregation` are the run's; the latter decides which buffers are merged how."""
-        self._store, self._task, self._model, self._heartbeat = store, task, model, heartbeat
+        """`compression` and `aggregation` are the run's; the latter decides which buffers are merged how.
+
+        `machine` has the settings of [training] that are this machine's own, such as its device.
+        """
+        self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
         manifest = Manifest.from_module(model, aggregation)
+        self._model = LocalModel(task, model, manifest)
         self._base = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._local = Frame(manifest, np.empty(manifest.nbytes, np.uint8))
         self._downlink = downlink_codec(compression, manifest)
         self._feedback = ErrorFeedback(uplink_codec(compression, manifest))
-        self._data: dict[str, Any] = {}
+        self._clients: dict[str, tuple[Client, Any]] = {}
         self._last_failure: dict[str, str] = {}  # client → why its last job ended without an update
         self._failed: Counter[str] = Counter()  # client → its jobs that failed or were refused
         self._accepted: set[str] = set()  # clients with an accepted update
@@ -84,11 +93,11 @@ class JobRunner:
         self.interruptible = False
         """Whether `stop` raises HandBack: only while a job is in training."""
 
-    def load(self, client: str, data: Any) -> None:
+    def load(self, client: Client, data: Any) -> None:
         """Serve this client with this data from now on."""
-        self._data[client] = data
+        self._clients[client.id] = client, data
         if self._feedback.holds_back:
-            log.info("error feedback begins at zero", client=client)
+            log.info("error feedback begins at zero", client=client.id)
 
     def stop(self) -> None:
         """Begin no further attempt; raises HandBack where one is in training. Called by a signal handler."""
@@ -112,7 +121,7 @@ class JobRunner:
         Raises WireError where the order is malformed, not signed by the run's coordinator, or not for a client here.
         """
         wanted = self._retrying.open_order(order)
-        if wanted.run != self._store.run or wanted.client not in self._data:
+        if wanted.run != self._store.run or wanted.client not in self._clients:
             raise WireError(f"order for client {wanted.client} of run {wanted.run}: not served here")
         try:
             claim = self._retrying.claim(wanted.job, self._lease_seconds, wanted.client)
@@ -157,7 +166,8 @@ class JobRunner:
             with contextlib.suppress(redis.RedisError):  # RQ's tools then show less, which costs no update
                 on_progress()
 
-        data = self._data[order.client]
+        client, data = self._clients[order.client]
+        order = order.model_copy(update={"training": order.training.on_machine(self._machine)})
         self._policy.check_job(order.training, self._task.num_examples(data))
         if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
             self._base.frozen = self._retrying.fetch_frozen(nbytes)
@@ -166,7 +176,12 @@ class JobRunner:
             self._retrying.release_base(claim)
         made_progress()
 
-        progress = slowed(made_progress, self._slowdown.get(order.client, 1.0))
+        def trained_batch() -> None:
+            self._policy.check_batches(progress.batches)
+            made_progress()
+
+        report = slowed(trained_batch, self._slowdown.get(client.id, 1.0))
+        progress = self._model.progress(client, claim.version, report)
         update = compute_update(self._task, self._model, data, order, self._base, self._local, progress)
         update = self._policy.without_withheld_metrics(update)
         update, payload = self._feedback.encode(order.client, self._local, update, order.seed)
@@ -192,7 +207,7 @@ class JobRunner:
     def without_update(self) -> dict[str, str]:
         """Client → why no update of it was accepted, for each such client that was loaded."""
         reasons = {}
-        for client in self._data:
+        for client in self._clients:
             if client not in self._accepted:
                 reason = self._last_failure.get(client, "no job of it came to an end")
                 times = f" ({self._failed[client]} jobs)" if self._failed[client] > 1 else ""
@@ -239,14 +254,16 @@ class JobRunner:
             self.interruptible = False
 
 
-def slowed(progress: Progress, factor: float) -> Progress:
+def slowed(progress: Callable[[], None], factor: float) -> Callable[[], None]:
     """A `progress` that sleeps before each call, so that training takes `factor` times as long: a slow site."""
     if factor <= 1.0:
         return progress
     return _slow(progress, factor, time.perf_counter, time.sleep)
 
 
-def _slow(progress: Progress, factor: float, clock: Callable[[], float], sleep: Callable[[float], None]) -> Progress:
+def _slow(
+    progress: Callable[[], None], factor: float, clock: Callable[[], float], sleep: Callable[[float], None]
+) -> Callable[[], None]:
     last = clock()
 
     def slow_progress() -> None:

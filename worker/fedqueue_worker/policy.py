@@ -3,11 +3,15 @@
     entrypoints = ["task.py:Digits"]   # task entry points that may run here; left out: the configuration's own
     max_epochs = 5                     # passes over the data per job, whether the job states epochs or steps
     max_steps = 2000                   # batches per job
+    max_batch_size = 256               # examples per batch that a job may ask for
     metrics = ["loss"]                 # names of metrics that may leave; left out: all of them; []: no metric
     min_examples = 50                  # no training on fewer examples: an update would reveal much about each
     require = ["clip_norm"]            # settings of [training] that a job must carry, with a value other than 0
 
 A job beyond a limit is refused before any of its work is done. A metric that may not leave is removed from the update.
+
+A `fit` of the task's own is the site's own code, and need not follow [training]. Of the limits on its work, `max_steps`
+holds for it too: its calls of `progress()` are counted, or where it makes none the steps of torch's optimizers.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ class Policy(BaseModel):
     entrypoints: list[str] | None = None
     max_epochs: Limit | None = None
     max_steps: Limit | None = None
+    max_batch_size: Limit | None = None
     metrics: list[str] | None = None
     min_examples: Limit | None = None
     require: list[str] = []
@@ -44,19 +49,37 @@ class Policy(BaseModel):
             allowed = ", ".join(self.entrypoints)
             raise PolicyRefusal(f"task {entrypoint!r} is not allowed here; allowed entrypoints: {allowed}")
 
-    def check_job(self, training: TrainingConfig, examples: int) -> None:
-        """Raises PolicyRefusal where the policy does not allow a job with these settings on this number of examples."""
-        steps_per_epoch = max(1, -(-examples // training.batch_size))
-        steps = training.local_steps or training.local_epochs * steps_per_epoch
-        epochs = -(-training.local_steps // steps_per_epoch) if training.local_steps else training.local_epochs
-        for name, asked, limit in (("max_epochs", epochs, self.max_epochs), ("max_steps", steps, self.max_steps)):
-            if limit is not None and asked > limit:
-                raise PolicyRefusal(f"{name}: the job asks for {asked}, this site allows at most {limit}")
-        if self.min_examples is not None and examples < self.min_examples:
-            raise PolicyRefusal(f"min_examples: the client has {examples}, this site requires {self.min_examples}")
+    def check_job(self, training: TrainingConfig, examples: int | None) -> None:
+        """Raises PolicyRefusal where the policy does not allow a job with these settings on this number of examples.
+
+        `examples` is None for a stream, whose examples are not known before the training.
+        """
+        steps, epochs = training.local_steps, None if training.local_steps else training.local_epochs
+        if examples is not None:
+            steps_per_epoch = max(1, -(-examples // training.batch_size))
+            steps = training.local_steps or training.local_epochs * steps_per_epoch
+            epochs = -(-steps // steps_per_epoch) if training.local_steps else training.local_epochs
+        elif epochs is None and self.max_steps is None and self.max_epochs is not None:
+            raise PolicyRefusal("max_epochs: the job asks for steps on a stream, whose passes have no known length")
+        asked = {
+            "max_epochs": (epochs, self.max_epochs),
+            "max_steps": (steps, self.max_steps),
+            "max_batch_size": (training.batch_size, self.max_batch_size),
+        }
+        for name, (number, limit) in asked.items():
+            if limit is not None and number is not None and number > limit:
+                raise PolicyRefusal(f"{name}: the job asks for {number}, this site allows at most {limit}")
+        if self.min_examples is not None and (examples is None or examples < self.min_examples):
+            has = "an unknown number" if examples is None else examples
+            raise PolicyRefusal(f"min_examples: the client has {has}, this site requires {self.min_examples}")
         for name in self.require:
             if not getattr(training, name, None):
                 raise PolicyRefusal(f"require: the job sets no {name}, which this site requires")
+
+    def check_batches(self, batches: int) -> None:
+        """Raises PolicyRefusal where a job has trained on more batches than the policy allows."""
+        if self.max_steps is not None and batches > self.max_steps:
+            raise PolicyRefusal(f"max_steps: the training made {batches}, this site allows at most {self.max_steps}")
 
     def without_withheld_metrics(self, update: Update) -> Update:
         """The update's header without the metrics that may not leave this site."""

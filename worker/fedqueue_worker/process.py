@@ -24,6 +24,7 @@ from fedqueue.errors import (
     ConfigurationError,
     LoadFailed,
     ManifestMismatch,
+    NoExamples,
     PolicyRefusal,
     RunNotFound,
     SignatureError,
@@ -31,11 +32,13 @@ from fedqueue.errors import (
 )
 from fedqueue.exception_text import exception_text, exception_with_place
 from fedqueue.exit_codes import DONE, stop_signals
+from fedqueue.local_update import load_data
 from fedqueue.protocol.keys import client_tag
 from fedqueue.protocol.messages import Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.manifest import Manifest
+from fedqueue.training import check_device, check_training, set_seed
 from fedqueue.transport.connection import limit_retries
 from fedqueue.transport.retry import RedisRetry
 from fedqueue.transport.worker_store import WorkerStore
@@ -105,11 +108,11 @@ class Worker:
         runner = JobRunner(
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
-            run_config.aggregation,
+            run_config.aggregation, self.config.training,
         )  # fmt: skip
         heartbeat.start()
         try:
-            self._load(runner, heartbeat)
+            self._load(runner, heartbeat, run_config.seed)
             log.info("ready", run=info.run, clients=self.clients, pid=os.getpid())
             self._serve(runner, max_jobs, burst)
         finally:
@@ -139,8 +142,10 @@ class Worker:
         raise SystemExit(DONE)
 
     def _make_model(self, info: RunInfo, run_config: Config) -> torch.nn.Module:
-        """The task's model, which has to match the run's manifest."""
+        """The task's model, which has to match the run's manifest, and this machine's device, which has to exist."""
         torch.set_num_threads(self.config.training.threads)
+        device = check_device(self.config.training.device)
+        set_seed(run_config.seed)  # as the coordinator does
         try:
             model = make_model(self.task)
         except TaskError:
@@ -151,6 +156,7 @@ class Worker:
             Manifest.unpack(info.manifest).require(Manifest.from_module(model, run_config.aggregation))
         except ManifestMismatch as error:
             raise ManifestMismatch(f"this worker's task does not fit run {info.run!r}: {error}") from None
+        check_training(run_config.training, device, model)
         torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         return model
 
@@ -169,17 +175,17 @@ class Worker:
             clients.append(client)
         return clients
 
-    def _load(self, runner: JobRunner, heartbeat: Heartbeat) -> None:
+    def _load(self, runner: JobRunner, heartbeat: Heartbeat, seed: int) -> None:
         """Load the data of each client, then register those that are ready: a job would wait while others load."""
         registrations = []
-        for client in list(self.clients):
+        for client in map(self.config.clients.client, list(self.clients)):
             try:
-                data = self.task.train_data(self.config.clients.client(client))
-                registration = Registration(client=client, examples=int(self.task.num_examples(data)))
+                data, examples = load_data(self.task, client, seed)
+                registration = Registration(client=client.id, examples=examples)
             except BaseException as error:
                 if self._told_to_stop:  # the signal handler's SystemExit
                     raise
-                self._leave_out(client, error, heartbeat)
+                self._leave_out(client.id, error, heartbeat)
             else:
                 runner.load(client, data)
                 registrations.append(registration)
@@ -191,13 +197,18 @@ class Worker:
 
     def _leave_out(self, client: str, error: BaseException, heartbeat: Heartbeat) -> None:
         """Report that the client's data cannot be loaded, and serve the others."""
-        log.error(
-            "client left out: its data cannot be loaded",
-            client=client,
-            error=exception_text(error),
-            exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
-        )
-        unavailable = Unavailable(client=client, error=exception_with_place(error))
+        if isinstance(error, NoExamples):
+            log.warning("client left out: it has no examples", client=client)
+            reason = str(error)
+        else:
+            log.error(
+                "client left out: its data cannot be loaded",
+                client=client,
+                error=exception_text(error),
+                exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
+            )
+            reason = exception_with_place(error)
+        unavailable = Unavailable(client=client, error=reason)
         self._failed_loads[client] = unavailable.error
         self.clients.remove(client)
         heartbeat.leave_out(client)

@@ -12,7 +12,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, MissingExtra
-from fedqueue.training import make_optimizer, optimizer_class
+from fedqueue.training import check_training
 from fedqueue_coordinator.algorithms.aggregator import Aggregator
 from fedqueue_coordinator.algorithms.buffer_rules import with_buffer_rules
 from fedqueue_coordinator.algorithms.ca2fl import ca2fl
@@ -101,11 +101,7 @@ def check_algorithms(config: Config) -> None:
 
     Raises ConfigurationError, and MissingExtra if the coordinator lacks the package that merges encoded updates.
     """
-    training = config.training
-    optimizer_class(training.optimizer)
-    if training.optimizer_options:  # no options, no mistake; and a coordinator itself needs no training optimizer
-        parameters = [torch.nn.Parameter(torch.zeros(1))]
-        make_optimizer(training.optimizer, parameters, training.learning_rate, training.optimizer_options)
+    check_training(config.training, torch.device("cpu"))
     try_out(config.server_optimizer)
     make_aggregator(config)
     if config.compression.uplink in COMPILED and find_spec("numba") is None:

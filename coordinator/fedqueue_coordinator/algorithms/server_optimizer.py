@@ -6,16 +6,16 @@ directly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
 from fedqueue.config.aggregation import ServerOptimizerConfig
 from fedqueue.errors import ConfigurationError, StoreError
+from fedqueue.learning_rates import learning_rates
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import make_optimizer
 from fedqueue_coordinator.algorithms.aggregator import Step
-from fedqueue_coordinator.algorithms.learning_rates import learning_rates
 
 
 class ServerOptimizer:
@@ -27,7 +27,7 @@ class ServerOptimizer:
         Raises ConfigurationError, as `try_out`.
         """
         try_out(config)
-        self._rates = learning_rates(config, version)
+        self._rates = _rates(config, version)
         self._model = model
         self._infinite: torch.Tensor | None = None  # indices of parameters, found at the first step
         self._optimizer: torch.optim.Optimizer | None = None
@@ -87,7 +87,7 @@ def try_out(config: ServerOptimizerConfig) -> None:
 
     Raises ConfigurationError, for example for an optimizer that needs a closure or sparse gradients.
     """
-    next(learning_rates(config))
+    next(_rates(config))
     if is_plain(config):
         return
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -97,7 +97,11 @@ def try_out(config: ServerOptimizerConfig) -> None:
     )
     try:
         optimizer.step()
-    except (TypeError, RuntimeError) as error:
+    except Exception as error:
         problem = f"cannot step with a dense gradient only ({error})"
         hint = "name another optimizer, such as sgd, adam or adagrad"
         raise ConfigurationError("server_optimizer.name", config.name, problem, hint) from error
+
+
+def _rates(config: ServerOptimizerConfig, version: int = 0) -> Iterator[float]:
+    return learning_rates(config.learning_rate, config.schedule, "server_optimizer.schedule", version)

@@ -30,13 +30,13 @@ def admit_header(
     codec: Codec,
     version: int,
     max_staleness: int,
-    registered: int,
+    registered: int | None,
     barrier: bool = False,
 ) -> Update:
     """Check the header before memory is taken for the payload, and return it; raises Inadmissible.
 
-    `version` is the newest one, `registered` the client's number of examples. Behind a `barrier`, an update of an
-    earlier round is late.
+    `version` is the newest one, `registered` the client's number of examples, None if it is unknown. Behind a
+    `barrier`, an update of an earlier round is late.
     """
     try:
         header = read(Update, arrived.body)
@@ -53,7 +53,7 @@ def admit_header(
         )
     if header.examples == 0:
         raise Inadmissible(RejectionReason.NO_EXAMPLES, "an update must be trained on at least one example")
-    if header.examples > registered:
+    if registered is not None and header.examples > registered:
         raise Inadmissible(
             RejectionReason.TOO_MANY_EXAMPLES, f"{header.examples} examples, registered are {registered}"
         )

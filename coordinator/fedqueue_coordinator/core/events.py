@@ -24,7 +24,8 @@ class ClientJoined:
     """A worker registered the client, with its number of examples."""
 
     client: str
-    examples: int
+    examples: int | None
+    """None for a stream, whose examples are counted in training."""
 
 
 @dataclass(frozen=True)

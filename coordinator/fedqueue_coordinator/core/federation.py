@@ -134,7 +134,7 @@ class Federation:
     def restore_jobs(
         self,
         open_jobs: Mapping[str, str],
-        registered: Mapping[str, int],
+        registered: Mapping[str, int | None],
         last_jobs: Mapping[str, int] | None = None,
     ) -> None:
         """Restore open jobs (→ client), registrations (→ examples) and each client's last job number."""
@@ -274,8 +274,8 @@ class Federation:
     # What the caller reads
 
     @property
-    def clients(self) -> Mapping[str, int]:
-        """Alive clients, with the number of examples each registered."""
+    def clients(self) -> Mapping[str, int | None]:
+        """Alive clients, with the number of examples each registered, None if it is unknown."""
         return self._scheduler.clients
 
     @property

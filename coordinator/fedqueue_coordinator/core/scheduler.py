@@ -30,9 +30,9 @@ class Scheduler:
 
     def __init__(self, config: Config, run_counters: RunCounters, epoch: int, job_number: int, started: bool) -> None:
         """`job_number` is the number of the last job. Job names of different epochs differ."""
-        self.clients: dict[str, int] = {}
-        """Alive clients, with the number of examples each registered."""
-        self.registered: dict[str, int] = {}
+        self.clients: dict[str, int | None] = {}
+        """Alive clients, with the number of examples each registered, None if it is unknown."""
+        self.registered: dict[str, int | None] = {}
         """As `clients`, and also clients that left, whose late updates must be checked."""
         self.open_jobs: dict[str, str] = {}
         """Job → client."""
@@ -56,7 +56,7 @@ class Scheduler:
     # Recovery
 
     def restore_jobs(
-        self, open_jobs: Mapping[str, str], registered: Mapping[str, int], last_jobs: Mapping[str, int]
+        self, open_jobs: Mapping[str, str], registered: Mapping[str, int | None], last_jobs: Mapping[str, int]
     ) -> None:
         """Restore open jobs (→ client), registrations, and each client's last job number."""
         for job, client in open_jobs.items():
@@ -77,7 +77,7 @@ class Scheduler:
 
     # Clients
 
-    def join(self, client: str, examples: int) -> None:
+    def join(self, client: str, examples: int | None) -> None:
         """Add a client that registered with `examples` examples."""
         self.clients[client] = examples
         self.registered[client] = examples

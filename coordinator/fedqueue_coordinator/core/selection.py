@@ -34,12 +34,20 @@ COMING_VERSION = 2**63  # as the number of a client's last version: later than e
 class ClientStats:
     """What a selection may depend on. A client without an entry in a map has no such number yet."""
 
-    examples: Mapping[str, int]
-    """Client → registered examples."""
+    examples: Mapping[str, int | None]
+    """Client → registered examples, None if their number is unknown."""
     last_merged: Callable[[str], int]
     """Client → the newest version with an update of it, or COMING_VERSION; −1 if there is no such version."""
     last_job: Mapping[str, int]
     """Client → the number of its last job."""
+
+    def count(self, client: str) -> int:
+        """Return the client's number of examples; for an unknown one the mean of the known ones, at least 1."""
+        count = self.examples.get(client, 0)
+        if count is not None:
+            return count
+        known = [other for other in self.examples.values() if other is not None]
+        return max(1, round(sum(known) / len(known))) if known else 1
 
 
 @dataclass(frozen=True)
@@ -62,7 +70,7 @@ SELECTIONS = {
     # The client whose last merged update is in the oldest version; among equals, as `uniform`.
     "stalest": Selection(rank=lambda client, stats: stats.last_merged(client)),
     # With a probability proportional to the number of examples (Li et al., arXiv 1907.02189, scheme I).
-    "examples": Selection(weight=lambda client, stats: stats.examples.get(client, 0)),
+    "examples": Selection(weight=lambda client, stats: stats.count(client)),
 }
 
 

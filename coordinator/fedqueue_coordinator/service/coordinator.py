@@ -30,7 +30,7 @@ from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
-from fedqueue.training import choose_device
+from fedqueue.training import check_device
 from fedqueue.transport import rq_jobs
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue_coordinator.algorithms.registry import check_algorithms
@@ -128,7 +128,7 @@ class Coordinator:
         torch.set_num_threads(config.aggregation.threads)
         check_algorithms(config)
         data = task.test_data()
-        device = choose_device(config.training.device)
+        device = check_device(config.training.device)
         self._evaluator = None if data is None else Evaluator(task, data, device, self._report)
 
     def interrupt(self, because: str) -> None:

@@ -93,9 +93,9 @@ class EntryVerifier:
         self._session[client] = envelope.session
         return registration
 
-    def valid_registrations(self, signed: Mapping[str, bytes]) -> dict[str, int]:
+    def valid_registrations(self, signed: Mapping[str, bytes]) -> dict[str, int | None]:
         """Return client → examples for each valid registration in `signed` (client → registration); log the others."""
-        examples: dict[str, int] = {}
+        examples: dict[str, int | None] = {}
         for client, data in signed.items():
             try:
                 examples[client] = self.registration(client, data).examples

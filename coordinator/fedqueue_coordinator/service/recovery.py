@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import structlog
+import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunExists, StoreError
@@ -19,7 +20,7 @@ from fedqueue.task import Task, make_model
 from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
-from fedqueue.training import set_seed
+from fedqueue.training import check_training, set_seed
 from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import abandoned_record, epoch_record
 from fedqueue_coordinator.core.reasons import AbandonReason
@@ -51,6 +52,7 @@ def restore_federation(
     set_seed(config.seed)
     module = make_model(task)  # not stored: it takes as much memory as a version
     manifest = Manifest.from_module(module, config.aggregation)
+    check_training(config.training, torch.device("cpu"), module)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)
     if checkpoint:

@@ -25,17 +25,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import structlog
+
 from fedqueue.config.schema import Config
-from fedqueue.errors import RunFailed
+from fedqueue.errors import NoExamples, RunFailed
 from fedqueue.exception_text import exception_with_place
-from fedqueue.local_update import compute_update
+from fedqueue.local_model import LocalModel
+from fedqueue.local_update import compute_update, load_data
 from fedqueue.protocol.messages import Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
-from fedqueue.training import choose_device, set_seed
+from fedqueue.training import check_device, check_training, set_seed
 from fedqueue_coordinator.core.evaluation import evaluate
 from fedqueue_coordinator.core.events import (
     Acknowledge,
@@ -59,6 +62,8 @@ from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record
 from fedqueue_coordinator.core.reasons import AbandonReason
 from fedqueue_coordinator.core.run_summary import RunResult
+
+log = structlog.get_logger("fedqueue.coordinator")
 
 
 @dataclass(frozen=True)
@@ -88,12 +93,15 @@ class ClientDatasets:
     def __init__(self, task: Task) -> None:
         self.task = task
         self.test_data = task.test_data()
-        self._data: dict[str, Any] = {}
+        self._data: dict[str, tuple[Any, int | None]] = {}
 
-    def data(self, config: Config, client: str) -> Any:
-        """Return what `task.train_data` returns for the client, as its worker would load it."""
+    def data(self, config: Config, client: str) -> tuple[Any, int | None]:
+        """Return what `task.train_data` returns for the client, as its worker would load it, and its examples.
+
+        Raises NoExamples for a client without examples.
+        """
         if client not in self._data:
-            self._data[client] = self.task.train_data(config.clients.client(client))
+            self._data[client] = load_data(self.task, config.clients.client(client), config.seed)
         return self._data[client]
 
 
@@ -148,10 +156,12 @@ class Simulation:
         self.trace: list[tuple[float, str, str]] = []
         """(virtual seconds, "begins" | "arrives" | "waits", job) in order, with which a real run can be driven."""
         self._on_progress = on_progress
-        self._device = choose_device(config.training.device)
+        self._device = check_device(config.training.device)
         set_seed(config.seed)
-        self._module = datasets.task.model()
-        first = initial_model(config, self._module)
+        module = datasets.task.model()
+        first = initial_model(config, module)
+        check_training(config.training, self._device, module)
+        self._model = LocalModel(datasets.task, module, first.manifest)
         self.federation = Federation(config, first, evaluates=datasets.test_data is not None)
         self._feedback = ErrorFeedback(self.federation.uplink)
         self._jobs: dict[str, Job] = {}
@@ -170,8 +180,12 @@ class Simulation:
         """
         federation = self.federation
         for client in self.config.clients.ids:
-            examples = self.datasets.task.num_examples(self.datasets.data(self.config, client))
-            self._handle(ClientJoined(client, examples))
+            try:
+                _, examples = self.datasets.data(self.config, client)
+            except NoExamples as error:
+                log.warning("client left out", client=client, reason=str(error))
+            else:
+                self._handle(ClientJoined(client, examples))
         while not federation.stopped:
             deadline = federation.next_deadline()
             if self._events and (deadline is None or self._events[0].seconds <= deadline):
@@ -237,25 +251,20 @@ class Simulation:
             self._versions[job.base].frozen = federation.model.frozen
         base = self._versions[job.base]
         local = Frame(base.manifest)
-        batches = 0
-
-        def progress() -> None:
-            nonlocal batches
-            batches += 1
-
-        data = self.datasets.data(self.config, order.client)
+        data, _ = self.datasets.data(self.config, order.client)
+        progress = self._model.progress(self.config.clients.client(order.client), job.base, lambda: None)
         slowdown = self.config.clients.slowdown.get(order.client, 1.0)
         entry = f"{order.job}-arrival"
         try:
-            header = compute_update(self.datasets.task, self._module, data, order, base, local, progress)
+            header = compute_update(self.datasets.task, self._model, data, order, base, local, progress)
         except (Exception, SystemExit) as error:  # an error in the task, which a worker would report
-            seconds = self.timing.training_seconds(batches, slowdown, order.seed)
+            seconds = self.timing.training_seconds(progress.batches, slowdown, order.seed)
             failed = JobEnded(entry, order.job, order.client, AbandonReason.FAILED, exception_with_place(error))
             self._schedule(self.now + seconds, failed)
             return
         header, job.wire = self._feedback.encode(order.client, local, header, order.seed)
         job.residual = local
-        seconds = self.timing.training_seconds(batches, slowdown, order.seed)
+        seconds = self.timing.training_seconds(progress.batches, slowdown, order.seed)
         body = header.model_copy(update={"seconds": seconds}).pack()
         self._schedule(
             self.now + seconds,

@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from fedqueue.config.entrypoint import is_entrypoint
-from fedqueue.config.sections import AUTO, OFF, Count, NonNegative, Positive, Section, Text, Word, refuse
+from fedqueue.config.schedule import Options, ScheduleConfig
+from fedqueue.config.sections import AUTO, OFF, Count, NonNegative, Positive, Section, Word, refuse
 
 STRATEGIES = ("fedasync", "fedbuff", "fedavg", "fadas", "ca2fl")
 RunningStatistics = Literal["mean", "drift", "frozen"]
@@ -156,16 +157,6 @@ class AggregationConfig(Section):
         return self
 
 
-class ScheduleConfig(Section):
-    """How the server's learning rate changes from version to version."""
-
-    name: Annotated[Text | None, OFF] = None
-    """A schedule of `torch.optim.lr_scheduler` in lower case, such as cosineannealinglr, or `inverse_sqrt`; `off`: the
-    learning rate stays the same."""
-    schedule_options: dict[str, float | int | bool | str | tuple[float, ...]] = {}
-    """Keyword arguments of the schedule, such as T_max or gamma; one step of the schedule is one version."""
-
-
 class ServerOptimizerConfig(Section):
     """How the coordinator applies a version's merged delta; the default adds it unchanged."""
 
@@ -173,6 +164,7 @@ class ServerOptimizerConfig(Section):
     """The optimizer on the server: the name of a `torch.optim` class in lower case, such as sgd, adam or adamw."""
     learning_rate: Positive = 1.0
     """Learning rate of the server's optimizer."""
-    optimizer_options: dict[str, float | int | bool | tuple[float, ...]] = {}
+    optimizer_options: Options = {}
     """Further keyword arguments of the server's optimizer, such as momentum, betas or eps."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """How the learning rate changes over versions: one step of the schedule is one version."""

@@ -50,7 +50,8 @@ class Registration(Message):
     """A worker's statement that it serves a client, and how many examples the client has."""
 
     client: ClientId
-    examples: Natural
+    examples: Natural | None
+    """None for a stream without a length, whose examples are counted in training."""
 
 
 class Unavailable(Message):

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.config.aggregation import ServerOptimizerConfig
+from fedqueue.config.schedule import ScheduleConfig
 from fedqueue.errors import ConfigurationError
-from fedqueue_coordinator.algorithms.learning_rates import learning_rates
+from fedqueue.learning_rates import learning_rates
 from tests.support.builders import make_frame, same_bits
 from tests.support.federation_run import Died, start
 
 
 def rates(count, name="off", rate=0.5, made=0, **options):
-    config = ServerOptimizerConfig(learning_rate=rate, schedule={"name": name, "schedule_options": options})
-    return list(itertools.islice(learning_rates(config, made), count))
+    schedule = ScheduleConfig(name=name, schedule_options=options)
+    return list(itertools.islice(learning_rates(rate, schedule, "server_optimizer.schedule", made), count))
 
 
 CLOSED_FORMS = {
