@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 import zlib
@@ -19,7 +18,8 @@ from fedqueue.config.client import Client
 from fedqueue.errors import JobClosed, NoExamples, TaskError
 from fedqueue.learning_rates import RateHolder
 from fedqueue.local_model import LocalModel
-from fedqueue.protocol.messages import MAX_METRICS, Order, Update
+from fedqueue.metrics import as_metrics
+from fedqueue.protocol.messages import Order, Update
 from fedqueue.task import Progress, Task, TrainResult
 from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
@@ -72,7 +72,7 @@ def compute_update(
         examples=fit.num_examples,
         nbytes=payload.nbytes,
         chunks=chunks_of(payload.nbytes),
-        metrics=reportable_metrics(fit),
+        metrics=as_metrics(fit.metrics, "fit"),
         seconds=seconds,
     )
 
@@ -122,9 +122,3 @@ def _train_result(task: Task, data: Any, returned: Any) -> TrainResult:
 
 def _shown(returned: Any) -> str:
     return "None" if returned is None else f"a {type(returned).__name__}"
-
-
-def reportable_metrics(fit: TrainResult) -> dict[str, float]:
-    """The metrics that an update may contain: finite numbers, names of at most 64 characters, MAX_METRICS at most."""
-    pairs = ((str(name)[:64], float(value)) for name, value in fit.metrics.items())
-    return dict([(name, value) for name, value in pairs if math.isfinite(value)][:MAX_METRICS])

@@ -124,7 +124,10 @@ class Task:
         raise NotImplementedError(f"{type(self).__name__} must define train_data(self, client) -> Dataset")
 
     def test_data(self) -> Any:
-        """Return the coordinator's held-out examples as a `Dataset`, or None for no central evaluation."""
+        """Return the coordinator's held-out examples, or None for no central evaluation.
+
+        The default `evaluate` takes a `Dataset` or a `DataLoader`.
+        """
         return None
 
     def collate_fn(self, examples: list[Any]) -> Any:
@@ -145,26 +148,16 @@ class Task:
         return torch.nn.functional.cross_entropy(model(inputs), labels)
 
     def evaluate(self, model: torch.nn.Module, data: Any) -> dict[str, float]:
-        """Return metrics of `model` on `data`, what `test_data` returned. The default is mean `loss` and `accuracy`.
+        """Return metrics of `model` on `data`, what `test_data` returned: numbers by name.
 
-        The default expects (inputs, labels) batches, and scores of shape (n, classes) from the model. Raises TaskError
-        for data without examples.
+        The caller has put `model` in eval mode, and gradients are off. The default is the mean `loss` over batches of
+        any kind, and `accuracy` for (inputs, labels) batches if `loss` calls `model(inputs)` once, the scores have the
+        classes in dimension 1, and the labels are integers of the scores' shape without that dimension. Raises
+        TaskError for data without examples.
         """
-        import torch
+        from fedqueue.evaluation import evaluate_by_loss
 
-        batches = torch.utils.data.DataLoader(data, batch_size=512)
-        device = next(model.parameters()).device
-        loss = correct = seen = 0.0
-        model.eval()
-        with torch.no_grad():
-            for inputs, labels in batches:
-                batch = inputs.to(device), labels.to(device)
-                loss += float(self.loss(model, batch)) * len(labels)
-                correct += float((model(batch[0]).argmax(-1) == batch[1]).sum())
-                seen += len(labels)
-        if not seen:
-            raise TaskError("test_data() is empty: return None where there is nothing to evaluate on")
-        return {"loss": loss / seen, "accuracy": correct / seen}
+        return evaluate_by_loss(self, model, data)
 
     def fit(self, model: torch.nn.Module, data: Any, config: TrainingConfig, progress: Progress) -> TrainResult:
         """Train `model` in place on `data`, what `train_data` returned. The default trains as `[training]` says.

@@ -164,7 +164,7 @@ def test_table_shows_rate_clients_metrics_target_and_losses(federation):
     table = render(shown, federation, 10.0)
     for words in (
         "digits: fedbuff", "10.0 s", "0 (0 of 4 updates buffered)", "30 merged, 3.0/s", "1 of 4 alive", "waiting for 2",
-        "2 stale", "1 lapsed", "0.5000 (target 0.95)", "2.0000",
+        "2 stale", "1 lapsed", "0.5000 (target ≥ 0.95)", "2.0000",
     ):  # fmt: skip
         assert words in table
 
@@ -191,6 +191,16 @@ def test_history_has_each_evaluation_once(federation):
         federation.evaluated = Evaluated(version, {"loss": 1.0, "accuracy": accuracy})
         shown.update(federation, 0.1)
     assert shown._history == [(1, 0.1), (2, 0.2), (3, 0.3)]
+
+
+def test_metric_that_is_not_finite_is_shown_and_leaves_a_gap(federation):
+    shown, stream = view(terminal=False)
+    for version, loss in enumerate((1.0, float("nan"), 2.0), 1):
+        federation.evaluated = Evaluated(version, {"loss": loss})
+        shown.update(federation, 2.0 * version)
+    assert "loss nan" in stream.getvalue()
+    assert sparkline([value for _, value in shown._history]) == "▁ █"
+    assert sparkline([float("nan")]) == ""
 
 
 def test_evaluation_without_metrics_is_not_drawn(federation):

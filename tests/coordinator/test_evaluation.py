@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 
 import pytest
 import torch
 
+from fedqueue.errors import ConfigurationError, TaskError
+from fedqueue.protocol.messages import Evaluation, read
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
-from fedqueue_coordinator.core.evaluation import evaluate
+from fedqueue_coordinator.core.evaluation import evaluate, load_test_data, require_test_data
 from fedqueue_coordinator.core.events import Commit, Evaluate, Evaluated
 from fedqueue_coordinator.service.evaluator import Evaluator
 from tests.support.builders import of_kind
@@ -29,7 +32,7 @@ class WeightTask(Task):
         return torch.nn.Linear(1, 1, bias=False)
 
     def evaluate(self, model, data):
-        if isinstance(self.metrics, Exception):
+        if isinstance(self.metrics, BaseException):
             raise self.metrics
         return self.metrics or {"weight": model.weight.item(), "data": data}
 
@@ -45,18 +48,23 @@ def test_task_evaluates_the_given_version():
     assert (result.metrics, result.error) == ({"weight": 2.5, "data": 7.0}, "")
 
 
-def test_non_finite_metrics_are_omitted():
+def test_metrics_that_are_not_finite_are_kept():
     metrics = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": torch.tensor(0.5)}
-    assert evaluate(WeightTask(metrics), None, weighing(0.0), CPU).metrics == {"accuracy": 0.5}
+    result = read(Evaluation, evaluate(WeightTask(metrics), None, weighing(0.0), CPU).pack())
+    assert list(result.metrics) == list(metrics)
+    assert math.isnan(result.metrics["loss"])
+    assert (result.metrics["perplexity"], result.metrics["accuracy"]) == (float("inf"), 0.5)
 
 
 @pytest.mark.parametrize(
     ("metrics", "error"),
     [
-        (ValueError("no labels"), "ValueError: no labels"),
-        ({"loss": "low"}, "TypeError"),
-        ({f"metric-{i}": 1.0 for i in range(1000)}, "ValidationError"),
-        ({"x" * 1000: 1.0}, "ValidationError"),
+        (ValueError("no labels"), "ValueError: no labels; in evaluate (test_evaluation.py:"),
+        (SystemExit(3), "SystemExit: 3; in evaluate (test_evaluation.py:"),
+        ({"loss": "low"}, "TaskError: evaluate returned 'loss' as str: expected a number"),
+        ({f"metric-{i}": 1.0 for i in range(1000)}, "TaskError: evaluate returned 1000 metrics"),
+        ({"x" * 1000: 1.0}, "TaskError: evaluate returned 'xxx"),
+        ({"seconds": 1.0}, "TaskError: evaluate returned the metric 'seconds'"),
     ],
 )
 def test_failed_evaluation_is_reported_as_an_error(metrics, error):
@@ -94,6 +102,74 @@ def test_evaluations_are_reported_in_order():
     evaluator.join()
     evaluator.join()
     assert [(r.version, r.metrics["weight"]) for r in results] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_keyboard_interrupt_of_a_task_is_a_failed_evaluation():
+    results = []
+    evaluator = Evaluator(WeightTask(KeyboardInterrupt()), 0, CPU, results.append)
+    evaluator.start(4, weighing(1.0))
+    evaluator.join()
+    (result,) = results
+    assert (result.version, result.error.partition(";")[0]) == (4, "KeyboardInterrupt")
+    assert evaluator.snapshot is None
+
+
+def test_evaluate_has_eval_mode_and_no_gradients():
+    seen = []
+
+    class Looking(WeightTask):
+        def evaluate(self, model, data):
+            seen.append((model.training, torch.is_grad_enabled()))
+            return super().evaluate(model, data)
+
+    evaluate(Looking(), 0, weighing(1.0), CPU)
+    assert seen == [(False, False)]
+    assert torch.is_grad_enabled()
+
+
+def test_state_left_by_an_evaluation_does_not_reach_the_next():
+    class Counting(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+            self.register_buffer("changed", torch.zeros(1), persistent=False)
+            self.register_buffer("assigned", torch.zeros(1), persistent=False)
+
+    class Keeping(WeightTask):
+        """A task whose `model` returns the same module each time."""
+
+        module = Counting()
+
+        def model(self):
+            return self.module
+
+        def evaluate(self, model, data):
+            model.train()
+            model.changed += 1
+            model.assigned = model.assigned + 1
+            return {"changed": model.changed, "assigned": model.assigned}
+
+    frame = Frame(Manifest.from_module(Counting()))
+    Keeping.module.train()
+    for _ in range(2):
+        assert evaluate(Keeping(), 0, frame, CPU).metrics == {"changed": 1.0, "assigned": 1.0}
+    assert Keeping.module.training
+
+
+def test_test_data_that_raises_is_an_error_with_its_place():
+    class Missing(Task):
+        def test_data(self):
+            raise FileNotFoundError("test.csv")
+
+    with pytest.raises(TaskError, match=r"test_data\(\) raised FileNotFoundError: test.csv; in test_data \(test_eval"):
+        load_test_data(Missing())
+
+
+def test_target_without_test_data_is_refused():
+    require_test_data({}, None)
+    require_test_data({"accuracy": 0.9}, [1])
+    with pytest.raises(ConfigurationError, match="nothing measures accuracy"):
+        require_test_data({"accuracy": 0.9}, None)
 
 
 # Schedule of evaluations
@@ -170,6 +246,19 @@ def test_task_without_test_data_is_never_evaluated():
     run.tick(100.0)
     assert evaluations(run.actions) == []
     assert run.federation.next_deadline() is None  # a deadline that no evaluation moves would make the loop busy-wait
+
+
+def test_evaluation_that_failed_is_repeated_after_a_pause():
+    run = start("c0", evaluates=True)
+    evaluated(run, 0)
+    run.post("c0", 1.0)
+    for pause, version in ((5.0, 1), (10.0, 2), (20.0, 3)):
+        assert evaluations(run.actions)[-1] == version
+        run.tell(Evaluated(version, {}, "OSError: stale"))
+        run.post("c0", 1.0)
+        assert run.federation.next_deadline() == run.now + pause
+        assert evaluations(run.tick(pause - 0.1)) == []
+        assert evaluations(run.tick(0.1)) == [version + 1]
 
 
 def test_newest_evaluation_is_kept():

@@ -183,3 +183,28 @@ def test_summary_says_why_each_client_contributed_nothing():
     assert {"what": "training failed", "text": "ValueError: no", "first": "b", "count": 2, "clients": 1} in summary[
         "failures"
     ]
+
+
+def test_metric_that_is_not_finite_is_told_once_for_each_name():
+    failures, nan = Failures(), float("nan")
+    for version in range(3):
+        failures.evaluated(version, {"loss": 0.1, "auc": nan}, "")
+        failures.trained(f"client-{version}", version, {"loss": nan})
+    assert [kind.line for kind in failures.kinds.values()] == [
+        "metric not finite: evaluate returned auc nan at version 0",
+        "client-0: metric not finite: fit returned loss nan at version 0",
+    ]
+    assert all(kind.mild and kind.count == 3 for kind in failures.kinds.values())
+    assert failures.most_frequent is None  # no reason why nothing was merged
+
+
+def test_failed_evaluation_is_told_once_for_each_kind():
+    failures = Failures()
+    for version in (4, 5):
+        failures.evaluated(version, {}, "OSError: stale; in evaluate (task.py:20)")
+    failures.evaluated(6, {}, "RuntimeError: out of memory")
+    assert [kind.line for kind in failures.kinds.values()] == [
+        "evaluation failed: version 4: OSError: stale; in evaluate (task.py:20)",
+        "evaluation failed: version 6: RuntimeError: out of memory",
+    ]
+    assert not any(kind.mild for kind in failures.kinds.values())

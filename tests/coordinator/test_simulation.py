@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Client, Task
 from fedqueue.config.loading import parse_config
-from fedqueue.errors import RunFailed
+from fedqueue.errors import ConfigurationError, RunFailed
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update, load_data
 from fedqueue.protocol.messages import Order, Registration, read
@@ -152,10 +152,20 @@ def test_evaluations_match_their_versions_including_the_last():
 
 
 def test_run_stops_at_its_target_and_keeps_the_version():
-    config = simulated_config(stop={"target": {"accuracy": 0.01}, "versions": 50})
+    config = simulated_config(stop={"target": {"loss": 0.6}, "versions": 50})
     _, result = simulate(config, task=PointsTask(tested=True))
-    assert result.stopped_because.startswith("target: accuracy")
-    assert result.version == 0
+    assert result.stopped_because.startswith("target: loss")
+    losses = {point["version"]: point["loss"] for point in result.history}
+    assert result.version == next(version for version, loss in losses.items() if loss <= 0.6)
+    assert result.version > 0
+
+
+@pytest.mark.parametrize("target", [{"accuracy": 0.01}, {"acc": 0.9}])
+def test_simulation_refuses_a_target_that_tells_nothing(target):
+    with pytest.raises(ConfigurationError, match=r"^stop\.target: "):
+        simulate(simulated_config(stop={"target": target}), task=PointsTask(tested=True))
+    with pytest.raises(ConfigurationError, match=r"^stop\.target: nothing measures"):
+        simulate(simulated_config(stop={"target": target}), task=PointsTask())
 
 
 def test_raising_task_fails_its_client_but_not_the_run():

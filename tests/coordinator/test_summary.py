@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from fedqueue_coordinator.core.run_summary import summarize
+import pytest
+
+from fedqueue_coordinator.core.run_summary import main_metric, summarize
 from tests.support.federation_run import start
 
 LAPSED = "its worker was silent for dispatch.lease_seconds, or its training made no progress for dispatch.stall_seconds"
@@ -25,6 +27,7 @@ LEDGER = [
     {"kind": "version", "version": 2, "seconds": 2.0, "merged": [merged("b", 3), merged("b", 1)]},
     {"kind": "epoch", "epoch": 1, "version": 2, "seconds": 2.0},
     {"kind": "evaluation", "version": 2, "seconds": 2.5, "metrics": {"loss": 0.5, "accuracy": 0.9}},
+    {"kind": "evaluation", "version": 2, "seconds": 2.5, "metrics": {}, "error": "OSError: stale"},
 ]
 
 
@@ -49,8 +52,11 @@ def test_summary_matches_results_by_hand():
             {"what": "update rejected (stale)", "text": "", "first": "", "count": 2, "clients": 1},
             {"what": "update rejected (non_finite)", "text": "", "first": "", "count": 1, "clients": 1},
             {"what": "job lapsed", "text": LAPSED, "first": "", "count": 1, "clients": 1},
+            {"what": "evaluation failed", "text": "version 2: OSError: stale", "first": "", "count": 1, "clients": 1},
         ],
         "metrics": {"loss": 0.5, "accuracy": 0.9},
+        "metrics_version": 2,
+        "evaluations_failed": 1,
         "history": [
             {"version": 0, "seconds": 0.123, "loss": 2.3},
             {"version": 2, "seconds": 2.5, "loss": 0.5, "accuracy": 0.9},
@@ -94,3 +100,20 @@ def test_summary_counts_match_the_federations_counts():
     assert summary["updates_merged"] + sum(summary["updates_rejected"].values()) + summary["jobs_abandoned"] == len(
         run.endings
     )
+
+
+def test_summary_without_a_record_ends_when_the_run_stopped():
+    assert summarize("run", "fedbuff", 7, "seconds: 3", [], {}, seconds=11.04)["seconds"] == 11.04
+    assert summarize("run", "fedbuff", 7, "versions: 2 of 2", LEDGER, {}, seconds=0.5)["seconds"] == 2.5
+
+
+@pytest.mark.parametrize(
+    ("metrics", "target", "first"),
+    [
+        (["loss", "accuracy"], (), "accuracy"),
+        (["mse", "loss"], (), "mse"),
+        (["loss", "accuracy", "auc"], ("f1", "auc"), "auc"),
+    ],
+)
+def test_pictures_show_the_metric_of_the_target_first(metrics, target, first):
+    assert main_metric(metrics, target) == first

@@ -231,6 +231,8 @@ class FederationMachine(RuleBasedStateMachine):
         old, last_jobs = self.run.federation, dict(self.run.last_jobs)
         self._restart()
         new = self.run.federation
+        if not new.version:  # the start of the training is stored with the first version
+            old.run_counters.started = new.run_counters.started
         assert (new.version, new.buffered, new.run_counters) == (old.version, old.buffered, old.run_counters)
         assert same_bits(new.model, old.model)
         assert new.optimizer_state == old.optimizer_state

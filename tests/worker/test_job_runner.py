@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 
 import numpy as np
 import pytest
@@ -15,8 +16,7 @@ from fedqueue import Client, Task, TrainResult
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import WireError
 from fedqueue.exception_text import exception_with_place
-from fedqueue.local_update import reportable_metrics
-from fedqueue.protocol.messages import MAX_METRICS, Ending, Update, read
+from fedqueue.protocol.messages import Ending, Update, read
 from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue_worker import job_runner as job_runner_module
@@ -404,24 +404,23 @@ def test_malformed_order_is_refused(fake_run, site, change):
 # Data that may leave the site
 
 
-def test_metrics_are_finite_numbers_with_short_names():
-    fit = TrainResult(
-        1, {"loss": 0.5, "nan": float("nan"), "inf": float("-inf"), "n" * 99: np.float32(2), "count": True}
-    )
-    assert reportable_metrics(fit) == {"loss": 0.5, "n" * 64: 2.0, "count": 1.0}
-
-
-def test_number_of_metrics_is_bounded():
-    many = {f"m{i}": float(i) if i else float("nan") for i in range(MAX_METRICS + 10)}
-    shown = reportable_metrics(TrainResult(1, many))
-    assert list(shown) == [f"m{i}" for i in range(1, MAX_METRICS + 1)]
-
-
 @pytest.mark.parametrize("value", ["text", [1, 2], None, {"a": 1}])
 def test_metric_that_is_not_a_number_fails_the_job(fake_run, site, value):
     site.task.metrics = {"rows": value}
     [entry] = site.train()
-    assert read(Ending, entry.body).reason == "failed"
+    ending = read(Ending, entry.body)
+    assert ending.reason == "failed"
+    assert ending.error.startswith(
+        f"TaskError: fit returned 'rows' as {type(value).__name__.replace('NoneType', 'None')}"
+    )
+
+
+def test_metric_that_is_not_finite_is_part_of_the_update(fake_run, site):
+    site.task.metrics = {"loss": float("nan"), "count": True}
+    [entry] = site.train()
+    metrics = read(Update, entry.body).metrics
+    assert math.isnan(metrics["loss"])
+    assert metrics["count"] == 1.0
 
 
 def test_description_of_an_error_is_bounded():

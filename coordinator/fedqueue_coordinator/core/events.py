@@ -240,6 +240,10 @@ class Stop:
 
     because: str
     failed: bool = False
+    version: int | None = None
+    """The version that reached the target; None if the run stops for another reason."""
+    resumable: bool = False
+    """The run failed for a reason outside of it, and may be resumed."""
 
 
 Action = Dispatch | Load | Commit | Close | Acknowledge | Evaluate | Stop

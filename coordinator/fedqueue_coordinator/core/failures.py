@@ -6,6 +6,7 @@ and the client's name. The coordinator collects them while a run lasts; the summ
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -36,11 +37,14 @@ _DEFAULT_TEXTS = {
     AbandonReason.LATE: "the round was closed before its update arrived",
 }
 UNAVAILABLE = "cannot load its data"
+EVALUATION_FAILED = "evaluation failed"
+NOT_FINITE = "metric not finite"
 SET_ASIDE = "set aside"
 MILD = {f"update rejected ({reason})" for reason in (RejectionReason.STALE, RejectionReason.LATE)} | {
-    _ABANDONED[AbandonReason.LATE]
+    _ABANDONED[AbandonReason.LATE],
+    NOT_FINITE,
 }
-"""What is the fault of no client's code, data or worker."""
+"""What is not shown in quiet mode: an update that was only too late or too old, and a metric that is not finite."""
 
 
 @dataclass
@@ -87,6 +91,11 @@ class Failures:
                     failures.abandoned(record.get("client", ""), record["reason"], record.get("error", ""))
                 case "unavailable":
                     failures.unavailable(record["client"], record["error"])
+                case "evaluation":
+                    failures.evaluated(record["version"], record["metrics"], record.get("error", ""))
+                case "version":
+                    for line in record["merged"]:
+                        failures.trained(line["client"], line.get("base", 0), line.get("metrics", {}))
         return failures
 
     def rejected(self, client: str, reason: str, detail: str) -> None:
@@ -104,6 +113,16 @@ class Failures:
         """Count a client whose data cannot be loaded."""
         self._add(client, UNAVAILABLE, error)
 
+    def evaluated(self, version: int, metrics: Mapping[str, float], error: str) -> None:
+        """Count a central evaluation that failed, and each of its metrics that is not finite."""
+        if error:
+            self._count("", EVALUATION_FAILED, f"version {version}: {error}")
+        self._not_finite("", "evaluate", version, metrics)
+
+    def trained(self, client: str, version: int, metrics: Mapping[str, float]) -> None:
+        """Count each metric of a training from `version` that is not finite."""
+        self._not_finite(client, "fit", version, metrics)
+
     def set_aside(self, client: str) -> None:
         """Count a client that gets no further job."""
         last = self.last.get(client)
@@ -113,9 +132,14 @@ class Failures:
 
     @property
     def most_frequent(self) -> FailureKind | None:
-        """The kind that occurred most often, or None."""
-        kinds = [kind for kind in self.kinds.values() if kind.what != SET_ASIDE]
+        """The kind of a client's failures that occurred most often, or None."""
+        kinds = [kind for kind in self.kinds.values() if kind.what not in (SET_ASIDE, EVALUATION_FAILED, NOT_FINITE)]
         return max(kinds, key=lambda kind: kind.count, default=None)
+
+    def _not_finite(self, client: str, method: str, version: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                self._count(client, NOT_FINITE, f"{method} returned {name} {value} at version {version}")
 
     def _add(self, client: str, what: str, text: str) -> None:
         self.last[client] = self._count(client, what, text)

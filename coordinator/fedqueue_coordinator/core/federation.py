@@ -33,7 +33,7 @@ from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.core.admission import Inadmissible, admit_delta, admit_header, admit_to_round
-from fedqueue_coordinator.core.evaluation import EvaluationSchedule
+from fedqueue_coordinator.core.evaluation import MAX_FAILED_EVALUATIONS, EvaluationSchedule
 from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
@@ -71,7 +71,7 @@ from fedqueue_coordinator.core.reasons import OUTLIER, AbandonReason, RejectionR
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
-from fedqueue_coordinator.core.stop_conditions import stop_reason, target_reached
+from fedqueue_coordinator.core.stop_conditions import require_usable_target, stop_reason, target_reached
 from fedqueue_coordinator.core.waiting import dead_end, waiting_for
 
 
@@ -110,7 +110,7 @@ class Federation:
         self.unavailable: dict[str, str] = {}
         """Client → why its worker cannot load its data, until it joins."""
         self.evaluated: Evaluated | None = None
-        """The newest central evaluation."""
+        """The newest central evaluation that did not fail."""
         self.stopped: Stop | None = None
         self.uplink = uplink_codec(config.compression, model.manifest)
         self.downlink = downlink_codec(config.compression, model.manifest)
@@ -128,8 +128,11 @@ class Federation:
         self._arriving: set[str] = set()  # jobs whose update has arrived and is neither merged nor rejected yet
         self._norms = NormLimit(config.admission, norms)
         self._scheduler = Scheduler(config, self.run_counters, epoch, job_number, started=version > 0 or job_number > 0)
+        if self._scheduler.started and self.run_counters.started is None:  # before its first commit
+            self.run_counters.started = self.run_counters.seconds
         self._alone: set[str] = set()  # jobs whose update makes a version without waiting for others
         self._evaluations = EvaluationSchedule(config.evaluation, evaluates)
+        self._may_fail = version > 0  # a failure of the first evaluation is one of the task, not of its surroundings
 
     def restore_jobs(
         self,
@@ -147,10 +150,14 @@ class Federation:
     # The path of an update
 
     def handle(self, event: Event, now: float) -> list[Action]:
-        """Return the actions for `event`, which happened at `now` seconds of the run's clock."""
+        """Return the actions for `event`, which happened at `now` seconds of the run's clock.
+
+        Raises ConfigurationError if the first evaluation shows that stop.target can tell nothing.
+        """
         if self.stopped:
             return self._handle_after_stop(event, now)
         actions: list[Action] = []
+        ending: Stop | None = None
         match event:
             case ClientJoined(client, examples):
                 self.unavailable.pop(client, None)
@@ -179,8 +186,7 @@ class Federation:
                 self.abandoned[abandoned_for] -= 1
                 self.restore_jobs({job: client}, {})
             case Evaluated():
-                self.evaluated = event
-                self._evaluations.finished()
+                ending = self._judge(event, now)
             case Tick():
                 self._scheduler.end_rests(now)
         actions += self._dispatch(now)
@@ -188,7 +194,9 @@ class Federation:
             actions += self._commit(now)
             actions += self._dispatch(now)
         actions += self._close_groups(now)
-        actions += self._stop_if_due(now)
+        if self.run_counters.started is None and self._scheduler.started:
+            self.run_counters.started = now
+        actions += self._stop_if_due(ending, now)
         if not self.stopped:  # else the evaluation that reached the target would not be the last one
             actions += self._evaluate(now)
         return actions
@@ -219,6 +227,7 @@ class Federation:
             )
         except Inadmissible as verdict:
             return self._reject(arrived, verdict.reason, verdict.detail, now)
+        self.failures.trained(arrived.client, arrived.base, header.metrics)
         return Load(arrived, header, self._aggregator.needs_base)
 
     def _merge(self, load: Load, delta: Delta, base: Frame | None, now: float) -> list[Action]:
@@ -329,7 +338,7 @@ class Federation:
         """Latest time of the next `Tick`, on the run's clock; None if nothing depends on time."""
         ends = [
             self._scheduler.next_deadline(buffered=bool(self._buffer)),
-            self.config.stop.seconds,
+            self._time_limit,
             self._evaluations.next_deadline(self.version),
         ]
         return min((end for end in ends if end is not None), default=None)
@@ -341,6 +350,12 @@ class Federation:
     def dead_end(self, gone: Container[str]) -> str:
         """Describe why the run can never go on, if no client in `gone` comes back; an empty string if it can."""
         return dead_end(self.config, self._scheduler, gone, self.unavailable)
+
+    @property
+    def _time_limit(self) -> float | None:
+        """Time at which stop.seconds have passed since the clients began to train, or None."""
+        started, seconds = self.run_counters.started, self.config.stop.seconds
+        return None if started is None or seconds is None else started + seconds
 
     # Slots
 
@@ -475,21 +490,40 @@ class Federation:
     def _evaluate(self, now: float) -> list[Action]:
         return [Evaluate(self.version)] if self._evaluations.begin_if_due(self.version, now) else []
 
-    def _stop_if_due(self, now: float) -> list[Action]:
+    def _judge(self, evaluated: Evaluated, now: float) -> Stop | None:
+        """End the evaluation in progress; return the end of the run if the evaluation is a reason for one."""
+        goals, failed = self.config.stop.goals, bool(evaluated.error)
+        self._evaluations.finished(failed, now)
+        self.failures.evaluated(evaluated.version, evaluated.metrics, evaluated.error)
+        if failed:
+            if not self._may_fail:
+                return Stop(f"the evaluation failed: {evaluated.error}", failed=True)
+            if (times := self._evaluations.failed) >= MAX_FAILED_EVALUATIONS:
+                because = f"the evaluation failed {times} times in a row, at last with {evaluated.error}"
+                return Stop(because, failed=True, resumable=True)
+            return None
+        if self.evaluated is None:
+            require_usable_target(goals, evaluated)
+        self.evaluated = evaluated
+        self._may_fail = True
+        reached = target_reached(goals, evaluated)
+        return Stop(reached, version=evaluated.version) if reached else None
+
+    def _stop_if_due(self, ending: Stop | None, now: float) -> list[Action]:
         if self._scheduler.all_set_aside:
             worst = self.failures.most_frequent
             because = "every client failed too often and was set aside" + (f": {worst.line}" if worst else "")
             return self.stop(Stop(because, failed=True), now)
-        if self.evaluated and self.evaluated.error:
-            return self.stop(Stop(f"the evaluation failed: {self.evaluated.error}", failed=True), now)
-        if self.evaluated and (reached := target_reached(self.config.stop.target, self.evaluated)):
-            return self.stop(self._end_at(reached, self.evaluated.version), now)
-        because = stop_reason(self.config.stop, self.version, self.run_counters.updates, now)
-        return self.stop(self._end_at(because, self.version), now) if because else []
+        if ending:
+            return self.stop(ending, now)
+        started = self.run_counters.started
+        trained = None if started is None else now - started
+        because = stop_reason(self.config.stop, self.version, self.run_counters.updates, trained)
+        return self.stop(self._end_at(because), now) if because else []
 
-    def _end_at(self, limit: str, version: int) -> Stop:
-        """End at a limit, or at the target that `version` reached; without any merged update the run has failed."""
-        if version:
+    def _end_at(self, limit: str) -> Stop:
+        """End at a limit; without any merged update the run has failed."""
+        if self.version:
             return Stop(limit)
         worst = self.failures.most_frequent
         return Stop(f"{limit}; no update was merged" + (f": {worst.line}" if worst else ""), failed=True)

@@ -6,12 +6,12 @@ record.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from fedqueue.protocol.messages import Update
 from fedqueue.protocol.stream_entry import StreamEntry
-from fedqueue_coordinator.core.events import UpdateArrived
+from fedqueue_coordinator.core.events import Evaluated, UpdateArrived
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 
 LedgerRecord = dict[str, Any]
@@ -59,9 +59,12 @@ def unavailable_record(client: str, error: str, version: int, seconds: float) ->
     return {"kind": "unavailable", "client": client, "error": error, "version": version, "seconds": seconds}
 
 
-def evaluation_record(version: int, metrics: Mapping[str, float], seconds: float) -> LedgerRecord:
-    """Describe a finished evaluation."""
-    return {"kind": "evaluation", "version": version, "metrics": dict(metrics), "seconds": seconds}
+def evaluation_record(evaluated: Evaluated, seconds: float) -> LedgerRecord:
+    """Describe an evaluation that has finished or failed; one that failed has an `error` and no metrics."""
+    return {
+        "kind": "evaluation", "version": evaluated.version, "metrics": dict(evaluated.metrics), "seconds": seconds,
+        **({"error": evaluated.error} if evaluated.error else {}),
+    }  # fmt: skip
 
 
 def epoch_record(epoch: int, version: int, job_number: int, seconds: float) -> LedgerRecord:

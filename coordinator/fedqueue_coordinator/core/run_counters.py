@@ -15,6 +15,8 @@ class RunCounters:
     """Merged updates."""
     seconds: float = 0.0
     """Time at which the newest version was made, on the run's clock."""
+    started: float | None = None
+    """Time at which the clients could begin to train, on the run's clock; None before."""
     step_seconds: dict[str, float] = field(default_factory=dict)
     """Client → seconds per local step, if the schedule measures them."""
     merged_by: dict[str, int] = field(default_factory=dict)
@@ -35,7 +37,12 @@ class RunCounters:
 
     def committed(self) -> dict[str, Any]:
         """Return the counters that are stored with a version: those that the ledger does not contain."""
-        return {"updates": self.updates, "seconds": self.seconds, "step_seconds": dict(self.step_seconds)}
+        return {
+            "updates": self.updates,
+            "seconds": self.seconds,
+            "started": self.started,
+            "step_seconds": dict(self.step_seconds),
+        }
 
     def commit(self, version: int, clients: Sequence[str], window: int, now: float) -> None:
         """Count a new version of one update of each of `clients`; a client may occur twice."""

@@ -56,10 +56,17 @@ class RunResult:
     """Where the run left its files."""
     registered: frozenset[str] = frozenset()
     """The clients that a worker registered."""
+    seconds: float = 0.0
+    """When the run stopped, on the run's clock."""
+    resumable: bool = False
+    """Whether the run failed for a reason outside of it, so that it may be resumed."""
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """The central evaluations in order: `version`, `seconds` since the start, and each metric by its name."""
+        """The central evaluations in order: `version`, `seconds` since the start, and each metric by its name.
+
+        A metric may be NaN or infinite. Evaluations that failed are in `ledger` only.
+        """
         return history_of(self.ledger)
 
     @property
@@ -73,9 +80,21 @@ class RunResult:
 
 
 def history_of(ledger: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The central evaluations among the records of a ledger."""
-    evaluations = (r for r in ledger if r["kind"] == "evaluation")
-    return [{"version": r["version"], "seconds": round(r["seconds"], 3), **r["metrics"]} for r in evaluations]
+    """The central evaluations among the records of a ledger, without those that failed."""
+    return [
+        {"version": r["version"], "seconds": round(r["seconds"], 3), **r["metrics"]} for r in evaluations_of(ledger)
+    ]
+
+
+def evaluations_of(ledger: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The records of the central evaluations that did not fail."""
+    return [r for r in ledger if r["kind"] == "evaluation" and not r.get("error")]
+
+
+def main_metric(metrics: Iterable[str], target: Iterable[str] = ()) -> str:
+    """Return the metric that a picture shows first: that of the target, else `accuracy`, else the first one."""
+    names = list(metrics)
+    return next((name for name in (*target, "accuracy") if name in names), names[0])
 
 
 def summarize(
@@ -87,19 +106,21 @@ def summarize(
     refused: Mapping[str, int],
     configured: Collection[str] = (),
     registered: Collection[str] = (),
+    seconds: float = 0.0,
 ) -> dict[str, Any]:
-    """Summarize a run; `seconds` in the summary is the time of the last record, on the run's clock.
+    """Summarize a run that stopped after `seconds` of its clock, or at the time of its last record if that is later.
 
-    `configured` are the clients of its configuration, `registered` those that a worker registered.
+    `configured` are the clients of its configuration, `registered` those that a worker registered. `metrics` in the
+    summary are those of the newest evaluation that did not fail, of version `metrics_version`.
     """
     records = list(ledger)
     merged = [line for r in records if r["kind"] == "version" for line in r["merged"]]
-    evaluations = [r for r in records if r["kind"] == "evaluation"]
+    evaluations = evaluations_of(records)
     rejected = Counter(r["reason"] for r in records if r["kind"] == "rejected")
     abandoned = Counter(r["reason"] for r in records if r["kind"] == "abandoned")
     staleness = [line["staleness"] for line in merged]
     clients = Counter(line["client"] for line in merged)
-    seconds = max((r["seconds"] for r in records), default=0.0)
+    seconds = max([seconds, *(r["seconds"] for r in records)])
     failures = Failures.from_ledger(records)
     return {
         "run": run,
@@ -126,6 +147,8 @@ def summarize(
         },
         "failures": [_failure(kind) for kind in failures.kinds.values()],
         "metrics": evaluations[-1]["metrics"] if evaluations else {},
+        "metrics_version": evaluations[-1]["version"] if evaluations else None,
+        "evaluations_failed": sum(bool(r.get("error")) for r in records if r["kind"] == "evaluation"),
         "history": history_of(evaluations),
         "stopped_because": stopped_because,
     }

@@ -6,6 +6,7 @@ are: no markup, no emoji codes, no control characters.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from types import TracebackType
 from typing import Self
@@ -19,6 +20,7 @@ from fedqueue.config.schema import Config
 from fedqueue.exception_text import printable
 from fedqueue_coordinator.core.failures import FailureKind
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.run_summary import main_metric
 
 REFRESH_SECONDS = 0.25
 """Time between two updates of the table on a terminal."""
@@ -85,8 +87,8 @@ class LiveView:
                 self.say(kind.line, WARNING, even_if_quiet=not kind.mild)
         evaluated = federation.evaluated
         if evaluated and evaluated.metrics and (not self._history or self._history[-1][0] != evaluated.version):
-            shown = "accuracy" if "accuracy" in evaluated.metrics else next(iter(evaluated.metrics))
-            self._history.append((evaluated.version, evaluated.metrics[shown]))
+            value = evaluated.metrics.get(main_metric(evaluated.metrics, self._config.stop.target))
+            self._history.append((evaluated.version, math.nan if value is None else value))
         if self._quiet or now < self._next:
             return
         if self._live:
@@ -134,9 +136,9 @@ class LiveView:
             if counts:
                 row(name, counted(counts))
         if federation.evaluated:
+            wanted = {goal.metric: goal.condition for goal in config.stop.goals}
             for name, value in federation.evaluated.metrics.items():
-                goal = config.stop.target.get(name)
-                row(name, f"{value:.4f}" + (f" (target {goal:g})" if goal is not None else ""))
+                row(name, f"{value:.4f}" + (f" (target {wanted[name]})" if name in wanted else ""))
             row("", sparkline([value for _, value in self._history]))
         return table
 
@@ -158,9 +160,10 @@ def _losses(federation: Federation) -> list[tuple[str, Counter[str]]]:
 
 
 def sparkline(values: list[float], width: int = 60) -> str:
-    """Draw the last `width` values as bars between their minimum and maximum."""
+    """Draw the last `width` values as bars between their minimum and maximum, and a gap for one that is not finite."""
     recent = values[-width:]
-    if not recent:
+    finite = [value for value in recent if math.isfinite(value)]
+    if not finite:
         return ""
-    low, span = min(recent), (max(recent) - min(recent)) or 1.0
-    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] for v in recent)
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join(BARS[round((v - low) / span * (len(BARS) - 1))] if math.isfinite(v) else " " for v in recent)

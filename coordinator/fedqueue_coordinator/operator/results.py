@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, MissingExtra, StoreError
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.run_summary import RunResult, summarize
+from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, RunFolder
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 
@@ -81,13 +81,14 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
         result.refused,
         config.clients.ids,
         result.registered,
+        result.seconds,
     )
     summary["model_version"] = result.version
     summary["jobs_dispatched"] = result.jobs_dispatched
     summary["complete"] = came_to_its_end(result)
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     with (folder / "ledger.jsonl").open("w", encoding="utf-8") as ledger:
-        ledger.writelines(json.dumps(record) + "\n" for record in result.ledger)
+        ledger.writelines(json_text(record) + "\n" for record in result.ledger)
     save_model(folder / "model.safetensors", result.model)
     (folder / "report.png").unlink(missing_ok=True)
     with contextlib.suppress(MissingExtra):

@@ -23,6 +23,8 @@ from fedqueue.errors import RunNotFound, ServerUnavailable, StoreError
 from fedqueue.transport.connection import TLS_SCHEMES, connect
 from fedqueue.transport.store import Store, list_runs
 from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.run_summary import evaluations_of
+from fedqueue_coordinator.operator.json_text import json_text
 
 RUNS_FOLDER = Path("runs")
 DEFAULT_URL = "redis://localhost:6379"
@@ -77,7 +79,7 @@ def show_status(url: str, run: str, as_json: bool) -> None:
             raise RunNotFound(run)
         raise StoreError("found no run, or more than one; name one with --run NAME (`fedqueue list` shows them)")
     if as_json:
-        typer.echo(json.dumps(status, indent=2))
+        typer.echo(json_text(status, indent=2))
         return
     table = Table(title=status["run"], title_justify="left", show_header=False)
     table.add_column(style="bold")
@@ -102,7 +104,7 @@ def show_runs(url: str, as_json: bool) -> None:
         summary = read_summary(folder)
         rows.append({"run": run, "state": "ended", "version": summary["versions"], "where": str(folder)})
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json_text(rows, indent=2))
     elif not rows:
         typer.echo("no runs found on a Redis server or under runs/; `fedqueue run CONFIG.toml` starts one")
     else:
@@ -124,8 +126,8 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
         except RunNotFound:
             continue
         ledger = store.ledger()
-        evaluations = [r for r in ledger if r["kind"] == "evaluation"]
-        failures = [r for r in ledger if r["kind"] == "abandoned" and r["error"]]
+        evaluations = evaluations_of(ledger)
+        failures = [r for r in ledger if r.get("error")]
         return {
             "run": wanted,
             "state": info.state,
@@ -141,7 +143,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "posts_refused": {k: v for k, v in store.refused().items() if v},
             "clients": RunCounters.from_ledger({}, ledger, window=1).merged_by,
             "metrics": evaluations[-1]["metrics"] if evaluations else {},
-            "last_failure": f"{failures[-1]['client']}: {failures[-1]['error']}" if failures else "",
+            "last_failure": f"{failures[-1].get('client', 'evaluate')}: {failures[-1]['error']}" if failures else "",
         }
     return None
 

@@ -35,6 +35,7 @@ from fedqueue.transport import rq_jobs
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.admission import unusable_reason
+from fedqueue_coordinator.core.evaluation import load_test_data, require_test_data
 from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
@@ -100,7 +101,8 @@ class Coordinator:
 
         `on_progress` gets the federation and the seconds of the run's clock after each round of the loop;
         `on_wait` is called before each wait for Redis. With `reopen`, a run that has ended is continued from the
-        checkpoint. Raises ConfigurationError for an algorithm that cannot be made.
+        checkpoint. Raises ConfigurationError for an algorithm that cannot be made, and for
+        a target without test data to measure it on.
         """
         self.config = config
         self.task = task
@@ -115,6 +117,7 @@ class Coordinator:
         self._ending: Stop | None = None
         self._paused = False
         self._known = False  # whether this process has seen the run in Redis
+        self._unreported: Evaluation | None = None  # an evaluation that an outage of Redis kept from the stream
         self._unpublished: list[Commit] = []  # versions that are not in Redis yet
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILENAME, config.checkpoint.every_seconds)
         self._verifier = EntryVerifier(store.identity)
@@ -127,7 +130,8 @@ class Coordinator:
         self._queues: rq_jobs.Queues
         torch.set_num_threads(config.aggregation.threads)
         check_algorithms(config)
-        data = task.test_data()
+        data = load_test_data(task)
+        require_test_data(config.stop.target, data)
         device = check_device(config.training.device)
         self._evaluator = None if data is None else Evaluator(task, data, device, self._report)
 
@@ -171,7 +175,8 @@ class Coordinator:
     def _require_time_left(self, error: redis.RedisError) -> None:
         """Raise ServerUnavailable if stop.seconds have passed in an outage, which only the federation would notice."""
         limit, because = self.config.stop.seconds, transient_reason(error)
-        if limit is not None and because and self._now() >= limit:
+        started = (self.federation.run_counters.started if self._known else None) or 0.0
+        if limit is not None and because and self._now() >= started + limit:
             raise ServerUnavailable(
                 f"stop.seconds = {limit:g} have passed while waiting for Redis: {because}"
             ) from error
@@ -213,6 +218,7 @@ class Coordinator:
         self._zero = self._clock() - self.federation.run_counters.seconds
         self._next_watch = self._now()
         self._unpublished = []
+        self._unreported = None  # measured again: the federation knows of no evaluation in progress
         self._queues = rq_jobs.Queues(store.redis)
         self._payloads = PayloadReader(store, self.federation)
         self._base_versions = BaseVersions(store, self.federation)
@@ -259,6 +265,9 @@ class Coordinator:
         self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
         self.store.renew_lead(dispatch.leader_lease_seconds)
         self._retry.succeeded()
+        if (evaluation := self._unreported) is not None:
+            self._unreported = None
+            self._report(evaluation)
         if self._checkpointer.due(self._now()):
             self._publish()
             self._checkpointer.start(Checkpoint.from_federation(self.federation, self._ledger()), self._now())
@@ -295,8 +304,10 @@ class Coordinator:
             case ClientUnavailable(_, client, error):
                 log.info("client unavailable", client=client, error=error)
                 event = dataclasses.replace(event, served=self.store.is_served(client))
-            case Evaluated(version, metrics):  # before the records of the run's end, to which it may lead
-                self._perform([Acknowledge(entry.id, evaluation_record(version, metrics, self._now()))])
+            case Evaluated(version, _, error):  # before the records of the run's end, to which it may lead
+                self._perform([Acknowledge(entry.id, evaluation_record(event, self._now()))])
+                if error:
+                    log.info("evaluation failed", version=version, error=error)
         self._handle(event)
         if isinstance(event, ClientJoined | ClientLeft):
             self._perform([Acknowledge(entry.id, None)])
@@ -419,19 +430,24 @@ class Coordinator:
     def _report(self, evaluation: Evaluation) -> None:
         """Append an evaluation to the coordinator's own stream; called on the evaluator's thread.
 
-        A result that is lost in an outage is measured again when the run is resumed.
+        A result that does not reach Redis is reported again by `_watch`.
         """
         try:
             self.store.report("evaluated", evaluation.pack())
         except redis.RedisError as error:
-            log.warning("evaluation not reported; it is repeated after the outage", error=str(error))
+            self._unreported = evaluation
+            log.warning("evaluation not reported; it is reported again after the outage", error=str(error))
 
     # The end
 
     def _end(self) -> RunResult:
-        """Settle the entries that are left, evaluate the last version, and leave in Redis what retention requires."""
-        federation, store = self.federation, self.store
-        assert federation.stopped is not None
+        """Settle the entries that are left, evaluate the last version, and leave in Redis what retention requires.
+
+        A run that is resumable stays in Redis as it is, for the next coordinator.
+        """
+        federation, store, stopped = self.federation, self.store, self.federation.stopped
+        assert stopped is not None
+        seconds = self._now()
         keep_payloads = self.config.ledger.keep_payloads
         if self._evaluator:
             self._evaluator.join()
@@ -439,8 +455,9 @@ class Coordinator:
             self._take(entry)
         version, model = self._final_version()
         registered = store.registrations().keys()
-        for client in registered:
-            rq_jobs.delete_queue(store.redis, store.keys.queue(client))
+        if not stopped.resumable:
+            for client in registered:
+                rq_jobs.delete_queue(store.redis, store.keys.queue(client))
         ledger = self._ledger()
         refused = store.refused()
         jobs = store.job_number()
@@ -450,19 +467,20 @@ class Coordinator:
             except OSError as error:
                 log.error("payloads not kept, so the audit cannot replay the run; check the disk", error=str(error))
                 shutil.rmtree(self._folder / REPLAY_FOLDER, ignore_errors=True)
-        if self._ending or federation.stopped.failed:  # the operator may want to continue it after all
+        if self._ending or stopped.failed:  # the operator may want to continue it after all
             self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())
         else:
             self._checkpointer.delete()
-        store.end(
-            federation.stopped.because,
-            self.config.redis.retention_hours * 3600,
-            chunks_of(federation.downlink.largest),
-            [0] if keep_payloads else [],
-        )
+        if not stopped.resumable:
+            store.end(
+                stopped.because,
+                self.config.redis.retention_hours * 3600,
+                chunks_of(federation.downlink.largest),
+                [0] if keep_payloads else [],
+            )
         return RunResult(
-            version, model, federation.stopped.because, federation.stopped.failed, ledger, refused, jobs,
-            registered=frozenset(registered),
+            version, model, stopped.because, stopped.failed, ledger, refused, jobs,
+            registered=frozenset(registered), seconds=seconds, resumable=stopped.resumable,
         )  # fmt: skip
 
     def _ledger(self) -> list[LedgerRecord]:
@@ -479,7 +497,7 @@ class Coordinator:
         federation, evaluator = self.federation, self._evaluator
         assert federation.stopped is not None
         if evaluator and evaluator.snapshot:
-            if federation.stopped.because.startswith("target"):
+            if federation.stopped.version == evaluator.snapshot[0]:
                 return evaluator.snapshot
             if evaluator.snapshot[0] == federation.version:
                 return federation.version, federation.model

@@ -8,11 +8,10 @@ from typing import Any
 
 import torch
 
-from fedqueue.exception_text import exception_with_place
 from fedqueue.protocol.messages import Evaluation
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
-from fedqueue_coordinator.core.evaluation import evaluate
+from fedqueue_coordinator.core.evaluation import evaluate, failed_evaluation
 
 
 class Evaluator:
@@ -22,7 +21,7 @@ class Evaluator:
         self._task, self._data, self._device, self._report = task, data, device, report
         self._thread: threading.Thread | None = None
         self.snapshot: tuple[int, Frame] | None = None
-        """The version that was evaluated last, and its frame."""
+        """The version that was evaluated last without a failure, and its frame."""
 
     def start(self, version: int, model: Frame) -> None:
         """Evaluate a copy of `model`, after the previous evaluation has been reported."""
@@ -39,7 +38,8 @@ class Evaluator:
     def _run(self, version: int, frame: Frame) -> None:
         try:
             result = evaluate(self._task, self._data, frame, self._device)
-        except BaseException as error:  # Ctrl-C reaches the main thread only, so the task raised this
-            result = Evaluation(version=0, metrics={}, error=exception_with_place(error)[:4000])
-        self.snapshot = (version, frame)
+        except KeyboardInterrupt as error:  # raised by the task: only the main thread gets the user's
+            result = failed_evaluation(error)
+        if not result.error:
+            self.snapshot = (version, frame)
         self._report(result.model_copy(update={"version": version}))

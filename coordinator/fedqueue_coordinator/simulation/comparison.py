@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,12 +27,13 @@ from typing import Any
 
 from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
+from fedqueue.config.target import Goal, Wanted, goals
 from fedqueue.errors import ConfigurationError, TaskError
 from fedqueue.task import load_task
 from fedqueue_coordinator.core.events import Evaluated
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.run_summary import RunResult
-from fedqueue_coordinator.core.stop_conditions import lower_is_better, target_reached
+from fedqueue_coordinator.core.stop_conditions import require_usable_target, target_reached
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
 DEFAULT_STRATEGIES = ("fedavg", "fedasync", "fedbuff")
@@ -89,8 +91,8 @@ class Outcome:
 
     @property
     def final(self) -> Point:
-        """The last evaluation."""
-        return self.points[-1]
+        """The last evaluation that did not fail; without metrics if every one failed."""
+        return self.points[-1] if self.points else Point(0.0, 0, {})
 
 
 @dataclass(frozen=True)
@@ -125,8 +127,8 @@ class Setup:
         )
 
     @property
-    def target(self) -> dict[str, float]:
-        """Return metric → value to reach; raises ConfigurationError if the configuration has none."""
+    def target(self) -> Wanted:
+        """Return the metrics to reach; raises ConfigurationError if the configuration has none."""
         config = load_config(self.path, list(self.overrides))
         target = config.compare.target or config.stop.target
         if not target:
@@ -135,13 +137,24 @@ class Setup:
         return target
 
     def run(self, variant: Variant, seed: int, tuned: Mapping[str, str], on_progress: Progress) -> Outcome:
-        """Simulate one run; raises TaskError if the task has no test data."""
-        config = self.config(variant, seed, tuned)
+        """Simulate one run.
+
+        Raises TaskError if the task has no test data, and ConfigurationError if the first evaluation does not measure
+        the target or meets it before any training.
+        """
+        config, target = self.config(variant, seed, tuned), self.target
         name = f"{variant.name}, seed {seed}"
-        simulation = Simulation(
-            config, self._datasets(config), self.timing, lambda federation, now: on_progress(name, federation)
-        )
-        return outcome_of(simulation.run(), variant.name, seed, tuned, self.target, config.clients.ids)
+        judged = False
+
+        def follow(federation: Federation, now: float) -> None:
+            nonlocal judged
+            if federation.evaluated and not judged:
+                require_usable_target(goals(target), federation.evaluated)
+                judged = True
+            on_progress(name, federation)
+
+        result = Simulation(config, self._datasets(config), self.timing, follow).run()
+        return outcome_of(result, variant.name, seed, tuned, target, config.clients.ids)
 
     def _datasets(self, config: Config) -> ClientDatasets:
         key = json.dumps([config.task.model_dump(), config.clients.ids])
@@ -160,10 +173,11 @@ def outcome_of(
     variant: str,
     seed: int,
     tuned: Mapping[str, str],
-    target: Mapping[str, float],
+    target: Wanted,
     clients: Sequence[str],
 ) -> Outcome:
-    """Derive the outcome of a run from its ledger; `target` is metric → value."""
+    """Derive the outcome of a run from its ledger."""
+    wanted = goals(target)
     merged: list[Mapping[str, Any]] = []
     points: list[Point] = []
     merged_until = {0: 0}  # version → updates
@@ -173,7 +187,7 @@ def outcome_of(
             case "version":
                 merged += record["merged"]
                 merged_until[record["version"]] = len(merged)
-            case "evaluation":
+            case "evaluation" if not record.get("error"):
                 points.append(Point(record["seconds"], merged_until[record["version"]], record["metrics"]))
             case "rejected" | "abandoned" if record["reason"] != "run_ended":
                 lost[record["reason"]] += 1
@@ -184,12 +198,12 @@ def outcome_of(
         tuned=dict(tuned),
         updates=len(merged),
         versions=len(merged_until) - 1,
-        seconds=max(record["seconds"] for record in result.ledger),
+        seconds=max([0.0, *(record["seconds"] for record in result.ledger)]),
         staleness=mean(line["staleness"] for line in merged) if merged else 0.0,
         clients=list(clients),
         shares={client: count / len(merged) for client, count in sorted(by_client.items())},
         lost=dict(sorted(lost.items())),
-        reached=next((point for point in points if target_reached(target, Evaluated(0, point.metrics))), None),
+        reached=next((point for point in points if target_reached(wanted, Evaluated(0, point.metrics))), None),
         points=points,
     )
 
@@ -281,25 +295,25 @@ def slowdown_overrides(config: Config, speeds: Sequence[float]) -> list[str]:
     return [f"clients.slowdown={{{', '.join(pairs)}}}"]
 
 
-def best(trials: Sequence[Sequence[Outcome]], target: Mapping[str, float]) -> Mapping[str, str]:
+def best(trials: Sequence[Sequence[Outcome]], target: Wanted) -> Mapping[str, str]:
     """Return the settings of the best trial.
 
     Trials are ordered by the number of runs that reached the target, then by its mean time, then by the final metric.
     """
-    metric = next(iter(target))
+    goal = goals(target)[0]
 
     def cost(outcomes: Sequence[Outcome]) -> tuple[float, float, float]:
         times = [outcome.reached.seconds for outcome in outcomes if outcome.reached]
-        final = mean(worst_if_missing(outcome.final.metrics.get(metric), metric) for outcome in outcomes)
-        return -len(times), mean(times) if times else 0.0, final if lower_is_better(metric) else -final
+        final = mean(worst_if_missing(outcome.final.metrics.get(goal.metric), goal) for outcome in outcomes)
+        return -len(times), mean(times) if times else 0.0, final if goal.direction == "below" else -final
 
     return min(trials, key=cost)[0].tuned
 
 
-def worst_if_missing(value: float | None, metric: str) -> float:
-    """Return `value`, or the worst value there is for None: an evaluation omits metrics that are not finite."""
-    worst = float("inf") if lower_is_better(metric) else float("-inf")
-    return worst if value is None else value
+def worst_if_missing(value: float | None, goal: Goal) -> float:
+    """Return `value`, or the worst value there is for None and for NaN."""
+    worst = float("inf") if goal.direction == "below" else float("-inf")
+    return worst if value is None or math.isnan(value) else value
 
 
 def compare(

@@ -39,7 +39,7 @@ from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import check_device, check_training, set_seed
-from fedqueue_coordinator.core.evaluation import evaluate
+from fedqueue_coordinator.core.evaluation import evaluate, load_test_data, require_test_data
 from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
@@ -91,8 +91,9 @@ class ClientDatasets:
     """
 
     def __init__(self, task: Task) -> None:
+        """Raises TaskError if `test_data` raises."""
         self.task = task
-        self.test_data = task.test_data()
+        self.test_data = load_test_data(task)
         self._data: dict[str, tuple[Any, int | None]] = {}
 
     def data(self, config: Config, client: str) -> tuple[Any, int | None]:
@@ -156,6 +157,7 @@ class Simulation:
         self.trace: list[tuple[float, str, str]] = []
         """(virtual seconds, "begins" | "arrives" | "waits", job) in order, with which a real run can be driven."""
         self._on_progress = on_progress
+        require_test_data(config.stop.target, datasets.test_data)
         self._device = check_device(config.training.device)
         set_seed(config.seed)
         module = datasets.task.model()
@@ -206,6 +208,7 @@ class Simulation:
         return RunResult(
             version, model, federation.stopped.because, federation.stopped.failed, self.ledger, {},
             federation.job_number, registered=frozenset(federation.clients),
+            seconds=self.now, resumable=federation.stopped.resumable,
         )  # fmt: skip
 
     def _schedule(self, seconds: float, event: Event | TrainingStarted) -> None:
@@ -297,8 +300,9 @@ class Simulation:
             case Evaluate(version):
                 self._evaluated = version, self.federation.model.copy()
                 result = evaluate(self.datasets.task, self.datasets.test_data, self._evaluated[1], self._device)
-                self.ledger.append(evaluation_record(version, result.metrics, self.now))
-                self._schedule(self.now, Evaluated(version, result.metrics, result.error))
+                evaluated = Evaluated(version, result.metrics, result.error)
+                self.ledger.append(evaluation_record(evaluated, self.now))
+                self._schedule(self.now, evaluated)
             case Stop():
                 pass
         return None
@@ -315,7 +319,7 @@ class Simulation:
     def _final_version(self, stop: Stop) -> tuple[int, Frame]:
         """Return the version that reached the target, else the newest, and evaluate it if that has not happened."""
         federation = self.federation
-        if self._evaluated and stop.because.startswith("target"):
+        if self._evaluated and stop.version == self._evaluated[0]:
             return self._evaluated
         measured = self._evaluated is not None and self._evaluated[0] == federation.version
         if self.datasets.test_data is not None and not stop.failed and not measured:

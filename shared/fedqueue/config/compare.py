@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from fedqueue.config.sections import AUTO, Count, NonNegative, Positive, Section, Text
+from fedqueue.config.target import Target
 
 
 class CompareConfig(Section):
@@ -24,7 +25,7 @@ class CompareConfig(Section):
     """Chooses the best values for each variant, on two separate seeds: keys in their sections, each with a list."""
     updates: Annotated[Count | None, AUTO] = None
     """Updates per run; `auto`: `stop.updates`, or else 50 per client."""
-    target: dict[str, float] = {}
+    target: Target = {}
     """Central metrics to reach, as in `stop.target`; where it is left out, `stop.target` itself."""
     speeds: tuple[Annotated[float, Field(ge=1, allow_inf_nan=False)], ...] = ()
     """Slowdown factors, given to the clients in turn; where they are left out, `clients.slowdown`."""

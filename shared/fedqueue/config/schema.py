@@ -17,6 +17,7 @@ from fedqueue.config.dispatch import DispatchConfig
 from fedqueue.config.names import ClientId, RunName
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, refuse
+from fedqueue.config.target import Goal, Target, goals
 from fedqueue.config.training import TrainingConfig
 
 
@@ -137,15 +138,21 @@ class StopConfig(Section):
     updates: Annotated[Count | None, OFF] = None
     """Updates merged."""
     seconds: Annotated[Positive | None, OFF] = None
-    """Seconds since the run began."""
-    target: dict[str, float] = {}
-    """Central metrics to reach, such as {accuracy = 0.95}; metrics that end in `loss` or `error` must fall to it."""
+    """Seconds since the clients began to train: since the first job."""
+    target: Target = {}
+    """Central metrics to reach, all of them in one evaluation: `{ accuracy = 0.95 }` for a well-known name, and
+    `{ depth = { above = 3 } }` or `{ depth = { below = 3 } }` for any name."""
 
     @model_validator(mode="after")
     def _ends(self) -> StopConfig:
         if not (self.versions or self.updates or self.seconds or self.target):
             raise refuse("no limit is set", "set at least one of versions, updates, seconds and target")
         return self
+
+    @property
+    def goals(self) -> tuple[Goal, ...]:
+        """The metrics of `target`, each with its direction."""
+        return goals(self.target)
 
 
 class Config(Section):
@@ -196,6 +203,28 @@ class Config(Section):
             raise refuse(
                 f"aggregation.cohort_size is {cohort}, but there are only {clients} clients",
                 f"set it to at most {clients}, or to 'all'",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _round_fits(self) -> Config:
+        size, clients = self.buffer_size, self.clients.number
+        if self.barrier and self.aggregation.strategy != "fedavg" and size > clients:
+            raise refuse(
+                f"aggregation.buffer_size is {size}, but there are only {clients} clients, and behind a barrier each "
+                "adds one update to a version",
+                f"set it to at most {clients}, or set barrier = false",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _target_is_measured(self) -> Config:
+        off = self.evaluation.every_versions is None and self.evaluation.every_seconds is None
+        if self.stop.target and off:
+            raise refuse(
+                f"stop.target names {', '.join(self.stop.target)}, but every_versions and every_seconds of "
+                "[evaluation] are off, so that nothing is measured",
+                "set one of them, or leave out the target",
             )
         return self
 
@@ -252,7 +281,7 @@ class Config(Section):
     @property
     def minimum_clients(self) -> int:
         """Clients that must be alive before training starts: `clients.min_available`, resolved."""
-        return self.clients.min_available or (min(self.buffer_size, self.clients.number) if self.barrier else 1)
+        return self.clients.min_available or (self.buffer_size if self.barrier else 1)
 
     @property
     def concurrency(self) -> int:

@@ -15,9 +15,10 @@ from fedqueue.errors import WireError
 from fedqueue.protocol.msgpack import pack, unpack
 
 MAX_METRICS = 64
+MAX_METRIC_NAME = 64  # characters
 
 Metrics = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[float, Field(allow_inf_nan=False)]],
+    dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], float],
     Field(max_length=MAX_METRICS),
 ]
 Natural = Annotated[int, Field(ge=0, lt=2**53)]  # Lua and JSON represent these exactly

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean, stdev
@@ -13,8 +12,9 @@ from typing import Any
 
 from rich.table import Table
 
+from fedqueue.config.target import Wanted, goals
 from fedqueue.errors import MissingExtra
-from fedqueue_coordinator.core.stop_conditions import lower_is_better
+from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.simulation.comparison import Outcome
 
 COMPARISON_FILENAMES = ("comparison.md", "comparison.json", "comparison.png")
@@ -31,7 +31,7 @@ def grouped(outcomes: Sequence[Outcome]) -> Groups:
     return groups
 
 
-def rows(outcomes: Sequence[Outcome], target: Mapping[str, float]) -> list[list[str]]:
+def rows(outcomes: Sequence[Outcome], target: Wanted) -> list[list[str]]:
     """Return the table with its header as the first row; values are mean ± standard deviation over the seeds.
 
     `seconds` and `updates` say when the target was reached, over the seeds that reached it.
@@ -65,11 +65,9 @@ def least_share(outcome: Outcome) -> float:
     return min((outcome.shares.get(client, 0.0) for client in outcome.clients), default=0.0)
 
 
-def target_in_words(target: Mapping[str, float]) -> str:
+def target_in_words(target: Wanted) -> str:
     """Write {"accuracy": 0.9} as "accuracy ≥ 0.9"."""
-    return ", ".join(
-        f"{metric} {'≤' if lower_is_better(metric) else '≥'} {value:g}" for metric, value in target.items()
-    )
+    return ", ".join(map(str, goals(target)))
 
 
 def spread(values: Sequence[float], digits: int) -> str:
@@ -101,7 +99,7 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def write_comparison(
-    folder: Path, title: str, about: Sequence[str], outcomes: Sequence[Outcome], target: Mapping[str, float]
+    folder: Path, title: str, about: Sequence[str], outcomes: Sequence[Outcome], target: Wanted
 ) -> None:
     """Write COMPARISON_FILENAMES into `folder`; `about` are the lines that describe how the figures were obtained.
 
@@ -113,7 +111,7 @@ def write_comparison(
     (folder / "comparison.md").write_text(text + "\n", encoding="utf-8")
     plain: dict[str, Any] = {"title": title, "about": list(about), "target": dict(target)}
     plain["outcomes"] = [asdict(outcome) for outcome in outcomes]
-    (folder / "comparison.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+    (folder / "comparison.json").write_text(json_text(plain, indent=1) + "\n", encoding="utf-8")
     (folder / "comparison.png").unlink(missing_ok=True)
     with contextlib.suppress(MissingExtra):
         from fedqueue_coordinator.operator.reports.comparison_plot import draw

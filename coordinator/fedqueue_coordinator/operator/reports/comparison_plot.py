@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 import numpy as np
 
+from fedqueue.config.target import Goal, Wanted, goals
 from fedqueue.errors import MissingExtra
-from fedqueue_coordinator.core.stop_conditions import lower_is_better
 from fedqueue_coordinator.operator.reports.comparison import Groups, grouped, target_in_words
-from fedqueue_coordinator.simulation.comparison import Outcome
+from fedqueue_coordinator.simulation.comparison import Outcome, Point
 
 try:
     import matplotlib as mpl
@@ -28,9 +29,9 @@ LOGARITHMIC_FROM = 12.0
 """Time is drawn on a log scale if the slowest run takes this many times longer than the fastest."""
 
 
-def draw(path: Path, title: str, outcomes: Sequence[Outcome], target: Mapping[str, float]) -> None:
+def draw(path: Path, title: str, outcomes: Sequence[Outcome], target: Wanted) -> None:
     """Draw the target's first metric against time and against updates, and the time to the target, for every seed."""
-    metric, value = next(iter(target.items()))
+    goal = goals(target)[0]
     groups = grouped(outcomes)
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(groups)}
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
@@ -38,10 +39,10 @@ def draw(path: Path, title: str, outcomes: Sequence[Outcome], target: Mapping[st
         FigureCanvasAgg(figure)
         by_time, by_updates, to_target = figure.subplots(1, 3, width_ratios=(1.25, 1.0, 0.85))
         figure.suptitle(f"{title} · virtual clock", fontsize=10)
-        _curves(by_time, groups, colours, metric, value, "seconds")
-        _curves(by_updates, groups, colours, metric, value, "updates")
+        _curves(by_time, groups, colours, goal, "seconds")
+        _curves(by_updates, groups, colours, goal, "updates")
         by_time.set_xlabel("virtual seconds")
-        by_time.set_ylabel(metric)
+        by_time.set_ylabel(goal.metric)
         by_updates.set_xlabel("merged updates")
         by_updates.tick_params(labelleft=False)
         by_updates.sharey(by_time)
@@ -51,12 +52,13 @@ def draw(path: Path, title: str, outcomes: Sequence[Outcome], target: Mapping[st
         figure.savefig(path, dpi=110)
 
 
-def _curves(axes: Axes, groups: Groups, colours: Mapping[str, str], metric: str, target: float, against: str) -> None:
+def _curves(axes: Axes, groups: Groups, colours: Mapping[str, str], goal: Goal, against: str) -> None:
+    metric, target = goal.metric, goal.value
     ends = [getattr(outcome.final, against) for group in groups.values() for outcome in group]
     starts = [getattr(point, against) for group in groups.values() for o in group for point in o.points[1:2]]
     logarithmic = against == "seconds" and min(ends) > 0 and max(ends) / min(ends) > LOGARITHMIC_FROM
     for name, group in groups.items():
-        lines = [[(getattr(p, against), p.metrics[metric]) for p in o.points if metric in p.metrics] for o in group]
+        lines = [[(getattr(p, against), p.metrics[metric]) for p in o.points if _drawable(p, metric)] for o in group]
         lines = [line for line in lines if line]
         for line in lines:
             axes.plot(*zip(*line, strict=True), color=colours[name], alpha=0.25, linewidth=0.8)
@@ -72,11 +74,15 @@ def _curves(axes: Axes, groups: Groups, colours: Mapping[str, str], metric: str,
         axes.set_xlim(left=max(min(starts), max(ends) / 300))
     else:
         axes.set_xlim(left=0.0)
-    finals = [o.final.metrics[metric] for g in groups.values() for o in g if metric in o.final.metrics]
-    if finals and not lower_is_better(metric):  # show the upper end: the first steps would compress the rest
+    finals = [o.final.metrics[metric] for g in groups.values() for o in g if _drawable(o.final, metric)]
+    if finals and goal.direction == "above":  # show the upper end: the first steps would compress the rest
         best = max(*finals, target)
         axes.set_ylim(bottom=best - 6 * max(best - target, 0.03), top=best + 0.4 * max(best - target, 0.03))
     axes.grid(alpha=0.25)
+
+
+def _drawable(point: Point, metric: str) -> bool:
+    return math.isfinite(point.metrics.get(metric, math.nan))
 
 
 def _logarithmic(axes: Axes) -> None:

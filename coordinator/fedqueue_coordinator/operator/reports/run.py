@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedqueue.errors import MissingExtra
+from fedqueue_coordinator.core.run_summary import main_metric
 
 try:
     import matplotlib as mpl
@@ -53,21 +55,21 @@ def _metrics(axes: Axes, history: Sequence[Mapping[str, Any]]) -> None:
     if not history:
         _empty(axes, "no central evaluation:\nthe task has no test_data()")
         return
-    names = [name for name in history[-1] if name not in ("version", "seconds")]
-    shown = "accuracy" if "accuracy" in names else next(iter(names), None)
+    names = [name for name in dict.fromkeys(itertools.chain(*history)) if name not in ("version", "seconds")]
+    shown = main_metric(names) if names else None
     marker = "." if len(history) < 80 else None
     for name, side, colour in (
         (shown, axes, BLUE),
         ("loss" if shown != "loss" else None, axes.twinx(), ORANGE),
     ):
-        points = [(h["seconds"], h[name]) for h in history if name in h] if name else []
-        if not points:
-            side.set_axis_off() if side is not axes else None
+        points = [(h["seconds"], h.get(name, math.nan)) for h in history] if name else []
+        if not any(math.isfinite(value) for _, value in points):
+            side.set_axis_off() if side is not axes else _empty(axes, f"{name or 'no metric'}: no finite value")
             continue
         side.plot(*zip(*points, strict=True), color=colour, marker=marker, linewidth=1.2)
         side.set_ylabel(str(name), color=colour)
     axes.set_xlim(left=0)
-    if shown == "accuracy":
+    if shown == "accuracy" and axes.dataLim.y1 <= 1.0:  # not in percent
         axes.set_ylim(top=1.0)
     axes.grid(alpha=0.25)
 
