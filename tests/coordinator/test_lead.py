@@ -62,6 +62,31 @@ def test_standby_with_a_checkpoint_leads_a_lost_run(run, tmp_path):
     assert take(run, Losing(run.client, run.name, "standby"), tmp_path / CHECKPOINT_FILENAME)
 
 
+def test_last_leader_comes_before_a_standby_with_an_older_checkpoint(run, tmp_path):
+    """Each has a checkpoint on its own disk; the standby has waited behind the leader for three leases."""
+    checkpoint = tmp_path / CHECKPOINT_FILENAME
+    checkpoint.touch()
+    standby, log = CoordinatorStore(run.client, run.name, "standby"), []
+
+    def sleep(seconds: float) -> None:
+        log.append(standby.exists())
+        if len(log) == 60:
+            run.client.flushall()
+        elif len(log) == 75:  # the standby would have led since the next look at an empty server
+            assert take(run, run.coordinator, checkpoint, known=True)
+
+    assert not acquire_leadership(standby, run.config, checkpoint, False, True, lambda: len(log) > 150, sleep)
+    assert run.client.hget(run.keys.leader, "owner") == b"owner-a"
+
+
+def test_standby_leads_if_the_last_leader_stays_away(run, tmp_path):
+    (tmp_path / CHECKPOINT_FILENAME).touch()
+    run.client.flushall()
+    standby = CoordinatorStore(run.client, run.name, "standby")
+    assert not take(run, standby, tmp_path / CHECKPOINT_FILENAME, waits=15)
+    assert take(run, standby, tmp_path / CHECKPOINT_FILENAME, waits=25)
+
+
 @pytest.mark.parametrize(("known", "leads"), [(False, True), (True, False)])
 def test_coordinator_leads_on_an_empty_server_if_run_is_new(run, tmp_path, known, leads):
     run.client.flushall()

@@ -31,23 +31,28 @@ def acquire_leadership(
 ) -> bool:
     """Wait for the leader lease; False once `stopped` returns true. Without `standby`, wait no longer than two leases.
 
-    `known`: this process has seen the run in Redis before. If such a run is gone, only a coordinator with its
-    `checkpoint` may continue it; it must not start from version 0. So a standby that finds no run first gives other
-    coordinators time to start it. Raises RunExists if another coordinator keeps the lease, and RunLost if the run is
-    gone and `checkpoint` does not exist.
+    `known`: this process has led the run before. If a run that was seen in Redis is gone, only a coordinator with its
+    `checkpoint` may continue it; it must not start from version 0. The last leader has the newest checkpoint, so a
+    standby that finds no run gives other coordinators one lease to come first. Raises RunExists if another coordinator
+    keeps the lease, and RunLost if the run is gone and `checkpoint` does not exist.
     """
     lease = config.dispatch.leader_lease_seconds
-    waited, said = 0.0, ""
+    waited, missing, said = 0.0, 0.0, ""  # missing: seconds for which Redis has not had the run
+    led_last = known
 
     def why_not() -> str:
-        nonlocal known
+        nonlocal known, missing
         exists = store.exists()
         known = known or exists
-        if exists or checkpoint.exists():
+        if exists:
+            missing = 0.0
             return ""
+        yields = standby and not led_last and missing < lease
+        if checkpoint.exists():
+            return "its last leader may have a newer checkpoint" if yields else ""
         if known:
             return RUN_LOST
-        return "no coordinator has started it" if standby and waited < lease else ""
+        return "no coordinator has started it" if yields else ""
 
     while True:
         why = why_not()
@@ -64,11 +69,13 @@ def acquire_leadership(
                 "choose another name with --set name=NAME, or start `fedqueue coordinator --standby`, which takes over"
             )
             raise RunExists(config.name, "is led by another coordinator", hint)
+        if not why and store.exists():
+            led_last = False
         if (why := why or "another coordinator leads it") != said:
             log.info("waiting to lead this run", why=why, run=config.name, standby=standby)
             said = why
         sleep(lease / 20)
-        waited += lease / 20
+        waited, missing = waited + lease / 20, missing + lease / 20
 
 
 class LeaseRenewal:
