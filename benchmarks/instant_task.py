@@ -1,7 +1,8 @@
-"""A task whose training takes no time: it adds a constant to a model of a given size."""
+"""A task whose training takes no time, or a given one: it adds a constant to a model of a given size."""
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -13,7 +14,9 @@ ARRAYS = 10
 
 
 class InstantTask(Task):
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, seconds: float = 0.0) -> None:
+        """`seconds` is how long a job's training waits."""
+        self.seconds = seconds
         self.sizes = [max(1, nbytes // 4 // ARRAYS)] * ARRAYS
 
     def model(self) -> torch.nn.Module:
@@ -26,5 +29,7 @@ class InstantTask(Task):
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(1e-4)
+        if self.seconds:
+            time.sleep(self.seconds)
         progress()
         return TrainResult(1)

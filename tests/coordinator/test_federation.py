@@ -24,7 +24,7 @@ from fedqueue_coordinator.core.events import (
     Stop,
 )
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.core.reasons import RejectionReason
+from fedqueue_coordinator.core.reasons import LapseCause, RejectionReason
 from tests.support import oracle
 from tests.support.builders import EXAMPLES, MANIFEST, make_config, make_frame, make_header, of_kind, same_bits
 from tests.support.federation_run import Died, start
@@ -696,14 +696,14 @@ def test_job_stays_open_when_another_worker_takes_the_client():
 
 def test_expired_lease_of_an_unknown_job_changes_nothing():
     run = start("c0")
-    assert run.tell(LeaseExpired("run-00000099")) == []
+    assert run.tell(LeaseExpired("run-00000099", LapseCause.PROCESS_DIED)) == []
     assert run.has_job("c0")
 
 
 def test_close_after_an_expired_lease_is_conditional():
     run = start("c0", "c1")
     job = run.job_of("c0")
-    (close,) = run.federation.handle(LeaseExpired(job), run.now)
+    (close,) = run.federation.handle(LeaseExpired(job, LapseCause.PROCESS_DIED), run.now)
     assert (close.job, close.only_if, close.record["reason"]) == (job, CloseCondition.LAPSED, "lapsed")
     assert run.federation.open_jobs[job] == "c0", "the store has not closed it yet"
     assert run.federation.abandoned["lapsed"] == 0
@@ -726,3 +726,34 @@ def test_only_a_synchronous_version_is_published_immediately(strategy, at_once):
     run.post("c0", 1.0)
     (commit,) = of_kind(run.actions, Commit)
     assert commit.publish_now == at_once
+
+
+# Lapses
+
+
+def test_client_whose_training_hangs_each_time_is_set_aside():
+    run = start("c0", "c1", dispatch={"max_client_failures": 2, "backoff_seconds": 1.0})
+    run.lapse("c0", LapseCause.NO_PROGRESS)
+    assert not run.has_job("c0"), "it rests"
+    run.tick(1.0)
+    run.lapse("c0", LapseCause.NO_PROGRESS)
+    run.tick(1000.0)
+    assert not run.has_job("c0")
+    assert run.has_job("c1")
+
+
+@pytest.mark.parametrize("cause", [LapseCause.PROCESS_DIED, LapseCause.SLOW_TRANSFER, LapseCause.NOT_BEGUN])
+def test_lapse_for_another_cause_is_no_failure_of_the_client(cause):
+    run = start("c0", dispatch={"max_client_failures": 1})
+    run.lapse("c0", cause)
+    assert run.has_job("c0")
+
+
+def test_lapse_is_recorded_with_its_cause():
+    run = start("c0")
+    job = run.job_of("c0")
+    run.tell(LeaseExpired(job, LapseCause.SLOW_TRANSFER, "slow_transfer: no byte moved"))
+    (record,) = (r for r in run.ledger if r["kind"] == "abandoned")
+    assert (record["reason"], record["error"]) == ("lapsed", "slow_transfer: no byte moved")
+    (failure,) = run.federation.failures.kinds.values()
+    assert failure.line == "c0: job lapsed: slow_transfer: no byte moved"

@@ -96,3 +96,12 @@ def test_peak_memory_is_told_in_models(tmp_path):
 
 def test_signatures_are_measured_beside_a_run_without(tmp_path):
     assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
+
+
+def test_site_on_a_breaking_line_delivers_at_its_first_attempt(tmp_path):
+    """Each transfer takes longer than the stall, and each break but the first one longer than the lease."""
+    run("slow_line.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert (row["attempt"], row["lapsed"], row["breaks"]) == (1, [], 3)
+    assert row["seconds"] > 20 + 7
+    assert max(row["down_bytes"], row["up_bytes"]) < 1.7 * 4e6, "more than the missing pieces were sent again"

@@ -33,7 +33,7 @@ from fedqueue_coordinator.core.events import (
     UpdateUnreadable,
 )
 from fedqueue_coordinator.core.federation import Federation
-from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
+from fedqueue_coordinator.core.reasons import AbandonReason, LapseCause, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
 from tests.support.builders import EXAMPLES, make_config, make_frame, make_header
 
@@ -202,9 +202,9 @@ class Run:
         self.posted.add(job)
         return self.tell(self._entry(lambda entry: JobEnded(entry, job, client, AbandonReason(reason), error)))
 
-    def lapse(self, client: str) -> list[Action]:
+    def lapse(self, client: str, cause: LapseCause = LapseCause.PROCESS_DIED) -> list[Action]:
         """Expire the lease of the client's job; return the actions after the job is closed."""
-        close, *actions = self.tell(LeaseExpired(self.job_of(client)))
+        close, *actions = self.tell(LeaseExpired(self.job_of(client), cause))
         assert isinstance(close, Close)
         return actions
 
@@ -278,12 +278,12 @@ class Run:
                 case Close(job, _, record, CloseCondition.UNPOSTED) if job in self.posted:
                     self.stayed.add(job)
                     outcomes.append(JobStays(job, record["client"], AbandonReason(record["reason"])))
-                case Close(job, entry, record, condition):
+                case Close(job, entry, record, _, cause):
                     self._ended(job, record["reason"])
                     self.unacknowledged.pop(entry, None)
                     self.ledger.append(dict(record))
-                    if condition == CloseCondition.LAPSED:
-                        outcomes.append(JobLapsed(job, record["client"]))
+                    if cause:
+                        outcomes.append(JobLapsed(job, record["client"], cause, record["error"]))
                 case Acknowledge(entry, record):
                     self.unacknowledged.pop(entry, None)
                     self.ledger += [dict(record)] if record else []

@@ -10,7 +10,9 @@ import structlog
 
 from fedqueue.errors import ClientTaken, JobClosed, RunNotFound
 from fedqueue.protocol.messages import Registration
+from fedqueue.protocol.phase import Phase
 from fedqueue.transport.worker_store import Claim
+from fedqueue_coordinator.core.lapses import lapse_cause
 from fedqueue_worker.heartbeat import Heartbeat
 
 STALL = 30.0
@@ -69,6 +71,7 @@ def test_heartbeat_renews_the_lease_during_progress(fake_run, worker, heartbeat,
 def test_stalled_training_loses_its_lease_and_is_logged(fake_run, worker, heartbeat, clock, logs):
     claim = worker.claim(fake_run.dispatch(), 0)
     heartbeat.begin(claim)
+    heartbeat.enter(Phase.TRAINING)
     clock.now += STALL
     heartbeat.beat()
     assert lapsed(fake_run) == [claim.job]
@@ -121,6 +124,141 @@ def test_waiting_jobs_are_renewed_while_the_running_one_stalls(fake_run, clock, 
     clock.now += STALL
     heartbeat.beat()
     assert waiting not in lapsed(fake_run)
+
+
+# Transfers
+
+
+def lease_left(run, claim) -> float:
+    """Return the seconds until the end of the job's lease."""
+    seconds, micros = map(int, run.client.time())
+    return float(run.client.hget(run.keys.attempt(claim.job), "lease")) / 1000 - seconds - micros / 1e6
+
+
+@pytest.fixture
+def patient(worker, clock, ended):
+    """Return a heartbeat whose lease is shorter than the stall."""
+    return Heartbeat(worker, ["c0"], 10, STALL, ended.append, clock)
+
+
+@pytest.mark.parametrize("phase", [Phase.FETCHING, Phase.SENDING])
+def test_lease_of_a_long_transfer_outlives_a_break_of_the_line(fake_run, worker, patient, clock, phase):
+    claim = worker.claim(fake_run.dispatch(), 10)
+    patient.begin(claim)
+    patient.enter(phase)
+    clock.now += 2
+    patient.progress()
+    patient.beat()
+    assert lease_left(fake_run, claim) == pytest.approx(STALL, abs=1)
+    clock.now += 12  # the line is away, and returns: no byte has moved yet
+    patient.beat()
+    assert lease_left(fake_run, claim) == pytest.approx(STALL - 12, abs=1)
+
+
+def test_lease_is_short_in_training_and_in_a_short_transfer(fake_run, worker, patient, clock):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    patient.begin(claim)
+    clock.now += 0.5
+    patient.beat()
+    assert lease_left(fake_run, claim) == pytest.approx(10, abs=1)
+    clock.now += 60
+    patient.enter(Phase.TRAINING)
+    clock.now += 2
+    patient.beat()
+    assert lease_left(fake_run, claim) == pytest.approx(10, abs=1)
+
+
+def test_piece_renews_the_lease_if_the_heartbeat_is_late(fake_run, worker, patient, clock):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    patient.begin(claim)
+    clock.now += 2
+    patient.after_piece()
+    assert lapsed(fake_run) == [claim.job], "a heartbeat is not due yet"
+    clock.now += 2
+    patient.after_piece()
+    assert lease_left(fake_run, claim) == pytest.approx(STALL, abs=1)
+
+
+def test_piece_of_a_closed_job_raises(fake_run, worker, patient, clock):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    patient.begin(claim)
+    fake_run.coordinator.close(claim.job, {"kind": "abandoned"}, 1, if_lapsed=True)
+    clock.now += 4
+    with pytest.raises(JobClosed):
+        patient.after_piece()
+
+
+def test_piece_outlives_a_heartbeat_that_fails(fake_run, worker, patient, clock, monkeypatch):
+    patient.begin(worker.claim(fake_run.dispatch(), 10))
+    clock.now += 4
+
+    def cut(*args):
+        raise redis.ConnectionError("cut")
+
+    monkeypatch.setattr(worker, "heartbeat", cut)
+    patient.after_piece()
+
+
+@pytest.mark.parametrize(
+    ("phase", "warning"),
+    [(Phase.FETCHING, "download moves no bytes"), (Phase.SENDING, "upload moves no bytes")],
+)
+def test_stalled_transfer_is_logged_as_one(fake_run, worker, heartbeat, clock, logs, phase, warning):
+    heartbeat.begin(worker.claim(fake_run.dispatch(), 0))
+    heartbeat.enter(phase)
+    clock.now += STALL
+    heartbeat.beat()
+    assert [entry["event"].partition(":")[0] for entry in logs] == [warning]
+
+
+# Why a job lapsed
+
+
+def cause(run, claim) -> str:
+    return lapse_cause(run.coordinator.last_report(claim.job, "c0"), run.config.dispatch)[0]
+
+
+@pytest.mark.parametrize(
+    ("phase", "expected"),
+    [
+        (Phase.FETCHING, "slow_transfer"),
+        (Phase.TRAINING, "no_progress"),
+        (Phase.SENDING, "slow_transfer"),
+    ],
+)
+def test_lapse_of_a_living_worker_says_what_stalled(fake_run, worker, heartbeat, clock, phase, expected):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    heartbeat.begin(claim)
+    heartbeat.enter(phase)
+    clock.now += STALL
+    heartbeat.beat()
+    assert cause(fake_run, claim) == expected
+
+
+def test_lapse_without_heartbeats_says_that_the_process_died(fake_run, worker, heartbeat):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    heartbeat.begin(claim)
+    heartbeat.beat()
+    fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
+    assert cause(fake_run, claim) == "process_died"
+
+
+def test_lapse_of_a_replaced_worker_says_that_the_process_died(fake_run, worker):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    fake_run.client.hset(fake_run.keys.site("c0"), "holder", "another worker")
+    assert cause(fake_run, claim) == "process_died"
+
+
+def test_lapse_of_a_job_that_was_never_claimed_says_so(fake_run, worker):
+    claim = Claim(fake_run.dispatch(lease=0), 0, 0)
+    assert cause(fake_run, claim) == "not_begun"
+
+
+def test_forged_phase_is_no_phase(fake_run, worker):
+    claim = worker.claim(fake_run.dispatch(), 0)
+    for phase in ("x" * 1_000_000, "resting", b"\xff"):
+        fake_run.client.hset(fake_run.keys.attempt(claim.job), mapping={"phase": phase, "stalled": 1})
+        assert fake_run.coordinator.last_report(claim.job, "c0").phase is None
 
 
 # Lost jobs

@@ -1,11 +1,14 @@
 """The worker's heartbeat: a thread that keeps its clients alive and renews the lease of its running job.
 
-The lease is renewed only while training makes progress, so a worker with a hung loader or device loses its job as a
-dead one does. The reply to a heartbeat tells the worker of a lost job, an expired client, or the end of the run.
+The lease is renewed only while the job makes progress, so a worker with a hung loader or device loses its job as a
+dead one does. Bytes of a transfer are progress. In a long transfer the lease is `stall_seconds` long, because a break
+of the line stops the heartbeats, too. The reply to a heartbeat tells the worker of a lost job, an expired client, or
+the end of the run.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,9 +18,18 @@ import structlog
 
 from fedqueue.errors import ClientTaken, JobClosed, RunNotFound, SignatureError
 from fedqueue.protocol.messages import Registration
+from fedqueue.protocol.phase import Phase
 from fedqueue.transport.worker_store import Claim, WorkerStore
 
 log = structlog.get_logger("fedqueue.worker")
+
+LONG_TRANSFER_SECONDS = 1.0
+"""A transfer that takes longer is a long one. The lease of a worker that dies in it ends after `stall_seconds`."""
+STALLED = {
+    Phase.FETCHING: "download moves no bytes: the job's lease is not renewed; check the line to Redis",
+    Phase.TRAINING: "training makes no progress: the job's lease is not renewed; check data loader and device",
+    Phase.SENDING: "upload moves no bytes: the job's lease is not renewed; check the line to Redis",
+}
 
 
 class Heartbeat:
@@ -38,7 +50,9 @@ class Heartbeat:
         # client → id of the key that signed its registration; None until a repeated registration has succeeded
         self._signed_with: dict[str, str | None] = {}
         self._current: Claim | None = None
+        self._phase, self._phase_began = Phase.FETCHING, 0.0
         self._last_progress = 0.0
+        self._last_renewal = 0.0
         self._lost = False
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -68,14 +82,42 @@ class Heartbeat:
 
     def begin(self, claim: Claim) -> None:
         """Renew the lease of this job from now on."""
-        self._last_progress, self._lost = self._clock(), False
+        self.enter(Phase.FETCHING)
+        self._last_renewal, self._lost = self._clock(), False
         self._current = claim  # last: the other thread looks at it first
 
+    def enter(self, phase: Phase) -> None:
+        """Note the phase that the attempt is in from now on; that is progress."""
+        self._phase, self._phase_began = phase, self._clock()
+        self._last_progress = self._phase_began
+
     def progress(self) -> None:
-        """Note that training made progress; raises JobClosed where the job no longer belongs to this attempt."""
+        """Note that a batch was finished or bytes moved; raises JobClosed where the job is not this attempt's."""
         self._last_progress = self._clock()
         if self._lost:
             raise JobClosed("the job's lease has expired")
+
+    def after_piece(self) -> None:
+        """Renew the lease after a piece of a transfer, if a break of the line has made the other thread late with it.
+
+        Raises JobClosed as `progress`.
+        """
+        self.progress()
+        if self._clock() - self._last_renewal < self._lease_seconds / 3:
+            return
+        job_lease = self.job_lease_seconds()
+        with contextlib.suppress(redis.RedisError):  # the next piece, or the other thread, tries again
+            reply = self._store.heartbeat([], self._lease_seconds, self._current, True, self._phase, job_lease)
+            self._last_renewal = self._clock()
+            self._lost = self._lost or not reply.owns_job
+        self.progress()
+
+    def job_lease_seconds(self) -> float:
+        """The length of the job's lease: in a long transfer, what is left of `stall_seconds` without a byte."""
+        now = self._clock()
+        if self._phase is Phase.TRAINING or now - self._phase_began < LONG_TRANSFER_SECONDS:
+            return self._lease_seconds
+        return max(self._lease_seconds, self._stall_seconds - (now - self._last_progress))
 
     def finish(self) -> None:
         """Renew no lease until the next `begin`."""
@@ -86,15 +128,15 @@ class Heartbeat:
     def beat(self) -> None:
         """Send one heartbeat and act on its reply."""
         current = self._current
-        progressing = self._clock() - self._last_progress < self._stall_seconds
-        reply = self._store.heartbeat(self._clients, self._lease_seconds, current, progressing)
+        phase, progressing = self._phase, self._clock() - self._last_progress < self._stall_seconds
+        reply = self._store.heartbeat(
+            self._clients, self._lease_seconds, current, progressing, phase, self.job_lease_seconds()
+        )
+        self._last_renewal = self._clock()
         if current and current is self._current and not reply.owns_job:
             self._lost = True
         if current and not progressing:
-            log.warning(
-                "training makes no progress: the job's lease is not renewed; check data loader and device",
-                job=current.job,
-            )
+            log.warning(STALLED[phase], job=current.job)
         if reply.run_state == "ended":
             self._end("the run has ended")
             return

@@ -22,6 +22,7 @@ from fedqueue.exception_text import exception_text, exception_with_place, printa
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
 from fedqueue.protocol.messages import Ending, Order
+from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.task import Task
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
@@ -114,7 +115,8 @@ class JobRunner:
     ) -> bool:
         """Carry out an order (signed: bytes, unsigned: a map), and report how its job ended.
 
-        `on_progress` is called after the download, after each batch and after encoding; it may raise RedisError.
+        `on_progress` is called after each piece of a transfer, after each batch and after encoding; it may raise
+        RedisError.
         `commands_for_post` is called once, before the post of the update: its commands are sent behind the post.
         Returns whether commands of `commands_for_post` were sent.
 
@@ -169,11 +171,18 @@ class JobRunner:
         client, data = self._clients[order.client]
         order = order.model_copy(update={"training": order.training.on_machine(self._machine)})
         self._policy.check_job(order.training, self._task.num_examples(data))
+        heartbeat = self._heartbeat
+
+        def received_piece() -> None:
+            heartbeat.after_piece()
+            made_progress()
+
         if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
-            self._base.frozen = self._retrying.fetch_frozen(nbytes)
-        self._retrying.fetch_model(claim.version, self._downlink, self._base)
+            self._base.frozen = self._retrying.fetch_frozen(nbytes, heartbeat.progress, received_piece)
+        self._retrying.fetch_model(claim.version, self._downlink, self._base, heartbeat.progress, received_piece)
         if not self._keep_base:
             self._retrying.release_base(claim)
+        heartbeat.enter(Phase.TRAINING)
         made_progress()
 
         def trained_batch() -> None:
@@ -189,8 +198,11 @@ class JobRunner:
         self._egress_log.log_update(claim, update, payload)
         made_progress()
 
+        heartbeat.enter(Phase.SENDING)
         commands = commands_for_post()
-        result = self._retrying.post(claim, update, payload, commands)
+        result = self._retrying.post(
+            claim, update, payload, commands, heartbeat.job_lease_seconds, heartbeat.progress, made_progress
+        )
         # Replayed: an earlier try was stored, and its answer was lost.
         if result in (PostResult.ACCEPTED, PostResult.REPLAYED):
             self._feedback.accepted(order.client, self._local)

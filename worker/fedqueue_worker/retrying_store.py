@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from fedqueue.protocol.messages import Ending, Order, Unavailable, Update
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.protocol.run_info import RunInfo
@@ -13,8 +15,9 @@ from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.transport.retry import RedisRetry
-from fedqueue.transport.worker_store import Claim, WorkerStore
-from fedqueue.transport.zero_copy import Command
+from fedqueue.transport.transfer import Download, Upload
+from fedqueue.transport.worker_store import Claim, WorkerStore, decode_into
+from fedqueue.transport.zero_copy import Command, Moved
 
 
 class RetryingStore:
@@ -47,21 +50,48 @@ class RetryingStore:
         """As `WorkerStore.claim`."""
         return self._retry.call(partial(self._store.claim, job, lease_seconds, client))
 
-    def fetch_model(self, version: int, codec: Codec, into: Frame) -> None:
-        """As `WorkerStore.fetch_model`."""
-        self._retry.call(partial(self._store.fetch_model, version, codec, into))
+    def fetch_model(
+        self, version: int, codec: Codec, into: Frame, moved: Moved, after_piece: Callable[[], None]
+    ) -> None:
+        """As `WorkerStore.fetch_model`, but an outage costs one piece. Both functions may raise JobClosed.
 
-    def fetch_frozen(self, nbytes: int) -> BlobBuffer | None:
-        """As `WorkerStore.fetch_frozen`."""
-        return self._retry.call(partial(self._store.fetch_frozen, nbytes))
+        `moved` is called when bytes arrive, and `after_piece` after each piece but the last.
+        """
+        wire = self._retry.call(partial(self._store.memory_for, version, codec, into))
+        download = self._store.download(version, wire, moved)
+        self._finish(download, after_piece)
+        self._retry.call(partial(self._store.verify, version, download))
+        decode_into(into, codec, wire)
+
+    def fetch_frozen(self, nbytes: int, moved: Moved, after_piece: Callable[[], None]) -> BlobBuffer:
+        """The model's frozen tensors, of `nbytes` bytes; as `fetch_model`."""
+        frozen = np.empty(nbytes, np.uint8)
+        self._finish(self._store.download_frozen(frozen, moved), after_piece)
+        self._store.verify_frozen(frozen)
+        return frozen
+
+    def _finish(self, transfer: Download | Upload, after_piece: Callable[[], None]) -> None:
+        while self._retry.call(transfer.step):
+            after_piece()
 
     def release_base(self, claim: Claim) -> None:
         """As `WorkerStore.release_base`."""
         self._retry.call(partial(self._store.release_base, claim))
 
-    def post(self, claim: Claim, update: Update, payload: BlobBuffer, then: Sequence[Command]) -> PostResult:
-        """As `WorkerStore.post`."""
-        return self._retry.call(partial(self._store.post, claim, update, payload, then))
+    def post(
+        self,
+        claim: Claim,
+        update: Update,
+        payload: BlobBuffer,
+        then: Sequence[Command],
+        lease_seconds: Callable[[], float],
+        moved: Moved,
+        after_piece: Callable[[], None],
+    ) -> PostResult:
+        """As `WorkerStore.upload` and `post`, but an outage costs one piece; `moved` and `after_piece` as above."""
+        upload = self._store.upload(claim, payload, lease_seconds, moved)
+        self._finish(upload, after_piece)
+        return self._retry.call(partial(self._store.post, claim, update, payload, then, upload))
 
     def end(self, claim: Claim, ending: Ending) -> PostResult:
         """As `WorkerStore.end`."""

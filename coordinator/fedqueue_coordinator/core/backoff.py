@@ -13,6 +13,7 @@ from fedqueue_coordinator.core.reasons import (
     OUTLIER,
     WORKER_FAULT,
     AbandonReason,
+    LapseCause,
     RejectionReason,
 )
 
@@ -60,6 +61,11 @@ class Backoff:
             self.failed(client, now)
         elif reason in FORGEABLE_ENDINGS:
             self.pause(client, now)
+
+    def penalize_lapse(self, client: str, cause: LapseCause, now: float) -> None:
+        """Apply backoff or exclusion for a lapsed job: training that hangs counts as a failure of the task."""
+        if cause is LapseCause.NO_PROGRESS:
+            self.failed(client, now)
 
     def failed(self, client: str, now: float) -> None:
         """Count a failure: the client rests or is set aside."""

@@ -14,7 +14,7 @@ from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Order, Update
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Delta, Frame
-from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
+from fedqueue_coordinator.core.reasons import AbandonReason, LapseCause, RejectionReason
 
 # Events
 
@@ -125,6 +125,9 @@ class LeaseExpired:
     """The lease of a job is over; the store has not closed the job yet."""
 
     job: str
+    cause: LapseCause
+    detail: str = ""
+    """The cause, and a sentence about it, for the ledger."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,9 @@ class JobLapsed:
 
     job: str
     client: str
+    cause: LapseCause
+    detail: str = ""
+    """As the ledger has it."""
 
 
 @dataclass(frozen=True)
@@ -217,6 +223,8 @@ class Close:
     """ID of the stream entry to acknowledge with it, or an empty string."""
     record: Mapping[str, Any]
     only_if: CloseCondition = CloseCondition.ANY
+    lapse_cause: LapseCause | None = None
+    """With CloseCondition.LAPSED: the cause."""
 
 
 @dataclass(frozen=True)

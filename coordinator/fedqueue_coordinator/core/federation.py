@@ -176,11 +176,14 @@ class Federation:
                 actions.append(self._refuse_entry(event, now))
             case JobEnded():
                 actions += self._end_job(event, now)
-            case LeaseExpired(job):
-                actions += self._close_lapsed(job, now)
-            case JobLapsed(job, client):
+            case LeaseExpired():
+                actions += self._close_lapsed(event, now)
+            case JobLapsed(job, client, cause, detail):
                 self.abandoned[AbandonReason.LAPSED] += 1
-                self.failures.abandoned(client, AbandonReason.LAPSED, "")
+                self.failures.abandoned(client, AbandonReason.LAPSED, detail)
+                was_set_aside = self._scheduler.is_set_aside(client)
+                self._scheduler.penalize_lapse(client, cause, now)
+                self._note_set_aside(client, was_set_aside)
                 actions += self._pass_on(job, client, now)
             case JobStays(job, client, abandoned_for):
                 self.abandoned[abandoned_for] -= 1
@@ -464,13 +467,13 @@ class Federation:
         if not before and self._scheduler.is_set_aside(client):
             self.failures.set_aside(client)
 
-    def _close_lapsed(self, job: str, now: float) -> list[Action]:
+    def _close_lapsed(self, expired: LeaseExpired, now: float) -> list[Action]:
         """Close a job whose lease is over; it counts once the store has closed it (`JobLapsed`)."""
-        client = self.open_jobs.get(job)
+        client = self.open_jobs.get(expired.job)
         if client is None:
             return []
-        record = abandoned_record(job, client, AbandonReason.LAPSED, "", self.version, now)
-        return [Close(job, "", record, CloseCondition.LAPSED)]
+        record = abandoned_record(expired.job, client, AbandonReason.LAPSED, expired.detail, self.version, now)
+        return [Close(expired.job, "", record, CloseCondition.LAPSED, expired.cause)]
 
     def _refuse_unknown(self, arrived: UpdateArrived, now: float) -> Acknowledge:
         """Refuse an update for which no job is open: it is forged, or the second one of its job."""

@@ -60,7 +60,7 @@ class AbandonReason(StrEnum):
     """Why a job ended without an update."""
 
     LAPSED = "lapsed"
-    """Its lease expired."""
+    """Its lease expired; LapseCause says why."""
     RETURNED = "returned"
     """Its worker handed it back, or left before it began the job."""
     LATE = "late"
@@ -79,6 +79,19 @@ class AbandonReason(StrEnum):
     """The run ended while the job was open."""
     EPOCH_LOST = "epoch_lost"
     """Redis lost the run, and a new epoch began without the job."""
+
+
+class LapseCause(StrEnum):
+    """Why the lease of a job expired."""
+
+    PROCESS_DIED = "process_died"
+    """No heartbeat came: the worker process died, or its line was away for longer than the lease."""
+    NO_PROGRESS = "no_progress"
+    """Heartbeats came, and said that training made no progress for `dispatch.stall_seconds`."""
+    SLOW_TRANSFER = "slow_transfer"
+    """Heartbeats came, and said that a transfer moved no bytes for `dispatch.stall_seconds`."""
+    NOT_BEGUN = "not_begun"
+    """A living worker never began the job: the job was lost on its way."""
 
 
 WORKER_FAULT = frozenset({AbandonReason.FAILED, AbandonReason.REFUSED})

@@ -19,7 +19,7 @@ from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.events import Dispatch
 from fedqueue_coordinator.core.fedcompass import FedCompass
 from fedqueue_coordinator.core.idle_pool import IdlePool, Place
-from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
+from fedqueue_coordinator.core.reasons import AbandonReason, LapseCause, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.selection import ClientStats, FairShare, draw, make_selection
 from fedqueue_coordinator.core.sync_round import SyncRound
@@ -187,6 +187,10 @@ class Scheduler:
     def penalize_ending(self, client: str, reason: AbandonReason, now: float) -> None:
         """Apply the penalty for a job that its worker ended."""
         self._backoff.penalize_ending(client, reason, now)
+
+    def penalize_lapse(self, client: str, cause: LapseCause, now: float) -> None:
+        """Apply the penalty for a job whose lease expired."""
+        self._backoff.penalize_lapse(client, cause, now)
 
     def close_all(self) -> list[tuple[str, str]]:
         """Close every open job, as the run ends; return the jobs and their clients."""

@@ -62,6 +62,7 @@ from fedqueue_coordinator.core.events import (
     make_order,
 )
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.lapses import lapse_cause
 from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record, rejected_record
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_summary import RunResult
@@ -282,7 +283,9 @@ class Coordinator:
                 log.warning("lease of client expired", client=client)
                 self._handle(ClientLeft(client, announced=False))
         for job in jobs:
-            self._handle(LeaseExpired(job))
+            if holder := self.federation.open_jobs.get(job):
+                cause, why = lapse_cause(self.store.last_report(job, holder), dispatch)
+                self._handle(LeaseExpired(job, cause, f"{cause}: {why}"))
 
     def _take(self, entry: StreamEntry) -> None:
         """Handle one stream entry.
@@ -401,9 +404,10 @@ class Coordinator:
             rq_jobs.forget(store.redis, store.keys.queue(client), close.job)
         if close.record["kind"] == "rejected":
             log.info("update rejected", client=client, reason=reason, detail=close.record["detail"])
-        if close.only_if == CloseCondition.LAPSED:
-            log.info("lease of job expired: job abandoned", job=close.job, client=client)
-            return JobLapsed(close.job, client)
+        if close.lapse_cause:
+            why = close.record["error"]
+            log.info("lease of job expired: job abandoned", job=close.job, client=client, because=why)
+            return JobLapsed(close.job, client, close.lapse_cause, why)
         return None
 
     def _acknowledge(self, entry: str, record: Mapping[str, Any] | None) -> None:

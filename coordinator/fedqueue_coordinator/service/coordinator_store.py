@@ -15,6 +15,7 @@ from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.protocol.keys import RUNS
 from fedqueue.protocol.messages import Order, read
 from fedqueue.protocol.msgpack import pack_record
+from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue.protocol.stream_entry import StreamEntry, split_entry_id
 from fedqueue.tensors.blobs import BlobBuffer, chunks_of
@@ -23,6 +24,7 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.lua_scripts import Call
 from fedqueue.transport.store import Store, number
+from fedqueue_coordinator.core.lapses import LastReport
 from fedqueue_coordinator.core.reasons import JobState
 from fedqueue_coordinator.service.inbox import Inbox
 from fedqueue_coordinator.service.read_ahead import ReadAhead
@@ -432,6 +434,12 @@ class CoordinatorStore(Store):
         keys = self.keys
         jobs, clients = self.script("find_expired", [keys.jobs, keys.clients], [keys.attempt(""), keys.site_prefix])
         return [j.decode() for j in jobs], [c.decode() for c in clients]
+
+    def last_report(self, job: str, client: str) -> LastReport:
+        """What the records say about a job of the client whose lease has ended."""
+        begun, alive, stalled, phase = self.script("last_report", [self.keys.attempt(job), self.keys.site(client)], [])
+        name = phase.decode(errors="replace")  # a worker wrote it
+        return LastReport(bool(begun), bool(alive), bool(stalled), Phase(name) if name in set(Phase) else None)
 
     def expire_client(self, client: str) -> bool:
         """Release a client whose worker's lease has ended; False if a worker has renewed the lease meanwhile."""

@@ -52,11 +52,12 @@ class DispatchConfig(Section):
     """`async`: a client gets its next job at once; `fedcompass`: clients finish in groups, with local steps by speed
     (arXiv 2309.14675), not with `fedasync` or a barrier."""
     lease_seconds: Positive = 10.0
-    """Abandons a job whose worker has sent no heartbeat for this time."""
+    """Abandons a job whose worker has sent no heartbeat for this time, except in a long transfer."""
     stall_seconds: Positive = 120.0
-    """Abandons a job that has finished no batch for this time."""
+    """Abandons a job that has finished no batch, or moved no byte of a transfer, for this time; the line of a site may
+    break for as long during a transfer."""
     max_client_failures: Count = 5
-    """Excludes a client whose task has raised this many times in a row."""
+    """Excludes a client whose task has raised, or made no progress, this many times in a row."""
     backoff_seconds: Positive = 1.0
     """Pause of a client whose task raised; each further failure in a row doubles the pause."""
     leader_lease_seconds: Positive = 5.0

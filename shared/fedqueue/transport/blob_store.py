@@ -9,7 +9,7 @@ import redis
 from fedqueue.errors import BlobMissing, StoreError
 from fedqueue.tensors import blobs
 from fedqueue.tensors.blobs import BlobBuffer, chunks_of
-from fedqueue.transport.zero_copy import Answer, Command, Part, get_parts
+from fedqueue.transport.zero_copy import Answer, Command, Moved, Part, get_parts, ignore_moved
 
 if TYPE_CHECKING:  # torch and numpy, which a command that only shows a run does without
     from fedqueue.tensors.codec import Codec
@@ -46,7 +46,7 @@ class BlobStore:
         """
         self.read_span(prefix, 0, into, into.nbytes)
 
-    def read_span(self, prefix: str, start: int, into: BlobBuffer, whole: int) -> None:
+    def read_span(self, prefix: str, start: int, into: BlobBuffer, whole: int, moved: Moved = ignore_moved) -> None:
         """Fill `into` from byte `start` on of a blob of `whole` bytes; raises as `read_blob`."""
         done = 0
         while done < into.nbytes:
@@ -54,7 +54,7 @@ class BlobStore:
             target = into[done : done + min(READ, blobs.CHUNK - offset)]
             chunk = min(blobs.CHUNK, whole - number * blobs.CHUNK)
             part = part_of_chunk(f"{prefix}:{number}", offset, target, chunk)
-            require_part(part, get_parts(self.redis, [part])[0], chunk)
+            require_part(part, get_parts(self.redis, [part], moved)[0], chunk)
             done += target.nbytes
 
     def blob_size(self, prefix: str, codec: Codec) -> int:

@@ -6,6 +6,7 @@ Retrying a command after a lost reply is safe, because every write of fedqueue i
 from __future__ import annotations
 
 import re
+import socket
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -19,7 +20,8 @@ from fedqueue.errors import ConfigurationError, ServerUnavailable
 from fedqueue.transport.pool import Pool, TcpConnection, TlsConnection, UnixConnection
 from fedqueue.transport.sentinel import SENTINEL, TLS_SENTINEL, connect_through_sentinels
 
-SOCKET_SECONDS = 60.0  # enough for one chunk of 32 MiB at 1 MB/s, and longer than a blocking read
+SOCKET_SECONDS = 60.0  # without a byte; longer than a blocking read
+SILENT_SECONDS = 30  # after which a line is lost on which nothing is acknowledged
 BLOCK_SECONDS = 5.0  # the longest that a read may block on the server
 CONNECT_SECONDS = 5.0
 RETRIES = 6  # with backoff and jitter: about 10 s without a server
@@ -72,6 +74,8 @@ def connect(url: str, retries: int = RETRIES, tls: Tls | None = None) -> redis.R
         "retry_on_error": [redis.ConnectionError, redis.TimeoutError],
         "driver_info": None,  # no CLIENT SETINFO: Redis 7.0 does not know it, so no ACL rule can allow it there
     }
+    if scheme != "unix":
+        options["socket_keepalive_options"] = keepalive()
     if scheme in (SENTINEL, TLS_SENTINEL):
         secure = (tls or Tls()) if scheme == TLS_SENTINEL else None
         return connect_through_sentinels(url, secure, options, CONNECT_SECONDS)
@@ -88,6 +92,22 @@ def connect(url: str, retries: int = RETRIES, tls: Tls | None = None) -> redis.R
     if tls and scheme == "rediss":
         pool.connection_kwargs["tls"] = tls
     return redis.Redis(connection_pool=pool)
+
+
+def keepalive() -> dict[int, int]:
+    """Socket options that end a connection whose peer has acknowledged nothing for SILENT_SECONDS.
+
+    Probes find a line that is lost while this side waits for a reply, and TCP_USER_TIMEOUT (in ms) one that is lost
+    while this side sends. An operating system without an option keeps its own, longer time.
+    """
+    probes = 3
+    wanted = {
+        "TCP_KEEPIDLE": SILENT_SECONDS // 2,
+        "TCP_KEEPINTVL": SILENT_SECONDS // (2 * probes),
+        "TCP_KEEPCNT": probes,
+        "TCP_USER_TIMEOUT": SILENT_SECONDS * 1000,
+    }
+    return {getattr(socket, name): value for name, value in wanted.items() if hasattr(socket, name)}
 
 
 def check(client: redis.Redis, url: str) -> None:

@@ -13,10 +13,10 @@ from typing import Any, TypeAlias
 
 import redis
 
-from fedqueue.transport.zero_copy import Command, checked, exchange
+from fedqueue.transport.zero_copy import Command, Moved, checked, exchange, ignore_moved
 
 _SCRIPTS = resources.files("fedqueue.transport").joinpath("scripts")
-WORKER_SCRIPTS = ("join", "register", "leave", "claim", "release", "heartbeat", "post")
+WORKER_SCRIPTS = ("join", "register", "leave", "claim", "release", "heartbeat", "store_piece", "post")
 """The scripts that a worker runs; access rules allow it no others."""
 Call: TypeAlias = tuple[str, list[str], list[Any]]
 """A script's name, its keys and its arguments."""
@@ -35,12 +35,27 @@ class ScriptRunner:
     redis: redis.Redis
 
     def script(
-        self, name: str, keys: list[str], args: list[Any], first: Sequence[Command] = (), then: Sequence[Command] = ()
+        self,
+        name: str,
+        keys: list[str],
+        args: list[Any],
+        first: Sequence[Command] = (),
+        then: Sequence[Command] = (),
+        moved: Moved = ignore_moved,
     ) -> Any:
-        """Run `scripts/NAME.lua` atomically; the commands `first` and `then` travel before and after it."""
-        return self.scripts([(name, keys, args)], first, then)[-1]
+        """Run `scripts/NAME.lua` atomically; the commands `first` and `then` travel before and after it.
 
-    def scripts(self, calls: Sequence[Call], first: Sequence[Command] = (), then: Sequence[Command] = ()) -> list[Any]:
+        `moved` is called as by `exchange`.
+        """
+        return self.scripts([(name, keys, args)], first, then, moved)[-1]
+
+    def scripts(
+        self,
+        calls: Sequence[Call],
+        first: Sequence[Command] = (),
+        then: Sequence[Command] = (),
+        moved: Moved = ignore_moved,
+    ) -> list[Any]:
         """Run several scripts, each atomically, in one round trip; returns their replies.
 
         Raises the first error among `first` and the scripts. Replies to `then` are discarded. A restarted server has
@@ -50,13 +65,13 @@ class ScriptRunner:
         own = [("EVALSHA", script_digest(name), len(keys), *keys, *args) for name, keys, args in calls]
         commands, wanted = [*first, *own, *then], slice(len(first) + len(own))
         try:
-            answers = checked(exchange(self.redis, commands)[wanted])
+            answers = checked(exchange(self.redis, commands, moved=moved)[wanted])
         except redis.exceptions.NoScriptError as missing:
             try:
                 self.load_scripts()
             except redis.exceptions.NoPermissionError:
                 raise missing from None
-            answers = checked(exchange(self.redis, commands)[wanted])
+            answers = checked(exchange(self.redis, commands, moved=moved)[wanted])
         return answers[len(first) :]
 
     def load_scripts(self) -> None:

@@ -17,10 +17,8 @@ from fedqueue.protocol.post_result import REFUSALS
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import unverified_body
 from fedqueue.tensors.blobs import BlobBuffer, chunks_of
-from fedqueue.transport import blob_store
-from fedqueue.transport.blob_store import BlobStore, part_of_chunk, require_part
+from fedqueue.transport.blob_store import BlobStore
 from fedqueue.transport.lua_scripts import ScriptRunner
-from fedqueue.transport.zero_copy import Part, get_parts
 
 if TYPE_CHECKING:  # torch and numpy, which a command that only shows a run does without
     from fedqueue.tensors.codec import Codec
@@ -150,26 +148,12 @@ class Store(BlobStore, ScriptRunner):
         self.read_blob(self.keys.frozen, frozen)
         return frozen
 
-    def read_signed_version(self, version: int, into: BlobBuffer) -> bytes:
-        """Fill `into` with a version, as `read_blob`; returns the envelope that signs it.
-
-        A small version and its envelope are read in one round trip.
-        """
-        if into.nbytes > blob_store.READ:
-            self.read_blob(self.keys.model(version), into)
-            return self.read_version_signature(version, into.nbytes)
-        part = part_of_chunk(f"{self.keys.model(version)}:0", 0, into, into.nbytes)
-        signature = Part(self._signature_key(version, into.nbytes), 0, MAX_MESSAGE)
-        got, envelope = get_parts(self.redis, [part, signature])
-        require_part(part, got, into.nbytes)
-        return cast(bytes, envelope)
-
     def read_version_signature(self, version: int, model_bytes: int) -> bytes:
         """The envelope that signs a version of `model_bytes` bytes; empty if the version is not signed."""
-        return cast(bytes, self.redis.getrange(self._signature_key(version, model_bytes), 0, MAX_MESSAGE))
+        return cast(bytes, self.redis.getrange(self.signature_key(version, model_bytes), 0, MAX_MESSAGE))
 
-    def _signature_key(self, version: int, model_bytes: int) -> str:
-        """The envelope is stored as one more chunk, after the version's last."""
+    def signature_key(self, version: int, model_bytes: int) -> str:
+        """The key of a version's envelope, which is stored as one more chunk, after the version's last."""
         return f"{self.keys.model(version)}:{chunks_of(model_bytes)}"
 
 

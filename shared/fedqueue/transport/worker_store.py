@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,18 @@ import redis
 from fedqueue.errors import JobClosed, SignatureError
 from fedqueue.protocol.messages import Ending, Order, Registration, Unavailable, Update, read
 from fedqueue.protocol.msgpack import pack
+from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.protocol.signed_envelope import JOINED, LEFT, UNAVAILABLE, digest_of, unverified_body
 from fedqueue.protocol.site_identity import SiteIdentity
-from fedqueue.tensors.blobs import BlobBuffer
+from fedqueue.tensors import blobs
+from fedqueue.tensors.blobs import BlobBuffer, chunks_of
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Frame
+from fedqueue.transport.line_speed import LineSpeed
 from fedqueue.transport.store import Store
-from fedqueue.transport.zero_copy import Command
-
-PAYLOAD_SECONDS = 3600  # after which a payload expires unless it is posted
+from fedqueue.transport.transfer import PAYLOAD_SECONDS, Download, Upload
+from fedqueue.transport.zero_copy import Command, Moved, ignore_moved
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Claim:
     version: int
     epoch: int = 0
     client: str = ""
+    lease_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class WorkerStore(Store):
         """With `identity`, this store signs all its messages, and verifies every order and version."""
         super().__init__(client, run)
         self.token = token
+        self.downlink, self.uplink = LineSpeed(), LineSpeed()
         self.identity = identity
 
     def key_of(self, client: str) -> str:
@@ -96,7 +101,7 @@ class WorkerStore(Store):
         )
         if not answer:
             raise JobClosed(f"job {job} is no longer open")
-        claim = Claim(job, int(answer[0]), int(answer[1]), int(answer[2]), answer[3].decode())
+        claim = Claim(job, int(answer[0]), int(answer[1]), int(answer[2]), answer[3].decode(), lease_seconds)
         if self.identity and claim.epoch != self.identity.scope.epoch:
             self.identity.enter(self.info())
         return claim
@@ -114,43 +119,62 @@ class WorkerStore(Store):
             body = self.identity.order(order)
         return read(Order, body)
 
-    def fetch(self, version: int, into: BlobBuffer) -> None:
-        """Fill `into` with the version that `claim` named, which stays stored until the attempt releases it or ends.
+    def download(self, version: int, into: BlobBuffer, moved: Moved = ignore_moved) -> Download:
+        """Begin to fetch the version that `claim` named, which stays stored until the attempt releases it or ends."""
+        signature = self.signature_key(version, into.nbytes) if self.identity else ""
+        return Download(self, self.downlink, self.keys.model(version), into, signature, moved)
 
-        Raises as `read_blob`, and SignatureError if the coordinator did not sign it, or a newer version was seen.
-        """
+    def download_frozen(self, into: BlobBuffer, moved: Moved = ignore_moved) -> Download:
+        """Begin to fetch the model's frozen tensors."""
+        return Download(self, self.downlink, self.keys.frozen, into, "", moved)
+
+    def verify(self, version: int, download: Download) -> None:
+        """Raise SignatureError if the coordinator did not sign the version, or a newer version was seen."""
         if self.identity is None:
-            self.read_blob(self.keys.model(version), into)
             return
-        envelope = self.read_signed_version(version, into)
         if self.identity.goes_back(version):
             self.identity.enter(self.info())
-        self.identity.check_version(version, into, envelope)
+        self.identity.check_version(version, download.into, download.envelope or b"")
+
+    def verify_frozen(self, frozen: BlobBuffer) -> None:
+        """Raise SignatureError for other tensors than those that the coordinator signed."""
+        if self.identity:
+            self.identity.check_frozen(frozen)
+
+    def fetch(self, version: int, into: BlobBuffer) -> None:
+        """Fill `into` with a version; raises as `read_blob` and `verify`."""
+        download = self.download(version, into)
+        while download.step():
+            pass
+        self.verify(version, download)
 
     def fetch_model(self, version: int, codec: Codec, into: Frame) -> None:
         """`fetch` and decode; raises as `fetch`, and WireError for bytes that are no such frame."""
-        if codec.identity:
-            self.fetch(version, into.buffer)
-            return
-        wire = np.empty(self.blob_size(self.keys.model(version), codec), np.uint8)
+        wire = self.memory_for(version, codec, into)
         self.fetch(version, wire)
-        into.buffer[:] = codec.decode(wire).whole().buffer
+        decode_into(into, codec, wire)
 
-    def fetch_frozen(self, nbytes: int) -> BlobBuffer | None:
-        """`read_frozen`; raises also SignatureError for other tensors than those that the coordinator signed."""
-        frozen = self.read_frozen(nbytes)
-        if self.identity and frozen is not None:
-            self.identity.check_frozen(frozen)
-        return frozen
+    def memory_for(self, version: int, codec: Codec, into: Frame) -> BlobBuffer:
+        """Memory for the version as stored: that of `into` if it is stored as it is; raises as `blob_size`."""
+        return into.buffer if codec.identity else np.empty(self.blob_size(self.keys.model(version), codec), np.uint8)
 
     def release_base(self, claim: Claim) -> None:
         """Let the base version be deleted, once it is downloaded and the merge does not need it."""
         self.script("release", [self.keys.job(claim.job), self.keys.attempt(claim.job)], [claim.attempt])
 
     def heartbeat(
-        self, clients: Sequence[str], lease_seconds: float, current: Claim | None, progressing: bool
+        self,
+        clients: Sequence[str],
+        lease_seconds: float,
+        current: Claim | None,
+        progressing: bool,
+        phase: Phase = Phase.TRAINING,
+        job_lease_seconds: float | None = None,
     ) -> HeartbeatReply:
-        """Renew the leases of `clients`, of their queued jobs and, if `progressing`, of the current job."""
+        """Renew the leases of `clients`, of their queued jobs and, if `progressing`, of the current job.
+
+        The current job's lease is `job_lease_seconds` long, by default as long as the others.
+        """
         state, owns_job, *lost = self.script(
             "heartbeat",
             [self.keys.config],
@@ -163,6 +187,8 @@ class WorkerStore(Store):
                 self.keys.site_prefix,
                 self.keys.job(""),
                 self.keys.attempt(""),
+                str(phase),
+                _ms(lease_seconds if job_lease_seconds is None else job_lease_seconds),
                 *clients,
             ],
         )
@@ -174,16 +200,52 @@ class WorkerStore(Store):
             return update
         return update.model_copy(update={"digest": digest_of(payload)})
 
-    def post(self, claim: Claim, update: Update, payload: BlobBuffer, then: Sequence[Command] = ()) -> PostResult:
-        """Store the payload, then append the update to the client's stream if the job is open for this attempt.
+    def upload(
+        self,
+        claim: Claim,
+        payload: BlobBuffer,
+        lease_seconds: Callable[[], float] | None = None,
+        moved: Moved = ignore_moved,
+    ) -> Upload:
+        """Begin to store the attempt's payload; each piece makes the job's lease `lease_seconds()` long."""
+        keys, prefix = self.keys, self.keys.payload(claim.job, claim.attempt)
+        chunks = [f"{prefix}:{i}" for i in range(chunks_of(payload.nbytes))]
 
-        The commands `then` travel after it. It is safe to repeat: a repeated post returns REPLAYED.
+        def store_piece(start: int, piece: Any, first: list[Command]) -> int:
+            lease = _ms(lease_seconds() if lease_seconds else claim.lease_seconds)
+            stored: int = self.script(
+                "store_piece",
+                [keys.job(claim.job), keys.attempt(claim.job), *chunks],
+                [claim.attempt, lease, PAYLOAD_SECONDS, blobs.CHUNK, start, piece],
+                first,
+                moved=moved,
+            )
+            return stored
+
+        return Upload(store_piece, self.uplink, prefix, payload, moved)
+
+    def post(
+        self,
+        claim: Claim,
+        update: Update,
+        payload: BlobBuffer,
+        then: Sequence[Command] = (),
+        upload: Upload | None = None,
+    ) -> PostResult:
+        """Store what `upload` has not stored of the payload, then append the update to the client's stream.
+
+        Only a job that is open for this attempt gets the update. The commands `then` travel after it. It is safe to
+        repeat: a repeated post returns REPLAYED.
         """
         update = self.described(update, payload)
+        upload = upload or self.upload(claim, payload)
+        while upload.step():
+            pass
         prefix = self.keys.payload(claim.job, claim.attempt)
         chunks = [f"{prefix}:{i}" for i in range(update.chunks)]
-        first = self.begin_blob(prefix, payload, PAYLOAD_SECONDS)
-        return self._post(claim, "update", update.pack(), chunks, first, then)
+        first = upload.commands_for_post()
+        with self.uplink.measured(payload.nbytes) if first else nullcontext():
+            return self._post(claim, "update", update.pack(), chunks, first, then, upload.moved)
 
     def end(self, claim: Claim, ending: Ending) -> PostResult:
         """Report that the attempt ended without an update; returns as `post`."""
@@ -191,7 +253,7 @@ class WorkerStore(Store):
 
     def _post(
         self, claim: Claim, kind: str, body: bytes, chunks: list[str],
-        first: Sequence[Command] = (), then: Sequence[Command] = (),
+        first: Sequence[Command] = (), then: Sequence[Command] = (), moved: Moved = ignore_moved,
     ) -> PostResult:  # fmt: skip
         keys, job, client = self.keys, claim.job, claim.client
         body = self._signed(kind, claim.client, [claim.job, claim.attempt, claim.version], body)
@@ -201,6 +263,7 @@ class WorkerStore(Store):
             [job, claim.attempt, kind, body, claim.epoch, keys.wakeup],
             first,
             then,
+            moved,
         )
         return PostResult(reason.decode())
 
@@ -210,3 +273,9 @@ class WorkerStore(Store):
 
 def _ms(seconds: float) -> int:
     return round(seconds * 1000)
+
+
+def decode_into(into: Frame, codec: Codec, wire: BlobBuffer) -> None:
+    """Decode a version that `WorkerStore.memory_for` had memory for; raises WireError for bytes that are no frame."""
+    if not codec.identity:
+        into.buffer[:] = codec.decode(wire).whole().buffer

@@ -7,7 +7,7 @@ from typing import Any
 
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.transport.lua_scripts import Call
-from fedqueue.transport.zero_copy import Command
+from fedqueue.transport.zero_copy import Command, Moved, ignore_moved
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 SERVICE = (
@@ -38,7 +38,13 @@ class StoreWithPoints(CoordinatorStore):
 
     at: Callable[[str], None] = staticmethod(lambda point: None)
 
-    def scripts(self, calls: Sequence[Call], first: Sequence[Command] = (), then: Sequence[Command] = ()) -> list[Any]:
+    def scripts(
+        self,
+        calls: Sequence[Call],
+        first: Sequence[Command] = (),
+        then: Sequence[Command] = (),
+        moved: Moved = ignore_moved,
+    ) -> list[Any]:
         """Send the commands one by one: the real store pipelines them, and a connection may break between any two."""
         for command in first:
             self.redis.execute_command(*command)  # type: ignore[no-untyped-call]
@@ -46,7 +52,7 @@ class StoreWithPoints(CoordinatorStore):
         answers = []
         for call in calls:
             self.at(f"before {call[0]}.lua")
-            answers += super().scripts([call], (), then)
+            answers += super().scripts([call], (), then, moved)
             self.at(f"after {call[0]}.lua")
         return answers
 

@@ -87,7 +87,10 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
         Right(HASH, (f"~{keys.site(name)}",)),
         Right(("xadd",), (f"%W~{keys.updates(name)}",)),
         Right(("publish",), (f"&{keys.wakeup}",)),
-        Right(("set", "exists", "persist", "unlink"), (f"~{keys.payload_prefix}{job}:*",)),
+        Right(
+            ("set", "setrange", "strlen", "expire", "exists", "persist", "unlink"),
+            (f"~{keys.payload_prefix}{job}:*",),
+        ),
         Right(RQ_WORKER, tuple(f"~rq:{key}" for key in own_rq)),
         Right(("sadd", "srem"), ("~rq:workers",)),
         Right(("exists",), ("%R~rq:suspended",)),

@@ -1,7 +1,7 @@
 -- Begin an attempt at a job: number it, renew its lease, and mark the newest version as its base, so that the
 -- version stays stored.
 -- KEYS[1]  job        hash {client, order}: the coordinator's record
--- KEYS[2]  attempt    hash {number, holder, base, pinned, lease, posted, chunks}: the worker's record
+-- KEYS[2]  attempt    hash {number, holder, base, pinned, lease, phase, stalled, posted, chunks}: the worker's record
 -- KEYS[3]  head       hash {version, ...}
 -- KEYS[4]  config     hash {epoch, ...}
 -- KEYS[5]  site       hash of the client, which counts refusals
@@ -20,5 +20,6 @@ local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local number = redis.call('HINCRBY', attempt_key, 'number', 1)
 local version = redis.call('HGET', head_key, 'version')
-redis.call('HSET', attempt_key, 'holder', worker, 'base', version, 'pinned', 1, 'lease', now + lease_ms)
+redis.call('HSET', attempt_key, 'holder', worker, 'base', version, 'pinned', 1, 'lease', now + lease_ms,
+  'phase', 'fetching', 'stalled', 0)
 return {number, tonumber(version), tonumber(redis.call('HGET', config_key, 'epoch') or '0'), client}
