@@ -62,7 +62,7 @@ def test_standby_with_a_checkpoint_leads_a_lost_run(run, tmp_path):
     assert take(run, Losing(run.client, run.name, "standby"), tmp_path / CHECKPOINT_FILENAME)
 
 
-def test_last_leader_comes_before_a_standby_with_an_older_checkpoint(run, tmp_path):
+def test_last_leader_comes_before_an_older_checkpoint(run, tmp_path):
     """Each has a checkpoint on its own disk; the standby has waited behind the leader for three leases."""
     checkpoint = tmp_path / CHECKPOINT_FILENAME
     checkpoint.touch()
