@@ -18,7 +18,7 @@ from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.compare import RunProgress, describe
 from fedqueue_coordinator.operator.compare_options import parse_axes, parse_strategies, parse_variant
-from fedqueue_coordinator.operator.reports.comparison import markdown, rows, spread
+from fedqueue_coordinator.operator.reports.comparison import markdown, problems, rows, spread
 from fedqueue_coordinator.operator.reports.comparison_plot import draw
 from fedqueue_coordinator.simulation.comparison import (
     TUNING_SEEDS,
@@ -83,6 +83,44 @@ def test_compare_runs_each_mode_with_each_seed(path, tmp_path):
     synchronous, asynchronous = (plain["outcomes"][i] for i in (0, 2))
     assert synchronous["seconds"] > asynchronous["seconds"]  # FedAvg waits for the slow clients
     assert synchronous["staleness"] == 0 < asynchronous["staleness"]
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        (
+            "def fit(self, model, data, config, progress): raise OSError('no [disk]')",
+            "training failed: OSError: no [disk]",
+        ),
+        ("def train_data(self, client): raise OSError('no [disk]')", "failed: OSError: no [disk]; in train_data"),
+        ("def evaluate(self, model, data): raise OSError('no [disk]')", "evaluation failed: OSError: no [disk]"),
+    ],
+)
+def test_failures_are_named_below_the_table(path, tmp_path, method, reason):
+    (tmp_path / "broken.py").write_text(
+        f"from tests.support.toy_task import ToyTask\nclass Broken(ToyTask):\n    {method}\n"
+    )
+    arguments = ["compare", str(path), "--strategies", "fedbuff,fedasync", "--seeds", "1", "--updates", "8"]
+    arguments += ["--set", "task.entrypoint=broken.py:Broken", "--set", "dispatch.max_client_failures=2"]
+    result = CliRunner().invoke(app, [*arguments, "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1, result.output
+    below = result.output.partition("└")[2]
+    assert reason in below
+    for variant in ("fedbuff", "fedasync"):
+        assert f"{variant}, seed 0 failed: " in below
+    assert reason in (tmp_path / "out" / "comparison.md").read_text()
+
+
+def test_client_without_an_update_is_named_below_the_table():
+    lines = problems([made("x", 0, 2.0, 0.9, {"a": 1.0}), replace(made("y", 0, 2.0, 0.9), failures=["a: why"])])
+    assert lines == ["x: no update from b in at least one run", "y: a: why"]
+
+
+def test_comparison_does_not_touch_a_folder_of_others(path, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    result = CliRunner().invoke(app, ["compare", str(path), "--seeds", "1", "--output", str(tmp_path)])
+    assert isinstance(result.exception, ConfigurationError)
+    assert "no run of fedqueue made" in str(result.exception)
 
 
 @pytest.mark.parametrize(

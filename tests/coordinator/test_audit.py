@@ -15,6 +15,8 @@ from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.operator.audit.audit import audit, ok
 from fedqueue_coordinator.operator.audit.audit_input import AuditInput, read_audit_input
 from fedqueue_coordinator.operator.audit.replay import replay
+from fedqueue_coordinator.operator.audit.signatures import Signatures
+from fedqueue_coordinator.operator.reports.audit import show_audit
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from tests.support.builders import MANIFEST, make_config, make_frame
 
@@ -175,3 +177,13 @@ def test_audit_does_not_run_code_named_in_redis(fake_client, monkeypatch):
     monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit_input.reachable_servers", lambda url: [fake_client])
     (replayed_,) = [check for check in audit(read_audit_input(config.name, "")) if "same bits" in check.invariant]
     assert "audit the folder of the run's results" in replayed_.skipped
+
+
+def test_what_was_not_checked_is_said_with_its_reason(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    show_audit("run", audit(replace(RIGHT, posted_entries=None, signatures=Signatures({"version": 2}, [], "orders"))))
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "holds; not checked: the streams, which" in shown
+    assert "holds; not checked: orders" in shown
+    assert "same bits not checked: payloads were not kept" in shown
+    assert "5 of 6 checks done, 2 of these in part, 1 not done: no violations" in shown

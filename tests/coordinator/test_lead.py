@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import msgpack
 import pytest
+import redis
 import torch
 
 from fedqueue import Task
 from fedqueue.config.loading import parse_config
-from fedqueue.errors import RunExists, RunLost
+from fedqueue.errors import ConfigurationError, RunExists, RunLost, ServerUnavailable
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME, load_checkpoint
 from fedqueue_coordinator.service.coordinator import Coordinator
@@ -125,7 +126,7 @@ class Scripted(CoordinatorStore):
         return []
 
 
-def coordinator_of(client, folder, *steps, seconds="off", store_class=Scripted):
+def coordinator_of(client, folder, *steps, seconds="off", store_class=Scripted, on_wait=None, reopen=False, **sections):
     """Return a coordinator of a run without clients; the coordinator is paused after the steps."""
     config = parse_config(
         {
@@ -133,11 +134,15 @@ def coordinator_of(client, folder, *steps, seconds="off", store_class=Scripted):
             "task": {"entrypoint": "task.py:Line"},
             "checkpoint": {"every_seconds": seconds},
             "stop": {"versions": 9},
+            **sections,
         }
     )
     store = store_class(client, "line", "me")
     clock = itertools.count(1.0).__next__
-    coordinator = Coordinator(config, Line(), store, folder, clock=clock, sleep=lambda seconds: None)
+    coordinator = Coordinator(
+        config, Line(), store, folder, clock=clock, sleep=lambda seconds: None,
+        on_wait=on_wait or (lambda: None), reopen=reopen,
+    )  # fmt: skip
     store.steps = [*steps, coordinator.pause]
     return coordinator
 
@@ -178,3 +183,46 @@ def test_checkpoint_is_kept_when_redis_loses_the_run(redis_client, tmp_path):
     assert coordinator.store.reads > 2
     assert load_checkpoint(tmp_path / CHECKPOINT_FILENAME).epoch == coordinator.store.info().epoch == 1
     assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation", "epoch"]
+
+
+@pytest.mark.parametrize("end", [Coordinator.interrupt, Coordinator.fail])
+def test_ended_run_is_reopened_from_its_checkpoint(redis_client, tmp_path, end):
+    first = coordinator_of(redis_client, tmp_path)
+    first.store.steps = [lambda: end(first, "enough")]
+    assert first.run().failed == (end is Coordinator.fail)
+    assert first.checkpoint_saved
+    again = coordinator_of(redis_client, tmp_path)
+    with pytest.raises(RunExists, match=r"has ended \(enough\); `fedqueue remove line`"):
+        again.run()
+    reopened = coordinator_of(redis_client, tmp_path, reopen=True)
+    assert reopened.run() is None
+    info = reopened.store.info()
+    assert (info.state, info.epoch) == ("running", 1)
+    assert redis_client.ttl(reopened.store.keys.config) == -1
+
+
+def test_stop_seconds_hold_during_an_outage(redis_client, tmp_path):
+    """The disk of Redis is full, and the clock rises by one second with each look."""
+    waits = []
+
+    class Full(Scripted):
+        def receive(self, block_seconds, count=32):
+            raise redis.ResponseError("MISCONF Errors writing to the AOF file: No space left on device")
+
+    coordinator = coordinator_of(
+        redis_client, tmp_path, store_class=Full, stop={"seconds": 40}, on_wait=lambda: waits.append("waits")
+    )
+    with pytest.raises(ServerUnavailable, match=r"stop.seconds = 40 have passed .*cannot save to its disk"):
+        coordinator.run()
+    assert waits
+
+
+def test_resumed_settings_that_differ_are_named_alone(redis_client, tmp_path):
+    assert coordinator_of(redis_client, tmp_path).run() is None
+    changed = coordinator_of(redis_client, tmp_path, training={"learning_rate": 0.5}, seed=7)
+    with pytest.raises(ConfigurationError) as caught:
+        changed.run()
+    assert str(caught.value) == (
+        "seed, training.learning_rate: cannot change during a run (seed is 0 in the run, 7 here; "
+        "training.learning_rate is 0.1 in the run, 0.5 here); restore the run's value, or start another run"
+    )

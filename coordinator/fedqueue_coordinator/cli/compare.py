@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedqueue_coordinator.cli.options import ConfigPath, Sets
+from fedqueue.exit_codes import FAILED
+from fedqueue_coordinator.cli.options import ConfigPath, Overwrite, Sets
 
 COMPARE_EPILOG = """
 Examples:
@@ -110,6 +111,7 @@ def compare(
             show_default=False,
         ),
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare aggregation strategies on the same clients and speeds, under a virtual clock.
 
@@ -117,6 +119,7 @@ def compare(
     number of batches times --batch-seconds times clients.slowdown. Each run continues past its target until it has
     merged --updates. The section [compare] of CONFIG.toml can hold what the options say. Writes comparison.md,
     comparison.json and comparison.png, and prints the table.
+    Exits with 1 if a run failed or merged no update.
     """
     from fedqueue_coordinator.operator.compare import compare_strategies
     from fedqueue_coordinator.operator.compare_options import (
@@ -134,4 +137,5 @@ def compare(
     options = CompareOptions(
         parse_strategies(strategies), [parse_variant(text) for text in variant or []], parse_axes(tune or []), settings
     )
-    compare_strategies(config, options, set_ or [], output)
+    if not compare_strategies(config, options, set_ or [], output, overwrite):
+        raise typer.Exit(FAILED)

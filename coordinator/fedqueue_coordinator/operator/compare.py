@@ -16,11 +16,13 @@ from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.operator.compare_options import CompareOptions
 from fedqueue_coordinator.operator.reports.comparison import (
     COMPARISON_FILENAMES,
+    problems,
     rows,
     target_in_words,
     terminal_table,
     write_comparison,
 )
+from fedqueue_coordinator.operator.run_folder import Launch, RunFolder
 from fedqueue_coordinator.simulation.comparison import (
     TUNING_SEEDS,
     Outcome,
@@ -38,10 +40,13 @@ WIDTH = 110
 """Columns of the table if the output is not a terminal."""
 
 
-def compare_strategies(path: Path, options: CompareOptions, overrides: Sequence[str], output: Path | None) -> None:
+def compare_strategies(
+    path: Path, options: CompareOptions, overrides: Sequence[str], output: Path | None, overwrite: bool
+) -> bool:
     """Compare what the section [compare] of the configuration at `path` says, changed by `options`.
 
-    Writes the table, the figures and the picture to the folder `output`, and prints the table.
+    Writes the table, the figures and the picture to the folder `output` once all runs have ended, and prints the table.
+    Returns whether every run merged an update and did not fail.
     Raises ConfigurationError before the first run if any setting is invalid.
     """
     config = load_config(path, overrides)
@@ -58,28 +63,40 @@ def compare_strategies(path: Path, options: CompareOptions, overrides: Sequence[
         settings.seed_keys,
     )
     combinations, target, seeds = grid(axes), setup.target, settings.seeds
-    folder = output or Path("runs") / f"{config.name}-compare"
+    for variant in variants:
+        for combination in combinations:
+            setup.config(variant, 0, combination)
+    folder = RunFolder(output or Path("runs") / f"{config.name}-compare")
+    launch = Launch(path.resolve(), overrides, command="compare", run=config.name)
     runs = len(variants) * (seeds + (len(combinations) * len(TUNING_SEEDS) if len(combinations) > 1 else 0))
     outcomes: list[Outcome] = []
-    with RunProgress(Console(stderr=True), runs) as progress:
-        for outcome in compare(setup, variants, seeds, combinations, progress.update):
-            progress.say(describe(outcome))
-            outcomes += [outcome] if outcome.seed not in TUNING_SEEDS else []
     title = f"{config.name}: {', '.join(variant.name for variant in variants)}"
     about = conditions(setup, seeds, axes, settings.speeds)
-    write_comparison(folder, title, about, outcomes, target)
+    with folder.opened(launch, overwrite):
+        with RunProgress(Console(stderr=True), runs) as progress:
+            for outcome in compare(setup, variants, seeds, combinations, progress.update):
+                progress.say(describe(outcome))
+                outcomes += [outcome] if outcome.seed not in TUNING_SEEDS else []
+        write_comparison(folder.unfinished, title, about, outcomes, target)
+        folder.publish(COMPARISON_FILENAMES, complete=True)
+        folder.discard()
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     console.print(terminal_table(rows(outcomes, target), title))
+    for line in problems(outcomes):
+        console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for line in about:
         console.print(line, highlight=False, soft_wrap=True)
-    paths = dict(zip(("table", "figures", "picture"), (folder / name for name in COMPARISON_FILENAMES), strict=True))
+    paths = dict(
+        zip(("table", "figures", "picture"), (folder.path / name for name in COMPARISON_FILENAMES), strict=True)
+    )
     written = "   ".join(f"{what}: {path}" for what, path in paths.items() if path.exists())
-    console.print(written, highlight=False, soft_wrap=True)
+    console.print(written, markup=False, highlight=False, soft_wrap=True)
     if not paths["picture"].exists():
         missing = MissingExtra("comparison.png", "matplotlib", "plots")
         console.print(str(missing), markup=False, highlight=False, soft_wrap=True)
+    return not any(outcome.failed for outcome in outcomes)
 
 
 def conditions(setup: Setup, seeds: int, axes: Mapping[str, Sequence[str]], speeds: Sequence[float]) -> list[str]:
@@ -103,6 +120,8 @@ def conditions(setup: Setup, seeds: int, axes: Mapping[str, Sequence[str]], spee
 
 def describe(outcome: Outcome) -> str:
     """Describe one run in one line."""
+    if outcome.failed:
+        return f"{outcome.variant}, seed {outcome.seed}: failed: {outcome.failed}"
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in outcome.final.metrics.items())
     reached = outcome.reached
     when = "target not reached"

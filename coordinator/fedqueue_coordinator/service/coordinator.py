@@ -215,8 +215,9 @@ class Coordinator:
         self.federation = restore_federation(
             self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
         )
+        resumed = self._clock() - self.federation.run_counters.seconds
+        self._zero = min(self._zero, resumed) if self._known else resumed  # the time of an outage counts
         self._known = True
-        self._zero = self._clock() - self.federation.run_counters.seconds
         self._next_watch = self._now()
         self._unpublished = []
         self._unreported = None  # measured again: the federation knows of no evaluation in progress

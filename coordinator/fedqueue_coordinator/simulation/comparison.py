@@ -28,9 +28,11 @@ from typing import Any
 from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
 from fedqueue.config.target import Goal, Wanted, goals
-from fedqueue.errors import ConfigurationError, TaskError
+from fedqueue.errors import ConfigurationError, RunFailed, TaskError
+from fedqueue.exception_text import exception_with_place, one_line
 from fedqueue.task import load_task
 from fedqueue_coordinator.core.events import Evaluated
+from fedqueue_coordinator.core.failures import Failures
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.core.stop_conditions import require_usable_target, target_reached
@@ -88,6 +90,10 @@ class Outcome:
     """The first evaluation that met the target."""
     points: Sequence[Point] = field(repr=False)
     """All evaluations, in order."""
+    failed: str = ""
+    """Why the run failed or merged no update; empty if it did neither."""
+    failures: Sequence[str] = ()
+    """A line for each kind of failure of a client: the first client, what happened and why, and how often."""
 
     @property
     def final(self) -> Point:
@@ -153,7 +159,7 @@ class Setup:
                 judged = True
             on_progress(name, federation)
 
-        result = Simulation(config, self._datasets(config), self.timing, follow).run()
+        result = simulate(Simulation(config, self._datasets(config), self.timing, follow))
         return outcome_of(result, variant.name, seed, tuned, target, config.clients.ids)
 
     def _datasets(self, config: Config) -> ClientDatasets:
@@ -205,6 +211,27 @@ def outcome_of(
         lost=dict(sorted(lost.items())),
         reached=next((point for point in points if target_reached(wanted, Evaluated(0, point.metrics))), None),
         points=points,
+        failed=result.stopped_because if result.failed else "" if merged else "no update was merged",
+        failures=[
+            f"{kind.line}{f' ({kind.count} times)' if kind.count > 1 else ''}"
+            for kind in Failures.from_ledger(result.ledger).kinds.values()
+        ],
+    )
+
+
+def simulate(simulation: Simulation) -> RunResult:
+    """Run the simulation; an exception of the task, or a run that cannot go on, gives a failed result."""
+    try:
+        return simulation.run()
+    except (ConfigurationError, TaskError):
+        raise  # an error of every run of the comparison
+    except RunFailed as error:
+        why = str(error)
+    except Exception as error:
+        why = exception_with_place(error)
+    federation = simulation.federation
+    return RunResult(
+        federation.version, federation.model, one_line(why), True, simulation.ledger, {}, federation.job_number
     )
 
 

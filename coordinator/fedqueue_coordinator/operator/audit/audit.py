@@ -20,7 +20,7 @@ class Check:
     invariant: str
     problems: Sequence[str]
     skipped: str = ""
-    """What was not checked, and why; empty if everything was."""
+    """What was not checked, or, without `checked`, why; empty if everything was."""
     checked: bool = True
     """False if nothing of it could be checked."""
 
@@ -47,7 +47,7 @@ def audit(audit_input: AuditInput) -> list[Check]:
                 *(f"job {job} has ended, and an entry of it waits" for job in waiting if job in times),
                 *_missing_entries(audit_input),
             ],
-            "" if audit_input.posted_entries is not None else "the streams were deleted: only the ledger was checked",
+            "" if audit_input.posted_entries is not None else "the streams, which the end of a run deletes",
         ),
         Check("I3", "versions rise by one from 1 to the head", _version_gaps(audit_input)),
         _replay_check(audit_input),
@@ -124,9 +124,8 @@ def _signature_check(signatures: Signatures | None) -> Check:
         why = "results in a folder are not signed: audit the run while it is in Redis"
         return Check("S", invariant, [], why, checked=False)
     counts = ", ".join(f"{kind} {count}" for kind, count in signatures.checked.items())
-    missing = f"not verified: {signatures.unchecked}"
     invariant = f"{invariant} ({counts})" if counts else invariant
-    return Check("S", invariant, signatures.problems, missing, checked=bool(counts))
+    return Check("S", invariant, signatures.problems, signatures.unchecked, checked=bool(counts))
 
 
 def _falling_tokens(ledger: Iterable[LedgerRecord]) -> list[str]:

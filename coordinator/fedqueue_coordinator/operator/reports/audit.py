@@ -30,10 +30,7 @@ def show_audit(run: str, checks: Sequence[Check]) -> None:
     """Print the result of each check, then its first violations, then the verdict in one line."""
     table = Table("", "invariant", "result", title=f"audit of {run}", title_justify="left")
     for check in checks:
-        verdict = "[green]holds[/]" if check.checked else "[yellow]not checked[/]"
-        if check.problems:
-            verdict = f"[red]{len(check.problems)} violations[/]"
-        table.add_row(check.name, check.invariant, f"{verdict}{f' ({escape(check.skipped)})' if check.skipped else ''}")
+        table.add_row(check.name, check.invariant, _verdict(check))
     console = Console()
     console.print(table)
     for check in checks:
@@ -43,4 +40,16 @@ def show_audit(run: str, checks: Sequence[Check]) -> None:
             console.print(f"{check.name}: … and {len(check.problems) - SHOWN_VIOLATIONS} more", highlight=False)
     violations = sum(len(check.problems) for check in checks)
     checked = sum(check.checked for check in checks)
-    console.print(f"{checked} of {len(checks)} checks done, {violations or 'no'} violations", highlight=False)
+    partly = sum(bool(check.checked and check.skipped) for check in checks)
+    parts = [f"{checked} of {len(checks)} checks done"]
+    parts += [f"{partly} of these in part"] if partly else []
+    parts += [f"{len(checks) - checked} not done"] if checked < len(checks) else []
+    console.print(f"{', '.join(parts)}: {violations or 'no'} violations", highlight=False)
+
+
+def _verdict(check: Check) -> str:
+    verdict = "[green]holds[/]" if check.checked else ""
+    if check.problems:
+        verdict = f"[red]{len(check.problems)} violations[/]"
+    missing = f"[yellow]not checked:[/] {escape(check.skipped)}" if check.skipped else ""
+    return "; ".join(filter(None, (verdict, missing)))

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from fedqueue.config.target import Wanted, goals
 from fedqueue.errors import MissingExtra
+from fedqueue_coordinator.core.waiting import names
 from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.simulation.comparison import Outcome
 
@@ -58,6 +59,16 @@ def rows(outcomes: Sequence[Outcome], target: Wanted) -> list[list[str]]:
             ]
         )
     return table
+
+
+def problems(outcomes: Sequence[Outcome]) -> list[str]:
+    """Say which runs failed, what happened to the clients of each variant, and who contributed nothing; or nothing."""
+    lines = [f"{o.variant}, seed {o.seed} failed: {o.failed}" for o in outcomes if o.failed]
+    for name, group in grouped(outcomes).items():
+        lines += dict.fromkeys(f"{name}: {line}" for outcome in group for line in outcome.failures)
+        idle = sorted({client for o in group if not o.failed for client in o.clients if not o.shares.get(client)})
+        lines += [f"{name}: no update from {names(idle)} in at least one run"] if idle else []
+    return lines
 
 
 def least_share(outcome: Outcome) -> float:
@@ -107,7 +118,8 @@ def write_comparison(
     """
     folder.mkdir(parents=True, exist_ok=True)
     table = markdown(rows(outcomes, target))
-    text = "\n".join([f"# {title}", "", table, *about])
+    found = [f"- {line}" for line in problems(outcomes)]
+    text = "\n".join([f"# {title}", "", table, *([*found, ""] if found else []), *about])
     (folder / "comparison.md").write_text(text + "\n", encoding="utf-8")
     plain: dict[str, Any] = {"title": title, "about": list(about), "target": dict(target)}
     plain["outcomes"] = [asdict(outcome) for outcome in outcomes]
