@@ -228,3 +228,26 @@ def test_bytes_of_a_large_piece_are_progress_in_both_directions(server, server_c
     finish(download)
     assert moved.count("up") == -(-size // (256 * 1024))
     assert moved.count("down") > 1
+
+
+# A worker that dies in a transfer
+
+
+def test_lease_of_a_replaced_worker_process_has_ended(run):
+    """The job's lease is long, because it was in a transfer; the next process serves the client sooner than that."""
+    _, claim = begin(run, lease=600.0)
+    assert run.coordinator.find_expired() == ([], [])
+    assert not run.coordinator.close(claim.job, {"kind": "abandoned"}, 3, if_lapsed=True)
+    run.client.hset(run.keys.site("c0"), "alive", 0)
+    run.join(token="worker-b")
+    assert run.coordinator.find_expired() == ([claim.job], [])
+    assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 3, if_lapsed=True)
+
+
+def test_job_that_waits_in_the_queue_stays_with_the_client(run):
+    run.join()
+    job = run.dispatch(lease=600.0)
+    run.client.hset(run.keys.site("c0"), "alive", 0)
+    run.join(token="worker-b")
+    assert run.coordinator.find_expired() == ([], [])
+    assert not run.coordinator.close(job, {"kind": "abandoned"}, 3, if_lapsed=True)

@@ -430,9 +430,13 @@ class CoordinatorStore(Store):
         return bool(answer)
 
     def find_expired(self) -> tuple[list[str], list[str]]:
-        """Jobs whose lease has ended, and clients whose worker's lease has ended, by the server's clock."""
+        """Jobs whose lease has ended, and clients whose worker's lease has ended, by the server's clock.
+
+        The lease of an attempt has also ended if another worker process serves its client by now.
+        """
         keys = self.keys
-        jobs, clients = self.script("find_expired", [keys.jobs, keys.clients], [keys.attempt(""), keys.site_prefix])
+        prefixes = [keys.attempt(""), keys.site_prefix, keys.job("")]
+        jobs, clients = self.script("find_expired", [keys.jobs, keys.clients], prefixes)
         return [j.decode() for j in jobs], [c.decode() for c in clients]
 
     def last_report(self, job: str, client: str) -> LastReport:

@@ -25,13 +25,15 @@ local most_attempts, most_chunks = tonumber(ARGV[9]), tonumber(ARGV[10])
 
 if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
 local client = redis.call('HGET', job_key, 'client')
-local attempt = redis.call('HMGET', attempt_key, 'number', 'posted', 'chunks', 'lease')
-local number, posted, chunks, lease = attempt[1], attempt[2], attempt[3], attempt[4]
+local attempt = redis.call('HMGET', attempt_key, 'number', 'posted', 'chunks', 'lease', 'holder')
+local number, posted, chunks, lease, holder = unpack(attempt, 1, 5)
 if condition == 'lapsed' then
   local time = redis.call('TIME')
   local now = time[1] * 1000 + math.floor(time[2] / 1000)
   local lease_end = tonumber(lease or '')
-  if posted or (lease_end and lease_end > now) then return 0 end
+  local served_by = client and redis.call('HGET', site_prefix .. client, 'holder')
+  local is_replaced = (tonumber(number or '') or 0) > 0 and served_by and served_by ~= holder
+  if posted or (lease_end and lease_end > now and not is_replaced) then return 0 end
 end
 if condition == 'unposted' and posted then return 0 end
 if entry ~= '' then redis.call('XDEL', stream_key, entry) end
