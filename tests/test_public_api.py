@@ -7,6 +7,7 @@ import asyncio
 import doctest
 import importlib
 import json
+import random
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -176,9 +178,11 @@ def test_simulation_in_a_notebook_cell_returns_a_result(cell):
 def test_simulation_repeats_its_bits_and_restores_torch(line):
     torch.manual_seed(5)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
+    others = random.getstate(), np.random.get_state()[1].tolist()
     first, second = (fedqueue.simulate(line, clients=3, versions=4) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
     assert first.ledger == second.ledger
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])

@@ -265,3 +265,17 @@ def test_newest_evaluation_is_kept():
     run = start("c0", evaluates=True)
     evaluated(run, 0)
     assert run.federation.evaluated == Evaluated(0, {"loss": 1.0})
+
+
+def test_evaluated_model_draws_what_the_workers_model_draws():
+    class Projected(WeightTask):
+        def model(self):
+            module = super().model()
+            module.register_buffer("projection", torch.rand(3), persistent=False)
+            return module
+
+        def evaluate(self, model, data):
+            return {"first": float(model.projection[0])}
+
+    drawn = [evaluate(Projected(), None, weighing(0.0), CPU, seed).metrics["first"] for seed in (7, 7, 8)]
+    assert drawn[0] == drawn[1] != drawn[2]

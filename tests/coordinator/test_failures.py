@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fedqueue.protocol.messages import NO_EXAMPLES
 from fedqueue_coordinator.core.events import ClientUnavailable, Stop
 from fedqueue_coordinator.core.failures import MAX_KINDS, OTHER, Failures
 from fedqueue_coordinator.core.run_summary import NO_UPDATE_IN_TIME, NO_WORKER, summarize
@@ -208,3 +209,26 @@ def test_failed_evaluation_is_told_once_for_each_kind():
         "evaluation failed: version 6: RuntimeError: out of memory",
     ]
     assert not any(kind.mild for kind in failures.kinds.values())
+
+
+# Clients without examples
+
+
+def test_cohort_does_not_wait_for_a_client_without_examples():
+    run = start(aggregation=BARRIER, clients={"count": 3})
+    run.join("client-0", "client-2")
+    assert not run.federation.open_jobs
+    unavailable(run, "client-1", NO_EXAMPLES)
+    assert sorted(run.federation.open_jobs.values()) == ["client-0", "client-2"]
+    assert not run.federation.unavailable
+    [kind] = run.federation.failures.kinds.values()
+    assert (kind.client, kind.what, kind.text) == ("client-1", "takes no part", "it has no examples")
+
+
+def test_configured_minimum_of_clients_stays_what_it_is():
+    run = start(aggregation=BARRIER, clients={"count": 3, "min_available": 3})
+    unavailable(run, "client-1", NO_EXAMPLES)
+    run.join("client-0", "client-2")
+    assert not run.federation.open_jobs
+    run.join("client-1")
+    assert len(run.federation.open_jobs) == 3

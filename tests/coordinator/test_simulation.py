@@ -248,6 +248,34 @@ class Workers(CoordinatorStore):
         self.left[job] = order.client, local
 
 
+@pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
+def test_client_without_examples_takes_no_part(strategy):
+    class Empty(PointsTask):
+        def train_data(self, client):
+            return points(0, seed=1) if client.id == "b" else super().train_data(client)
+
+    merging = {"strategy": strategy, "buffer_size": 2}
+    config = simulated_config(("a", "b", "c"), aggregation=merging, clients={"min_available": "auto"})
+    result = Simulation(config, ClientDatasets(Empty()), SECOND).run()
+    assert {line["client"] for record in result.ledger for line in record.get("merged", [])} == {"a", "c"}
+    [left_out] = [record for record in result.ledger if record["kind"] == "unavailable"]
+    assert (left_out["client"], left_out["error"]) == ("b", "no examples")
+
+
+def test_steps_are_the_time_of_a_fit_that_reports_no_batch():
+    class Silent(PointsTask):
+        def fit(self, model, data, config, progress):
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            for _ in range(5):
+                optimizer.zero_grad()
+                self.loss(model, data.tensors).backward()
+                optimizer.step()
+            return len(data)
+
+    result = Simulation(simulated_config(("a",)), ClientDatasets(Silent()), SECOND).run()
+    assert result.ledger[0]["merged"][0]["at"] == 5.0
+
+
 DEADLINE = {"over_selection": 1.4, "round_deadline_seconds": 4.5}
 ZSTD = {"uplink_lossless": "zstd", "downlink_lossless": "zstd"}
 COMPASS = {"schedule": "fedcompass", "fedcompass": {"min_steps": 3, "max_steps": 12, "latest_factor": 1.1}}

@@ -34,7 +34,7 @@ from fedqueue.exception_text import exception_text, exception_with_place
 from fedqueue.exit_codes import DONE, stop_signals
 from fedqueue.local_update import load_data
 from fedqueue.protocol.keys import client_tag
-from fedqueue.protocol.messages import Registration, Unavailable
+from fedqueue.protocol.messages import NO_EXAMPLES, Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.manifest import Manifest
@@ -199,7 +199,7 @@ class Worker:
         """Report that the client's data cannot be loaded, and serve the others."""
         if isinstance(error, NoExamples):
             log.warning("client left out: it has no examples", client=client)
-            reason = str(error)
+            reason = NO_EXAMPLES
         else:
             log.error(
                 "client left out: its data cannot be loaded",

@@ -15,6 +15,7 @@ from fedqueue.metrics import as_metrics
 from fedqueue.protocol.messages import Evaluation
 from fedqueue.task import Task
 from fedqueue.tensors.frame import Frame
+from fedqueue.training import set_seed
 
 MAX_FAILED_EVALUATIONS = 5
 """Evaluations that fail in a row before the run ends."""
@@ -87,13 +88,14 @@ def require_test_data(target: Iterable[str], data: Any) -> None:
         raise ConfigurationError("stop.target", None, problem, hint)
 
 
-def evaluate(task: Task, data: Any, frame: Frame, device: torch.device) -> Evaluation:
+def evaluate(task: Task, data: Any, frame: Frame, device: torch.device, seed: int = 0) -> Evaluation:
     """Evaluate a version with the task's own `evaluate`, in eval mode and without gradients.
 
-    The `version` of the result is 0. An exception of the task becomes `error`, except KeyboardInterrupt, which is the
-    user's own on a main thread.
+    `seed` is the run's, so that what the model draws beside the frame is what workers have. The `version` of the result
+    is 0. An exception of the task becomes `error`, except KeyboardInterrupt, which is the user's own on a main thread.
     """
     try:
+        set_seed(seed)
         model = task.model()
         frame.write(model)
         model.to(device)

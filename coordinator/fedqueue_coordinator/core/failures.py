@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fedqueue.exception_text import one_line
+from fedqueue.protocol.messages import NO_EXAMPLES
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 
 MAX_KINDS = 50
@@ -39,6 +40,7 @@ _DEFAULT_TEXTS = {
 UNAVAILABLE = "cannot load its data"
 EVALUATION_FAILED = "evaluation failed"
 NOT_FINITE = "metric not finite"
+NO_PART = "takes no part"
 SET_ASIDE = "set aside"
 MILD = {f"update rejected ({reason})" for reason in (RejectionReason.STALE, RejectionReason.LATE)} | {
     _ABANDONED[AbandonReason.LATE],
@@ -110,8 +112,11 @@ class Failures:
             self._add(client, what, error or _DEFAULT_TEXTS.get(AbandonReason(reason), ""))
 
     def unavailable(self, client: str, error: str) -> None:
-        """Count a client whose data cannot be loaded."""
-        self._add(client, UNAVAILABLE, error)
+        """Count a client whose data cannot be loaded, or that has no examples."""
+        if error == NO_EXAMPLES:
+            self._add(client, NO_PART, "it has no examples")
+        else:
+            self._add(client, UNAVAILABLE, error)
 
     def evaluated(self, version: int, metrics: Mapping[str, float], error: str) -> None:
         """Count a central evaluation that failed, and each of its metrics that is not finite."""

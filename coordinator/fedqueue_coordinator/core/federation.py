@@ -25,6 +25,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError
+from fedqueue.protocol.messages import NO_EXAMPLES
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Delta, Frame
@@ -451,7 +452,10 @@ class Federation:
         record = unavailable_record(event.client, event.error, self.version, now)
         if event.served:
             return [Acknowledge(event.entry, record)]
-        self.unavailable[event.client] = event.error
+        if event.error == NO_EXAMPLES:
+            self._scheduler.without_examples.add(event.client)
+        else:
+            self.unavailable[event.client] = event.error
         return [*self._leave(ClientLeft(event.client), now), Acknowledge(event.entry, record)]
 
     def _end_job(self, ended: JobEnded, now: float) -> list[Action]:

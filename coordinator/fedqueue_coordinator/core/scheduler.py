@@ -34,6 +34,8 @@ class Scheduler:
         """Alive clients, with the number of examples each registered, None if it is unknown."""
         self.registered: dict[str, int | None] = {}
         """As `clients`, and also clients that left, whose late updates must be checked."""
+        self.without_examples: set[str] = set()
+        """Clients that take no part, because their workers reported no examples."""
         self.open_jobs: dict[str, str] = {}
         """Job → client."""
         self.job_number = job_number
@@ -81,6 +83,7 @@ class Scheduler:
         """Add a client that registered with `examples` examples."""
         self.clients[client] = examples
         self.registered[client] = examples
+        self.without_examples.discard(client)
         self.offer(client)
 
     def leave(self, client: str) -> None:
@@ -237,12 +240,20 @@ class Scheduler:
 
     # Dispatch
 
+    @property
+    def minimum_clients(self) -> int:
+        """Clients that must be alive before training starts; a cohort does not wait for those without examples."""
+        config = self._config
+        if config.clients.min_available:
+            return config.minimum_clients
+        return max(1, min(config.minimum_clients, config.clients.number - len(self.without_examples)))
+
     def dispatch(self, arriving: int, buffered: int, now: float) -> list[Dispatch]:
         """Give jobs to idle clients while slots are free.
 
         `arriving` updates are being read and `buffered` ones wait for the next version.
         """
-        self._started = self._started or len(self.clients) >= self._config.minimum_clients
+        self._started = self._started or len(self.clients) >= self.minimum_clients
         dispatched: list[Dispatch] = []
         while self._started and self._idle and self._has_room(arriving + buffered):
             client = self._choose(self.job_number + 1, nothing_under_way=not (self.open_jobs or arriving))

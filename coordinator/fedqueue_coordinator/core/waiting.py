@@ -20,10 +20,11 @@ def waiting_for(config: Config, scheduler: Scheduler, unavailable: Mapping[str, 
     if scheduler.started and scheduler.open_jobs:
         return ""
     alive = scheduler.clients
-    missing = [client for client in config.clients.ids if client not in alive]
+    absent = {*config.clients.ids} - {*alive} - scheduler.without_examples
+    missing = [client for client in config.clients.ids if client in absent]
     if not scheduler.started:
         which = f"{_named(missing)}{_reasons(missing, unavailable)}" if alive or unavailable else ""
-        return f"{len(alive)} of {config.clients.number} clients alive, waiting for {config.minimum_clients}{which}"
+        return f"{len(alive)} of {config.clients.number} clients alive, waiting for {scheduler.minimum_clients}{which}"
     if not alive:
         return f"no client is alive, waiting for a worker{_named(missing)}{_reasons(missing, unavailable)}"
     if all(map(scheduler.is_set_aside, alive)):
@@ -42,9 +43,9 @@ def dead_end(config: Config, scheduler: Scheduler, gone: Container[str], unavail
     known = dict.fromkeys([*config.clients.ids, *scheduler.registered])
     left = [client for client in known if client not in gone]
     lost = [client for client in known if client in gone]
-    if not scheduler.started and len(left) < config.minimum_clients:
+    if not scheduler.started and len(left) < scheduler.minimum_clients:
         return (
-            f"{len(left)} of {len(known)} clients can take part, and {config.minimum_clients} are needed"
+            f"{len(left)} of {len(known)} clients can take part, and {scheduler.minimum_clients} are needed"
             f"{_why(config)}{_named(lost)}{_reasons(lost, unavailable)}"
         )
     if scheduler.started and all(map(scheduler.is_set_aside, left)):

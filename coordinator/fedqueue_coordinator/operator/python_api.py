@@ -6,12 +6,14 @@ import contextlib
 import copy
 import inspect
 import os
+import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+import numpy as np
 import structlog
 import torch
 from pydantic.fields import FieldInfo
@@ -328,8 +330,11 @@ def _log_into(stream: TextIO) -> Iterator[None]:
 @contextlib.contextmanager
 def _torch_settings_kept() -> Iterator[None]:
     threads, state = torch.get_num_threads(), torch.get_rng_state()
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
         yield
     finally:
         torch.set_num_threads(threads)
         torch.set_rng_state(state)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

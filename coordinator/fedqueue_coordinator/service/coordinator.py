@@ -134,7 +134,7 @@ class Coordinator:
         data = load_test_data(task)
         require_test_data(config.stop.target, data)
         device = check_device(config.training.device)
-        self._evaluator = None if data is None else Evaluator(task, data, device, self._report)
+        self._evaluator = None if data is None else Evaluator(task, data, device, self._report, config.seed)
 
     def interrupt(self, because: str) -> None:
         """End the run soon, keeping the model so far. Safe to call from a signal handler."""

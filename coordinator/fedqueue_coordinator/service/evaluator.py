@@ -17,7 +17,11 @@ from fedqueue_coordinator.core.evaluation import evaluate, failed_evaluation
 class Evaluator:
     """Evaluates one version at a time; `report` is called on its thread with each result."""
 
-    def __init__(self, task: Task, data: Any, device: torch.device, report: Callable[[Evaluation], None]) -> None:
+    def __init__(
+        self, task: Task, data: Any, device: torch.device, report: Callable[[Evaluation], None], seed: int = 0
+    ) -> None:
+        """`seed` is the run's."""
+        self._seed = seed
         self._task, self._data, self._device, self._report = task, data, device, report
         self._thread: threading.Thread | None = None
         self.snapshot: tuple[int, Frame] | None = None
@@ -37,7 +41,7 @@ class Evaluator:
 
     def _run(self, version: int, frame: Frame) -> None:
         try:
-            result = evaluate(self._task, self._data, frame, self._device)
+            result = evaluate(self._task, self._data, frame, self._device, self._seed)
         except KeyboardInterrupt as error:  # raised by the task: only the main thread gets the user's
             result = failed_evaluation(error)
         if not result.error:

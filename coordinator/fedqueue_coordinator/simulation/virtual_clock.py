@@ -32,7 +32,7 @@ from fedqueue.errors import NoExamples, RunFailed
 from fedqueue.exception_text import exception_with_place
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update, load_data
-from fedqueue.protocol.messages import Order
+from fedqueue.protocol.messages import NO_EXAMPLES, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.encodings import Bytes
@@ -44,6 +44,7 @@ from fedqueue_coordinator.core.events import (
     Acknowledge,
     Action,
     ClientJoined,
+    ClientUnavailable,
     Close,
     Commit,
     Dispatch,
@@ -184,8 +185,9 @@ class Simulation:
         for client in self.config.clients.ids:
             try:
                 _, examples = self.datasets.data(self.config, client)
-            except NoExamples as error:
-                log.warning("client left out", client=client, reason=str(error))
+            except NoExamples:
+                log.warning("client left out: it has no examples", client=client)
+                self._handle(ClientUnavailable(f"{client}-left-out", client, NO_EXAMPLES))
             else:
                 self._handle(ClientJoined(client, examples))
         while not federation.stopped:
@@ -299,7 +301,8 @@ class Simulation:
                 self.ledger += [dict(record)] if record else []
             case Evaluate(version):
                 self._evaluated = version, self.federation.model.copy()
-                result = evaluate(self.datasets.task, self.datasets.test_data, self._evaluated[1], self._device)
+                data = self.datasets.test_data
+                result = evaluate(self.datasets.task, data, self._evaluated[1], self._device, self.config.seed)
                 evaluated = Evaluated(version, result.metrics, result.error)
                 self.ledger.append(evaluation_record(evaluated, self.now))
                 self._schedule(self.now, evaluated)

@@ -16,6 +16,8 @@ from fedqueue.protocol.msgpack import pack, unpack
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64  # characters
+NO_EXAMPLES = "no examples"
+"""The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
 
 Metrics = Annotated[
     dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], float],
@@ -60,7 +62,7 @@ class Unavailable(Message):
 
     client: ClientId
     error: Annotated[str, Field(max_length=4000)]
-    """As that of an `Ending`."""
+    """As that of an `Ending`; NO_EXAMPLES for a client whose data has no examples."""
 
 
 class Update(Message):
