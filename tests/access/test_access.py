@@ -17,6 +17,7 @@ from fedqueue.transport.lua_scripts import WORKER_SCRIPTS, script_digest
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue.transport.store import Store
 from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_coordinator.operator import removal
 from fedqueue_coordinator.operator.embedded_server import find_server
 from tests.support.acl_server import CLIENTS, AclServer, tagged
 from tests.support.sample_run import SampleRun
@@ -409,3 +410,18 @@ def test_script_of_another_version_is_not_reported_as_an_outage(guarded, led, mo
     monkeypatch.setattr("fedqueue.transport.lua_scripts.script_digest", lambda name: "0" * 40)
     with pytest.raises(ServerUnavailable, match="version that wrote the rules"):
         RedisRetry().call(lambda: worker.heartbeat(["c0"], 60, None, True))
+
+
+def test_coordinators_user_may_remove_a_run_and_viewer_may_not(guarded, led, monkeypatch):
+    led.join("c0")
+    led.dispatch(1)
+    led.coordinator.release_lead()
+    monkeypatch.setattr(removal, "reachable_servers", lambda url: [guarded.user(url)])
+    with pytest.raises(redis.exceptions.NoPermissionError):
+        removal.plan_removal("sample", "viewer", None).carry_out()
+    guarded.denied()
+    planned = removal.plan_removal("sample", "coordinator", None)
+    assert "not ended" in next(planned.describe())
+    planned.carry_out()
+    assert guarded.denied() == []
+    assert [key for key in guarded.user("admin").scan_iter() if b"sample" in key] == []

@@ -30,6 +30,18 @@ def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
     assert len({url.split(":")[2] for url in urls.values()}) == len(urls)
 
 
+def test_urls_of_others_in_the_folder_stay(tmp_path):
+    (tmp_path / "redis.url").write_text("of another program")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "redis.password").write_text("mine")
+    write(tmp_path, "north", "south")
+    write(tmp_path, "north")
+    assert (tmp_path / "redis.url").exists()
+    assert not (tmp_path / "worker-south.url").exists()
+    write_access_folders(tmp_path, "digits", ["north"], shared_worker=True)
+    assert (tmp_path / "site" / "redis.password").read_text() == "mine"
+
+
 def test_acl_file_has_password_digests_and_no_default_user(tmp_path):
     urls = write(tmp_path, "north")
     first, *lines = (tmp_path / "users.acl").read_text().splitlines()

@@ -192,9 +192,8 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, sh
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     passwords = {user: _password_in(folder / f"{user}.url") or _new_password() for user in rules}
     urls = {user: _with_credentials(server_url, user, password) for user, password in passwords.items()}
-    for old in folder.glob("*.url"):
-        if old.stem not in urls:
-            old.unlink()
+    for user in _users_in(folder / ACL_FILE) - urls.keys():
+        (folder / f"{user}.url").unlink(missing_ok=True)
     for user, url in urls.items():
         write_private(folder / f"{user}.url", f"{url}\n".encode())
     write_private(folder / ACL_FILE, acl_file(passwords, rules).encode())
@@ -211,14 +210,18 @@ def write_access_folders(folder: Path, run: str, clients: Sequence[str], shared_
     rules = users(run, clients, shared_worker)
     folders = {user: folder / (SERVER_FOLDER if user == ADMIN else user) for user in rules}
     passwords = {user: _read(own / PASSWORD_FILE) or _new_password() for user, own in folders.items()}
-    for old in folder.glob(f"*/{PASSWORD_FILE}"):
-        if old.parent not in folders.values():
-            old.unlink()
+    for user in _users_in(folder / SERVER_FOLDER / ACL_FILE) - folders.keys():
+        (folder / user / PASSWORD_FILE).unlink(missing_ok=True)
     for user, own in folders.items():
         own.mkdir(parents=True, exist_ok=True)
         write_private(own / PASSWORD_FILE, f"{passwords[user]}\n".encode(), 0o644 if user == ADMIN else 0o600)
     write_private(folder / SERVER_FOLDER / ACL_FILE, acl_file(passwords, rules).encode(), 0o644)
     return list(rules)
+
+
+def _users_in(file: Path) -> set[str]:
+    """Return the users of the ACL file that an earlier call wrote: only their files may be deleted."""
+    return {line.split()[1] for line in _read(file).splitlines() if line.startswith("user ")}
 
 
 def _new_password() -> str:
