@@ -28,6 +28,7 @@ HEAD = """# Configuration
 
 One TOML file configures a run.
 Environment variables `FEDQUEUE_SECTION__KEY` override it (`FEDQUEUE_TRAINING__LOCAL_EPOCHS=5`).
+Variables without `__`, apart from `FEDQUEUE_NAME` and `FEDQUEUE_SEED`, are ignored.
 `--set section.key=value` overrides both.
 
 Values are written as in TOML; a value that is no TOML is taken as a string.

@@ -164,10 +164,12 @@ class RunExists(StoreError):
 class RunLost(StoreError):
     """Redis has lost the run, and this machine has no checkpoint of it."""
 
-    def __init__(self, run: str, checkpoint: Path) -> None:
+    def __init__(self, run: str, checkpoint: Path, cause: str = "") -> None:
+        """`cause` says why, where that is known."""
         self.run = run
         super().__init__(
             f"Redis has lost run {run!r}, and there is no checkpoint {checkpoint} to continue from; "
+            f"{f'{cause}; then ' if cause else ''}"
             "start it again with --output DIR, the folder that has it, or without a checkpoint to begin with version 0"
         )
 

@@ -67,7 +67,7 @@ def exception_with_place(error: BaseException) -> str:
     The last FRAMES frames are named, the innermost first. The innermost frame of the user's own code comes before
     them where it is another one.
     """
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen ")]
     last = frames[-FRAMES:][::-1]
     own = next((frame for frame in reversed(frames) if _is_users(frame.filename)), None)
     if own is not None and own not in last:

@@ -13,13 +13,13 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.core.events import ClientJoined, Evaluated
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.operator.plain_console import PlainConsole
 from fedqueue_coordinator.operator.progress_view import (
     BARS,
     IDLE_SECONDS,
     LINE_SECONDS,
     REFRESH_SECONDS,
     LiveView,
-    PlainConsole,
     sparkline,
 )
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Task
 from fedqueue.config.schema import Config
-from fedqueue.errors import ClientTaken, LoadFailed, ManifestMismatch
+from fedqueue.errors import ClientTaken, ConfigurationError, LoadFailed, ManifestMismatch
 from fedqueue.protocol.messages import Ending, read
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker import process as worker_module
@@ -348,3 +348,15 @@ def test_num_examples_may_be_a_numpy_integer(fake_run, task):
     enqueue(fake_run)
     start(fake_run, task, max_jobs=1)
     assert fake_run.coordinator.registrations()["client-0"]["examples"] == 10
+
+
+def test_client_that_the_run_does_not_know_is_refused(fake_run, task):
+    with pytest.raises(ConfigurationError, match=r"did you mean 'client-0'.*--new-client"):
+        start(fake_run, task, [["client_0"]])
+    assert kinds(fake_run) == []
+
+
+def test_new_client_is_accepted_when_asked_for(fake_run, task):
+    worker = Worker(fake_run.config, task, fake_run.worker(new_token()))
+    worker.run([["north"]], burst=True, new_clients=True)
+    assert kinds(fake_run) == ["joined", "left"]

@@ -108,6 +108,10 @@ def worker(
     burst: Annotated[
         bool, typer.Option("--burst", "-b", help="End as soon as no job is waiting in the clients' queues.")
     ] = False,
+    new_client: Annotated[
+        bool,
+        typer.Option("--new-client", help="Accept a --client that is not among the run's clients (unsigned runs)."),
+    ] = False,
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="Log debug lines too, such as each posted update.")
     ] = False,
@@ -166,7 +170,7 @@ def worker(
     task = load_task(settings.task.entrypoint, settings.task.options, folder)
     store = WorkerStore(connection, settings.name, token, identity)
     serving = Worker(settings, task, store, site_policy, egress_log)
-    ended_because = serving.run(candidates, max_jobs, burst)
+    ended_because = serving.run(candidates, max_jobs, burst, new_client)
     for idle, reason in serving.without_update.items():
         typer.echo(f"{PROGRAM}: no update from {idle}: {one_line(reason)}", err=True)
     if not quiet:

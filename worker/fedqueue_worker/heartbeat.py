@@ -19,6 +19,7 @@ import structlog
 from fedqueue.errors import ClientTaken, JobClosed, RunNotFound, SignatureError
 from fedqueue.protocol.messages import Registration
 from fedqueue.protocol.phase import Phase
+from fedqueue.transport.connection import eviction_note
 from fedqueue.transport.worker_store import Claim, WorkerStore
 
 log = structlog.get_logger("fedqueue.worker")
@@ -141,7 +142,8 @@ class Heartbeat:
             self._end("the run has ended")
             return
         if not reply.run_state:  # Redis has lost its data; the coordinator restores the run from its checkpoint
-            log.warning("run missing from Redis: waiting for its coordinator to restore it")
+            why = eviction_note(self._store.redis)
+            log.warning("run missing from Redis: waiting for its coordinator to restore it", because=why or None)
             return
         for client in reply.lost_clients:
             if client in self._clients:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 import signal
 import threading
@@ -75,15 +76,23 @@ class Worker:
         self._failed_loads: dict[str, str] = {}  # client → why its data cannot be loaded
         self._retrying = RetryingStore(store, lambda: self._told_to_stop)
 
-    def run(self, candidates: Sequence[Sequence[str]], max_jobs: int | None = None, burst: bool = False) -> str:
+    def run(
+        self,
+        candidates: Sequence[Sequence[str]],
+        max_jobs: int | None = None,
+        burst: bool = False,
+        new_clients: bool = False,
+    ) -> str:
         """Serve one client of each list of candidates until the run ends or a signal comes; returns why it ended.
 
         With `max_jobs`, ends after that many jobs; with `burst`, ends once the clients' queues are empty. A client
-        whose data cannot be loaded is reported and left out.
+        whose data cannot be loaded is reported and left out. With `new_clients`, a candidate of an unsigned run may be
+        one that no configuration lists.
 
-        Raises LoadFailed where no client could be loaded, ClientTaken where other workers serve all candidates,
-        ManifestMismatch where the task's model differs from the run's, SignatureError where the run's messages are not
-        signed by its coordinator, and PolicyRefusal where this site's policy does not allow the task.
+        Raises ConfigurationError for another candidate than the run's clients, LoadFailed where no client could be
+        loaded, ClientTaken where other workers serve all candidates, ManifestMismatch where the task's model differs
+        from the run's, SignatureError where the run's messages are not signed by its coordinator, and PolicyRefusal
+        where this site's policy does not allow the task.
         """
         self.policy.check_task(self.config.task.entrypoint)
         for signum in stop_signals():  # until RQ installs its own: while waiting, joining, loading
@@ -99,6 +108,8 @@ class Worker:
                 "security.signatures", "off", f"run {info.run!r} is signed", "set it to 'required'; workers need keys"
             )
         run_config = parse_config(info.config)
+        if identity is None and not new_clients:  # in a signed run, the keys say who may take part
+            self._require_known(candidates, run_config)
         model = self._make_model(info, run_config)
         dispatch = run_config.dispatch
         self.clients = self._join(candidates, dispatch.lease_seconds)
@@ -124,6 +135,15 @@ class Worker:
         if identity and identity.broken:
             raise SignatureError(identity.broken)
         return self.ended_because or "stopped"
+
+    def _require_known(self, candidates: Sequence[Sequence[str]], run_config: Config) -> None:
+        """Raise ConfigurationError for a client that neither the run's configuration nor this site's lists."""
+        known = dict.fromkeys([*run_config.clients.ids, *self.config.clients.ids])
+        for client in (client for options in candidates for client in options if client not in known):
+            near = difflib.get_close_matches(client, known, n=1)
+            meant = f"did you mean {near[0]!r}? Otherwise pass" if near else "pass"
+            problem = f"is not one of the {len(known)} clients of run {self.store.run!r}"
+            raise ConfigurationError("--client", client, problem, f"{meant} --new-client to add a client to the run")
 
     def _wait_for_run(self) -> RunInfo:
         """The run's state once it has a first version; raises SystemExit where a signal comes before that."""

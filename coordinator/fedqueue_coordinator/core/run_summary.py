@@ -154,6 +154,11 @@ def summarize(
     }
 
 
+def summarize_failures(ledger: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return `what`, `text` and client of the first failure of each kind, and how many failures and clients it has."""
+    return [_failure(kind) for kind in Failures.from_ledger(ledger).kinds.values()]
+
+
 def _why_without_update(client: str, failures: Failures, registered: Collection[str]) -> str:
     last = failures.last.get(client)
     if last is not None:
@@ -165,10 +170,5 @@ def _why_without_update(client: str, failures: Failures, registered: Collection[
 
 
 def _failure(kind: FailureKind) -> dict[str, Any]:
-    return {
-        "what": kind.what,
-        "text": kind.text,
-        "first": kind.client,
-        "count": kind.count,
-        "clients": len(kind.clients),
-    }
+    counts = {"count": kind.count, "clients": len(kind.clients)}
+    return {"what": kind.what, "text": kind.text, "first": kind.client, **counts}

@@ -14,6 +14,7 @@ from fedqueue.config.loading import load_config
 from fedqueue.errors import MissingExtra
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.operator.compare_options import CompareOptions
+from fedqueue_coordinator.operator.plain_console import PlainConsole
 from fedqueue_coordinator.operator.reports.comparison import (
     COMPARISON_FILENAMES,
     problems,
@@ -73,16 +74,16 @@ def compare_strategies(
     title = f"{config.name}: {', '.join(variant.name for variant in variants)}"
     about = conditions(setup, seeds, axes, settings.speeds)
     with folder.opened(launch, overwrite):
-        with RunProgress(Console(stderr=True), runs) as progress:
+        with RunProgress(PlainConsole(stderr=True), runs) as progress:
             for outcome in compare(setup, variants, seeds, combinations, progress.update):
                 progress.say(describe(outcome))
                 outcomes += [outcome] if outcome.seed not in TUNING_SEEDS else []
         write_comparison(folder.unfinished, title, about, outcomes, target)
         folder.publish(COMPARISON_FILENAMES, complete=True)
         folder.discard()
-    console = Console()
+    console: Console = PlainConsole()
     if not console.is_terminal:
-        console = Console(width=WIDTH)
+        console = PlainConsole(width=WIDTH)
     console.print(terminal_table(rows(outcomes, target), title))
     for line in problems(outcomes):
         console.print(line, style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -178,4 +179,4 @@ class RunProgress:
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(line, markup=False, emoji=False, highlight=False, soft_wrap=True)

@@ -18,9 +18,9 @@ from rich.text import Text
 
 from fedqueue.config.schema import Config
 from fedqueue.exception_text import printable
-from fedqueue_coordinator.core.failures import FailureKind
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.run_summary import main_metric
+from fedqueue_coordinator.operator.plain_console import PlainConsole
 
 REFRESH_SECONDS = 0.25
 """Time between two updates of the table on a terminal."""
@@ -30,17 +30,6 @@ IDLE_SECONDS = 60.0
 """Time between two such lines while nothing changes but the time."""
 BARS = "▁▂▃▄▅▆▇█"
 WARNING, ERROR = "yellow", "red"
-
-
-class PlainConsole(Console):
-    """A console that takes no text as markup, and falls silent when its reader has gone."""
-
-    def __init__(self, stderr: bool = False) -> None:
-        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
-
-    def on_broken_pipe(self) -> None:
-        """Show nothing further. Rich would end the process."""
-        self.quiet = True
 
 
 class LiveView:
@@ -146,13 +135,6 @@ class LiveView:
 def counted(counts: Counter[str]) -> str:
     """Counts by reason, in words: `2 stale, 1 forged`."""
     return ", ".join(f"{count} {reason}" for reason, count in counts.items() if count)
-
-
-def describe_failures(kinds: list[FailureKind]) -> list[str]:
-    """One line for each kind of failure: the first one, and how many there were."""
-    return [
-        kind.line + (f" ({kind.count} times, {len(kind.clients)} clients)" if kind.count > 1 else "") for kind in kinds
-    ]
 
 
 def _losses(federation: Federation) -> list[tuple[str, Counter[str]]]:

@@ -13,19 +13,22 @@ from typing import Any
 
 import redis
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from fedqueue.config.names import ENVIRONMENT_PREFIX
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.tls import Tls
 from fedqueue.errors import RunNotFound, ServerUnavailable, StoreError
-from fedqueue.transport.connection import TLS_SCHEMES, connect
+from fedqueue.exception_text import printable
+from fedqueue.transport.connection import TLS_SCHEMES, connect, refusal
 from fedqueue.transport.store import Store, list_runs
 from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.core.run_summary import evaluations_of
+from fedqueue_coordinator.core.run_summary import evaluations_of, summarize_failures
 from fedqueue_coordinator.operator.json_text import json_text
+from fedqueue_coordinator.operator.plain_console import PlainConsole
 
+SHOWN_FAILURES = 5
+"""Kinds of failures that `fedqueue status` shows, the newest ones."""
 RUNS_FOLDER = Path("runs")
 DEFAULT_URL = "redis://localhost:6379"
 
@@ -49,7 +52,7 @@ def reachable_servers(url: str) -> list[redis.Redis]:
         try:
             client.ping()
         except redis.RedisError as error:
-            problems.append(str(error))
+            problems.append(refusal(error))
         else:
             clients.append(client)
     if given and not clients:
@@ -86,8 +89,8 @@ def show_status(url: str, run: str, as_json: bool) -> None:
     table.add_column()
     for key, value in status.items():
         if key != "run":
-            table.add_row(key.replace("_", " "), _text(value))
-    Console().print(table)
+            table.add_row(key.replace("_", " "), printable(_text(value)))
+    PlainConsole().print(table)
 
 
 def show_runs(url: str, as_json: bool) -> None:
@@ -110,8 +113,8 @@ def show_runs(url: str, as_json: bool) -> None:
     else:
         table = Table("run", "state", "version", "where")
         for row in rows:
-            table.add_row(*map(str, row.values()))
-        Console().print(table)
+            table.add_row(*(printable(str(value)) for value in row.values()))
+        PlainConsole().print(table)
 
 
 def _live_status(url: str, run: str) -> dict[str, Any] | None:
@@ -144,6 +147,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "clients": RunCounters.from_ledger({}, ledger, window=1).merged_by,
             "metrics": evaluations[-1]["metrics"] if evaluations else {},
             "last_failure": f"{failures[-1].get('client', 'evaluate')}: {failures[-1]['error']}" if failures else "",
+            "failures": _failure_lines(summarize_failures(ledger)),
         }
     return None
 
@@ -154,8 +158,19 @@ def _finished_status(run: str) -> dict[str, Any] | None:
     if wanted not in finished:
         return None
     summary = read_summary(finished[wanted])
-    shown = {key: value for key, value in summary.items() if key not in ("history", "run")}
-    return {"run": wanted, "state": "ended", "folder": str(finished[wanted]), **shown}
+    shown = {key: value for key, value in summary.items() if key not in ("history", "run", "failures")}
+    failures = _failure_lines(summary.get("failures", []))
+    return {"run": wanted, "state": "ended", "folder": str(finished[wanted]), **shown, "failures": failures}
+
+
+def _failure_lines(failures: list[dict[str, Any]]) -> list[str]:
+    """A line for each of the newest kinds of failures in a summary."""
+    lines = []
+    for failure in failures[-SHOWN_FAILURES:]:
+        words = [failure[name] for name in ("first", "what", "text") if failure[name]]
+        often = f" ({failure['count']} times, {failure['clients']} clients)" if failure["count"] > 1 else ""
+        lines.append(": ".join(words) + often)
+    return lines
 
 
 def _count(ledger: list[dict[str, Any]], kind: str) -> dict[str, int]:

@@ -13,6 +13,7 @@ import structlog
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import Fenced, RunExists, RunLost
+from fedqueue.transport.connection import eviction_note
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 log = structlog.get_logger("fedqueue.coordinator")
@@ -64,7 +65,7 @@ def acquire_leadership(
             return False
         if not standby and waited > 2 * lease:
             if why == RUN_LOST:
-                raise RunLost(config.name, checkpoint)
+                raise RunLost(config.name, checkpoint, eviction_note(store.redis))
             hint = (
                 "choose another name with --set name=NAME, or start `fedqueue coordinator --standby`, which takes over"
             )

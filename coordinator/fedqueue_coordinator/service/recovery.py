@@ -28,6 +28,7 @@ from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.service.checkpoint import Checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.entry_verifier import EntryVerifier
+from fedqueue_coordinator.service.memory_policy import check_memory_policy
 from fedqueue_coordinator.service.publication import publish_newest
 
 log = structlog.get_logger("fedqueue.coordinator")
@@ -53,6 +54,7 @@ def restore_federation(
     module = make_model(task)  # not stored: it takes as much memory as a version
     manifest = Manifest.from_module(module, config.aggregation)
     check_training(config.training, torch.device("cpu"), module)
+    check_memory_policy(store.redis, config, manifest)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)
     if checkpoint:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import codecs
 import difflib
+import functools
+import logging
 import os
+import re
 import tomllib
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
@@ -23,6 +26,11 @@ from fedqueue.config.redis import refuse_password
 from fedqueue.config.schema import Config
 from fedqueue.config.sections import word_of
 from fedqueue.errors import ConfigurationError
+
+log = logging.getLogger("fedqueue.config")
+
+SERVICE_VARIABLE = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)$")
+"""What Kubernetes and container links add to the environment, for a service whose name begins with `fedqueue`."""
 
 RENAMED = {
     "aggregation.mode": "strategy",
@@ -89,9 +97,11 @@ def override_config(
     tree: dict[str, Any], overrides: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Config:
     """The configuration of `tree`, which is changed in place by the environment and then by `overrides`."""
+    variables: dict[str, str] = {}  # key → the variable that sets it
     for name, value in (os.environ if environment is None else environment).items():
-        if name.startswith(ENVIRONMENT_PREFIX):
-            _assign(tree, name.removeprefix(ENVIRONMENT_PREFIX).lower().split("__"), value, name)
+        if path := _path_of(name):
+            variables[".".join(path)] = name
+            _assign(tree, path, value, name)
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.strip()
@@ -100,7 +110,66 @@ def override_config(
         if key == "redis.url":
             refuse_password("--set redis.url", value)
         _assign(tree, key.split("."), value, f"--set {key}")
-    return parse_config(tree)
+    try:
+        return parse_config(tree)
+    except ConfigurationError as error:
+        variable = next((name for key, name in variables.items() if _concerns(error.key, key)), None)
+        if variable is None:
+            raise
+        raise ConfigurationError(variable, error.value, f"{error.key}: {error.problem}", error.hint) from None
+
+
+def _path_of(variable: str) -> list[str]:
+    """The path of the key that an environment variable sets; empty for one that sets none.
+
+    A variable without `__` sets a key only if there is one of its name. A container platform adds others, such as
+    FEDQUEUE_SERVICE_HOST for a service of the name fedqueue.
+    """
+    if not variable.startswith(ENVIRONMENT_PREFIX):
+        return []
+    name = variable.removeprefix(ENVIRONMENT_PREFIX).lower()
+    if "__" in name or name in _values_without_section():
+        return name.split("__")
+    if not SERVICE_VARIABLE.search(variable):
+        _say_if_meant(variable)
+    return []
+
+
+@functools.cache  # said once, however often the configuration is loaded
+def _say_if_meant(variable: str) -> None:
+    known = {_letters(known): known for known in _variables_of(Config, ENVIRONMENT_PREFIX)}
+    near = difflib.get_close_matches(_letters(variable), known, n=1, cutoff=0.92)
+    if near:
+        log.warning("fedqueue: %s is no setting and is ignored; did you mean %s?", variable, known[near[0]])
+
+
+def _letters(variable: str) -> str:
+    return variable.replace("_", "").upper()
+
+
+def _values_without_section() -> list[str]:
+    return [name for name, field in Config.model_fields.items() if not _is_section(field.annotation)]
+
+
+def _variables_of(section: type[BaseModel], prefix: str) -> Iterator[str]:
+    """The environment variable of each key in `section`, and in the sections below it."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if _is_section(inner):
+            yield from _variables_of(inner, f"{prefix}{name.upper()}__")
+        else:
+            yield f"{prefix}{name.upper()}"
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _concerns(key: str, assigned: str) -> bool:
+    """Whether an error about `key` is about the key `assigned`: about it, a value in it, or its unknown section."""
+    if key == assigned or key.startswith(f"{assigned}."):
+        return True
+    return assigned.startswith(f"{key}.") and _field(key.split(".")) is None
 
 
 def parse_config(tree: Mapping[str, Any]) -> Config:

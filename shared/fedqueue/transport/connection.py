@@ -17,6 +17,7 @@ from redis.retry import Retry
 
 from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, ServerUnavailable
+from fedqueue.exception_text import one_line
 from fedqueue.transport.pool import Pool, TcpConnection, TlsConnection, UnixConnection
 from fedqueue.transport.sentinel import SENTINEL, TLS_SENTINEL, connect_through_sentinels
 
@@ -31,6 +32,21 @@ SCHEMES: dict[str, type[Connection] | type[UnixDomainSocketConnection]] = {
     "rediss": TlsConnection,
     "unix": UnixConnection,
 }
+NO_EVICTION = "set maxmemory-policy to noeviction, and maxmemory high enough"
+_LOGIN_NEEDED = (
+    "it wants a password, and none was given: put it into a file and name that in redis.password_file, or write it "
+    "into the URL, as redis://:PASSWORD@HOST or redis://USER:PASSWORD@HOST"
+)
+REFUSALS = {
+    "already authenticated": _LOGIN_NEEDED,
+    "Authentication required": _LOGIN_NEEDED,
+    "NOAUTH": _LOGIN_NEEDED,
+    "invalid username-password": "the user or the password is wrong: check redis.password_file and the URL",
+    "without any password configured": "it has no password: leave the password out of redis.password_file and the URL",
+    "protected mode": "it is in protected mode and answers this machine only if it has a password: set one there "
+    "(requirepass, or `fedqueue acl`)",
+}
+"""Part of a server's error → what it means."""
 TLS_SCHEMES = ("rediss", TLS_SENTINEL)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:\d+)?")
 
@@ -115,7 +131,38 @@ def check(client: redis.Redis, url: str) -> None:
     try:
         client.ping()
     except redis.RedisError as error:
-        raise ServerUnavailable(f"no Redis at {without_password(url)}: {error}") from error
+        raise ServerUnavailable(f"no Redis at {without_password(url)}: {refusal(error)}") from error
+
+
+def refusal(error: redis.RedisError) -> str:
+    """Why the server refuses a connection or does not answer, in one line, and what to do where that is known."""
+    text = str(error)
+    for part, meaning in REFUSALS.items():
+        if part in text:
+            return meaning
+    return one_line(text)
+
+
+def eviction(client: redis.Redis) -> tuple[str, int, int]:
+    """The server's maxmemory-policy if it may delete keys, its maxmemory in bytes, and how many keys it has deleted.
+
+    An empty policy where the server deletes nothing, and where this user may not ask.
+    """
+    try:
+        memory = client.info("memory")
+        evicted = client.info("stats").get("evicted_keys", 0)
+    except redis.ResponseError:
+        return "", 0, 0
+    policy, limit = str(memory.get("maxmemory_policy", "noeviction")), int(memory.get("maxmemory", 0))
+    return ("", limit, evicted) if policy == "noeviction" or not limit else (policy, limit, evicted)
+
+
+def eviction_note(client: redis.Redis) -> str:
+    """What to do where data may be missing because the server has deleted it; empty where it has deleted nothing."""
+    policy, _, evicted = eviction(client)
+    if not evicted or not policy:
+        return ""
+    return f"Redis has deleted keys to free memory (evicted_keys: {evicted}, maxmemory-policy {policy}): {NO_EVICTION}"
 
 
 def without_password(url: str) -> str:

@@ -11,6 +11,7 @@ import redis
 import structlog
 
 from fedqueue.errors import ServerUnavailable
+from fedqueue.transport.connection import refusal
 
 log = structlog.get_logger("fedqueue.transport.retry")
 
@@ -82,7 +83,7 @@ class RedisRetry:
         """Sleep for the present backoff; raises ServerUnavailable if waiting cannot help, or `given_up()` is true."""
         why = transient_reason(error)
         if not why:
-            raise ServerUnavailable(f"Redis refuses: {error}{_hint(error)}") from error
+            raise ServerUnavailable(f"Redis refuses: {refusal(error)}{_hint(error)}") from error
         if self._given_up():
             raise ServerUnavailable(f"stopped while waiting for Redis: {why}") from error
         if why != self._said:
