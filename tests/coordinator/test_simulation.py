@@ -232,10 +232,11 @@ class Workers(CoordinatorStore):
 
     def _train(self, job):
         model = self.task.model()
-        manifest = Manifest.from_module(model)
+        manifest = Manifest.from_module(model, self.config.aggregation)
         order = read(Order, next(j.order for j in self.jobs() if j.job == job))
         claim = self.worker.claim(job, 3600)
         base, local = Frame(manifest), Frame(manifest)
+        base.frozen = self.worker.read_frozen(manifest.frozen_nbytes)
         down, up = (of(self.config.compression, manifest) for of in (downlink_codec, uplink_codec))
         self.worker.fetch_model(claim.version, down, base)
         client = self.config.clients.client(order.client)

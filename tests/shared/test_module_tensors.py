@@ -131,6 +131,16 @@ def test_wrappers_leave_no_prefix(wrap):
     assert model[0].bias.tolist() == [2.0, 2.0]
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_scripted_module_is_loaded():
+    model = torch.jit.script(net())
+    frame = frame_of_module(model)
+    assert frame.state_dict().keys() == net().state_dict().keys()
+    frame.floats.fill_(2.0)
+    frame.write(model)
+    assert model.state_dict()["1.running_var"].tolist() == [2.0, 2.0]
+
+
 class Twice(nn.Module):
     """Registers one module under two names, and ties a third weight to it."""
 
@@ -168,12 +178,43 @@ def test_separated_names_of_a_tied_tensor_are_all_written():
     assert model.a.tolist() == model.b.tolist() == [7.0, 7.0]
 
 
+def test_extra_state_of_one_tensor_is_a_buffer():
+    model = nn.Sequential(Counting(2, 2))
+    base = frame_of_module(model)
+    assert rules(model) == {"0._extra_state": "latest"}
+    model[0].calls = 2.0**53 - 1
+    update = trained(model, base)
+    assert update.changed.tolist() == [1]
+    assert update.doubles.tolist() == [2.0**53 - 1]
+    base.doubles[0] = 5.0
+    base.write(model)
+    assert model[0].calls == 5.0
+    model.load_state_dict(base.state_dict())
+
+
 # What is refused
 
 
 class Extra(nn.Linear):
     def get_extra_state(self):
+        return {"calls": 1}
+
+
+class OneWay(nn.Linear):
+    def get_extra_state(self):
         return torch.zeros(1)
+
+
+class Counting(OneWay):
+    """Keeps a number outside of its buffers, which load_state_dict restores."""
+
+    calls = 0.0
+
+    def get_extra_state(self):
+        return torch.tensor([self.calls], dtype=torch.float64)
+
+    def set_extra_state(self, state):
+        self.calls = float(state)
 
 
 class Surplus(nn.Linear):
@@ -192,7 +233,8 @@ REFUSED = {
         lambda: with_buffers(q=torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), r"q is torch\.qint8",
     ),
     "sparse": (lambda: with_buffers(s=torch.eye(2).to_sparse()), r"s is torch\.sparse_coo"),
-    "extra state": (lambda: nn.Sequential(Extra(1, 1)), "0 has extra state"),
+    "extra state": (lambda: nn.Sequential(Extra(1, 1)), "0._extra_state is a dict; extra state is federated if"),
+    "extra state without a setter": (lambda: OneWay(1, 1), "_extra_state cannot be loaded: define set_extra_state"),
     "surplus entry": (lambda: Surplus(1, 1), "state_dict.. has calibration, which is no parameter"),
     "all frozen": (lambda: net().requires_grad_(False), "frozen parameters only, so there is nothing to train"),
 }  # fmt: skip

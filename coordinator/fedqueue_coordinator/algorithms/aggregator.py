@@ -178,11 +178,13 @@ def accumulate(acc: Accumulator, update: Contribution, weight: float) -> None:
     delta.add_to(acc.floats[:edge], weight, first)
     if first:
         torch.mul(delta.buffers, weight, out=acc.floats[edge:])
-        torch.mul(delta.doubles, weight, out=acc.doubles)
+        if len(acc.doubles):
+            torch.mul(delta.doubles, weight, out=acc.doubles)
         acc.counters.copy_(delta.counters)
     else:
         acc.floats[edge:].add_(delta.buffers, alpha=weight)
-        acc.doubles.add_(delta.doubles, alpha=weight)
+        if len(acc.doubles):
+            acc.doubles.add_(delta.doubles, alpha=weight)
         torch.maximum(acc.counters, delta.counters, out=acc.counters)
     acc.updates += 1
     acc.weights += weight
@@ -205,9 +207,8 @@ def mean_step(acc: Accumulator, model: Frame, divisor: float) -> Step:
     parameters = len(model.parameters)
     if divisor != 1.0:
         acc.floats.div_(divisor)
-        acc.doubles.div_(divisor)
     # The sum of two non-negative terms: rounding cannot bring a variance below 0, as x + (mean − x) could.
     kept = max(0.0, 1.0 - acc.weights / divisor)
     buffers = acc.floats[parameters:].add_(model.buffers, alpha=kept)
-    doubles = acc.doubles.add_(model.doubles, alpha=kept)
+    doubles = acc.doubles.div_(divisor).add_(model.doubles, alpha=kept) if len(acc.doubles) else acc.doubles
     return Step(acc.floats[:parameters], buffers, torch.maximum(acc.counters, model.counters), doubles)

@@ -30,7 +30,7 @@ import torch
 
 from fedqueue.config.aggregation import AggregationConfig
 from fedqueue.tensors.frame import Delta, Frame, same_elements
-from fedqueue.tensors.manifest import DOUBLES, FLOATS, INTEGERS, MAX, MEAN, SECTIONS, LatestTensors, Manifest
+from fedqueue.tensors.manifest import DOUBLES, FLOATS, INTEGERS, MAX, MEAN, LatestTensors, Manifest
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Aggregator, Contribution, Step
 
 
@@ -55,7 +55,7 @@ def with_buffer_rules(aggregator: Aggregator, config: AggregationConfig) -> Aggr
 
     def add(acc: Accumulator, update: Contribution, model: Frame) -> float:
         manifest = model.manifest
-        if manifest.sections:
+        if manifest.ruled_sections:
             if drift and update.staleness > 0:
                 _add_drift(update, model)
             acc.merged_buffers = acc.merged_buffers or MergedBuffers()
@@ -69,8 +69,7 @@ def with_buffer_rules(aggregator: Aggregator, config: AggregationConfig) -> Aggr
             return step
         sections = {
             section: _finished(section, merged, getattr(step, section), model, robust)
-            for section in SECTIONS
-            if section in model.manifest.sections
+            for section in model.manifest.ruled_sections
         }
         return replace(step, **sections)
 
@@ -92,20 +91,21 @@ def _observe(merged: MergedBuffers, delta: Delta, model: Frame, robust: bool) ->
     manifest = model.manifest
     if robust:
         merged.updates.append(delta)
-    for section in manifest.sections:
+    for section in manifest.ruled_sections:
         values, present = getattr(delta, section), getattr(model, section)
         averaged, greatest = _averaged(manifest, section), manifest.span(section, MAX)
         if averaged.stop > averaged.start:
             differs = ~same_elements(values[averaged], present[averaged])
-            merged.changed[section] = merged.changed[section] | differs if section in merged.changed else differs
+            if (so_far := merged.changed.setdefault(section, differs)) is not differs:
+                so_far |= differs
         if greatest.stop > greatest.start and not robust:
-            so_far = merged.greatest.get(section, present[greatest])
-            merged.greatest[section] = torch.maximum(so_far, values[greatest])
+            largest = merged.greatest.get(section, present[greatest])
+            merged.greatest[section] = torch.maximum(largest, values[greatest])
         latest = manifest.latest(section)
         if latest and not robust and bool(delta.changed[latest.flags].any()):
-            so_far = merged.latest.get(section, present[latest.elements])
+            newest = merged.latest.get(section, present[latest.elements])
             takes = delta.changed[latest.flags].bool().repeat_interleave(latest.lengths)
-            merged.latest[section] = torch.where(takes, values[latest.elements], so_far)
+            merged.latest[section] = torch.where(takes, values[latest.elements], newest)
 
 
 def _finished(

@@ -47,8 +47,9 @@ class ServerOptimizer:
         rate = next(self._rates)
         if self._infinite is None:
             self._infinite = torch.nonzero(~torch.isfinite(self._model.parameters)).flatten()
-        kept = self._model.parameters[self._infinite]
-        step.delta[self._infinite] = 0.0
+        if infinite := len(self._infinite):
+            kept = self._model.parameters[self._infinite]
+            step.delta[self._infinite] = 0.0
         if self._optimizer:
             self._optimizer.param_groups[0]["lr"] = rate
             self._parameter.grad = step.delta.neg_()
@@ -56,9 +57,10 @@ class ServerOptimizer:
             self._parameter.grad = None
         else:
             self._model.parameters.add_(step.delta, alpha=rate)
-        self._model.parameters[self._infinite] = kept
+        if infinite:
+            self._model.parameters[self._infinite] = kept
         self._model.buffers.copy_(step.buffers)
-        if step.doubles is not None:
+        if step.doubles is not None and len(step.doubles):
             self._model.doubles.copy_(step.doubles)
         self._model.counters.copy_(step.counters)
 

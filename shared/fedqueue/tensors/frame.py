@@ -30,7 +30,7 @@ import torch
 from fedqueue.errors import ManifestMismatch
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.manifest import (
-    BUFFER,
+    COUNTER,
     DOUBLES,
     DTYPES,
     FLOATS,
@@ -42,7 +42,13 @@ from fedqueue.tensors.manifest import (
     TensorSpec,
     align,
 )
-from fedqueue.tensors.module_tensors import check_unchanged, tensors_by_name
+from fedqueue.tensors.module_tensors import (
+    check_unchanged,
+    is_extra_state,
+    modules_with_extra_state,
+    tensors_by_name,
+    unwrapped,
+)
 
 PIECE = 1_048_576  # elements of a frame in one piece
 
@@ -153,8 +159,8 @@ class Frame:
         self.read(model)
         self.parameters.sub_(base.parameters)
         tensors = tensors_by_name(model) if self._inexact else {}
-        for entry in self._inexact:
-            local, view, before = tensors[entry.name].detach().to("cpu"), self._view(entry), base._view(entry)
+        for (entry, view), (_, before) in zip(self._inexact, base._inexact, strict=True):
+            local = tensors[entry.name].detach().to("cpu")
             held = before.to(entry_dtype(entry))
             same = same_elements(local, held)
             if entry.role == PARAMETER:
@@ -162,9 +168,10 @@ class Frame:
                 view.copy_((local.to(wide) - held.to(wide)).masked_fill_(same, 0.0))
             else:
                 view.copy_(torch.where(same, before, local.to(view.dtype)))
-        if self.manifest.parameters and not math.isfinite(float(torch.linalg.vector_norm(self.parameters))):
+        if len(base._infinite):
             self._clear_unchanged_infinities(model, base)
-        self._mark_changes(base)
+        if self.manifest.flags:
+            self._mark_changes(base)
 
     def write(self, model: torch.nn.Module) -> None:
         """Copy the buffer and the frozen tensors into the module's tensors, of any device and dtype.
@@ -175,19 +182,21 @@ class Frame:
         if self.manifest.frozen_nbytes and self.frozen is None:
             raise ManifestMismatch("frame: it has no frozen tensors, so it is an update and no model")
         tensors = tensors_by_name(model)
-        written: list[tuple[TensorSpec, torch.Tensor, torch.Tensor]] = []
-        for entry, view in [*self._tensors, *self._frozen_tensors()]:
-            first, *others = (_of_shape(tensors, name, entry) for name in entry.names)
-            written.append((entry, first, view))
-            # A tied tensor is one tensor, unless a move to another device has separated its names.
-            written += [(entry, other, view) for other in others if other is not first]
+        written = self._with_values(tensors)
+        extra = modules_with_extra_state(unwrapped(model)) if self._has_extra_state else {}
         with torch.no_grad():
-            torch._foreach_copy_([tensor for _, tensor, _ in written], [view for _, _, view in written])
+            torch._foreach_copy_(
+                [tensor for name, tensor, _ in written if name not in extra],
+                [view for name, _, view in written if name not in extra],
+            )
+            for name, tensor, view in written:
+                if name in extra:
+                    extra[name].set_extra_state(view.to(tensor.device, tensor.dtype, copy=True))
         if not self._verified:
-            for entry, tensor, view in written:
+            for name, tensor, view in self._with_values(tensors_by_name(model)) if extra else written:
                 if not bool(same_elements(tensor.detach().to("cpu"), view.to(tensor.dtype)).all()):
                     raise ManifestMismatch(
-                        f"model: {entry.name} does not hold what was written into it ({type(tensor).__name__} of "
+                        f"model: {name} does not hold what was written into it ({type(tensor).__name__} of "
                         f"{tensor.dtype}): replace it with a plain parameter or buffer"
                     )
             self._verified = True
@@ -202,23 +211,45 @@ class Frame:
             state.update(dict.fromkeys(entry.saved_names, tensor))
         return state
 
+    def _with_values(self, tensors: dict[str, torch.Tensor]) -> list[tuple[str, torch.Tensor, torch.Tensor]]:
+        """Name, tensor of the module, and view of this frame, for every tensor.
+
+        A move to another device can separate the names of a tied tensor: then each has a row.
+        """
+        pairs: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        for entry, view in [*self._tensors, *self._frozen_tensors()]:
+            first, *others = (_of_shape(tensors, name, entry) for name in entry.names)
+            pairs.append((entry.name, first, view))
+            pairs += [(entry.name, other, view) for other in others if other is not first]
+        return pairs
+
+    @cached_property
+    def _infinite(self) -> torch.Tensor:
+        """Indices of the parameters that are not finite: the same in every version, because no update changes them."""
+        if math.isfinite(float(torch.linalg.vector_norm(self.parameters))):
+            return torch.empty(0, dtype=torch.int64)
+        return torch.nonzero(~torch.isfinite(self.parameters)).flatten()
+
+    @cached_property
+    def _has_extra_state(self) -> bool:
+        return any(is_extra_state(entry.name) for entry in self.manifest.entries)
+
     @cached_property
     def _tensors(self) -> list[tuple[TensorSpec, torch.Tensor]]:
         """Every tensor but the frozen ones as a view; cached, because a worker uses all of them twice in each job."""
-        return [(entry, self._view(entry)) for entry in self.manifest.entries if entry.role != FROZEN]
+        entries = [entry for entry in self.manifest.entries if entry.role != FROZEN]
+        whole = {FLOATS: self.floats, DOUBLES: self.doubles, INTEGERS: self.counters}
+        of_section = {name: [e.length for e in entries if _section(e) == name] for name in whole}
+        parts = [part for name, lengths in of_section.items() for part in torch.split(whole[name], lengths)]
+        return [
+            (entry, part if len(entry.shape) == 1 else part.view(entry.shape))
+            for entry, part in zip(entries, parts, strict=True)
+        ]
 
     @cached_property
-    def _inexact(self) -> list[TensorSpec]:
-        """Tensors whose values in this frame may differ from those that the module holds, by rounding."""
-        return [
-            entry for entry, view in self._tensors
-            if entry.role in (PARAMETER, BUFFER) and entry_dtype(entry) != view.dtype
-        ]  # fmt: skip
-
-    def _view(self, entry: TensorSpec) -> torch.Tensor:
-        sections = {FLOATS: self.floats, DOUBLES: self.doubles, INTEGERS: self.counters}
-        section = FLOATS if entry.role == PARAMETER else entry.section
-        return sections[section][entry.offset : entry.offset + entry.length].reshape(entry.shape)
+    def _inexact(self) -> list[tuple[TensorSpec, torch.Tensor]]:
+        """The tensors whose values in this frame may differ from those that the module holds, by rounding."""
+        return [(e, view) for e, view in self._tensors if e.role != COUNTER and entry_dtype(e) != view.dtype]
 
     def _frozen_tensors(self) -> list[tuple[TensorSpec, torch.Tensor]]:
         if self.frozen is None:
@@ -232,12 +263,11 @@ class Frame:
 
     def _clear_unchanged_infinities(self, model: torch.nn.Module, base: Frame) -> None:
         """Set the delta of a parameter to 0 where the base is not finite and the training left it as it was."""
-        odd = torch.nonzero(~torch.isfinite(base.parameters)).flatten()
-        if len(odd):
-            local = Frame(self.manifest, frozen=self.frozen)
-            local.read(model)
-            same = same_elements(local.parameters[odd], base.parameters[odd])
-            self.parameters[odd[same]] = 0.0
+        odd = base._infinite
+        local = Frame(self.manifest, frozen=self.frozen)
+        local.read(model)
+        same = same_elements(local.parameters[odd], base.parameters[odd])
+        self.parameters[odd[same]] = 0.0
 
     def _mark_changes(self, base: Frame) -> None:
         """Set the flags of the tensors with the rule `latest` whose bits differ from those of `base`."""
@@ -267,6 +297,10 @@ def same_elements(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Where two tensors of one dtype have the same bits: bool, of their shape."""
     bits = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[a.element_size()]
     return a.contiguous().view(bits) == b.contiguous().view(bits)
+
+
+def _section(entry: TensorSpec) -> str:
+    return FLOATS if entry.role == PARAMETER else entry.section
 
 
 def entry_dtype(entry: TensorSpec) -> torch.dtype:

@@ -170,9 +170,10 @@ class Manifest:
         return {name: e.role == FROZEN for e in self.entries for name in e.names}
 
     @cached_property
-    def sections(self) -> tuple[str, ...]:
-        """The sections of buffers that have elements."""
-        return tuple(section for section in SECTIONS if self._in_section(section))
+    def ruled_sections(self) -> tuple[str, ...]:
+        """The sections with a tensor that takes more than an aggregation's own mean, or for integers maximum."""
+        merged = (section for section in SECTIONS if self._in_section(section))
+        return tuple(section for section in merged if section != INTEGERS or self._latest[section])
 
     def span(self, section: str, *rules: str) -> slice:
         """The elements of a section whose tensors have one of the rules, which must be neighbours in RULES."""

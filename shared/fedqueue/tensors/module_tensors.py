@@ -41,25 +41,41 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The module inside `torch.compile`, `DataParallel` and `DistributedDataParallel`, whose names have no prefix."""
     parallel = torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel
     while True:
-        inner = model._modules.get(_COMPILED) if isinstance(model, torch.nn.Module) else None
-        if isinstance(model, parallel):
-            inner = model.module
+        inner = model.module if isinstance(model, parallel) else dict(model.named_children()).get(_COMPILED)
         if inner is None:
             return model
         model = inner
 
 
 def tensors_by_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter, then every buffer that is saved, in the order of the module tree, under each of its names."""
-    model = unwrapped(model)
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    unsaved = {
-        f"{prefix}.{name}" if prefix else name
+    """Every parameter and every buffer that is saved, in the order of the module tree, under each of its names.
+
+    Extra state that is one tensor counts as a buffer: a copy of it or the tensor itself, as `get_extra_state` returns.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for prefix, module in unwrapped(model).named_modules(remove_duplicate=False):
+        path = f"{prefix}." if prefix else ""
+        tensors.update((path + name, p) for name, p in module._parameters.items() if p is not None)
+        if module._buffers:
+            unsaved = getattr(module, "_non_persistent_buffers_set", ())
+            buffers = module._buffers.items()
+            tensors.update((path + name, b) for name, b in buffers if b is not None and name not in unsaved)
+        if _overrides(module, "get_extra_state") and isinstance(state := module.get_extra_state(), torch.Tensor):
+            tensors[path + EXTRA_STATE] = state.detach()
+    return tensors
+
+
+def modules_with_extra_state(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The modules of an unwrapped model that override `get_extra_state`, by the name of their state."""
+    return {
+        f"{prefix}.{EXTRA_STATE}" if prefix else EXTRA_STATE: module
         for prefix, module in model.named_modules(remove_duplicate=False)
-        for name in getattr(module, "_non_persistent_buffers_set", ())
+        if _overrides(module, "get_extra_state")
     }
-    buffers = model.named_buffers(remove_duplicate=False)
-    return {**tensors, **{name: buffer for name, buffer in buffers if name not in unsaved}}
+
+
+def _overrides(module: torch.nn.Module, method: str) -> bool:
+    return getattr(type(module), method, None) is not getattr(torch.nn.Module, method)
 
 
 def module_tensors(model: torch.nn.Module) -> list[ModuleTensor]:
@@ -70,7 +86,11 @@ def module_tensors(model: torch.nn.Module) -> list[ModuleTensor]:
     groups: dict[object, list[str]] = {}
     for name, tensor in tensors.items():
         _refuse_unusable(name, tensor)
-        groups.setdefault(_identity(tensor), []).append(name)
+        identity = id(tensor) if is_extra_state(name) else _identity(tensor)
+        groups.setdefault(identity, []).append(name)
+    for name, module in modules_with_extra_state(model).items():
+        if name in tensors and not _overrides(module, "set_extra_state"):
+            raise ManifestMismatch(f"model: {name} cannot be loaded: define set_extra_state of {type(module).__name__}")
     keys = _keys_by_name(model, tensors, groups)
     return [
         ModuleTensor(
@@ -82,6 +102,11 @@ def module_tensors(model: torch.nn.Module) -> list[ModuleTensor]:
         )
         for names in groups.values()
     ]
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether this is the name of a module's extra state."""
+    return name.rpartition(".")[2] == EXTRA_STATE
 
 
 def _identity(tensor: torch.Tensor) -> object:
@@ -115,10 +140,10 @@ def _keys_by_name(
     keys: dict[str, list[str]] = {}
     renamed: list[tuple[str, torch.Tensor]] = []
     for key, value in model.state_dict().items():
-        if key.rpartition(".")[2] == EXTRA_STATE:
-            owner = key.rpartition(".")[0] or "the model"
+        if is_extra_state(key) and not isinstance(value, torch.Tensor):
             raise ManifestMismatch(
-                f"model: {owner} has extra state (get_extra_state), which is not federated: keep it in a buffer"
+                f"model: {key} is a {type(value).__name__}; extra state is federated if get_extra_state returns one "
+                "tensor: keep the rest in buffers"
             )
         if key in tensors:
             keys.setdefault(key, []).append(key)
