@@ -202,7 +202,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="4 MB at 3.2 Mbit/s with short breaks, lease and stall")
+    parser.add_argument("--quick", action="store_true", help="6 MB at 3.2 Mbit/s with short breaks, lease and stall")
     parser.add_argument("--megabytes", type=float, default=10.0, help="size of the model, float32")
     parser.add_argument("--mbits", default="2,10,50", help="bandwidths of the line, by commas")
     parser.add_argument("--encodings", default=",".join(ENCODINGS), help="by commas")
@@ -214,8 +214,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     if options.quick:
-        options.megabytes, options.mbits, options.encodings, options.breaks = 4.0, "3.2", "none", "1,3,3"
-        options.set += ["dispatch.lease_seconds=2", "dispatch.stall_seconds=9"]
+        options.megabytes, options.mbits, options.encodings, options.breaks = 6.0, "3.2", "none", "1,3,3"
+        options.set += ["dispatch.lease_seconds=2", "dispatch.stall_seconds=14"]
     nbytes, speeds = round(options.megabytes * 1e6), [float(word) for word in options.mbits.split(",")]
     pauses = [float(word) for word in options.breaks.split(",")] if options.breaks else []
     result: dict[str, Any] = {"rows": []}

@@ -103,5 +103,5 @@ def test_site_on_a_breaking_line_delivers_at_its_first_attempt(tmp_path):
     run("slow_line.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
     assert (row["attempt"], row["lapsed"], row["breaks"]) == (1, [], 3)
-    assert row["seconds"] > 20 + 7
-    assert max(row["down_bytes"], row["up_bytes"]) < 1.7 * 4e6, "more than the missing pieces were sent again"
+    assert row["seconds"] > 30
+    assert max(row["down_bytes"], row["up_bytes"]) < 1.7 * 6e6, "more than the missing pieces were sent again"
