@@ -44,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """From the bottom to the top. Members of one line do not import each other, except those of `WITHIN`."""
 WITHIN = {
     ("fedqueue_coordinator.__main__", "fedqueue_coordinator.cli"),
+    ("fedqueue.exception_text", "fedqueue.errors"),
     ("fedqueue.task", "fedqueue.training"),
     ("fedqueue.training", "fedqueue.task"),
     ("fedqueue.local_model", "fedqueue.task"),

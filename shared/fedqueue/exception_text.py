@@ -12,6 +12,8 @@ import sysconfig
 import traceback
 from pathlib import Path
 
+from fedqueue.errors import FedqueueError
+
 MAX_MESSAGE = 500
 """Characters of an exception's message that are kept."""
 FRAMES = 3
@@ -65,11 +67,14 @@ def exception_with_place(error: BaseException) -> str:
     """`exception_text` and where it was raised: functions with file and line, and no value of a variable.
 
     The last FRAMES frames are named, the innermost first. The innermost frame of the user's own code comes before
-    them where it is another one.
+    them where it is another one. An error that fedqueue raises outside of the user's code has no place: its message
+    says what is wrong.
     """
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen ")]
     last = frames[-FRAMES:][::-1]
     own = next((frame for frame in reversed(frames) if _is_users(frame.filename)), None)
+    if own is None and isinstance(error, FedqueueError):
+        return exception_text(error)
     if own is not None and own not in last:
         last = [own, *last[: FRAMES - 1]]
     places = [f"{frame.name} ({frame.filename.rpartition('/')[2]}:{frame.lineno})" for frame in last]

@@ -207,6 +207,20 @@ def test_task_without_test_data_cannot_be_compared(path):
         setup.run(make_variants(["fedbuff"])[0], 0, {}, nothing)
 
 
+@pytest.mark.parametrize(
+    ("target", "key", "words"),
+    [
+        ("stop.target={acc = 0.9}", "stop.target", "evaluate returned loss, accuracy"),
+        ("stop.target={accuracy = 0.01}", "stop.target", "before any training already has accuracy"),
+        ("compare.target={acc = 0.9}", "compare.target", "evaluate returned loss, accuracy"),
+    ],
+)
+def test_target_that_tells_nothing_cannot_be_compared(path, target, key, words):
+    with pytest.raises(ConfigurationError, match=words) as caught:
+        setup_of(path, target).run(make_variants(["fedbuff"])[0], 0, {}, nothing)
+    assert caught.value.key == key
+
+
 # Tuning
 
 

@@ -15,8 +15,11 @@ from fedqueue.config.loading import parse_config
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.core.run_summary import RunResult, summarize
+from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.operator.reports.run import draw_report
 from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_results
+
+NAN = float("nan")
 
 
 def line(job, client, at, staleness=0):
@@ -72,6 +75,21 @@ def test_report_of_any_run_has_content_in_each_quarter(tmp_path, ledger):
             quarter = image.crop((left, top, left + width // 2, top + height // 2))
             dark = sum(quarter.histogram()[:128])
             assert dark > 500, "a quarter of the report is empty"
+
+
+@pytest.mark.parametrize("values", [(NAN, 2.0, NAN), (NAN, NAN, NAN), (float("inf"), 1.0, 0.5)])
+def test_report_has_gaps_where_a_metric_is_not_finite(tmp_path, values):
+    ledger = ledger_of(2, 3, metrics=("loss",))
+    for record, value in zip([r for r in ledger if r["kind"] == "evaluation"], values, strict=True):
+        record["metrics"] = {"loss": value}
+    assert sum(drawn(tmp_path, ledger).histogram()[:128]) > 500
+
+
+def test_number_that_is_not_finite_is_null_in_json():
+    text = json_text({"metrics": {"loss": NAN}, "list": [1, float("inf"), (0.5, None)], "text": "NaN"})
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "metrics": {"loss": None}, "list": [1, None, [0.5, None]], "text": "NaN",
+    }  # fmt: skip
 
 
 def test_report_shows_more_for_a_longer_run(tmp_path):

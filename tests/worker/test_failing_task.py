@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 from fedqueue import Task
 from fedqueue.errors import LoadFailed, TaskError
 from fedqueue.exception_text import exception_text, exception_with_place
+from fedqueue.metrics import as_metrics
 from fedqueue.protocol.messages import Ending, Unavailable, read
 from fedqueue_worker.process import Worker, new_token
 from tests.support.training_site import TrainingSite
@@ -98,6 +99,14 @@ def test_place_names_the_users_own_frame_first():
     places = exception_with_place(caught.value).rpartition("; in ")[2].split(" < ")
     assert places[0].startswith("test_place_names_the_users_own_frame_first (test_failing_task.py:")
     assert places[1:] == ["deep (<library>:2)"] * 2
+
+
+def test_error_that_fedqueue_raises_on_purpose_has_no_place():
+    with pytest.raises(TaskError) as caught:
+        as_metrics({"mine": "good"}, "fit")
+    own = caught.value.with_traceback(caught.value.__traceback__.tb_next)  # without the frame of this test
+    assert exception_with_place(own) == exception_text(own)
+    assert "'mine' as str" in exception_text(own)
 
 
 # Loading

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.failures import FailureKind, Failures
 
 if TYPE_CHECKING:
     import torch
+
+    from fedqueue.tensors.frame import Frame
 
 
 NO_WORKER = "no worker registered it"

@@ -32,8 +32,8 @@ def target_reached(goals: Sequence[Goal], evaluated: Evaluated) -> str:
     return f"target: {reached} at version {evaluated.version}"
 
 
-def require_usable_target(goals: Sequence[Goal], evaluated: Evaluated) -> None:
-    """Raise ConfigurationError if the first evaluation of a run shows that its target can tell nothing.
+def require_usable_target(goals: Sequence[Goal], evaluated: Evaluated, key: str = "stop.target") -> None:
+    """Raise ConfigurationError about `key` if the first evaluation of a run shows that its target can tell nothing.
 
     That is a target with a metric that was not measured, and one that version 0 meets before any training.
     """
@@ -42,9 +42,9 @@ def require_usable_target(goals: Sequence[Goal], evaluated: Evaluated) -> None:
         came = ", ".join(evaluated.metrics) or "no metric"
         hint = "name a metric that evaluate returns, or let evaluate return this one"
         problem = f"{', '.join(missing)} is not measured: the task's evaluate returned {came}"
-        raise ConfigurationError("stop.target", None, problem, hint)
+        raise ConfigurationError(key, None, problem, hint)
     if evaluated.version == 0 and target_reached(goals, evaluated):
         has = ", ".join(f"{goal.metric} {evaluated.metrics[goal.metric]:.4g}" for goal in goals)
         hint = "set a target that training has to reach; { below = … } and { above = … } state its direction"
         problem = f"the model before any training already has {has}, which meets {', '.join(map(str, goals))}"
-        raise ConfigurationError("stop.target", None, problem, hint)
+        raise ConfigurationError(key, None, problem, hint)

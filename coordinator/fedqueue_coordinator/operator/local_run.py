@@ -191,6 +191,8 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: 
     from fedqueue_coordinator.operator.progress_view import ERROR, WARNING
 
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items()) or "not evaluated"
+    if summary["metrics"] and summary["metrics_version"] != summary["model_version"]:
+        metrics += f" (measured at version {summary['metrics_version']})"
     merged = (
         f" after {summary['seconds']:.1f} s: {summary['versions']} versions of {summary['updates_merged']} updates "
         f"from {len(summary['clients'])} clients, mean staleness {summary['staleness']['mean']:.2f}"

@@ -7,6 +7,7 @@ Reading order: where runs are found (`reachable_servers`, `finished_runs`), the 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,7 @@ def _finished_status(run: str) -> dict[str, Any] | None:
         return None
     summary = read_summary(finished[wanted])
     shown = {key: value for key, value in summary.items() if key not in ("history", "run", "failures")}
+    shown["metrics"] = {name: math.nan if value is None else value for name, value in summary["metrics"].items()}
     failures = _failure_lines(summary.get("failures", []))
     return {"run": wanted, "state": "ended", "folder": str(finished[wanted]), **shown, "failures": failures}
 

@@ -149,13 +149,14 @@ class Setup:
         the target or meets it before any training.
         """
         config, target = self.config(variant, seed, tuned), self.target
+        key = "compare.target" if config.compare.target else "stop.target"
         name = f"{variant.name}, seed {seed}"
         judged = False
 
         def follow(federation: Federation, now: float) -> None:
             nonlocal judged
             if federation.evaluated and not judged:
-                require_usable_target(goals(target), federation.evaluated)
+                require_usable_target(goals(target), federation.evaluated, key)
                 judged = True
             on_progress(name, federation)
 
