@@ -1,12 +1,16 @@
 """Measures how the cost of an update grows with workers, registered clients and versions, and memory over a long run.
 
-    python benchmarks/scale.py [--quick] [--parts workers,clients,versions,soak] [--json FILE] [--picture FILE]
+    python benchmarks/scale.py [--quick] [--parts NAME,NAME,...] [--json FILE] [--picture FILE]
 
 Models of 1 KB, instant training, FedAsync, unsigned (ten thousand clients have no keys here). CPU time of the
 coordinator for each update is more exact than updates per second, since the workers run on the same cores.
 
 - workers: 2 to 64 processes, forked from one, each with one client.
 - clients: 100 to 10,000 clients that have registered and left, beside four that train.
+- idle: 100 to 100,000 clients that are alive and wait for a job, beside four that train. The coordinator looks at their
+  leases as it does at those of clients with workers, but nothing renews these: they last an hour.
+- simulated: as many clients in a simulation with 16 jobs at a time and a model of 100 KB. Any client may get a job.
+- status: `fedqueue status` of a run with 1,000 and 200,000 ledger records.
 - versions: a run of 10,000 versions and more; each point is the mean of a thousand.
 - soak: memory of coordinator and server over ten minutes.
 """
@@ -14,20 +18,34 @@ coordinator for each update is more exact than updates per second, since the wor
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import itertools
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from instant_task import InstantTask
 from live_federation import LiveFederation, cpu_seconds, live_federation, resident_bytes
 
+from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Registration
+from fedqueue.protocol.msgpack import pack_record
+from fedqueue.transport.store import Store
 from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.operator.runs import show_status
+from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
 BYTES = 1_000
 SETTINGS = ["aggregation.strategy=fedasync", "aggregation.mixing=delta", "security.signatures=off"]
 WORKERS = (2, 4, 8, 16, 32, 64)
 CLIENTS = (100, 1_000, 10_000)
+IDLE = (100, 1_000, 10_000, 100_000)
+RECORDS = (1_000, 200_000)
+SIMULATED_UPDATES, SIMULATED_BYTES = 5_000, 100_000
 VERSIONS = 12_000
 SOAK_SECONDS, EVERY_SECONDS = 600.0, 10.0
 Row = dict[str, Any]
@@ -63,6 +81,72 @@ def clients(numbers: list[int], seconds: float) -> list[Row]:
                 site.leave([f"gone-{i}"])
             time.sleep(3.0 if number >= 100 else 1.0)  # until the coordinator has read all of their entries
             found.append({"clients": number, **of(running, seconds)})
+            print(found[-1], flush=True)
+    return found
+
+
+def simulated(numbers: list[int], updates: int) -> list[Row]:
+    found = []
+    for number in numbers:
+        config = Config(
+            task={"entrypoint": "instant_task.py:InstantTask"},
+            clients={"count": number},
+            aggregation={"strategy": "fedasync", "mixing": "delta"},
+            dispatch={"concurrency": 16},
+            evaluation={"every_versions": "off"},
+            stop={"updates": updates},
+        )
+        marks: list[tuple[int, float]] = []
+
+        def mark(federation: Federation, now: float, marks: list[tuple[int, float]] = marks) -> None:
+            merged = federation.run_counters.updates
+            if not marks or merged >= marks[-1][0] + updates // 20:
+                marks.append((merged, time.process_time()))
+
+        began = time.process_time()
+        Simulation(config, ClientDatasets(InstantTask(SIMULATED_BYTES)), TimingModel(), mark).run()
+        pieces = [(later[1] - at[1]) / (later[0] - at[0]) for at, later in itertools.pairwise(marks)]
+        start = marks[0][1] - began
+        found.append({"clients": number, "start_seconds": start, "update_ms": 1e3 * statistics.median(pieces)})
+        print(found[-1], flush=True)
+    return found
+
+
+def idle(numbers: list[int], seconds: float) -> list[Row]:
+    found = []
+    for number in numbers:
+        with live_federation(BYTES, 4, [*SETTINGS, "dispatch.selection=examples"], forked=True) as running:
+            register_idle(running.store, number)
+            time.sleep(5.0 if number >= 100 else 1.0)  # until the coordinator has read all of their entries
+            found.append({"clients": number, **of(running, seconds)})
+            print(found[-1], flush=True)
+    return found
+
+
+def register_idle(store: Store, number: int) -> None:
+    """Register clients without examples, which get no job by `dispatch.selection = "examples"`, for an hour."""
+    for i in range(number):
+        site = WorkerStore(store.redis, store.run, f"idle-{i}")
+        site.join([f"idle-{i}"], 3600.0)
+        site.register(Registration(client=f"idle-{i}", examples=0))
+
+
+def status(numbers: list[int]) -> list[Row]:
+    found = []
+    for number in numbers:
+        with live_federation(BYTES, 2, SETTINGS, forked=True) as running:
+            pipe = running.store.redis.pipeline(transaction=False)
+            record = pack_record({"kind": "abandoned", "client": "client-0", "reason": "failed", "error": "x" * 100})
+            for _ in range(number):
+                pipe.xadd(running.store.keys.ledger, {"record": record})
+            pipe.execute()
+            times = []
+            for _ in range(5):
+                began = time.perf_counter()
+                with contextlib.redirect_stdout(io.StringIO()):
+                    show_status(running.server.url, "bench", as_json=True)
+                times.append(time.perf_counter() - began)
+            found.append({"records": number, "milliseconds": 1e3 * min(times)})
             print(found[-1], flush=True)
     return found
 
@@ -108,11 +192,19 @@ def soak(seconds: float, every: float) -> list[Row]:
 
 def table(record: dict[str, list[Row]]) -> str:
     lines: list[str] = []
-    for part, key in (("workers", "workers"), ("clients", "clients"), ("versions", "version")):
+    for part, key in (("workers", "workers"), ("clients", "clients"), ("idle", "clients"), ("versions", "version")):
         if rows := record.get(part):
             lines += [f"| {part} | updates/s | coordinator, ms of CPU an update |", "|---|---|---|"]
             lines += [f"| {row[key]} | {row['per_second']:.0f} | {row['coordinator_ms']:.2f} |" for row in rows]
             lines.append("")
+    if rows := record.get("simulated"):
+        lines += ["| clients | start, s of CPU | simulated update, ms of CPU |", "|---|---|---|"]
+        lines += [f"| {row['clients']} | {row['start_seconds']:.2f} | {row['update_ms']:.2f} |" for row in rows]
+        lines.append("")
+    if rows := record.get("status"):
+        lines += ["| ledger records | status, ms |", "|---|---|"]
+        lines += [f"| {row['records']} | {row['milliseconds']:.1f} |" for row in rows]
+        lines.append("")
     if rows := record.get("soak"):
         half = rows[len(rows) // 2 :]
         for who in ("coordinator", "worker", "server"):
@@ -157,7 +249,7 @@ def draw(record: dict[str, list[Row]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="two workers, ten clients, as a smoke test")
-    parser.add_argument("--parts", default="workers,clients,versions,soak")
+    parser.add_argument("--parts", default="workers,clients,idle,simulated,status,versions,soak")
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, help="write the rows there; those of parts that are not measured stay")
     parser.add_argument("--picture", type=Path, help="draw the rows there")
@@ -167,6 +259,9 @@ def main() -> None:
     measures = {
         "workers": lambda: workers([2] if quick else list(WORKERS), seconds),
         "clients": lambda: clients([10] if quick else list(CLIENTS), seconds),
+        "idle": lambda: idle([10] if quick else list(IDLE), seconds),
+        "simulated": lambda: simulated([10] if quick else list(IDLE), 40 if quick else SIMULATED_UPDATES),
+        "status": lambda: status([10] if quick else list(RECORDS)),
         "versions": lambda: versions(40 if quick else VERSIONS, 20 if quick else 1000),
         "soak": lambda: soak(2.0, 0.5) if quick else soak(SOAK_SECONDS, EVERY_SECONDS),
     }

@@ -51,7 +51,7 @@ def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster):
     entry = run.coordinator.unacknowledged()[-1]
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 1, entry.id)
     run.coordinator.renew_lead(60)
-    assert run.coordinator.find_expired() == ([], [])
+    assert run.coordinator.find_expired() == []
     run.coordinator.expire_client("c0")
     worker.leave(["c0"])
     for entry in run.coordinator.unacknowledged():

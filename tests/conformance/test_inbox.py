@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedqueue_coordinator.service import inbox
 from fedqueue_coordinator.service.inbox import LONGEST_NAME, Inbox
 
 
@@ -58,3 +59,23 @@ def test_long_stream_is_read_to_the_end_without_more_wakeups(run):
 def test_read_finds_an_entry_older_than_the_subscription(run):
     run.join()
     assert [e.kind for e in run.coordinator.receive(0.0)] == ["joined"]
+
+
+def test_repeated_sweep_finds_an_entry_of_any_client(run, monkeypatch):
+    monkeypatch.setattr(inbox, "SWEPT", 10)
+    for i in range(700):
+        run.client.sadd(run.keys.clients, f"c{i}")
+    run.coordinator.unacknowledged()
+    run.client.xadd(run.keys.updates("c123"), {"kind": "left", "body": b""})
+    found = [entry.client for _ in range(200) for entry in run.coordinator.sweep_some([])]
+    assert found == ["c123"]
+
+
+def test_each_sweep_reads_the_streams_of_clients_with_a_job(run, monkeypatch):
+    monkeypatch.setattr(inbox, "SWEPT", 1)
+    for i in range(700):
+        run.client.sadd(run.keys.clients, f"c{i}")
+    run.coordinator.unacknowledged()
+    run.client.xadd(run.keys.updates("c7"), {"kind": "left", "body": b""})
+    run.client.xadd(run.keys.updates(""), {"kind": "evaluated", "body": b""})
+    assert {"c7", ""} <= {entry.client for entry in run.coordinator.sweep_some(["c7"])}

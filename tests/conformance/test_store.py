@@ -310,10 +310,11 @@ def test_leaving_without_clients_posts_nothing(run):
 def test_client_with_an_expired_lease_is_expired(run):
     run.join("c0", lease=0)
     run.join("c1", "worker-b", lease=60)
-    assert run.coordinator.find_expired() == ([], ["c0"])
+    leases = run.coordinator.client_leases(["c1", "c0", "c2"], most_seconds=30)
+    assert leases == {"c1": 30.0, "c0": 0.0}
     assert run.coordinator.alive_clients() == ["c1"]
     assert run.coordinator.expire_client("c0")
-    assert run.coordinator.find_expired() == ([], [])
+    assert run.coordinator.client_leases(["c0"]) == {}
     assert run.worker().heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
 
 
@@ -335,7 +336,7 @@ def test_dispatched_job_is_open_assigned_and_leased(run):
     assert read(Order, listed.order) == run.order(1)
     assert run.coordinator.open_jobs() == 1
     assert run.coordinator.job_number() == 1
-    assert run.coordinator.find_expired() == ([], [])
+    assert run.coordinator.find_expired() == []
 
 
 def test_dispatch_is_idempotent(run):
@@ -400,9 +401,9 @@ def test_claim_has_the_newest_version_and_renews_the_lease(run):
     run.join()
     job = run.dispatch(lease=0)
     run.publish(1)
-    assert run.coordinator.find_expired()[0] == [job]
+    assert run.coordinator.find_expired() == [job]
     assert run.worker().claim(job, 60).version == 1
-    assert run.coordinator.find_expired()[0] == []
+    assert run.coordinator.find_expired() == []
 
 
 def test_second_attempt_takes_the_job_from_the_first(chunks, run):
@@ -472,14 +473,14 @@ def test_heartbeat_renews_clients_and_the_current_job(run):
     claim = worker.claim(run.dispatch(), 0)
     pulse = worker.heartbeat(["c0"], 60, claim, progressing=True)
     assert (pulse.run_state, pulse.owns_job, pulse.lost_clients) == ("running", True, ())
-    assert run.coordinator.find_expired() == ([], [])
+    assert run.coordinator.find_expired() == []
 
 
 def test_heartbeat_without_progress_lets_the_job_lease_expire(run):
     worker = run.join()
     claim = worker.claim(run.dispatch(), 0)
     assert worker.heartbeat(["c0"], 60, claim, progressing=False).owns_job
-    assert run.coordinator.find_expired() == ([claim.job], [])
+    assert run.coordinator.find_expired() == [claim.job]
 
 
 def test_only_a_busy_worker_renews_its_queued_jobs(run):
@@ -488,9 +489,9 @@ def test_only_a_busy_worker_renews_its_queued_jobs(run):
     claim = worker.claim(run.dispatch(1, "c0"), 60)
     waiting = run.dispatch(2, "c1", lease=0)
     worker.heartbeat(["c0", "c1"], 60, None, True)
-    assert run.coordinator.find_expired()[0] == [waiting]
+    assert run.coordinator.find_expired() == [waiting]
     worker.heartbeat(["c0", "c1"], 60, claim, progressing=False)
-    assert run.coordinator.find_expired()[0] == []
+    assert run.coordinator.find_expired() == []
 
 
 def test_heartbeat_does_not_renew_a_job_of_another_attempt(run):
@@ -498,7 +499,7 @@ def test_heartbeat_does_not_renew_a_job_of_another_attempt(run):
     first = worker.claim(run.dispatch(), 60)
     run.worker("worker-b").claim(first.job, 0)
     assert not worker.heartbeat(["c0"], 60, first, True).owns_job
-    assert run.coordinator.find_expired()[0] == [first.job]
+    assert run.coordinator.find_expired() == [first.job]
 
 
 def test_heartbeat_names_clients_taken_by_another_worker(run):
@@ -544,7 +545,7 @@ def test_closing_a_job_leaves_only_its_ledger_record(run):
     job = run.dispatch()
     run.worker().claim(job, 60)
     run.coordinator.close(job, {"kind": "abandoned"}, 1)
-    assert run.names() == before | {"ledger", "last_jobs"}
+    assert run.names() == before | {"ledger", "counts", "last_jobs"}
     assert run.client.hget(run.keys.site("c0"), "job") is None
 
 
@@ -941,3 +942,35 @@ def test_ledger_is_read_in_the_order_of_writing(run):
     for i in range(20):
         run.client.xadd(run.keys.ledger, {"record": msgpack.packb({"number": i})})
     assert [r["number"] for r in run.coordinator.ledger()] == list(range(20))
+
+
+# Counts
+
+
+def test_counts_are_what_the_ledger_adds_up_to(run):
+    run.join()
+    run.publish(0)
+    run.coordinator.close(run.dispatch(1), {"kind": "abandoned", "client": "c0", "reason": "failed", "error": "why"}, 1)
+    run.coordinator.close(run.dispatch(2), {"kind": "abandoned", "client": "c0", "reason": "late", "error": ""}, 1)
+    run.posted(3)
+    (entry,) = [entry for entry in run.coordinator.unacknowledged() if entry.kind == "update"]
+    run.publish(1, merged=[entry])
+    for _ in range(2):  # a repetition counts nothing
+        run.coordinator.close(run.keys.job("x"), {"kind": "rejected", "client": "c0", "reason": "stale"}, 1)
+    counts = run.coordinator.counts()
+    assert (counts.merged_by, counts.rejected, counts.abandoned) == ({"c0": 1}, {}, {"failed": 1, "late": 1})
+    assert counts.failure == {"kind": "abandoned", "client": "c0", "reason": "failed", "error": "why"}
+    assert counts.evaluation is None
+
+
+def test_restored_ledger_restores_the_counts(run):
+    ledger = [
+        {"kind": "version", "version": 1, "merged": [{"client": "c0"}, {"client": "c1"}, {"client": "c0"}]},
+        {"kind": "rejected", "client": "c0", "reason": "stale"},
+        {"kind": "evaluation", "metrics": {"loss": 1.0}},
+        {"kind": "evaluation", "metrics": {"loss": 0.5}},
+    ]
+    run.coordinator.restore(1, 3, ledger)
+    counts = run.coordinator.counts()
+    assert (counts.merged_by, counts.rejected, counts.abandoned) == ({"c0": 2, "c1": 1}, {"stale": 1}, {})
+    assert counts.evaluation == ledger[-1]

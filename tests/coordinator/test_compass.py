@@ -219,6 +219,15 @@ def test_group_continues_without_a_lost_member(how):
     assert run.has_job("a")
 
 
+def test_each_version_records_the_speeds_that_are_new():
+    run = grouped("a", "b")
+    run.now = 10.0
+    run.post("a", 1.0)
+    run.now = 20.0
+    run.post("b", 1.0)
+    assert [record["step_seconds"] for record in run.ledger] == [{"a": 1.0}, {"b": 2.0}]
+
+
 def test_successor_keeps_the_speeds_and_starts_new_groups():
     run = grouped("a", "b")
     run.now = 10.0

@@ -17,7 +17,7 @@ from fedqueue.protocol.keys import job_name
 from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.events import Dispatch
 from fedqueue_coordinator.core.fedcompass import FedCompass
-from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
+from fedqueue_coordinator.core.reasons import AbandonReason, LapseCause, RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.selection import draw
 from fedqueue_coordinator.core.sync_round import SyncRound
@@ -257,6 +257,11 @@ class QuadraticScheduler:
         for client in self._backoff.rested(now):
             self.offer(client)
 
+    @property
+    def started(self) -> bool:
+        """Whether enough clients were alive at some time, so that jobs may be dispatched."""
+        return self._started
+
     def is_set_aside(self, client: str) -> bool:
         """Whether the client gets no further job in this run."""
         return self._backoff.set_aside(client)
@@ -295,6 +300,10 @@ class QuadraticScheduler:
         self._version = version
         self._fair_share.committed(version, clients, now)
 
+    def take_measured(self) -> dict[str, float]:
+        """Return the speeds that were measured since the last call: client → seconds per local step."""
+        return self._fedcompass.take_measured() if self._fedcompass else {}
+
     def share(self, client: str) -> float:
         """Return the client's share, from 0 to 1, of the updates in recent versions."""
         return self._fair_share.share(client)
@@ -309,6 +318,10 @@ class QuadraticScheduler:
     def penalize_ending(self, client: str, reason: AbandonReason, now: float) -> None:
         """Apply the penalty for a job that its worker ended."""
         self._backoff.penalize_ending(client, reason, now)
+
+    def penalize_lapse(self, client: str, cause: LapseCause, now: float) -> None:
+        """Apply the penalty for a job whose lease expired."""
+        self._backoff.penalize_lapse(client, cause, now)
 
     def jobs_of(self, client: str) -> list[str]:
         """Return the client's open jobs, oldest first."""

@@ -53,7 +53,7 @@ def heartbeat(worker, clock, ended):
 
 
 def lapsed(run):
-    return run.coordinator.find_expired()[0]
+    return run.coordinator.find_expired()
 
 
 # The lease follows the progress

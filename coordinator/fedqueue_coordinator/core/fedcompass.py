@@ -54,7 +54,8 @@ class RunningJob:
 class FedCompass:
     """Assigns steps and groups.
 
-    `step_seconds` (client → s_i) is committed with every version. Groups are not: a resumed run begins new ones.
+    `step_seconds` (client → s_i) is restored from the ledger: a version's record has the speeds that were measured
+    since the version before. Groups are not restored: a resumed run begins new ones.
     """
 
     def __init__(self, config: FedCompassConfig, step_seconds: dict[str, float]) -> None:
@@ -62,6 +63,7 @@ class FedCompass:
         self.groups: list[Group] = []
         self._group_of: dict[str, Group] = {}
         self._underway: dict[str, RunningJob] = {}
+        self._measured: dict[str, float] = {}  # the part of `step_seconds` that no version records yet
 
     @property
     def selection(self) -> Selection:
@@ -117,6 +119,7 @@ class FedCompass:
             measured = max(now - job.since, 1e-9) / job.steps
             known = self._step_seconds.get(client, measured)
             self._step_seconds[client] = known + self._config.speed_momentum * (measured - known)
+            self._measured[client] = self._step_seconds[client]
         group = self._group_of.get(client)
         if group is None:
             return True
@@ -126,6 +129,11 @@ class FedCompass:
         else:  # too late: its group is closed, so the client waits for no other
             del self._group_of[client]
         return False
+
+    def take_measured(self) -> dict[str, float]:
+        """Return the speeds that were measured since the last call: client → s_i."""
+        measured, self._measured = self._measured, {}
+        return measured
 
     def lost(self, client: str) -> None:
         """Remove a client whose job ended without an update, or whose update was rejected."""

@@ -279,7 +279,7 @@ class Federation:
         commit = Commit(
             self.version,
             tuple(arrived for arrived, _ in buffer),
-            version_record(self.version, [record for _, record in buffer], now),
+            version_record(self.version, [record for _, record in buffer], now, self._scheduler.take_measured()),
             publish_now=self.config.barrier,
         )
         return [commit, *self._close_round(now)] if self.config.barrier else [commit]

@@ -6,7 +6,7 @@ record.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedqueue.protocol.messages import Update
@@ -29,9 +29,15 @@ def merged_update(
     }  # fmt: skip
 
 
-def version_record(version: int, merged: Sequence[LedgerRecord], seconds: float) -> LedgerRecord:
-    """Describe a version; `merged` are its updates, in the order in which they were added."""
-    return {"kind": "version", "version": version, "seconds": seconds, "merged": list(merged)}
+def version_record(
+    version: int, merged: Sequence[LedgerRecord], seconds: float, step_seconds: Mapping[str, float] | None = None
+) -> LedgerRecord:
+    """Describe a version; `merged` are its updates, in the order in which they were added.
+
+    `step_seconds` are the speeds that were measured since the version before: client → seconds per local step.
+    """
+    record = {"kind": "version", "version": version, "seconds": seconds, "merged": list(merged)}
+    return {**record, "step_seconds": dict(step_seconds)} if step_seconds else record
 
 
 def rejected_record(

@@ -32,6 +32,7 @@ class RunCounters:
         counters = cls(**committed)
         for record in ledger:
             if record["kind"] == "version":
+                counters.step_seconds.update(record.get("step_seconds", {}))
                 counters._count(record["version"], [line["client"] for line in record["merged"]], window)
         return counters
 
@@ -41,7 +42,6 @@ class RunCounters:
             "updates": self.updates,
             "seconds": self.seconds,
             "started": self.started,
-            "step_seconds": dict(self.step_seconds),
         }
 
     def commit(self, version: int, clients: Sequence[str], window: int, now: float) -> None:

@@ -171,6 +171,10 @@ class Scheduler:
         for client in self._fair_share.committed(version, clients, now):
             self._place(client)
 
+    def take_measured(self) -> dict[str, float]:
+        """Return the speeds that were measured since the last call: client → seconds per local step."""
+        return self._fedcompass.take_measured() if self._fedcompass else {}
+
     def share(self, client: str) -> float:
         """Return the client's share, from 0 to 1, of the updates in recent versions."""
         return self._fair_share.share(client)

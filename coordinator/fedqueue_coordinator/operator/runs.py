@@ -23,11 +23,12 @@ from fedqueue.errors import RunNotFound, ServerUnavailable, StoreError
 from fedqueue.exception_text import printable
 from fedqueue.transport.connection import TLS_SCHEMES, connect, refusal
 from fedqueue.transport.store import Store, list_runs
-from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.core.run_summary import evaluations_of, summarize_failures
+from fedqueue_coordinator.core.run_summary import summarize_failures
 from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.operator.plain_console import PlainConsole
 
+NEWEST_RECORDS = 1000
+"""Records at the end of the ledger in which `fedqueue status` looks for kinds of failures."""
 SHOWN_FAILURES = 5
 """Kinds of failures that `fedqueue status` shows, the newest ones."""
 RUNS_FOLDER = Path("runs")
@@ -129,9 +130,8 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             info = store.info()
         except RunNotFound:
             continue
-        ledger = store.ledger()
-        evaluations = evaluations_of(ledger)
-        failures = [r for r in ledger if r.get("error")]
+        counts = store.counts()
+        failure = counts.failure
         return {
             "run": wanted,
             "state": info.state,
@@ -142,13 +142,13 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "seconds": round(info.totals.get("seconds", 0.0), 1),
             "clients_alive": store.alive_clients(),
             "open_jobs": store.open_jobs(),
-            "updates_rejected": _count(ledger, "rejected"),
-            "jobs_abandoned": _count(ledger, "abandoned"),
+            "updates_rejected": counts.rejected,
+            "jobs_abandoned": counts.abandoned,
             "posts_refused": {k: v for k, v in store.refused().items() if v},
-            "clients": RunCounters.from_ledger({}, ledger, window=1).merged_by,
-            "metrics": evaluations[-1]["metrics"] if evaluations else {},
-            "last_failure": f"{failures[-1].get('client', 'evaluate')}: {failures[-1]['error']}" if failures else "",
-            "failures": _failure_lines(summarize_failures(ledger)),
+            "clients": counts.merged_by,
+            "metrics": counts.evaluation["metrics"] if counts.evaluation else {},
+            "last_failure": f"{failure.get('client', 'evaluate')}: {failure['error']}" if failure else "",
+            "failures": _failure_lines(summarize_failures(store.newest_records(NEWEST_RECORDS))),
         }
     return None
 
@@ -173,14 +173,6 @@ def _failure_lines(failures: list[dict[str, Any]]) -> list[str]:
         often = f" ({failure['count']} times, {failure['clients']} clients)" if failure["count"] > 1 else ""
         lines.append(": ".join(words) + often)
     return lines
-
-
-def _count(ledger: list[dict[str, Any]], kind: str) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for record in ledger:
-        if record["kind"] == kind:
-            counts[record["reason"]] = counts.get(record["reason"], 0) + 1
-    return counts
 
 
 def _text(value: Any) -> str:

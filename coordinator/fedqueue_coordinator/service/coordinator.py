@@ -71,6 +71,7 @@ from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.entry_verifier import EntryVerifier
 from fedqueue_coordinator.service.evaluator import Evaluator
 from fedqueue_coordinator.service.leader_election import LeaseRenewal, acquire_leadership
+from fedqueue_coordinator.service.lease_watch import LeaseWatch
 from fedqueue_coordinator.service.payload_reader import BaseVersions, PayloadChanged, PayloadReader
 from fedqueue_coordinator.service.publication import publish_newest
 from fedqueue_coordinator.service.recovery import restore_federation
@@ -129,6 +130,7 @@ class Coordinator:
         self._payloads: PayloadReader
         self._base_versions: BaseVersions
         self._queues: rq_jobs.Queues
+        self._leases: LeaseWatch
         torch.set_num_threads(config.aggregation.threads)
         check_algorithms(config)
         data = load_test_data(task)
@@ -221,6 +223,7 @@ class Coordinator:
         self._next_watch = self._now()
         self._unpublished = []
         self._unreported = None  # measured again: the federation knows of no evaluation in progress
+        self._leases = LeaseWatch()
         self._queues = rq_jobs.Queues(store.redis)
         self._payloads = PayloadReader(store, self.federation)
         self._base_versions = BaseVersions(store, self.federation)
@@ -260,7 +263,7 @@ class Coordinator:
         return max(0.001, min(end for end in ends if end is not None) - now)
 
     def _watch(self) -> None:
-        """From time to time: renew the lead, save a checkpoint, read all streams, and find what has expired."""
+        """From time to time: renew the lead, save a checkpoint, read streams, and find what has expired."""
         if self._now() < self._next_watch:
             return
         dispatch = self.config.dispatch
@@ -273,20 +276,28 @@ class Coordinator:
         if self._checkpointer.due(self._now()):
             self._publish()
             self._checkpointer.start(Checkpoint.from_federation(self.federation, self._ledger()), self._now())
-        for entry in self.store.sweep():
+        for entry in self.store.sweep_some(self.federation.open_jobs.values()):
             self._take(entry)
-        for client in [client for client in self.federation.clients if not self._verifier.trusts(client)]:
-            log.warning("client was revoked; it gets no further job", client=client)
-            self._handle(ClientLeft(client, announced=False))
-        jobs, clients = self.store.find_expired()
-        for client in clients:
-            if self.store.expire_client(client):
-                log.warning("lease of client expired", client=client)
-                self._handle(ClientLeft(client, announced=False))
-        for job in jobs:
+        self._check_clients()
+        for job in self.store.find_expired():
             if holder := self.federation.open_jobs.get(job):
                 cause, why = lapse_cause(self.store.last_report(job, holder), dispatch)
                 self._handle(LeaseExpired(job, cause, f"{cause}: {why}"))
+
+    def _check_clients(self) -> None:
+        """Let the clients leave that are revoked or whose lease has ended, among those whose check is due."""
+        due, lease = self._leases.due(self._now()), self.config.dispatch.lease_seconds
+        leases = self.store.client_leases(due, lease) if due else {}
+        for client in due:
+            left = leases.get(client, lease)  # without a lease, an entry that it has left is on its way
+            if not self._verifier.trusts(client):
+                log.warning("client was revoked; it gets no further job", client=client)
+                self._handle(ClientLeft(client, announced=False))
+            elif not left and self.store.expire_client(client):
+                log.warning("lease of client expired", client=client)
+                self._handle(ClientLeft(client, announced=False))
+            else:
+                self._leases.set(client, self._now() + left)
 
     def _take(self, entry: StreamEntry) -> None:
         """Handle one stream entry.
@@ -318,6 +329,11 @@ class Coordinator:
 
     def _handle(self, event: Event) -> None:
         """Pass the event to the federation and carry out its actions; then likewise the events they result in."""
+        match event:
+            case ClientJoined(client):
+                self._leases.set(client, self._now())
+            case ClientLeft(client) | ClientUnavailable(client=client, served=False):
+                self._leases.discard(client)
         events = deque([event])
         while events:
             events.extend(self._perform(self._actions_for(events.popleft())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -37,6 +38,7 @@ log = structlog.get_logger("fedqueue.coordinator")
 CLEAR_SECONDS = 60.0  # the lease while a run is deleted
 STAGED_SECONDS = 3600  # after which blobs expire that a leader staged and never committed
 SCANNED_JOBS = 1000  # open jobs that one commit may scan for the base versions that they need
+LEASES_AT_ONCE = 1000  # clients in one script: other clients of the server wait while it runs
 MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # bounds on the payload keys deleted with a job: workers write these counts
 
 
@@ -171,9 +173,11 @@ class CoordinatorStore(Store):
         """Write back a checkpoint's ledger and counters; `publish` of `version` then makes it the head."""
         records = list(ledger)
         pipe = self.redis.pipeline(transaction=True)
-        pipe.delete(self.keys.ledger)
+        pipe.delete(self.keys.ledger, self.keys.counts)
         for record in records:
             pipe.xadd(self.keys.ledger, {"record": pack_record(record)})
+        if fields := counts_of_all(records):
+            pipe.hset(self.keys.counts, mapping=cast(Any, fields))
         if self.identity:
             self.identity.remember(records)
         pipe.execute()
@@ -259,7 +263,7 @@ class CoordinatorStore(Store):
             merged_args += [client, position, entry.job, entry.attempt]
         answer = self.script(
             "commit",
-            [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.pinned],
+            [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.pinned, keys.counts],
             [
                 self.token, version, len(packed_records), packed_totals,
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
@@ -402,10 +406,13 @@ class CoordinatorStore(Store):
         position, client = split_entry_id(entry)
         answer = self.script(
             "close",
-            [keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(client)],
+            [
+                keys.leader, keys.job(job), keys.attempt(job), keys.jobs, keys.ledger, keys.updates(client),
+                keys.counts,
+            ],
             [
                 self.token, job, pack_record(record), position, condition, f"{keys.payload_prefix}{job}:",
-                payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS,
+                payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS, *counts_of(record),
             ],
         )  # fmt: skip
         self._require_lead(answer)
@@ -423,21 +430,32 @@ class CoordinatorStore(Store):
         position, client = split_entry_id(entry)
         answer = self.script(
             "ack",
-            [self.keys.leader, self.keys.ledger, self.keys.updates(client)],
-            [self.token, pack_record(record) if record else b"", position],
+            [self.keys.leader, self.keys.ledger, self.keys.updates(client), self.keys.counts],
+            [self.token, pack_record(record) if record else b"", position, *counts_of(record or {})],
         )
         self._require_lead(answer)
         return bool(answer)
 
-    def find_expired(self) -> tuple[list[str], list[str]]:
-        """Jobs whose lease has ended, and clients whose worker's lease has ended, by the server's clock.
+    def find_expired(self) -> list[str]:
+        """Jobs whose lease has ended, by the server's clock.
 
         The lease of an attempt has also ended if another worker process serves its client by now.
         """
         keys = self.keys
         prefixes = [keys.attempt(""), keys.site_prefix, keys.job("")]
-        jobs, clients = self.script("find_expired", [keys.jobs, keys.clients], prefixes)
-        return [j.decode() for j in jobs], [c.decode() for c in clients]
+        return [job.decode() for job in self.script("find_expired", [keys.jobs], prefixes)]
+
+    def client_leases(self, clients: Sequence[str], most_seconds: float = 3600.0) -> dict[str, float]:
+        """Client → seconds that its lease still lasts by the server's clock, at most `most_seconds`; 0 if it has ended.
+
+        A client without a lease is left out.
+        """
+        arguments = [self.keys.site_prefix, round(most_seconds * 1000)]
+        left: list[int] = []
+        for first in range(0, len(clients), LEASES_AT_ONCE):
+            some = clients[first : first + LEASES_AT_ONCE]
+            left += self.script("client_leases", [self.keys.clients], [*arguments, *some])
+        return {client: ms / 1000 for client, ms in zip(clients, left, strict=True) if ms >= 0}
 
     def last_report(self, job: str, client: str) -> LastReport:
         """What the records say about a job of the client whose lease has ended."""
@@ -451,7 +469,7 @@ class CoordinatorStore(Store):
 
     def is_served(self, client: str) -> bool:
         """Whether a worker serves the client."""
-        return bool(self.redis.hexists(self.keys.site(client), "holder"))
+        return self.client_leases([client]).get(client, 0.0) > 0
 
     # What workers report: test doubles of the run override these, so they are methods of the store
 
@@ -462,6 +480,10 @@ class CoordinatorStore(Store):
     def sweep(self, count: int = 32) -> list[StreamEntry]:
         """The next entries of every stream, as `Inbox.sweep`."""
         return self._inbox.sweep(count)
+
+    def sweep_some(self, clients: Iterable[str], count: int = 32) -> list[StreamEntry]:
+        """The next entries of the streams of `clients` and of some others, as `Inbox.sweep_some`."""
+        return self._inbox.sweep_some(clients, count)
 
     def unacknowledged(self) -> list[StreamEntry]:
         """Every entry that no script has acknowledged, as `Inbox.unacknowledged`."""
@@ -479,6 +501,25 @@ class CoordinatorStore(Store):
     def _require_lead(self, answer: int) -> None:
         if answer == -1:
             raise Fenced(f"another coordinator leads run {self.run!r} by now; nothing was written")
+
+
+def counts_of(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The field of `Keys.counts` that a record increases, and the field that becomes the record; '' for neither."""
+    kind = record.get("kind")
+    counted = f"{kind}:{record.get('reason', '')}" if kind in ("rejected", "abandoned") else ""
+    return counted, "failure" if record.get("error") else "evaluation" if kind == "evaluation" else ""
+
+
+def counts_of_all(records: Iterable[Mapping[str, Any]]) -> dict[str, int | bytes]:
+    """The content of `Keys.counts` after all these records."""
+    counts: Counter[str] = Counter()
+    newest: dict[str, bytes] = {}
+    for record in records:
+        counts.update(f"merged:{line['client']}" for line in record.get("merged", ()))
+        counted, kept = counts_of(record)
+        counts.update([counted] if counted else [])
+        newest.update({kept: pack_record(record)} if kept else {})
+    return {**counts, **newest}
 
 
 def _enqueue_call(record: RqJobRecord) -> Call:

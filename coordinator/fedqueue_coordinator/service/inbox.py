@@ -3,7 +3,7 @@
 A worker can only write to its own client's stream. Redis can wait for many streams at once, but it visits each of them
 every time, so ten thousand clients would make every update expensive. Instead, the script that appends an entry also
 publishes the name of the stream on the run's wakeup channel. Notifications are hints: they may be lost or spurious, so
-`sweep` reads all streams from time to time.
+`sweep_some` reads streams without one: those of clients with an open job each time, and the others in turn.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fedqueue.protocol.stream_entry import StreamEntry
 
 FIRST = "0-0"  # before the first entry of a stream
 MOST_WAKEUPS = 1000  # notifications that are received before the streams they name are read
+SWEPT = 500  # clients whose streams are read in one step of a sweep
 SUBSCRIBED_SECONDS = 5.0
 LONGEST_NAME = 512  # bytes of a stream's name
 
@@ -32,6 +33,7 @@ class Inbox:
         self._wakeup: PubSub | None = None
         self._last: dict[str, str] = {}  # stream → ID of its last entry that was read
         self._more: set[str] = set()  # streams with more entries than the last read returned
+        self._cursor = 0  # of the clients that `sweep_some` has reached
 
     def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         """Return the next entries, at most `count` of each client; wait for the first for at most `block_seconds`."""
@@ -44,6 +46,15 @@ class Inbox:
     def sweep(self, count: int = 32) -> list[StreamEntry]:
         """Return the next entries of all streams, at most `count` of each, without waiting for a notification."""
         return self._read(self._streams(), count)
+
+    def sweep_some(self, clients: Iterable[str], count: int = 32) -> list[StreamEntry]:
+        """Return the next entries of the coordinator's own stream, those of `clients`, and those of SWEPT others.
+
+        Each call takes other ones, in turn: an idle client costs nothing, and no lost notification stays unnoticed.
+        """
+        self._cursor, some = self._redis.sscan(self._keys.clients, self._cursor, count=SWEPT)
+        named = {"", *clients, *(client.decode() for client in cast(list[bytes], some))}
+        return self._read([self._keys.updates(client) for client in sorted(named)], count)
 
     def unacknowledged(self) -> list[StreamEntry]:
         """Return every entry that no script has acknowledged, oldest first: the buffer, and new entries.

@@ -123,6 +123,12 @@ class Keys:
         return self._key("ledger")
 
     @property
+    def counts(self) -> str:
+        """hash: merged:CLIENT, rejected:REASON, abandoned:REASON (numbers of the ledger's records), evaluation, failure
+        (the newest record of an evaluation, and of a failure: msgpack)"""
+        return self._key("counts")
+
+    @property
     def model_prefix(self) -> str:
         """The beginning of each key of `model`."""
         return self._key("model:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import redis
@@ -23,6 +24,22 @@ from fedqueue.transport.lua_scripts import ScriptRunner
 if TYPE_CHECKING:  # torch and numpy, which a command that only shows a run does without
     from fedqueue.tensors.codec import Codec
     from fedqueue.tensors.frame import Frame
+
+
+@dataclass(frozen=True)
+class RunCounts:
+    """What the records of a ledger add up to."""
+
+    merged_by: dict[str, int]
+    """Client → its merged updates."""
+    rejected: dict[str, int]
+    """Reason → rejected updates."""
+    abandoned: dict[str, int]
+    """Reason → abandoned jobs."""
+    evaluation: dict[str, Any] | None
+    """The newest record of an evaluation."""
+    failure: dict[str, Any] | None
+    """The newest record with an error: of a job, of a client that cannot load its data, or of an evaluation."""
 
 
 class Store(BlobStore, ScriptRunner):
@@ -62,6 +79,22 @@ class Store(BlobStore, ScriptRunner):
         """Every record of the ledger, oldest first."""
         entries = cast(list[tuple[bytes, dict[bytes, bytes]]], self.redis.xrange(self.keys.ledger))
         return [unpack_record(fields[b"record"]) for _, fields in entries]
+
+    def newest_records(self, count: int) -> list[dict[str, Any]]:
+        """The last `count` records of the ledger, oldest first."""
+        entries = cast(list[tuple[bytes, dict[bytes, bytes]]], self.redis.xrevrange(self.keys.ledger, count=count))
+        return [unpack_record(fields[b"record"]) for _, fields in reversed(entries)]
+
+    def counts(self) -> RunCounts:
+        """What the ledger's records add up to, kept as they are appended: its time does not depend on their number."""
+        fields = cast(dict[bytes, bytes], self.redis.hgetall(self.keys.counts))
+        counts: dict[bytes, dict[str, int]] = {b"merged": {}, b"rejected": {}, b"abandoned": {}}
+        for field, value in sorted(fields.items()):
+            kind, colon, name = field.partition(b":")
+            if colon and kind in counts:
+                counts[kind][name.decode()] = number(value)
+        newest = (unpack_record(fields[kind]) if kind in fields else None for kind in (b"evaluation", b"failure"))
+        return RunCounts(*counts.values(), *newest)
 
     def open_jobs(self) -> int:
         """Number of jobs that are dispatched and not posted."""

@@ -120,9 +120,11 @@ def viewer_rights(run: str) -> list[Right]:
     keys = Keys(run)
     shown = [
         keys.config, keys.head, keys.leader, keys.versions, keys.clients, keys.site("*"), keys.jobs, keys.attempt("*"),
-        keys.ledger, RUNS,
+        keys.ledger, keys.counts, RUNS,
     ]  # fmt: skip
-    reading = ("exists", "hget", "hmget", "hgetall", "hexists", "hstrlen", "smembers", "zrange", "xrange", "xlen")
+    reading = (
+        "exists", "hget", "hmget", "hgetall", "hexists", "hstrlen", "smembers", "zrange", "xrange", "xrevrange", "xlen",
+    )  # fmt: skip
     return [Right((*CONNECTION, *TRANSACTION)), Right(reading, _reading(shown))]
 
 

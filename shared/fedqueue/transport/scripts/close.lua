@@ -6,6 +6,7 @@
 -- KEYS[4]  jobs            set of jobs that have not ended
 -- KEYS[5]  ledger          stream
 -- KEYS[6]  stream          the stream of updates that contains the entry
+-- KEYS[7]  counts          hash {rejected:REASON, abandoned:REASON, failure, ...}
 -- ARGV[1]  token           the caller's fencing token
 -- ARGV[2]  job             name of the job
 -- ARGV[3]  record          ledger record (msgpack)
@@ -18,10 +19,13 @@
 -- ARGV[8]  site_prefix     of site keys (same slot)
 -- ARGV[9]  most_attempts   upper bounds on the payload keys to delete, because a worker writes the
 -- ARGV[10] most_chunks     numbers in the attempt's record
+-- ARGV[11] counted         field of counts to increase, or ''
+-- ARGV[12] kept            field of counts that becomes the record, or ''
 -- Returns 1; 0 if the condition is not met, or the job had ended before; -1 if another coordinator leads.
-local leader_key, job_key, attempt_key, jobs_key, ledger_key, stream_key = unpack(KEYS)
+local leader_key, job_key, attempt_key, jobs_key, ledger_key, stream_key, counts_key = unpack(KEYS)
 local token, job, record, entry, condition, payload_prefix, payload_chunks, site_prefix = unpack(ARGV, 1, 8)
 local most_attempts, most_chunks = tonumber(ARGV[9]), tonumber(ARGV[10])
+local counted, kept = ARGV[11], ARGV[12]
 
 if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
 local client = redis.call('HGET', job_key, 'client')
@@ -39,6 +43,8 @@ if condition == 'unposted' and posted then return 0 end
 if entry ~= '' then redis.call('XDEL', stream_key, entry) end
 if not client then return 0 end
 redis.call('XADD', ledger_key, '*', 'record', record)
+if counted ~= '' then redis.call('HINCRBY', counts_key, counted, 1) end
+if kept ~= '' then redis.call('HSET', counts_key, kept, record) end
 redis.call('UNLINK', job_key, attempt_key)
 redis.call('SREM', jobs_key, job)
 local site_key = site_prefix .. client

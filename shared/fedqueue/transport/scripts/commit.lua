@@ -7,6 +7,7 @@
 -- KEYS[4]  ledger          stream
 -- KEYS[5]  jobs            set of jobs that have not ended
 -- KEYS[6]  pinned          set of versions that the coordinator keeps stored
+-- KEYS[7]  counts          hash {merged:CLIENT, ...}
 -- ARGV[1]  token           the caller's fencing token
 -- ARGV[2]  version         the last of the versions made since the head, or 0 if there is no head
 -- ARGV[3]  record_count    number of ledger records: one per version made since the head, none for version 0
@@ -30,7 +31,7 @@
 -- leads; {-2} if a staged chunk has expired. A repeated commit, after a lost reply, returns as the first one.
 --
 -- A version stays stored while it is the head, the marked base of an open job, or pinned.
-local leader_key, head_key, versions_key, ledger_key, jobs_key, pinned_key = unpack(KEYS)
+local leader_key, head_key, versions_key, ledger_key, jobs_key, pinned_key, counts_key = unpack(KEYS)
 local token, version_text, record_count, totals = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job_prefix, payload_prefix, model_prefix, state_prefix = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local model_chunks, state_chunks, keep = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11] == '1'
@@ -73,6 +74,7 @@ if head == version - math.max(1, record_count) then
     redis.call('XDEL', updates_prefix .. client, entry)
     redis.call('UNLINK', job_prefix .. job, attempt_prefix .. job)
     redis.call('SREM', jobs_key, job)
+    redis.call('HINCRBY', counts_key, 'merged:' .. client, 1)
     for chunk = 0, most_payload_chunks - 1 do
       local name = job .. ':' .. attempt .. ':' .. chunk
       if keep and redis.call('EXISTS', payload_prefix .. name) == 1 then

@@ -1,13 +1,11 @@
--- Find the jobs and clients whose lease has ended by the server's clock. Changes nothing.
+-- Find the jobs whose lease has ended by the server's clock. Changes nothing.
 -- KEYS[1]  jobs            set of jobs that have not ended
--- KEYS[2]  clients         set of clients
 -- ARGV[1]  attempt_prefix  of attempt keys (same slot)
 -- ARGV[2]  site_prefix     of site keys (same slot)
 -- ARGV[3]  job_prefix      of job keys (same slot)
--- Returns {jobs that are not posted and whose lease has ended, clients whose worker's lease has ended}. A lease that
--- is not a number has ended: workers write these records. So has the lease of an attempt whose client another worker
--- process serves by now.
-local jobs_key, clients_key = KEYS[1], KEYS[2]
+-- Returns the jobs that are not posted and whose lease has ended. A lease that is not a number has ended: workers write
+-- these records. So has the lease of an attempt whose client another worker process serves by now.
+local jobs_key = KEYS[1]
 local attempt_prefix, site_prefix, job_prefix = ARGV[1], ARGV[2], ARGV[3]
 
 local time = redis.call('TIME')
@@ -19,14 +17,10 @@ local function is_replaced(job, number, holder)
   local served_by = client and redis.call('HGET', site_prefix .. client, 'holder')
   return served_by and served_by ~= holder
 end
-local jobs, clients = {}, {}
+local jobs = {}
 for _, job in ipairs(redis.call('SMEMBERS', jobs_key)) do
   local attempt = redis.call('HMGET', attempt_prefix .. job, 'posted', 'lease', 'number', 'holder')
   local posted, lease, number, holder = attempt[1], attempt[2], attempt[3], attempt[4]
   if not posted and (has_ended(lease or '') or is_replaced(job, number, holder)) then jobs[#jobs + 1] = job end
 end
-for _, client in ipairs(redis.call('SMEMBERS', clients_key)) do
-  local alive_until = redis.call('HGET', site_prefix .. client, 'alive')
-  if alive_until and has_ended(alive_until) then clients[#clients + 1] = client end
-end
-return {jobs, clients}
+return jobs
