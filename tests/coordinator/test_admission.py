@@ -79,7 +79,6 @@ def test_wrong_number_of_chunks_is_rejected(chunks):
         pack({"examples": -1, "nbytes": 24, "chunks": 1, "seconds": 0.5}),
         pack({"examples": 10.0, "nbytes": 24, "chunks": 1, "seconds": 0.5}),
         pack({"examples": 10, "nbytes": 24, "chunks": 1, "seconds": math.nan}),
-        pack({"examples": 10, "nbytes": 24, "chunks": 1, "seconds": 0.5, "metrics": {"loss": math.inf}}),
         pack({"examples": 10, "nbytes": 24, "chunks": 1, "seconds": 0.5, "encoding": "pickle"}),
         b"\x80\x04]\x94.",  # a pickle
         make_header() + b"\x00",

@@ -75,7 +75,7 @@ def test_evaluation_that_redis_missed_is_reported_again(fake_client, tmp_path):
     assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation"]
 
 
-def test_run_with_an_unusable_target_continues_once_it_is_corrected(fake_client, tmp_path):
+def test_run_continues_once_its_unusable_target_is_corrected(fake_client, tmp_path):
     with pytest.raises(ConfigurationError, match=r"^stop.target: accuracy is not measured: .* returned acc, auc"):
         coordinator_of(fake_client, tmp_path, target={"accuracy": 0.9}).run()
     corrected = coordinator_of(fake_client, tmp_path, target={"acc": 0.9})

@@ -140,7 +140,7 @@ def test_record_is_a_map_of_names():
 
 def test_dimensions_of_a_tensor_are_bounded():
     """Without a bound, the product of many large dimensions takes very long to compute."""
-    row = ["w", "float32", [1] * MAX_DIMENSIONS, 0, 1, "parameter"]
+    row = ["w", "float32", [1] * MAX_DIMENSIONS, 0, 1, "parameter", "", [], []]
     assert Manifest.unpack(msgpack.packb([row]))
     row[2].append(1)
     with pytest.raises(WireError, match="dimensions"):

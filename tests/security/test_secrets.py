@@ -60,13 +60,18 @@ def test_password_on_a_command_line_is_refused_and_not_repeated(path, url):
     [
         {"FEDQUEUE_REDIS__URLL": f"redis://:{PASSWORD}@host"},
         {"FEDQUEUE_REDIS__URL": f"redis://:{PASSWORD}@host", "FEDQUEUE_REDIS__URL__X": "1"},
-        {"FEDQUEUE_REDIS": f"redis://:{PASSWORD}@host"},
     ],
 )
 def test_error_in_a_setting_does_not_show_a_password(path, environment):
     with pytest.raises(ConfigurationError) as caught:
         load_config(path, (), environment)
     assert PASSWORD not in str(caught.value)
+
+
+def test_warning_about_a_variable_does_not_show_its_value(path, caplog):
+    assert not load_config(path, (), {"FEDQUEUE_REDIS_URL": f"redis://:{PASSWORD}@host"}).redis.url
+    assert "FEDQUEUE_REDIS__URL" in caplog.text
+    assert PASSWORD not in caplog.text
 
 
 def test_private_key_is_not_in_its_repr():
@@ -100,7 +105,7 @@ def test_run_writes_prints_and_sends_no_secret(path, tmp_path):
                 except OSError:
                     continue
                 titles += line if str(path).encode() in line else b""
-            keys |= {f.read_text() for f in (tmp_path / "out" / "keys").rglob("*.key") if f.is_file()}
+            keys |= {f.read_text() for f in (tmp_path / "out" / "unfinished" / "keys").rglob("*.key") if f.is_file()}
             time.sleep(0.2)
         assert process.wait() == 0, (tmp_path / "printed").read_text()
         admin = redis.Redis(unix_socket_path=server.url.removeprefix("unix://"), password=PASSWORD)
@@ -122,4 +127,4 @@ def test_run_writes_prints_and_sends_no_secret(path, tmp_path):
     ):
         for secret in secrets:
             assert secret.encode() not in data, where
-    assert not (tmp_path / "out" / "keys").exists(), "the keys of the run were not deleted at its end"
+    assert not list((tmp_path / "out").rglob("*.key")), "the keys of the run were not deleted at its end"
