@@ -7,6 +7,7 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,24 +67,24 @@ def names_used(path: Path) -> frozenset[str]:
     return frozenset(map(ast.unparse, nodes))
 
 
-def test_there_are_modules_to_look_at():
+def test_there_are_modules_to_look_at() -> None:
     assert len(MODULES) > 30
     assert {package for package, _ in MODULES} == set(PACKAGES)
 
 
 @each_module
-def test_services_import_only_the_shared_package_and_themselves(package, path):
+def test_services_import_only_the_shared_package_and_themselves(package: Any, path: Any) -> None:
     ours = {name.partition(".")[0] for name in imported(path)} & set(PACKAGES)
     assert ours <= MAY_IMPORT[package], f"{path.name} imports {ours - MAY_IMPORT[package]}"
 
 
 @each_module
-def test_nothing_that_can_carry_code_is_imported(package, path):
+def test_nothing_that_can_carry_code_is_imported(package: Any, path: Any) -> None:
     assert not {name.partition(".")[0] for name in imported(path)} & EXECUTES
 
 
 @each_module
-def test_nothing_is_evaluated_or_loaded_as_code(package, path):
+def test_nothing_is_evaluated_or_loaded_as_code(package: Any, path: Any) -> None:
     tree = tree_of(path)
     used = names_used(path)
     assert not used & CALLS
@@ -94,23 +95,23 @@ def test_nothing_is_evaluated_or_loaded_as_code(package, path):
 
 
 @each_module
-def test_environment_is_read_in_few_places(package, path):
+def test_environment_is_read_in_few_places(package: Any, path: Any) -> None:
     touches = {name for name in names_used(path) if name in ("os.environ", "os.getenv", "environ", "getenv")}
     assert not touches or path.name in READS_ENVIRONMENT
 
 
 @each_module
-def test_name_of_a_module_says_what_it_is_about(package, path):
+def test_name_of_a_module_says_what_it_is_about(package: Any, path: Any) -> None:
     assert path.stem not in VAGUE
 
 
 @each_module
-def test_every_module_says_what_it_is_for(package, path):
+def test_every_module_says_what_it_is_for(package: Any, path: Any) -> None:
     assert ast.get_docstring(tree_of(path))
 
 
 @each_module
-def test_no_module_keeps_mutable_state(package, path):
+def test_no_module_keeps_mutable_state(package: Any, path: Any) -> None:
     """A constant table is allowed; an empty container at module level would be filled later."""
     for node in tree_of(path).body:
         value = getattr(node, "value", None)
@@ -122,7 +123,7 @@ def test_no_module_keeps_mutable_state(package, path):
     assert not [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
 
 
-def test_only_the_keys_module_spells_keys_of_redis():
+def test_only_the_keys_module_spells_keys_of_redis() -> None:
     for _, path in MODULES:
         if path.name == "keys.py":
             continue
@@ -130,7 +131,7 @@ def test_only_the_keys_module_spells_keys_of_redis():
         assert not [text for text in strings if text.startswith(("fedqueue:{", "fedqueue:run"))], path.name
 
 
-def test_every_script_is_called_and_documents_its_keys():
+def test_every_script_is_called_and_documents_its_keys() -> None:
     sources = "".join(path.read_text(encoding="utf-8") for _, path in MODULES)
     scripts = sorted((PACKAGES["fedqueue"] / "transport" / "scripts").glob("*.lua"))
     assert len(scripts) > 10
@@ -141,24 +142,24 @@ def test_every_script_is_called_and_documents_its_keys():
         assert f'"{script.stem}"' in sources, f"{script.name} is called by no module"
 
 
-def test_public_names_exist_and_are_sorted():
+def test_public_names_exist_and_are_sorted() -> None:
     assert sorted(fedqueue.__all__) == list(fedqueue.__all__)
     for name in fedqueue.__all__:
         assert getattr(fedqueue, name, None) is not None, name
 
 
-def test_public_classes_say_what_they_are():
+def test_public_classes_say_what_they_are() -> None:
     for name in fedqueue.__all__:
         if isinstance(value := getattr(fedqueue, name), type):
             assert value.__doc__, name
 
 
-def test_every_package_is_typed():
+def test_every_package_is_typed() -> None:
     for folder in PACKAGES.values():
         assert (folder / "py.typed").exists()
 
 
-def test_names_of_tests_are_short():
+def test_names_of_tests_are_short() -> None:
     names = {name for path in (ROOT / "tests").rglob("test_*.py") for name in TEST_NAME.findall(path.read_text())}
     assert len(names) > 500
     assert sorted(name for name in names if len(name) >= MAX_NAME or "_s_" in name) == []

@@ -65,19 +65,19 @@ def printed_commands(page: Path) -> Iterator[list[str]]:
 # Generated pages
 
 
-def test_configuration_page_is_what_the_configuration_says():
+def test_configuration_page_is_what_the_configuration_says() -> None:
     page = load(ROOT / "docs" / "make_configuration.py").page()
     assert (ROOT / "docs" / "configuration.md").read_text() == page, "outdated: run docs/make_configuration.py"
 
 
-def test_every_option_is_documented():
+def test_every_option_is_documented() -> None:
     plain = {"optimizer", "learning_rate", "batch_size", "mode", "function", "versions", "updates", "seconds", "name"}
     rows = re.findall(r"^\| `(\w+)` \|.*\|([^|]*)\|$", (ROOT / "docs" / "configuration.md").read_text(), re.MULTILINE)
     assert len(rows) > 60
     assert not [name for name, text in rows if not text.strip() and name not in plain | {"seed", "max_steps"}]
 
 
-def test_diagrams_are_what_their_script_draws():
+def test_diagrams_are_what_their_script_draws() -> None:
     script = load(ROOT / "docs" / "make_diagrams.py")
     for name, draw in script.DIAGRAMS.items():
         assert (ROOT / "docs" / "pictures" / name).read_text() == draw(), "outdated: run docs/make_diagrams.py"
@@ -87,12 +87,12 @@ def test_diagrams_are_what_their_script_draws():
 
 
 @each_page
-def test_every_link_to_a_file_leads_to_one(page):
+def test_every_link_to_a_file_leads_to_one(page: Any) -> None:
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_every_page_of_the_site_is_in_a_table_of_contents():
+def test_every_page_of_the_site_is_in_a_table_of_contents() -> None:
     listed = set()
     for page in ROOT.glob("docs/**/*.md"):
         for block in re.findall(r"```\{toctree\}\n(.*?)```", page.read_text(), re.DOTALL):
@@ -104,7 +104,7 @@ def test_every_page_of_the_site_is_in_a_table_of_contents():
 
 
 @pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "TESTING.md"])
-def test_every_file_that_a_root_page_names_is_there(name):
+def test_every_file_that_a_root_page_names_is_there(name: Any) -> None:
     coordinator = ROOT / "coordinator" / "fedqueue_coordinator"
     for path in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|lua|md|toml))`", (ROOT / name).read_text()):
         if not re.search(r"NAME|SECTION|task_", path):
@@ -115,7 +115,7 @@ def test_every_file_that_a_root_page_names_is_there(name):
 
 
 @each_page
-def test_every_printed_command_and_option_exists(page):
+def test_every_printed_command_and_option_exists(page: Any) -> None:
     for program, *words in printed_commands(page):
         said = f"{page.name}: {program} {' '.join(words)}"
         command = WORKER
@@ -159,7 +159,7 @@ def leaves(table: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 @each_page
-def test_every_key_that_a_page_sets_exists(page):
+def test_every_key_that_a_page_sets_exists(page: Any) -> None:
     for language, block in blocks(page):
         if language == "toml" and not set(tomllib.loads(block)) <= POLICY_KEYS:
             assert not [key for key in leaves(tomllib.loads(block)) if not known(key)], page.name
@@ -173,7 +173,7 @@ def test_every_key_that_a_page_sets_exists(page):
 
 
 @each_page
-def test_every_key_that_a_page_mentions_exists(page):
+def test_every_key_that_a_page_mentions_exists(page: Any) -> None:
     sections = {key.partition(".")[0] for key in KEYS if "." in key}
     for section, key in re.findall(r"`([a-z_]+)\.([a-z_.]+)`", page.read_text()):
         if section in sections and not key.endswith(("py", "toml", "jsonl", "safetensors", "md", "lua")):
@@ -188,14 +188,14 @@ def reasons() -> set[str]:
     return {*RejectionReason, *AbandonReason}
 
 
-def test_every_reason_has_a_row():
+def test_every_reason_has_a_row() -> None:
     page = (ROOT / "docs" / "reference" / "outcomes.md").read_text()
     rows = {name for row in re.findall(r"^\| (`[^|]*) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
     assert len(reasons()) > 20
     assert not reasons() - rows
 
 
-def test_every_error_that_ends_a_command_has_advice():
+def test_every_error_that_ends_a_command_has_advice() -> None:
     page = (ROOT / "docs" / "reference" / "outcomes.md").read_text()
     silent = {"FedqueueError", "WireError", "StoreError"}  # base classes, which are never raised
     for name, value in vars(fedqueue.errors).items():
@@ -206,7 +206,7 @@ def test_every_error_that_ends_a_command_has_advice():
 # The protocol
 
 
-def test_protocol_names_every_script_and_every_key():
+def test_protocol_names_every_script_and_every_key() -> None:
     protocol = (ROOT / "PROTOCOL.md").read_text()
     for script in SCRIPTS:
         assert f"`{script.stem}`" in protocol, script.stem
@@ -215,7 +215,7 @@ def test_protocol_names_every_script_and_every_key():
         assert re.search(rf"`{name}[`:]", protocol), name
 
 
-def test_every_script_says_its_keys_arguments_and_answer():
+def test_every_script_says_its_keys_arguments_and_answer() -> None:
     for script in SCRIPTS:
         text = script.read_text()
         head = "\n".join(line for line in text.splitlines() if line.startswith("--"))

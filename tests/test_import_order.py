@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,18 +124,18 @@ def allowed(importing: str, imported: str) -> bool:
     return below[0] < above[0] or (above[1], below[1]) in WITHIN
 
 
-def test_every_module_has_a_layer():
+def test_every_module_has_a_layer() -> None:
     faces = {"fedqueue", "fedqueue_coordinator"}
     assert {module for module in MODULES if layer_of(module) is None} == faces
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_module_imports_only_layers_before_its_own(module):
+def test_module_imports_only_layers_before_its_own(module: Any) -> None:
     ours = {name for name in imports_of(MODULES[module]) if name.partition(".")[0] in SOURCES}
     assert not [name for name in sorted(ours) if not allowed(module, name) and (module, name) not in KNOWN]
 
 
-def test_known_exceptions_still_break_the_order():
+def test_known_exceptions_still_break_the_order() -> None:
     for importing, imported in KNOWN:
         assert imported in imports_of(MODULES[importing]), "the import is gone: delete it from KNOWN"
         assert not allowed(importing, imported)
@@ -159,13 +160,13 @@ def reachable(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize("module", CORE)
-def test_core_reaches_no_module_with_redis_or_threads(module):
+def test_core_reaches_no_module_with_redis_or_threads(module: Any) -> None:
     foreign = {name.partition(".")[0] for ours in reachable(module) for name in imports_of(MODULES[ours])}
     assert not foreign & IMPURE_MODULES
 
 
 @pytest.mark.parametrize("module", CORE)
-def test_core_uses_no_clock_thread_file_or_random_generator(module):
+def test_core_uses_no_clock_thread_file_or_random_generator(module: Any) -> None:
     tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
     assert not {name.partition(".")[0] for name in imports_of(MODULES[module])} & IMPURE_IMPORTS
     called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -175,7 +176,7 @@ def test_core_uses_no_clock_thread_file_or_random_generator(module):
 
 
 @pytest.mark.slow
-def test_importing_core_loads_no_redis_and_no_cryptography():
+def test_importing_core_loads_no_redis_and_no_cryptography() -> None:
     loads = ["redis", "rq", "nacl", "cryptography"]
     code = f"import sys, {', '.join(CORE)}\nprint([name for name in {loads} if name in sys.modules])"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)

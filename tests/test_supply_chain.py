@@ -33,7 +33,7 @@ def normal(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def test_every_dependency_is_pinned_to_one_version():
+def test_every_dependency_is_pinned_to_one_version() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lines)
     pinned = {normal(line.partition("==")[0]) for line in lines}
@@ -43,24 +43,28 @@ def test_every_dependency_is_pinned_to_one_version():
     assert named - {"fedqueue"} <= pinned
 
 
-def test_known_vulnerability_fails_the_check_and_is_named(audit, capsys):
+def test_known_vulnerability_fails_the_check_and_is_named(audit: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert audit.judge([CLEAN, WEAK]) == 1
     assert "rq 2.0: CVE-2026-1, fixed in 3.0.0" in capsys.readouterr().out
 
 
-def test_clean_versions_pass_and_skipped_ones_are_counted(audit, capsys):
+def test_clean_versions_pass_and_skipped_ones_are_counted(audit: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert audit.judge([CLEAN, UNKNOWN]) == 0
     assert "1 pinned versions, 0 known vulnerabilities; not audited: 1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dependencies", [[], [UNKNOWN]])
-def test_audit_that_could_not_be_made_is_loud_and_does_not_fail(audit, capsys, dependencies):
+def test_audit_that_could_not_be_made_is_loud_and_does_not_fail(
+    audit: Any, capsys: pytest.CaptureFixture[str], dependencies: Any
+) -> None:
     assert audit.judge(dependencies) == 0
     assert "SKIPPED: NO DEPENDENCY WAS AUDITED" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("said", ["", "Traceback\nConnectionError: no route"])
-def test_pip_audit_without_an_answer_is_a_loud_skip(audit, capsys, monkeypatch, said):
+def test_pip_audit_without_an_answer_is_a_loud_skip(
+    audit: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: Any
+) -> None:
     done = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(audit.subprocess, "run", lambda *a, **k: done)
     assert audit.main() == 0
@@ -68,7 +72,7 @@ def test_pip_audit_without_an_answer_is_a_loud_skip(audit, capsys, monkeypatch, 
 
 
 @pytest.mark.slow
-def test_insecure_code_fails_the_check(tmp_path):
+def test_insecure_code_fails_the_check(tmp_path: Path) -> None:
     (tmp_path / "bad.py").write_text("import yaml\n\n\ndef read(text):\n    return yaml.load(text)\n")
     command = [sys.executable, "-m", "bandit", "--quiet", "--recursive", "--configfile", str(ROOT / "pyproject.toml")]
     found = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import stat
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def victim(guarded: AclServer, led: Any) -> Any:
 
 
 @pytest.mark.parametrize("client", CLIENTS)
-def test_worker_may_run_the_commands_it_needs(guarded, led, client):
+def test_worker_may_run_the_commands_it_needs(guarded: AclServer, led: SampleRun, client: str) -> None:
     run, worker = led, worker_store(guarded, client)
     assert worker.info().version == 0
     assert worker.join([client], 60) == client
@@ -91,7 +92,7 @@ def test_worker_may_run_the_commands_it_needs(guarded, led, client):
     assert guarded.denied() == []
 
 
-def test_refused_posts_are_counted_and_leave_nothing(guarded, victim):
+def test_refused_posts_are_counted_and_leave_nothing(guarded: AclServer, victim: SampleRun) -> None:
     worker = worker_store(guarded, "c0")
     victim.coordinator.close(victim.own_job, {"kind": "abandoned"}, 1)
     assert post(worker, victim, victim.own_claim) == "closed"
@@ -173,7 +174,7 @@ FORBIDDEN: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("action", FORBIDDEN)
-def test_denied_worker_command_changes_nothing(guarded, victim, action):
+def test_denied_worker_command_changes_nothing(guarded: AclServer, victim: SampleRun, action: str) -> None:
     before = victim.contents()
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("worker-c0").execute_command(*FORBIDDEN[action](victim))
@@ -184,7 +185,7 @@ def test_denied_worker_command_changes_nothing(guarded, victim, action):
     "script",
     ["commit", "dispatch", "close", "ack", "end_run", "leader", "find_expired", "client_leases", "expire_client"],
 )
-def test_worker_may_not_run_the_coordinators_scripts(guarded, victim, script):
+def test_worker_may_not_run_the_coordinators_scripts(guarded: AclServer, victim: SampleRun, script: str) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("worker-c0").evalsha(script_digest(script), 1, victim.keys.leader, "1")
 
@@ -206,7 +207,9 @@ BY_OWN_SCRIPTS: dict[str, Callable[[WorkerStore, Any], Any]] = {
 
 @pytest.mark.parametrize("token", ["worker-a", "worker-b"], ids=["own token", "the victim's token"])
 @pytest.mark.parametrize("action", BY_OWN_SCRIPTS)
-def test_worker_scripts_cannot_reach_other_clients_keys(guarded, victim, action, token):
+def test_worker_scripts_cannot_reach_other_clients_keys(
+    guarded: AclServer, victim: SampleRun, action: str, token: str
+) -> None:
     """Access is denied even with the token of the process that serves the other client."""
     own = victim.keys.attempt(victim.own_job)
     before = victim.contents() | {own: ...}
@@ -215,7 +218,7 @@ def test_worker_scripts_cannot_reach_other_clients_keys(guarded, victim, action,
     assert victim.contents() | {own: ...} == before, "the script changed another client's keys before the denial"
 
 
-def test_each_denied_command_works_with_more_rights(guarded, victim):
+def test_each_denied_command_works_with_more_rights(guarded: AclServer, victim: SampleRun) -> None:
     """The server knows each of the denied commands, which shows that the tests above can fail."""
     admin = guarded.user("admin")
     for name, action in FORBIDDEN.items():
@@ -223,7 +226,7 @@ def test_each_denied_command_works_with_more_rights(guarded, victim):
         assert admin.execute_command("COMMAND", "INFO", command), name
 
 
-def test_allowed_scripts_are_those_that_a_worker_runs(guarded):
+def test_allowed_scripts_are_those_that_a_worker_runs(guarded: AclServer) -> None:
     """The worker's store calls exactly the scripts of the list."""
     import inspect
 
@@ -239,7 +242,7 @@ GARBAGE = ["", "x", "nan", "inf", "-inf", "1e400", "0x10", "99999999999999999999
 
 
 @pytest.mark.parametrize("value", GARBAGE)
-def test_garbage_in_worker_records_is_harmless(guarded, victim, value):
+def test_garbage_in_worker_records_is_harmless(guarded: AclServer, victim: SampleRun, value: str) -> None:
     attacker, run = guarded.user("worker-c0"), victim
     for field in ("number", "base", "pinned", "lease", "chunks", "posted"):
         attacker.hset(run.keys.attempt(run.own_job), field, value)
@@ -259,7 +262,7 @@ def test_garbage_in_worker_records_is_harmless(guarded, victim, value):
     assert run.own_job not in [job.job for job in run.coordinator.jobs()]
 
 
-def test_attempt_numbers_beyond_the_limit_are_ignored(guarded, victim):
+def test_attempt_numbers_beyond_the_limit_are_ignored(guarded: AclServer, victim: SampleRun) -> None:
     guarded.user("worker-c0").hset(victim.keys.attempt(victim.own_job), mapping={"number": 10**15, "chunks": 10**15})
     assert victim.coordinator.close(victim.own_job, {"kind": "abandoned"}, 1)
 
@@ -267,7 +270,7 @@ def test_attempt_numbers_beyond_the_limit_are_ignored(guarded, victim):
 # Missing scripts
 
 
-def test_worker_waits_for_the_coordinator_to_load_scripts(guarded, victim):
+def test_worker_waits_for_the_coordinator_to_load_scripts(guarded: AclServer, victim: SampleRun) -> None:
     guarded.user("admin").script_flush()
     worker = worker_store(guarded, "c0")
     with pytest.raises(redis.exceptions.NoScriptError) as caught:
@@ -280,7 +283,7 @@ def test_worker_waits_for_the_coordinator_to_load_scripts(guarded, victim):
 # The other users
 
 
-def test_viewer_reads_what_a_dashboard_shows(guarded, victim):
+def test_viewer_reads_what_a_dashboard_shows(guarded: AclServer, victim: SampleRun) -> None:
     store = Store(guarded.user("viewer"), "sample")
     assert store.info().version == 0
     assert store.alive_clients() == ["c0", "c1"]
@@ -308,7 +311,7 @@ VIEWER_MAY_NOT: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("action", VIEWER_MAY_NOT)
-def test_commands_of_a_viewer_beyond_reading_are_denied(guarded, victim, action):
+def test_commands_of_a_viewer_beyond_reading_are_denied(guarded: AclServer, victim: SampleRun, action: str) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("viewer").execute_command(*VIEWER_MAY_NOT[action](victim))
 
@@ -323,19 +326,19 @@ def test_commands_of_a_viewer_beyond_reading_are_denied(guarded, victim, action)
     ],
     ids=lambda command: " ".join(map(str, command[:2])),
 )  # fmt: skip
-def test_coordinator_may_not_access_other_runs(guarded, command):
+def test_coordinator_may_not_access_other_runs(guarded: AclServer, command: tuple[Any, ...]) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("coordinator").execute_command(*command)
 
 
-def test_login_without_a_password_is_refused(guarded):
+def test_login_without_a_password_is_refused(guarded: AclServer) -> None:
     stranger = guarded.user("admin")
     stranger.connection_pool.connection_kwargs.update(username=None, password=None)
     with pytest.raises(redis.RedisError, match=r"(?i)auth"):
         stranger.ping()
 
 
-def test_shared_worker_serves_any_client_but_not_the_model(start_server):
+def test_shared_worker_serves_any_client_but_not_the_model(start_server: Callable[..., Any]) -> None:
     server = start_server(shared_worker=True)
     assert set(server.urls) == {"admin", "coordinator", "viewer", "worker", *(f"worker-{c}" for c in CLIENTS)}
     run = SampleRun(server.user("coordinator"))
@@ -359,7 +362,7 @@ def test_shared_worker_serves_any_client_but_not_the_model(start_server):
 
 
 @pytest.mark.parametrize("program", ["embedded", "redis-server"])
-def test_writes_of_scripts_survive_a_restart(program, tmp_path):
+def test_writes_of_scripts_survive_a_restart(program: str, tmp_path: Path) -> None:
     """Redis 7.0 replays its append-only file as the default user, which is disabled; see acl.DEFAULT_USER."""
     path = find_server() if program == "embedded" else shutil.which(program)
     if path is None:
@@ -385,7 +388,7 @@ WRITTEN = ("fedqueue:{sample}:a", "fedqueue:{sample}:b")
 # Files
 
 
-def test_secrets_are_private_and_not_in_the_acl_file(guarded):
+def test_secrets_are_private_and_not_in_the_acl_file(guarded: AclServer) -> None:
     files = {path.name: path for path in (guarded.folder / "access").iterdir()}
     assert set(files) == {"users.acl", *(f"{user}.url" for user in guarded.urls)}
     assert {stat.S_IMODE(path.stat().st_mode) for path in files.values()} == {0o600}
@@ -398,7 +401,7 @@ def test_secrets_are_private_and_not_in_the_acl_file(guarded):
     assert "nopass" not in rules
 
 
-def test_error_for_another_client_names_the_allowed_client(guarded, led):
+def test_error_for_another_client_names_the_allowed_client(guarded: AclServer, led: SampleRun) -> None:
     """A worker with `--partition auto` asks for other clients."""
     worker = worker_store(guarded, "c1")
     with pytest.raises(ServerUnavailable, match=r"Redis refuses: .*serves its own client only.*--client") as caught:
@@ -406,14 +409,18 @@ def test_error_for_another_client_names_the_allowed_client(guarded, led):
     assert "\n" not in str(caught.value)
 
 
-def test_script_of_another_version_is_not_reported_as_an_outage(guarded, led, monkeypatch):
+def test_script_of_another_version_is_not_reported_as_an_outage(
+    guarded: AclServer, led: SampleRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     worker = worker_store(guarded, "c0")
     monkeypatch.setattr("fedqueue.transport.lua_scripts.script_digest", lambda name: "0" * 40)
     with pytest.raises(ServerUnavailable, match="version that wrote the rules"):
         RedisRetry().call(lambda: worker.heartbeat(["c0"], 60, None, True))
 
 
-def test_coordinators_user_may_remove_a_run_and_viewer_may_not(guarded, led, monkeypatch):
+def test_coordinators_user_may_remove_a_run_and_viewer_may_not(
+    guarded: Any, led: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     led.join("c0")
     led.dispatch(1)
     led.coordinator.release_lead()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -20,7 +21,7 @@ def write(folder: Path, *clients: str, server: str = SERVER) -> dict[str, str]:
     return write_access(folder, "digits", clients, server, shared_worker=False)
 
 
-def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
+def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path: Path) -> None:
     urls = write(tmp_path / "a", "north", "site.example.org")
     assert set(urls) == {"coordinator", "viewer", "admin", "worker-north", "worker-site.example.org"}
     for user, url in urls.items():
@@ -30,7 +31,7 @@ def test_each_user_gets_a_url_with_a_password_of_its_own(tmp_path):
     assert len({url.split(":")[2] for url in urls.values()}) == len(urls)
 
 
-def test_urls_of_others_in_the_folder_stay(tmp_path):
+def test_urls_of_others_in_the_folder_stay(tmp_path: Path) -> None:
     (tmp_path / "redis.url").write_text("of another program")
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "redis.password").write_text("mine")
@@ -42,7 +43,7 @@ def test_urls_of_others_in_the_folder_stay(tmp_path):
     assert (tmp_path / "site" / "redis.password").read_text() == "mine"
 
 
-def test_acl_file_has_password_digests_and_no_default_user(tmp_path):
+def test_acl_file_has_password_digests_and_no_default_user(tmp_path: Path) -> None:
     urls = write(tmp_path, "north")
     first, *lines = (tmp_path / "users.acl").read_text().splitlines()
     assert first == "user default reset off ~* &* +@all"
@@ -53,7 +54,7 @@ def test_acl_file_has_password_digests_and_no_default_user(tmp_path):
         assert digest == "#" + hashlib.sha256(password.encode()).hexdigest()
 
 
-def test_rewriting_acls_keeps_passwords_and_drops_old_clients(tmp_path):
+def test_rewriting_acls_keeps_passwords_and_drops_old_clients(tmp_path: Path) -> None:
     before = write(tmp_path, "north", "south")
     after = write(tmp_path, "north", "east", server="rediss://redis.example.org")
     assert after["worker-north"] == before["worker-north"].replace("redis://", "rediss://").removesuffix(":6380")
@@ -61,7 +62,7 @@ def test_rewriting_acls_keeps_passwords_and_drops_old_clients(tmp_path):
     assert "worker-south" not in (tmp_path / "users.acl").read_text()
 
 
-def test_deleted_password_file_gets_a_new_password(tmp_path):
+def test_deleted_password_file_gets_a_new_password(tmp_path: Path) -> None:
     before = write(tmp_path, "north")
     (tmp_path / "worker-north.url").unlink()
     after = write(tmp_path, "north")
@@ -69,7 +70,7 @@ def test_deleted_password_file_gets_a_new_password(tmp_path):
     assert after["viewer"] == before["viewer"]
 
 
-def test_readable_secret_files_are_replaced_by_private_ones(tmp_path):
+def test_readable_secret_files_are_replaced_by_private_ones(tmp_path: Path) -> None:
     write(tmp_path, "north")
     for path in tmp_path.iterdir():
         path.chmod(0o644)
@@ -81,7 +82,7 @@ def passwords(folder: Path) -> dict[str, str]:
     return {path.parent.name: path.read_text().strip() for path in folder.glob("*/redis.password")}
 
 
-def test_user_folders_share_no_secret(tmp_path):
+def test_user_folders_share_no_secret(tmp_path: Path) -> None:
     assert write_access_folders(tmp_path, "digits", ["north"], shared_worker=True) == [
         "coordinator", "viewer", "worker", "worker-north", "admin",
     ]  # fmt: skip
@@ -99,7 +100,7 @@ def test_user_folders_share_no_secret(tmp_path):
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()].count("users.acl") == 1
 
 
-def test_rewriting_folders_keeps_passwords_drops_old_users(tmp_path):
+def test_rewriting_folders_keeps_passwords_drops_old_users(tmp_path: Path) -> None:
     write_access_folders(tmp_path, "first", ["north", "south"], shared_worker=True)
     before = passwords(tmp_path)
     write_access_folders(tmp_path, "second", ["north"], shared_worker=True)
@@ -109,7 +110,7 @@ def test_rewriting_folders_keeps_passwords_drops_old_users(tmp_path):
     assert "first" not in rules
 
 
-def test_command_writes_folders_for_volumes(tmp_path):
+def test_command_writes_folders_for_volumes(tmp_path: Path) -> None:
     arguments = ["acl", "digits", "--client", "north", "--output", str(tmp_path), "--shared-worker", "--dir-per-user"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0, said.output
@@ -118,14 +119,14 @@ def test_command_writes_folders_for_volumes(tmp_path):
 
 
 @pytest.mark.parametrize("server", ["http://h", "h:6379", "redis://u:hunter2@h", "redis://", "sentinel://h/s", ""])
-def test_invalid_server_url_is_refused_without_credentials(tmp_path, server):
+def test_invalid_server_url_is_refused_without_credentials(tmp_path: Path, server: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^--server") as caught:
         write(tmp_path / "x", "north", server=server)
     assert "hunter2" not in str(caught.value)
     assert not (tmp_path / "x").exists()
 
 
-def test_acl_clients_come_from_configuration_or_command_line(tmp_path):
+def test_acl_clients_come_from_configuration_or_command_line(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('name = "r"\n[task]\nentrypoint = "t.py:T"\n[clients]\ncount = 2\n[stop]\nversions = 1\n')
     assert chosen_clients(str(path), [], []) == ("r", ["client-0", "client-1"])
@@ -137,12 +138,12 @@ def test_acl_clients_come_from_configuration_or_command_line(tmp_path):
     ("run", "clients", "key"),
     [("r", [], "--client"), ("r", ["a b"], "--client"), ("r*", ["a"], "RUN"), ("", ["a"], "RUN")],
 )
-def test_invalid_names_are_errors_that_name_the_key(run, clients, key):
+def test_invalid_names_are_errors_that_name_the_key(run: Any, clients: Any, key: Any) -> None:
     with pytest.raises(ConfigurationError, match=f"^{key}"):
         chosen_clients(run, clients, [])
 
 
-def test_passwords_are_printed_only_on_request(tmp_path):
+def test_passwords_are_printed_only_on_request(tmp_path: Path) -> None:
     arguments = ["acl", "digits", "--client", "north", "--output", str(tmp_path)]
     quiet = CliRunner().invoke(app, arguments)
     secrets = [path.read_text().strip() for path in tmp_path.glob("*.url")]

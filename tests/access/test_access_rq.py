@@ -17,6 +17,7 @@ from fedqueue.transport import rq_jobs
 from fedqueue.transport.rq_jobs import TRAIN, client_queue
 from fedqueue_worker.rq_worker import TrainingWorker
 from tests.support.acl_server import AclServer, tagged
+from tests.support.sample_run import SampleRun
 
 pytestmark = pytest.mark.server
 
@@ -60,7 +61,7 @@ def enqueue(run: Any, number: int) -> str:
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no rows")], ids=["goes well", "raises"])
-def test_worker_takes_a_job_and_posts_its_end(guarded, led, error):
+def test_worker_takes_a_job_and_posts_its_end(guarded: AclServer, led: SampleRun, error: Any) -> None:
     job = enqueue(led, 1)
     assert work(guarded, led, Trainer(error)) == [job]
     failed = client_queue(led.client, led.keys.queue("c0")).failed_job_registry.get_job_ids(cleanup=False)
@@ -68,7 +69,7 @@ def test_worker_takes_a_job_and_posts_its_end(guarded, led, error):
     assert guarded.denied() == []
 
 
-def test_job_withdrawn_by_the_coordinator_is_not_trained(guarded, led):
+def test_job_withdrawn_by_the_coordinator_is_not_trained(guarded: AclServer, led: SampleRun) -> None:
     job = enqueue(led, 1)
     rq_jobs.forget(led.client, led.keys.queue("c0"), job)
     assert work(guarded, led, Trainer()) == []
@@ -85,7 +86,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_invalid_job_is_dropped_and_the_next_one_trained(guarded, led, what):
+def test_invalid_job_is_dropped_and_the_next_one_trained(guarded: AclServer, led: SampleRun, what: str) -> None:
     admin, queue = guarded.user("admin"), led.keys.queue("c0")
     planted = tagged(led, 9, "c0").job
     good = {"data": msgpack.packb([TRAIN, None, [], {}]), "origin": queue, "status": "queued", "timeout": -1}
@@ -96,7 +97,7 @@ def test_invalid_job_is_dropped_and_the_next_one_trained(guarded, led, what):
     assert guarded.denied() == []
 
 
-def test_worker_cannot_read_another_clients_job_in_its_queue(guarded, led):
+def test_worker_cannot_read_another_clients_job_in_its_queue(guarded: AclServer, led: SampleRun) -> None:
     other, queue = tagged(led, 5, "c1"), led.keys.queue("c0")
     led.dispatch_order(other, 5)
     guarded.user("admin").lpush(f"rq:queue:{queue}", other.job)

@@ -45,7 +45,7 @@ def launch(folder: Path, url: str, *words: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-def test_processes_of_the_run_cannot_unpickle(tmp_path):
+def test_processes_of_the_run_cannot_unpickle(tmp_path: Path) -> None:
     data = pickle.dumps([1])
     for attempt in ("pickle.loads(data)", "pickle.Unpickler(io.BytesIO(data)).load()", "pickle.load(io.BytesIO(data))"):
         child = subprocess.run(
@@ -55,7 +55,7 @@ def test_processes_of_the_run_cannot_unpickle(tmp_path):
         assert "something was unpickled" in child.stderr, attempt
 
 
-def test_federation_under_acls_trains_without_denials_or_pickle(tmp_path):
+def test_federation_under_acls_trains_without_denials_or_pickle(tmp_path: Path) -> None:
     (tmp_path / "federation.toml").write_text(CONFIG)
     enroll_missing(tmp_path / "keys", ["north", "site.example.org"], site=tmp_path / "keys")
     server = AclServer(tmp_path, "guarded", ["north", "site.example.org"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import datetime
 import ssl
 import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -19,6 +21,7 @@ from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.operator.access import certificates
 from fedqueue_coordinator.operator.access.certificates import write_certificates
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from tests.support.sample_run import SampleRun
 from tests.support.tls_proxy import TlsProxy
 
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.server
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Fill `good` with a CA, `server`, `elsewhere` (for another server name) and `client`; `other` has another CA."""
     root = tmp_path_factory.mktemp("certs")
     write_certificates(root / "good", ["localhost", "127.0.0.1"], ["client"], 30)
@@ -35,7 +38,7 @@ def folder(tmp_path_factory):
 
         class Past(datetime.datetime):
             @classmethod
-            def now(cls, tz=None):
+            def now(cls, tz: Any = None) -> Any:
                 return datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
         for name, hosts in (("expired", ["localhost"]), ("elsewhere", ["redis.example.org"])):
@@ -58,7 +61,7 @@ def tls(folder: Path, ca: str = "good", client: str | None = "good") -> Tls:
 
 
 @pytest.fixture
-def proxy(server, folder):
+def proxy(server: EmbeddedServer, folder: Path) -> Iterator[Callable[..., Any]]:
     started = []
 
     def start(of: str = "good") -> TlsProxy:
@@ -70,7 +73,9 @@ def proxy(server, folder):
         one.stop()
 
 
-def test_update_passes_through_tls_from_dispatch_to_merge(server_client, proxy, folder):
+def test_update_passes_through_tls_from_dispatch_to_merge(
+    server_client: redis.Redis, proxy: Callable[..., Any], folder: Path
+) -> None:
     client = connect(proxy().url, tls=tls(folder))
     run = SampleRun(client)
     claim = run.join().claim(run.dispatch(), 60)
@@ -85,7 +90,9 @@ def test_update_passes_through_tls_from_dispatch_to_merge(server_client, proxy, 
 MEGABYTES = 3
 
 
-def test_large_blob_comes_through_tls_unchanged(server_client, proxy, folder):
+def test_large_blob_comes_through_tls_unchanged(
+    server_client: redis.Redis, proxy: Callable[..., Any], folder: Path
+) -> None:
     client = connect(proxy().url, tls=tls(folder))
     blob = bytes(range(256)) * 4096 * MEGABYTES
     client.set("blob", memoryview(blob))
@@ -93,7 +100,9 @@ def test_large_blob_comes_through_tls_unchanged(server_client, proxy, folder):
     client.close()
 
 
-def test_sentinels_and_their_primary_are_reached_through_tls(server_client, proxy, folder, monkeypatch):
+def test_sentinels_and_their_primary_are_reached_through_tls(
+    server_client: redis.Redis, proxy: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both ports accept TLS only and require a client certificate; the sentinel's replies are scripted."""
     primary, sentinel = proxy(), proxy()
     client = connect(f"sentinels://localhost:{sentinel.port}/main", tls=tls(folder))
@@ -107,7 +116,9 @@ def test_sentinels_and_their_primary_are_reached_through_tls(server_client, prox
 
 
 @pytest.mark.parametrize("why", ["a CA that did not sign it", "another host", "no client certificate"])
-def test_primary_named_by_a_sentinel_is_verified(why, proxy, folder, monkeypatch):
+def test_primary_named_by_a_sentinel_is_verified(
+    why: str, proxy: Callable[..., Any], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     of, options, says = REFUSED[why]
     url = f"sentinels://localhost:{proxy().port}/main"
     client = connect(url, tls=tls(folder, **options))
@@ -134,7 +145,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("why", REFUSED)
-def test_refused_connection_is_a_one_line_error_at_once(why, proxy, folder):
+def test_refused_connection_is_a_one_line_error_at_once(why: str, proxy: Callable[..., Any], folder: Path) -> None:
     of, options, says = REFUSED[why]
     url = proxy(of).url
     with pytest.raises(ServerUnavailable) as caught:
@@ -143,19 +154,19 @@ def test_refused_connection_is_a_one_line_error_at_once(why, proxy, folder):
     assert "\n" not in str(caught.value)
 
 
-def test_error_says_that_the_server_has_no_tls(folder, tmp_path):
+def test_error_says_that_the_server_has_no_tls(folder: Path, tmp_path: Path) -> None:
     import asyncio
     import threading
 
     loop, ready, ports = asyncio.new_event_loop(), threading.Event(), []
 
-    async def hello(reader, writer):
+    async def hello(reader: Any, writer: Any) -> None:
         await reader.read(1)
         writer.write(b"-ERR unknown command\r\n")
         await writer.drain()
         writer.close()
 
-    def serve():
+    def serve() -> None:
         listening = loop.run_until_complete(asyncio.start_server(hello, "127.0.0.1", 0))
         ports.append(listening.sockets[0].getsockname()[1])
         ready.set()
@@ -172,7 +183,7 @@ def test_error_says_that_the_server_has_no_tls(folder, tmp_path):
     thread.join()
 
 
-def test_plain_connection_to_a_tls_port_is_refused(proxy, folder):
+def test_plain_connection_to_a_tls_port_is_refused(proxy: Callable[..., Any], folder: Path) -> None:
     client = redis.Redis(port=proxy().port, socket_timeout=5, retry=None)
     with pytest.raises(redis.ConnectionError):
         client.ping()
@@ -182,17 +193,17 @@ def test_plain_connection_to_a_tls_port_is_refused(proxy, folder):
 # Files
 
 
-def test_certificates_with_a_plain_url_are_an_error(folder):
+def test_certificates_with_a_plain_url_are_an_error(folder: Path) -> None:
     with pytest.raises(ConfigurationError, match="write rediss:// or sentinels://"):
         connect("redis://localhost", tls=tls(folder))
 
 
-def test_key_without_certificate_is_an_error_naming_both():
+def test_key_without_certificate_is_an_error_naming_both() -> None:
     with pytest.raises(ConfigurationError, match=r"redis\.cert_file: missing; redis\.key_file is set"):
         Tls(key_file="k.pem")
 
 
-def test_missing_or_mismatched_file_is_named(folder, tmp_path):
+def test_missing_or_mismatched_file_is_named(folder: Path, tmp_path: Path) -> None:
     good = folder / "good"
     with pytest.raises(ConfigurationError, match=r"redis\.ca_file = '/nowhere\.pem'"):
         connect("rediss://localhost", tls=Tls("/nowhere.pem"))
@@ -203,13 +214,13 @@ def test_missing_or_mismatched_file_is_named(folder, tmp_path):
         connect("rediss://h", tls=Tls(str(tmp_path / "empty.pem")))
 
 
-def test_configured_ca_is_the_only_trusted_one(folder):
+def test_configured_ca_is_the_only_trusted_one(folder: Path) -> None:
     subjects = {dict(s[0] for s in ca["subject"])["commonName"] for ca in tls(folder).context().get_ca_certs()}
     assert subjects == {"fedqueue test CA"}
     assert tls(folder).context().minimum_version >= ssl.TLSVersion.TLSv1_2
 
 
-def test_certificates_state_their_purpose_and_keys_are_private(folder):
+def test_certificates_state_their_purpose_and_keys_are_private(folder: Path) -> None:
     good = folder / "good"
     assert stat.S_IMODE(good.stat().st_mode) == 0o700
     for name in ("ca", "server", "client"):
@@ -230,7 +241,7 @@ def test_certificates_state_their_purpose_and_keys_are_private(folder):
         assert not certificate[name].extensions.get_extension_for_class(x509.BasicConstraints).value.ca
 
 
-def test_certs_command_adds_a_client_to_an_existing_ca(tmp_path):
+def test_certs_command_adds_a_client_to_an_existing_ca(tmp_path: Path) -> None:
     def certs(*words: str) -> Result:
         return CliRunner().invoke(app, ["certs", str(tmp_path / "c"), *words])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +18,7 @@ SECONDS = 20
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.timeout(300)
-def test_federation_survives_a_seeded_schedule_of_faults(tmp_path):
+def test_federation_survives_a_seeded_schedule_of_faults(tmp_path: Path) -> None:
     report = survive(tmp_path, SECONDS, seed=3, names=list(FAULTS))
     assert report.problems == [], "\n".join(report.lines())
     for when, checks in report.checks.items():
@@ -27,7 +28,7 @@ def test_federation_survives_a_seeded_schedule_of_faults(tmp_path):
     assert report.survived.total() >= 5
 
 
-def test_schedule_has_each_fault_then_each_pair_by_seed():
+def test_schedule_has_each_fault_then_each_pair_by_seed() -> None:
     first = [next_ for _, next_ in zip(range(300), schedule(list(FAULTS), random.Random(1)), strict=False)]
     again = [next_ for _, next_ in zip(range(300), schedule(list(FAULTS), random.Random(1)), strict=False)]
     assert first == again

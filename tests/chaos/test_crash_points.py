@@ -110,13 +110,13 @@ def check_every_death(client: redis.Redis, folder: Path, config: Config, names: 
 
 
 @pytest.mark.parametrize("mode", [pytest.param("fedbuff", marks=pytest.mark.slow), "fedasync", "fedavg"])
-def test_crash_at_any_point_of_a_commit_changes_no_bit(fake_client, tmp_path, mode):
+def test_crash_at_any_point_of_a_commit_changes_no_bit(fake_client: redis.Redis, tmp_path: Path, mode: Any) -> None:
     config = scripted_config(**MODES[mode])
     names = {"between blobs", "before commit.lua", "after commit.lua", "after load"}
     assert check_every_death(fake_client, tmp_path, config, names) >= 10
 
 
-def test_crash_with_uncommitted_versions_changes_no_bit(fake_client, tmp_path):
+def test_crash_with_uncommitted_versions_changes_no_bit(fake_client: redis.Redis, tmp_path: Path) -> None:
     """Three updates are posted at once: two make the two versions, and the third is handed back."""
     config = scripted_config(**{**MODES["fedasync"], "stop": {"versions": 2}})
     counted = Script()
@@ -136,7 +136,7 @@ def versions_in(records: list[Any]) -> list[Any]:
     return [record for record in records if record["kind"] == "version"]
 
 
-def test_crash_among_batched_updates_loses_none(fake_client, tmp_path):
+def test_crash_among_batched_updates_loses_none(fake_client: redis.Redis, tmp_path: Path) -> None:
     """A later job's base depends on when its worker claims the job, so the audit replays each result instead."""
     config = scripted_config(**{**MODES["fedasync"], "stop": {"versions": 6}})
     counted = Script()
@@ -150,7 +150,9 @@ def test_crash_among_batched_updates_loses_none(fake_client, tmp_path):
 
 
 @pytest.mark.parametrize("mode", FURTHER)
-def test_aggregation_state_survives_a_crash_around_a_commit(fake_client, tmp_path, mode):
+def test_aggregation_state_survives_a_crash_around_a_commit(
+    fake_client: redis.Redis, tmp_path: Path, mode: Any
+) -> None:
     config = scripted_config(**{**FURTHER[mode], "stop": {"versions": 2}})
     assert check_every_death(fake_client, tmp_path, config, {"before commit.lua", "after commit.lua"}) >= 4
 
@@ -159,14 +161,16 @@ def test_aggregation_state_survives_a_crash_around_a_commit(fake_client, tmp_pat
 @pytest.mark.server
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
-def test_crash_at_any_passage_of_any_point_changes_no_bit(server_client, tmp_path, mode):
+def test_crash_at_any_passage_of_any_point_changes_no_bit(
+    server_client: redis.Redis, tmp_path: Path, mode: Any
+) -> None:
     assert check_every_death(server_client, tmp_path, scripted_config(**MODES[mode])) >= 80
 
 
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.timeout(300)
-def test_two_crashes_in_a_row_change_no_bit(server_client, tmp_path):
+def test_two_crashes_in_a_row_change_no_bit(server_client: redis.Redis, tmp_path: Path) -> None:
     config = scripted_config(**MODES["fedbuff"])
     expected = essence(run_to_the_end(server_client, config, tmp_path / "whole", [])[0])
     deaths = [("before commit.lua", 2), ("after commit.lua", 1), ("after dispatch.lua", 4), ("after load", 2)]
@@ -179,13 +183,13 @@ def test_two_crashes_in_a_row_change_no_bit(server_client, tmp_path):
         audited(result, config, place)
 
 
-def test_a_run_passes_every_point_that_the_service_names(fake_client, tmp_path):
+def test_a_run_passes_every_point_that_the_service_names(fake_client: redis.Redis, tmp_path: Path) -> None:
     counted = Script()
     run_to_the_end(fake_client, scripted_config(**MODES["fedbuff"]), tmp_path, [counted])
     assert set(crash_points.SERVICE) <= set(counted.passed)
 
 
-def test_bits_differ_where_an_update_is_missing(fake_client, tmp_path):
+def test_bits_differ_where_an_update_is_missing(fake_client: redis.Redis, tmp_path: Path) -> None:
     """The comparison can fail: a shorter run has a different model."""
     whole, _ = run_to_the_end(fake_client, scripted_config(**MODES["fedasync"]), tmp_path / "a", [])
     fake_client.flushall()
@@ -194,6 +198,6 @@ def test_bits_differ_where_an_update_is_missing(fake_client, tmp_path):
     assert not np.array_equal(whole.model.buffer, short.model.buffer)
 
 
-def test_every_point_around_a_script_names_one():
+def test_every_point_around_a_script_names_one() -> None:
     scripts = {path.name for path in (Path(transport.__file__).parent / "scripts").glob("*.lua")}
     assert {point.split()[1] for point in crash_points.STORE if point.endswith(".lua")} <= scripts

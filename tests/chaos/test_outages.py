@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -193,7 +194,9 @@ def test_read_only_replica_is_waited_for_until_it_is_promoted(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("direction", ["post", "fetch"])
-def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(tmp_path, monkeypatch, direction):
+def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: Any
+) -> None:
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 1_000_000)
     server = TcpServer(tmp_path)
     proxy = TcpProxy(server.port)
@@ -218,7 +221,7 @@ def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(tmp_path, monkeyp
         server.kill()
 
 
-def test_client_that_gives_up_at_once_sees_the_cut(tmp_path):
+def test_client_that_gives_up_at_once_sees_the_cut(tmp_path: Path) -> None:
     """The proxy cuts the connection: without retries the command fails."""
     server = TcpServer(tmp_path)
     proxy = TcpProxy(server.port)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -18,7 +20,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_version_stays_until_its_slow_reader_is_done(run):
+def test_version_stays_until_its_slow_reader_is_done(run: Any) -> None:
     run.publish(1)
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
@@ -39,7 +41,7 @@ def test_version_stays_until_its_slow_reader_is_done(run):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_version_that_nobody_holds_is_gone_with_the_next_commit(run):
+def test_version_that_nobody_holds_is_gone_with_the_next_commit(run: Any) -> None:
     """Without a claim, which pins the version, the next commit deletes it."""
     run.publish(1)
     run.publish(2)
@@ -48,7 +50,7 @@ def test_version_that_nobody_holds_is_gone_with_the_next_commit(run):
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_slow_readers_keep_only_their_own_versions(run):
+def test_slow_readers_keep_only_their_own_versions(run: Any) -> None:
     claims = []
     for number in range(1, 5):
         worker = run.join(f"c{number}")

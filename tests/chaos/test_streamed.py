@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -47,8 +50,8 @@ def random_frame(manifest: Manifest, seed: int) -> Frame:
     return frame
 
 
-def reader(buffer):
-    def read(start, into, whole):
+def reader(buffer: Any) -> Any:
+    def read(start: Any, into: Any, whole: Any) -> None:
         assert whole == len(buffer)
         into[:] = buffer[start : start + into.nbytes]
 
@@ -56,7 +59,7 @@ def reader(buffer):
 
 
 @given(parameters=st.integers(1, 70), buffers=st.integers(0, 9), counters=st.integers(0, 3), piece=st.integers(1, 80))
-def test_streamed_update_merges_to_the_same_bits(parameters, buffers, counters, piece):
+def test_streamed_update_merges_to_the_same_bits(parameters: Any, buffers: Any, counters: Any, piece: Any) -> None:
     manifest = manifest_of(parameters, buffers, counters)
     frame, first = random_frame(manifest, 1), random_frame(manifest, 2)
     with pytest.MonkeyPatch.context() as patch:
@@ -74,7 +77,7 @@ def test_streamed_update_merges_to_the_same_bits(parameters, buffers, counters, 
     assert sums[0] == sums[1]
 
 
-def test_changed_payload_is_detected_in_each_streaming_pass():
+def test_changed_payload_is_detected_in_each_streaming_pass() -> None:
     manifest = manifest_of(40, 3, 1)
     buffer = random_frame(manifest, 1).buffer
     for place in (0, 4 * 40 + 1, len(buffer) - 1):  # a parameter, a buffer, a counter
@@ -91,11 +94,11 @@ def test_changed_payload_is_detected_in_each_streaming_pass():
         list(update.pieces())
 
 
-def test_vanished_payload_is_detected_in_each_streaming_pass():
+def test_vanished_payload_is_detected_in_each_streaming_pass() -> None:
     manifest, there = manifest_of(40, 0, 0), [True]
     buffer = random_frame(manifest, 1).buffer
 
-    def read(start, into, whole):
+    def read(start: Any, into: Any, whole: Any) -> None:
         if not there[0]:
             raise BlobMissing("payload:0")
         reader(buffer)(start, into, whole)
@@ -110,13 +113,13 @@ def test_vanished_payload_is_detected_in_each_streaming_pass():
 
 
 @pytest.fixture
-def streaming(monkeypatch):
+def streaming(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Stream every plain payload that finds the accumulator occupied; the list has one element for each pass."""
     monkeypatch.setattr(payload_reader, "CHUNK", 0)
     passes: list[StreamedPayload] = []
     pieces = StreamedPayload.pieces
 
-    def counted(self):
+    def counted(self: Any) -> Any:
         passes.append(self)
         return pieces(self)
 
@@ -124,7 +127,9 @@ def streaming(monkeypatch):
     return passes
 
 
-def test_streaming_run_has_the_bits_of_a_plain_run(redis_client, tmp_path, request):
+def test_streaming_run_has_the_bits_of_a_plain_run(
+    redis_client: redis.Redis, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
     config = scripted_config(**FEDBUFF)
     held, _ = run_to_the_end(redis_client, config, tmp_path / "held", [])
     redis_client.flushall()
@@ -134,7 +139,9 @@ def test_streaming_run_has_the_bits_of_a_plain_run(redis_client, tmp_path, reque
     assert len(passes) >= 2 * 2 * 3  # two passes over two of three updates, for each version
 
 
-def test_prefetching_run_has_the_bits_of_a_plain_run(redis_client, tmp_path, monkeypatch):
+def test_prefetching_run_has_the_bits_of_a_plain_run(
+    redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = scripted_config(**FEDBUFF)
     plain, _ = run_to_the_end(redis_client, config, tmp_path / "plain", [], together=3)
     redis_client.flushall()
@@ -147,12 +154,14 @@ def test_prefetching_run_has_the_bits_of_a_plain_run(redis_client, tmp_path, mon
     assert len(fetched) >= 3
 
 
-def test_update_changed_before_its_merge_is_rejected_alone(redis_client, tmp_path, streaming, monkeypatch):
+def test_update_changed_before_its_merge_is_rejected_alone(
+    redis_client: redis.Redis, tmp_path: Path, streaming: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = scripted_config(**FEDBUFF)
     changed: list[str] = []
     pieces = StreamedPayload.pieces
 
-    def tampered(self):
+    def tampered(self: Any) -> Any:
         if streaming.count(self) == 1 and len(streaming) > 4 and not changed:  # after the pass that checks it
             key = f"{self._read.args[0]}:0"
             redis_client.setrange(key, 8, b"\xff")
@@ -174,7 +183,7 @@ def test_update_changed_before_its_merge_is_rejected_alone(redis_client, tmp_pat
 
 
 @pytest.mark.parametrize(("aggregator", "compiled"), [(fedbuff(2, constant()), 1), (CLIPPED, 0)])
-def test_coordinator_compiles_its_loop_before_the_first_update(aggregator, compiled):
+def test_coordinator_compiles_its_loop_before_the_first_update(aggregator: Any, compiled: Any) -> None:
     """An aggregator that keeps updates as frames adds no encoded update, so no kernel is compiled for it."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -31,7 +33,7 @@ class Idle(Workers):
         return None
 
 
-def test_update_posted_after_leaving_and_rejoining_is_merged(fake_client, tmp_path):
+def test_update_posted_after_leaving_and_rejoining_is_merged(fake_client: redis.Redis, tmp_path: Path) -> None:
     """The successor reads first that the client left, and then that the queued job was completed."""
     config = scripted_config(aggregation={"strategy": "fedasync"}, stop={"versions": 1})
     workers = Idle(fake_client, config)
@@ -56,7 +58,7 @@ def test_update_posted_after_leaving_and_rejoining_is_merged(fake_client, tmp_pa
     assert [r["job"] for r in result.ledger if r.get("job") == job.job] == []
 
 
-def test_kept_payload_survives_a_late_duplicate_of_its_post(run):
+def test_kept_payload_survives_a_late_duplicate_of_its_post(run: Any) -> None:
     worker = run.join()
     claim = run.posted()
     (entry,) = run.updates()
@@ -92,13 +94,13 @@ class Renewals:
             raise error
 
 
-def test_busy_leader_renews_its_lease_even_after_an_outage():
+def test_busy_leader_renews_its_lease_even_after_an_outage() -> None:
     renewals = Renewals(None, redis.ConnectionError("gone"), None)
     with LeaseRenewal(renewals, 0.01):
         assert renewals.enough.wait(10)
 
 
-def test_lead_that_another_one_has_is_not_renewed_again():
+def test_lead_that_another_one_has_is_not_renewed_again() -> None:
     renewals = Renewals(Fenced("another one leads"))
     with LeaseRenewal(renewals, 0.01) as keeping:
         assert renewals.enough.wait(10)

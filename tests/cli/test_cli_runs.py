@@ -5,18 +5,23 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import torch
 from safetensors.torch import load_file, save_file
 
 from fedqueue.transport.store import Store
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
+from tests.support.command_line import CommandLine
 from tests.support.sample_run import SampleRun
 
 
 @pytest.fixture
-def live(server_client):
+def live(server_client: redis.Redis) -> SampleRun:
     """Return a run on the real server: two versions, one client, one rejection, one failure, one evaluation."""
     run = SampleRun(server_client)
     run.join("c0")
@@ -37,7 +42,7 @@ def live(server_client):
 
 
 @pytest.fixture
-def finished(folder):
+def finished(folder: Path) -> Path:
     """Write the files that a finished run leaves under runs/."""
     results = folder / "runs" / "old"
     results.mkdir(parents=True)
@@ -51,7 +56,7 @@ def finished(folder):
 
 
 @pytest.mark.server
-def test_status_of_the_only_run_is_shown(call, live, server):
+def test_status_of_the_only_run_is_shown(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
     code, out, err = call("status", "--redis", server.url)
     assert (code, err) == (0, "")
     assert "sample" in out
@@ -60,7 +65,7 @@ def test_status_of_the_only_run_is_shown(call, live, server):
 
 
 @pytest.mark.server
-def test_status_as_json_has_everything(call, live, server):
+def test_status_as_json_has_everything(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
     code, out, _ = call("status", "--redis", server.url, "--run", "sample", "--json")
     assert code == 0
     shown = json.loads(out)
@@ -73,13 +78,17 @@ def test_status_as_json_has_everything(call, live, server):
 
 
 @pytest.mark.server
-def test_status_finds_the_server_in_the_environment(call, live, server, monkeypatch):
+def test_status_finds_the_server_in_the_environment(
+    call: CommandLine, live: SampleRun, server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDQUEUE_REDIS__URL", server.url)
     assert json.loads(call("status", "--json")[1])["run"] == "sample"
 
 
 @pytest.mark.server
-def test_status_finds_the_server_of_a_local_run(call, live, server, folder):
+def test_status_finds_the_server_of_a_local_run(
+    call: CommandLine, live: SampleRun, server: EmbeddedServer, folder: Path
+) -> None:
     (folder / "runs" / "sample").mkdir(parents=True)
     (folder / "runs" / "sample" / "redis.url").write_text(server.url)
     (folder / "runs" / "dead").mkdir()
@@ -88,7 +97,7 @@ def test_status_finds_the_server_of_a_local_run(call, live, server, folder):
 
 
 @pytest.mark.server
-def test_status_and_list_write_nothing(call, live, server):
+def test_status_and_list_write_nothing(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
     before = live.contents()
     call("status", "--redis", server.url)
     call("list", "--redis", server.url)
@@ -96,21 +105,21 @@ def test_status_and_list_write_nothing(call, live, server):
 
 
 @pytest.mark.server
-def test_status_of_an_unknown_run_is_exit_code_1(call, live, server):
+def test_status_of_an_unknown_run_is_exit_code_1(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
     code, out, err = call("status", "--redis", server.url, "--run", "nobody")
     assert (code, out) == (1, "")
     assert err == "fedqueue: no run named 'nobody' on this server; `fedqueue list` lists those there are\n"
 
 
 @pytest.mark.server
-def test_status_of_one_of_several_runs_needs_a_name(call, live, server):
+def test_status_of_one_of_several_runs_needs_a_name(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
     type(live)(live.client, "second")
     assert call("status", "--redis", server.url)[0] == 1
     assert json.loads(call("status", "--redis", server.url, "--run", "second", "--json")[1])["version"] == 0
 
 
 @pytest.mark.server
-def test_status_ignores_an_expired_run(call, live, server):
+def test_status_ignores_an_expired_run(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
     gone = type(live)(live.client, "gone")
     for name in gone.names():
         live.client.delete(f"fedqueue:{{gone}}:{name}")
@@ -118,14 +127,14 @@ def test_status_ignores_an_expired_run(call, live, server):
     assert [row["run"] for row in json.loads(call("list", "--redis", server.url, "--json")[1])] == ["sample"]
 
 
-def test_status_without_any_run_is_exit_code_1(call):
+def test_status_without_any_run_is_exit_code_1(call: CommandLine) -> None:
     code, _, err = call("status")
     assert (code, err.count("\n")) == (1, 1)
     assert "--run" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["--run", "old"]])
-def test_status_of_a_finished_run_is_its_summary(call, finished, arguments):
+def test_status_of_a_finished_run_is_its_summary(call: CommandLine, finished: Path, arguments: list[Any]) -> None:
     shown = json.loads(call("status", "--json", *arguments)[1])
     assert (shown["run"], shown["state"], shown["versions"], shown["folder"]) == ("old", "ended", 7, "runs/old")
     assert "history" not in shown
@@ -135,14 +144,16 @@ def test_status_of_a_finished_run_is_its_summary(call, finished, arguments):
 # list
 
 
-def test_list_reports_that_there_are_no_runs(call):
+def test_list_reports_that_there_are_no_runs(call: CommandLine) -> None:
     code, out, _ = call("list")
     assert (code, out) == (0, "no runs found on a Redis server or under runs/; `fedqueue run CONFIG.toml` starts one\n")
     assert json.loads(call("list", "--json")[1]) == []
 
 
 @pytest.mark.server
-def test_list_shows_runs_on_the_server_and_in_folders(call, live, server, finished):
+def test_list_shows_runs_on_the_server_and_in_folders(
+    call: CommandLine, live: SampleRun, server: EmbeddedServer, finished: Path
+) -> None:
     rows = json.loads(call("list", "--redis", server.url, "--json")[1])
     assert rows == [
         {"run": "sample", "state": "running", "version": 2, "where": "Redis"},
@@ -157,7 +168,9 @@ def test_list_shows_runs_on_the_server_and_in_folders(call, live, server, finish
 
 
 @pytest.mark.server
-def test_export_writes_the_newest_version_as_a_plain_state_dict(call, live, server, folder):
+def test_export_writes_the_newest_version_as_a_plain_state_dict(
+    call: CommandLine, live: SampleRun, server: EmbeddedServer, folder: Path
+) -> None:
     code, out, _ = call("export", "sample", "--redis", server.url, "--output", folder / "deep" / "model.safetensors")
     assert (code, out) == (
         0,
@@ -172,7 +185,9 @@ def test_export_writes_the_newest_version_as_a_plain_state_dict(call, live, serv
 
 
 @pytest.mark.server
-def test_export_writes_an_older_stored_version(call, live, server, folder):
+def test_export_writes_an_older_stored_version(
+    call: CommandLine, live: SampleRun, server: EmbeddedServer, folder: Path
+) -> None:
     live.worker().claim("sample-00000003", 60)
     live.publish(3)
     code, _, _ = call("export", "sample", "--version", 2, "--redis", server.url, "--output", "m.safetensors")
@@ -181,26 +196,28 @@ def test_export_writes_an_older_stored_version(call, live, server, folder):
 
 
 @pytest.mark.server
-def test_export_of_a_deleted_version_lists_the_stored_ones(call, live, server, folder):
+def test_export_of_a_deleted_version_lists_the_stored_ones(
+    call: CommandLine, live: SampleRun, server: EmbeddedServer, folder: Path
+) -> None:
     code, _, err = call("export", "sample", "--version", 1, "--redis", server.url, "--output", "m.safetensors")
     assert (code, err) == (1, "fedqueue: version 1 of sample is no longer stored; stored versions: 2\n")
     assert not (folder / "m.safetensors").exists()
 
 
-def test_export_of_an_unknown_run_is_exit_code_1(call):
+def test_export_of_an_unknown_run_is_exit_code_1(call: CommandLine) -> None:
     code, _, err = call("export", "nobody", "--output", "m.safetensors")
     assert code == 1
     assert err.startswith("fedqueue: no run named 'nobody'")
 
 
-def test_export_of_a_finished_run_copies_its_model(call, finished, folder):
+def test_export_of_a_finished_run_copies_its_model(call: CommandLine, finished: Path, folder: Path) -> None:
     code, out, _ = call("export", "old", "--output", "copy/m.safetensors")
     assert (code, out) == (0, "version 6 of old is in copy/m.safetensors\n")
     assert load_file(folder / "copy" / "m.safetensors")["w"].tolist() == [1.0, 2.0]
     assert call("export", "old", "--version", 6, "--output", "again.safetensors")[0] == 0
 
 
-def test_export_of_a_missing_version_names_the_stored_one(call, finished):
+def test_export_of_a_missing_version_names_the_stored_one(call: CommandLine, finished: Path) -> None:
     code, _, err = call("export", "old", "--version", 3, "--output", "m.safetensors")
     assert (code, err) == (1, "fedqueue: run old has ended, and runs/old holds only version 6\n")
 
@@ -237,12 +254,12 @@ for words in (["acl", "sample", "--client", "c0"], ["certs", "tls"], ["enroll", 
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_commands_that_train_nothing_import_no_heavy_module(live, server, folder):
+def test_commands_that_train_nothing_import_no_heavy_module(live: Any, server: Any, folder: Any) -> None:
     source = f"URL = {server.url!r}\n{LEAN}"
     done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert np.all([word in done.stdout for word in ("Usage", "sample", "running")])
 
 
-def test_store_reads_a_run_without_a_leader(fake_run):
+def test_store_reads_a_run_without_a_leader(fake_run: SampleRun) -> None:
     assert Store(fake_run.client, "sample").info().version == 0

@@ -6,6 +6,8 @@ import importlib.util
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -14,6 +16,7 @@ import fedqueue
 from fedqueue.exit_codes import run_app
 from fedqueue_coordinator.cli import main as cli
 from fedqueue_worker import cli as worker_cli
+from tests.support.command_line import CommandLine
 
 COMMANDS = (
     "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "acl", "certs", "enroll",
@@ -23,7 +26,7 @@ CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "federation.toml"
     path.write_text(CONFIG)
     return path
@@ -32,14 +35,14 @@ def path(tmp_path):
 # Help
 
 
-def test_help_lists_every_command(call):
+def test_help_lists_every_command(call: CommandLine) -> None:
     code, out, _ = call("--help")
     assert code == 0
     for command in COMMANDS:
         assert f" {command} " in out
 
 
-def test_missing_command_shows_help_and_is_a_usage_error(call):
+def test_missing_command_shows_help_and_is_a_usage_error(call: CommandLine) -> None:
     code, out, err = call()
     assert code == 2
     assert "Usage: " in out + err
@@ -66,41 +69,43 @@ def test_missing_command_shows_help_and_is_a_usage_error(call):
         ("init", ["DIR", "task.py"]),
     ],
 )
-def test_help_of_each_command_names_its_options(call, command, words):
+def test_help_of_each_command_names_its_options(call: CommandLine, command: str, words: list[str]) -> None:
     code, out, _ = call(command, "--help")
     assert code == 0
     for word in words:
         assert word in out
 
 
-def test_help_of_every_command_is_tested():
+def test_help_of_every_command_is_tested() -> None:
     assert {c.name or c.callback.__name__ for c in cli.app.registered_commands} == set(COMMANDS)
 
 
-def options_of(command):
+def options_of(command: Any) -> Any:
     """Return the names and the help text of each option, except those that typer adds."""
     made = typer.main.get_command(cli.app).commands[command]
     return {tuple(p.opts): p.help for p in made.params if p.opts[0].startswith("-")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_a_help_text(command):
+def test_every_option_has_a_help_text(command: Any) -> None:
     assert all(text and text.endswith((".", ")")) for text in options_of(command).values()), options_of(command)
 
 
 @pytest.mark.parametrize("command", ["coordinator", "list", "status", "export", "audit", "remove"])
-def test_server_option_has_three_names(command):
+def test_server_option_has_three_names(command: Any) -> None:
     assert ("--redis", "--url", "-u") in options_of(command)
 
 
-def test_main_help_shows_examples_and_shell_completion(call):
+def test_main_help_shows_examples_and_shell_completion(call: Any) -> None:
     _, out, _ = call("--help")
     assert "Examples:" in out
     assert "--install-completion" in out
 
 
 @pytest.mark.parametrize("program", ["fedqueue", "fedqueue-worker"])
-def test_shell_completion_is_offered(program, monkeypatch, capsys):
+def test_shell_completion_is_offered(
+    program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The command is that of `eval "$(fedqueue --show-completion bash)"`."""
     monkeypatch.setattr(sys, "argv", [program])
     monkeypatch.setenv(f"_{program.upper().replace('-', '_')}_COMPLETE", "source_bash")
@@ -122,7 +127,7 @@ def test_shell_completion_is_offered(program, monkeypatch, capsys):
         (["acl", "r", "--show"], "fedqueue acl --print-urls"),
     ],
 )
-def test_former_name_is_an_error_that_gives_the_current_name(call, former, present):
+def test_former_name_is_an_error_that_gives_the_current_name(call: Any, former: Any, present: Any) -> None:
     code, out, err = call(*former)
     assert (code, out) == (2, "")
     assert f"is now `{present}`" in err
@@ -131,14 +136,14 @@ def test_former_name_is_an_error_that_gives_the_current_name(call, former, prese
 # The worker's program
 
 
-def start(*arguments):
+def start(*arguments: Any) -> Any:
     return subprocess.run(
         [sys.executable, "-m", "fedqueue_coordinator", *arguments], capture_output=True, text=True, check=False
     )
 
 
 @pytest.mark.slow
-def test_worker_command_starts_the_workers_own_program(tmp_path):
+def test_worker_command_starts_the_workers_own_program(tmp_path: Path) -> None:
     done = start("worker", "--help")
     assert done.returncode == 0, done.stderr
     assert "Usage: fedqueue-worker" in done.stdout
@@ -146,13 +151,13 @@ def test_worker_command_starts_the_workers_own_program(tmp_path):
 
 
 @pytest.mark.slow
-def test_worker_command_passes_arguments_and_exit_code_on(tmp_path):
+def test_worker_command_passes_arguments_and_exit_code_on(tmp_path: Path) -> None:
     done = start("worker", str(tmp_path / "absent.toml"), "--partition", "auto", "-v")
     assert done.returncode == 2
     assert "absent.toml': cannot be read" in done.stderr
 
 
-def test_worker_command_without_a_worker_says_what_to_install(call, monkeypatch):
+def test_worker_command_without_a_worker_says_what_to_install(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, out, err = call("worker", "federation.toml")
     assert (code, out) == (1, "")
@@ -164,25 +169,27 @@ def test_worker_command_without_a_worker_says_what_to_install(call, monkeypatch)
 # Verbose and quiet
 
 
-def test_verbose_and_quiet_exclude_each_other(call, path):
+def test_verbose_and_quiet_exclude_each_other(call: Any, path: Any) -> None:
     code, _, err = call("coordinator", path, "-v", "-q")
     assert code == 2
     assert "not together with --verbose" in err
 
 
-def test_version_option_prints_the_version_of_the_package(call):
+def test_version_option_prints_the_version_of_the_package(call: Any) -> None:
     assert call("--version") == (0, f"fedqueue {fedqueue.__version__}\n", "")
     assert metadata.version("fedqueue") == fedqueue.__version__
 
 
 @pytest.mark.parametrize("name", ["fedqueue", "fedqueue-worker"])
-def test_installed_command_calls_main_of_the_module(name):
+def test_installed_command_calls_main_of_the_module(name: Any) -> None:
     [script] = [e for e in metadata.entry_points(group="console_scripts") if e.name == name]
     assert script.load() in (cli.main, worker_cli.main)
 
 
 @pytest.mark.parametrize("package", ["fedqueue_coordinator", "fedqueue_worker"])
-def test_package_can_be_run_as_a_module(monkeypatch, capsys, package):
+def test_package_can_be_run_as_a_module(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: Any
+) -> None:
     monkeypatch.setattr(sys, "argv", [package, "--help"])
     with pytest.raises(SystemExit) as ended:
         importlib.reload(importlib.import_module(f"{package}.__main__"))
@@ -213,7 +220,9 @@ def test_package_can_be_run_as_a_module(monkeypatch, capsys, package):
         ),
     ],
 )
-def test_bad_configuration_is_one_line_and_exit_code_2(call, path, command, override, line):
+def test_bad_configuration_is_one_line_and_exit_code_2(
+    call: Any, path: Any, command: Any, override: Any, line: Any
+) -> None:
     code, out, err = call(command, path, "--set", override)
     assert (code, out) == (2, "")
     assert err.startswith(line)
@@ -221,17 +230,17 @@ def test_bad_configuration_is_one_line_and_exit_code_2(call, path, command, over
 
 
 @pytest.mark.parametrize("command", ["run", "coordinator"])
-def test_missing_file_is_one_line_and_exit_code_2(call, command):
+def test_missing_file_is_one_line_and_exit_code_2(call: Any, command: Any) -> None:
     code, _, err = call(command, "absent.toml")
     assert (code, err) == (2, "fedqueue: CONFIG = 'absent.toml': cannot be read: No such file or directory\n")
 
 
-def test_missing_task_is_one_line_and_exit_code_2(call, path, tmp_path):
+def test_missing_task_is_one_line_and_exit_code_2(call: Any, path: Any, tmp_path: Path) -> None:
     code, _, err = call("run", path, "--quiet")
     assert (code, err) == (2, f"fedqueue: task.entrypoint: there is no file {tmp_path / 'task.py'}\n")
 
 
-def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call, path, tmp_path):
+def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call: Any, path: Any, tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(
         "from fedqueue import Task\nclass Absent(Task):\n"
         "    def __init__(self, depth=1):\n        if depth > 9: raise ValueError('too deep')\n"
@@ -242,26 +251,26 @@ def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call, path, tmp_path
     assert err.count("\n") == 1
 
 
-def test_coordinator_without_a_server_says_how_to_name_one(call, path):
+def test_coordinator_without_a_server_says_how_to_name_one(call: Any, path: Any) -> None:
     code, _, err = call("coordinator", path)
     assert (code, err) == (2, "fedqueue: redis.url: missing; set it, or pass --redis URL\n")
 
 
 @pytest.mark.parametrize("arguments", [["run", "--bogus"], ["walk"], ["run", "a", "b"], ["export", "run"], ["init"]])
-def test_wrong_usage_is_exit_code_2(call, arguments):
+def test_wrong_usage_is_exit_code_2(call: Any, arguments: Any) -> None:
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert "Usage: " in err
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "many"])
-def test_number_of_workers_is_at_least_one(call, path, workers):
+def test_number_of_workers_is_at_least_one(call: Any, path: Any, workers: Any) -> None:
     code, _, err = call("run", path, "--workers", workers)
     assert code == 2
     assert "--workers" in err
 
 
-def test_unreachable_given_server_is_exit_code_1(call, tmp_path, monkeypatch):
+def test_unreachable_given_server_is_exit_code_1(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDQUEUE_REDIS__URL", f"unix://u:hunter2@{tmp_path}/none.sock")
     for command in ("status", "list"):
         code, _, err = call(command)
@@ -270,5 +279,5 @@ def test_unreachable_given_server_is_exit_code_1(call, tmp_path, monkeypatch):
         assert "hunter2" not in err
 
 
-def test_both_programs_handle_errors_with_the_same_function():
+def test_both_programs_handle_errors_with_the_same_function() -> None:
     assert cli.run_app is worker_cli.run_app is run_app

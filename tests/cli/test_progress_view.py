@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ CONFIG = parse_config(
 
 
 @pytest.fixture
-def federation():
+def federation() -> Federation:
     return Federation(CONFIG, Frame(Manifest.from_module(torch.nn.Linear(2, 1))))
 
 
@@ -44,7 +45,7 @@ def view(terminal: bool, quiet: bool = False) -> tuple[LiveView, io.StringIO]:
     return LiveView(CONFIG, quiet, console), stream
 
 
-def test_line_has_time_version_updates_clients_jobs_and_metrics(federation):
+def test_line_has_time_version_updates_clients_jobs_and_metrics(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     federation.handle(ClientJoined("client-0", 10), 0.0)
     federation.handle(ClientJoined("client-1", 10), 0.0)
@@ -56,20 +57,20 @@ def test_line_has_time_version_updates_clients_jobs_and_metrics(federation):
     )  # fmt: skip
 
 
-def test_line_says_that_the_run_waits_for_clients(federation):
+def test_line_says_that_the_run_waits_for_clients(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     shown.update(federation, 0.0)
     assert "version 0  0 updates  0 of 4 clients alive, waiting for 2  0 jobs" in stream.getvalue()
 
 
-def test_long_line_is_not_broken(federation):
+def test_long_line_is_not_broken(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     federation.evaluated = Evaluated(1, {f"a rather long metric name {i}": 1.0 for i in range(10)})
     shown.update(federation, 0.0)
     assert stream.getvalue().count("\n") == 1
 
 
-def test_lines_are_printed_at_intervals(federation):
+def test_lines_are_printed_at_intervals(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     for now in (0.0, 0.5, LINE_SECONDS - 0.01, LINE_SECONDS, LINE_SECONDS + 0.1):
         federation.run_counters.updates += 1
@@ -77,21 +78,21 @@ def test_lines_are_printed_at_intervals(federation):
     assert stream.getvalue().count("version 0") == 2
 
 
-def test_line_is_repeated_rarely_while_nothing_changes(federation):
+def test_line_is_repeated_rarely_while_nothing_changes(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     for now in range(0, int(IDLE_SECONDS) * 2, 2):
         shown.update(federation, float(now))
     assert stream.getvalue().count("version 0") == 2
 
 
-def test_line_names_the_clients_that_are_missing(federation):
+def test_line_names_the_clients_that_are_missing(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     federation.handle(ClientJoined("client-2", 10), 0.0)
     shown.update(federation, 0.0)
     assert "1 of 4 clients alive, waiting for 2 (missing: client-0, client-1, client-3)" in stream.getvalue()
 
 
-def test_first_failure_of_a_kind_is_shown_once(federation):
+def test_first_failure_of_a_kind_is_shown_once(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     for client in range(4):
         federation.failures.abandoned(f"client-{client}", "failed", f"ValueError: client-{client}: row {client}")
@@ -105,7 +106,7 @@ def test_first_failure_of_a_kind_is_shown_once(federation):
     ]
 
 
-def test_quiet_shows_failures_and_no_mild_ones(federation):
+def test_quiet_shows_failures_and_no_mild_ones(federation: Federation) -> None:
     shown, stream = view(terminal=False, quiet=True)
     federation.failures.abandoned("client-0", "failed", "ValueError: no")
     federation.failures.rejected("client-1", "stale", "staleness 12")
@@ -113,14 +114,14 @@ def test_quiet_shows_failures_and_no_mild_ones(federation):
     assert stream.getvalue() == "client-0: training failed: ValueError: no\n"
 
 
-def test_foreign_text_is_shown_as_it_is(federation):
+def test_foreign_text_is_shown_as_it_is(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     federation.failures.abandoned("client-0", "failed", "E: [red]a[/INST] :smile: \x1b[31m\udce9")
     shown.update(federation, 0.0)
     assert "E: [red]a[/INST] :smile: \\x1b[31m\\udce9\n" in stream.getvalue()
 
 
-def test_line_counts_what_was_lost(federation):
+def test_line_counts_what_was_lost(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     federation.rejected["non_finite"] = 3
     federation.abandoned.update({"failed": 2, "lapsed": 0})
@@ -128,9 +129,9 @@ def test_line_counts_what_was_lost(federation):
     assert "rejected 3 non_finite  abandoned 2 failed\n" in stream.getvalue()
 
 
-def test_closed_pipe_silences_the_view_only(federation):
+def test_closed_pipe_silences_the_view_only(federation: Federation) -> None:
     class Closed(io.StringIO):
-        def write(self, text):
+        def write(self, text: Any) -> None:
             raise BrokenPipeError
 
     console = PlainConsole()
@@ -139,7 +140,7 @@ def test_closed_pipe_silences_the_view_only(federation):
     assert console.quiet
 
 
-def test_quiet_shows_nothing(federation):
+def test_quiet_shows_nothing(federation: Federation) -> None:
     for terminal in (True, False):
         shown, stream = view(terminal, quiet=True)
         with shown:
@@ -153,7 +154,7 @@ def render(shown: LiveView, federation: Federation, now: float) -> str:
     return stream.getvalue()
 
 
-def test_table_shows_rate_clients_metrics_target_and_losses(federation):
+def test_table_shows_rate_clients_metrics_target_and_losses(federation: Federation) -> None:
     shown, _ = view(terminal=True)
     federation.handle(ClientJoined("client-0", 10), 0.0)
     federation.run_counters.updates = 30
@@ -169,11 +170,11 @@ def test_table_shows_rate_clients_metrics_target_and_losses(federation):
         assert words in table
 
 
-def test_table_at_time_zero_shows_no_rate(federation):
+def test_table_at_time_zero_shows_no_rate(federation: Federation) -> None:
     assert "0 merged, 0.0/s" in render(view(terminal=True)[0], federation, 0.0)
 
 
-def test_table_is_redrawn_on_a_terminal(federation):
+def test_table_is_redrawn_on_a_terminal(federation: Federation) -> None:
     shown, stream = view(terminal=True)
     with shown:
         shown.update(federation, 0.0)
@@ -185,7 +186,7 @@ def test_table_is_redrawn_on_a_terminal(federation):
     assert "digits: fedbuff" in once
 
 
-def test_history_has_each_evaluation_once(federation):
+def test_history_has_each_evaluation_once(federation: Federation) -> None:
     shown, _ = view(terminal=False)
     for version, accuracy in ((1, 0.1), (1, 0.1), (2, 0.2), (3, 0.3)):
         federation.evaluated = Evaluated(version, {"loss": 1.0, "accuracy": accuracy})
@@ -193,7 +194,7 @@ def test_history_has_each_evaluation_once(federation):
     assert shown._history == [(1, 0.1), (2, 0.2), (3, 0.3)]
 
 
-def test_metric_that_is_not_finite_is_shown_and_leaves_a_gap(federation):
+def test_metric_that_is_not_finite_is_shown_and_leaves_a_gap(federation: Federation) -> None:
     shown, stream = view(terminal=False)
     for version, loss in enumerate((1.0, float("nan"), 2.0), 1):
         federation.evaluated = Evaluated(version, {"loss": loss})
@@ -203,7 +204,7 @@ def test_metric_that_is_not_finite_is_shown_and_leaves_a_gap(federation):
     assert sparkline([float("nan")]) == ""
 
 
-def test_evaluation_without_metrics_is_not_drawn(federation):
+def test_evaluation_without_metrics_is_not_drawn(federation: Any) -> None:
     shown, _ = view(terminal=False)
     federation.evaluated = Evaluated(1, {}, "the disk is full")
     shown.update(federation, 0.0)
@@ -221,10 +222,10 @@ def test_evaluation_without_metrics_is_not_drawn(federation):
         ([1.0, -1.0], BARS[-1] + BARS[0]),
     ],
 )
-def test_sparkline_spans_the_lowest_to_the_highest_bar(values, bars):
+def test_sparkline_spans_the_lowest_to_the_highest_bar(values: Any, bars: Any) -> None:
     assert sparkline(values) == bars
 
 
-def test_sparkline_shows_the_last_values():
+def test_sparkline_shows_the_last_values() -> None:
     assert sparkline([9.0, 0.0, 1.0], width=2) == BARS[0] + BARS[-1]
     assert len(sparkline([float(i) for i in range(200)])) == 60

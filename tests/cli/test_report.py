@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,11 @@ from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_result
 NAN = float("nan")
 
 
-def line(job, client, at, staleness=0):
+def line(job: Any, client: Any, at: Any, staleness: Any = 0) -> Any:
     return {"job": f"r-{job}", "client": client, "at": at, "staleness": staleness, "base": 0, "weight": 1.0}
 
 
-def ledger_of(clients: int, versions: int = 5, metrics: tuple[str, ...] = ("loss", "accuracy")):
+def ledger_of(clients: int, versions: int = 5, metrics: tuple[str, ...] = ("loss", "accuracy")) -> Any:
     records = []
     for v in range(1, versions + 1):
         merged = [line(v * clients + c, f"client-{c}", v - 0.5, (v + c) % 4) for c in range(clients)]
@@ -40,7 +42,7 @@ def ledger_of(clients: int, versions: int = 5, metrics: tuple[str, ...] = ("loss
     return records
 
 
-def drawn(tmp_path, ledger) -> Image.Image:
+def drawn(tmp_path: Any, ledger: Any) -> Image.Image:
     path = tmp_path / "report.png"
     summary = summarize("digits", "fedbuff", 0, "target accuracy >= 0.95 reached", ledger, {"closed": 1})
     with warnings.catch_warnings():
@@ -66,7 +68,7 @@ LEDGERS = {
 
 
 @pytest.mark.parametrize("ledger", LEDGERS.values(), ids=LEDGERS.keys())
-def test_report_of_any_run_has_content_in_each_quarter(tmp_path, ledger):
+def test_report_of_any_run_has_content_in_each_quarter(tmp_path: Path, ledger: Any) -> None:
     image = drawn(tmp_path, ledger)
     width, height = image.size
     assert width > 800
@@ -78,28 +80,28 @@ def test_report_of_any_run_has_content_in_each_quarter(tmp_path, ledger):
 
 
 @pytest.mark.parametrize("values", [(NAN, 2.0, NAN), (NAN, NAN, NAN), (float("inf"), 1.0, 0.5)])
-def test_report_has_gaps_where_a_metric_is_not_finite(tmp_path, values):
+def test_report_has_gaps_where_a_metric_is_not_finite(tmp_path: Path, values: Any) -> None:
     ledger = ledger_of(2, 3, metrics=("loss",))
     for record, value in zip([r for r in ledger if r["kind"] == "evaluation"], values, strict=True):
         record["metrics"] = {"loss": value}
     assert sum(drawn(tmp_path, ledger).histogram()[:128]) > 500
 
 
-def test_number_that_is_not_finite_is_null_in_json():
+def test_number_that_is_not_finite_is_null_in_json() -> None:
     text = json_text({"metrics": {"loss": NAN}, "list": [1, float("inf"), (0.5, None)], "text": "NaN"})
     assert json.loads(text, parse_constant=pytest.fail) == {
         "metrics": {"loss": None}, "list": [1, None, [0.5, None]], "text": "NaN",
     }  # fmt: skip
 
 
-def test_report_shows_more_for_a_longer_run(tmp_path):
-    def ink(ledger):
+def test_report_shows_more_for_a_longer_run(tmp_path: Path) -> None:
+    def ink(ledger: Any) -> Any:
         return sum(drawn(tmp_path, ledger).histogram()[:200])
 
     assert ink(ledger_of(4)) > 1.3 * ink([])
 
 
-def test_drawing_does_not_change_matplotlib_settings(tmp_path):
+def test_drawing_does_not_change_matplotlib_settings(tmp_path: Path) -> None:
     import matplotlib as mpl
 
     before = dict(mpl.rcParams)
@@ -107,7 +109,7 @@ def test_drawing_does_not_change_matplotlib_settings(tmp_path):
     assert dict(mpl.rcParams) == before
 
 
-def test_four_result_files_agree(tmp_path):
+def test_four_result_files_agree(tmp_path: Path) -> None:
     ledger = ledger_of(4)
     manifest = Manifest.from_module(torch.nn.Linear(2, 1))
     model = Frame(manifest)

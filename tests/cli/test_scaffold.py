@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,14 +26,14 @@ def init(call: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return lambda folder: call("init", folder)
 
 
-def test_three_files_are_written_and_the_next_command_is_shown(init, tmp_path):
+def test_three_files_are_written_and_the_next_command_is_shown(init: Any, tmp_path: Path) -> None:
     code, out, err = init("mine")
     assert (code, err) == (0, "")
     assert out == "Try it:  fedqueue run mine/federation.toml\n"
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(SCAFFOLD_FILENAMES)
 
 
-def test_written_task_loads_and_learns(init, tmp_path):
+def test_written_task_loads_and_learns(init: Any, tmp_path: Path) -> None:
     init("deep/er/mine")
     path = tmp_path / "deep/er/mine/federation.toml"
     config = load_config(path, environment={})
@@ -50,14 +52,14 @@ def test_written_task_loads_and_learns(init, tmp_path):
     assert set(config.stop.target) <= set(after)
 
 
-def test_client_with_its_own_data_is_supported(init, tmp_path):
+def test_client_with_its_own_data_is_supported(init: Any, tmp_path: Path) -> None:
     init("mine")
     task = load_task("task.py:MyTask", {}, tmp_path / "mine")
     assert len(task.train_data(Client("guest")))
 
 
 @pytest.mark.parametrize("name", SCAFFOLD_FILENAMES)
-def test_folder_with_one_of_the_files_is_left_unchanged(init, tmp_path, name):
+def test_folder_with_one_of_the_files_is_left_unchanged(init: Callable[..., Any], tmp_path: Path, name: str) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text("precious")
     code, out, err = init("mine")
@@ -66,13 +68,13 @@ def test_folder_with_one_of_the_files_is_left_unchanged(init, tmp_path, name):
     assert [(p.name, p.read_text()) for p in (tmp_path / "mine").iterdir()] == [(name, "precious")]
 
 
-def test_folder_with_other_files_is_accepted(init, tmp_path):
+def test_folder_with_other_files_is_accepted(init: Any, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert init(".")[0] == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_every_option_in_the_configuration_is_explained(init, tmp_path):
+def test_every_option_in_the_configuration_is_explained(init: Any, tmp_path: Path) -> None:
     init("mine")
     text = (tmp_path / "mine" / "federation.toml").read_text()
     assert text.startswith("# ")
@@ -80,7 +82,9 @@ def test_every_option_in_the_configuration_is_explained(init, tmp_path):
     assert "FEDQUEUE_" in text
 
 
-def test_commands_of_the_readme_are_complete(call, init, tmp_path, monkeypatch):
+def test_commands_of_the_readme_are_complete(
+    call: Any, init: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Signatures are required by default, so neither the coordinator nor a worker starts without keys."""
     init("mine")
     folder = tmp_path / "mine"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
+
 from fedqueue_coordinator.service import inbox
 from fedqueue_coordinator.service.inbox import LONGEST_NAME, Inbox
+from tests.support.sample_run import SampleRun
 
 
-def test_report_of_a_worker_wakes_the_waiting_coordinator(run):
+def test_report_of_a_worker_wakes_the_waiting_coordinator(run: SampleRun) -> None:
     assert run.coordinator.unacknowledged() == []
     run.join()
     run.posted()
@@ -17,7 +22,7 @@ def test_report_of_a_worker_wakes_the_waiting_coordinator(run):
     assert [e.kind for e in run.coordinator.receive(60.0)] == ["evaluated"]
 
 
-def test_periodic_sweep_finds_an_entry_without_notification(run):
+def test_periodic_sweep_finds_an_entry_without_notification(run: SampleRun) -> None:
     run.join()
     run.coordinator.unacknowledged()
     run.client.xadd(run.keys.updates("c0"), {"kind": "left", "body": b""})
@@ -26,7 +31,7 @@ def test_periodic_sweep_finds_an_entry_without_notification(run):
     assert run.coordinator.sweep() == []
 
 
-def test_only_the_streams_named_by_notifications_are_read(run, monkeypatch):
+def test_only_the_streams_named_by_notifications_are_read(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(20):
         run.join(f"c{i}", token=f"t{i}")
     run.coordinator.unacknowledged()
@@ -40,7 +45,7 @@ def test_only_the_streams_named_by_notifications_are_read(run, monkeypatch):
     assert read == [{run.keys.updates("c7")}]
 
 
-def test_spurious_notification_reads_and_stores_nothing(run):
+def test_spurious_notification_reads_and_stores_nothing(run: SampleRun) -> None:
     run.coordinator.unacknowledged()
     for name in (b"", b"\xff", b"somewhere else", run.keys.updates("nobody").encode(), b"x" * (10 * LONGEST_NAME)):
         run.client.publish(run.keys.wakeup, name)
@@ -48,7 +53,7 @@ def test_spurious_notification_reads_and_stores_nothing(run):
     assert run.coordinator._inbox._last == {}
 
 
-def test_long_stream_is_read_to_the_end_without_more_wakeups(run):
+def test_long_stream_is_read_to_the_end_without_more_wakeups(run: SampleRun) -> None:
     run.coordinator.unacknowledged()
     for i in range(5):
         run.coordinator.report("evaluated", b"%d" % i)
@@ -56,12 +61,12 @@ def test_long_stream_is_read_to_the_end_without_more_wakeups(run):
     assert bodies == [[b"0", b"1"], [b"2", b"3"], [b"4"]]
 
 
-def test_read_finds_an_entry_older_than_the_subscription(run):
+def test_read_finds_an_entry_older_than_the_subscription(run: SampleRun) -> None:
     run.join()
     assert [e.kind for e in run.coordinator.receive(0.0)] == ["joined"]
 
 
-def test_repeated_sweep_finds_an_entry_of_any_client(run, monkeypatch):
+def test_repeated_sweep_finds_an_entry_of_any_client(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox, "SWEPT", 10)
     for i in range(700):
         run.client.sadd(run.keys.clients, f"c{i}")
@@ -71,7 +76,7 @@ def test_repeated_sweep_finds_an_entry_of_any_client(run, monkeypatch):
     assert found == ["c123"]
 
 
-def test_each_sweep_reads_the_streams_of_clients_with_a_job(run, monkeypatch):
+def test_each_sweep_reads_the_streams_of_clients_with_a_job(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox, "SWEPT", 1)
     for i in range(700):
         run.client.sadd(run.keys.clients, f"c{i}")

@@ -9,6 +9,8 @@ import os
 import pickle
 import signal
 import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import msgpack
 import pytest
@@ -27,6 +29,7 @@ from fedqueue.errors import Fenced, JobClosed
 from fedqueue.transport import rq_jobs
 from fedqueue.transport.rq_jobs import TRAIN, Serializer, TrainingJob, client_queue
 from fedqueue_worker.rq_worker import TrainingWorker
+from tests.support.sample_run import SampleRun
 
 QUEUE = "fedqueue:sample:c0"
 _UNPICKLE = pickle.loads
@@ -37,13 +40,15 @@ class Recorder:
 
     told_to_stop = False
 
-    def __init__(self, raises=None):
+    def __init__(self, raises: Any = None) -> None:
         self.orders, self._raises = [], raises
 
-    def stop(self):
+    def stop(self) -> None:
         self.told_to_stop = True
 
-    def train(self, order, on_progress, commands_for_post):
+    def train(
+        self, order: dict[str, Any], on_progress: Callable[..., Any], commands_for_post: Callable[..., Any]
+    ) -> None:
         with contextlib.suppress(redis.RedisError):  # a job runner suppresses these errors too
             on_progress()
         self.orders.append(order["job"])
@@ -52,7 +57,7 @@ class Recorder:
 
 
 @pytest.fixture(autouse=True)
-def _restore_signal_handlers():
+def _restore_signal_handlers() -> Iterator[None]:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     yield
     for signum, handler in handlers.items():
@@ -60,8 +65,8 @@ def _restore_signal_handlers():
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_unpickled(monkeypatch):
-    def refuse(*args, **kwargs):
+def _nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("something was unpickled")
 
     monkeypatch.setattr(pickle, "loads", refuse)
@@ -70,14 +75,14 @@ def _nothing_is_unpickled(monkeypatch):
 
 
 @pytest.fixture(autouse=True, params=["short", "long"])
-def duration(request, monkeypatch):
+def duration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test with short jobs and with long jobs, which RQ's tools show from their first progress."""
     monkeypatch.setattr("fedqueue_worker.rq_worker.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
     return request.param
 
 
 @pytest.fixture
-def executed(monkeypatch):
+def executed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Record the function calls that a planted job makes."""
     seen = []
     monkeypatch.setattr(os, "system", lambda *a: seen.append(("os.system", a)))
@@ -87,7 +92,7 @@ def executed(monkeypatch):
     assert EXPLODED == []
 
 
-def test_pickle_bomb_runs_code_when_unpickled():
+def test_pickle_bomb_runs_code_when_unpickled() -> None:
     _UNPICKLE(BOMB)
     assert EXPLODED.pop() == "boom"
 
@@ -95,23 +100,23 @@ def test_pickle_bomb_runs_code_when_unpickled():
 EXPLODED = []
 
 
-def detonate():
+def detonate() -> None:
     EXPLODED.append("boom")
 
 
 class Bomb:
-    def __reduce__(self):
+    def __reduce__(self) -> Any:
         return detonate, ()
 
 
 BOMB = pickle.dumps(Bomb())  # pickled before the tests disable pickle
 
 
-def make_worker(client, recorder, queues=(QUEUE,)):
+def make_worker(client: redis.Redis, recorder: Any, queues: tuple[Any, ...] = (QUEUE,)) -> TrainingWorker:
     return TrainingWorker(recorder, client, queues, "sample-worker")
 
 
-def work(client, recorder=None, queues=(QUEUE,)):
+def work(client: redis.Redis, recorder: Any = None, queues: tuple[Any, ...] = (QUEUE,)) -> list[Any]:
     """Run a worker until its queues are empty; return the jobs that the worker trained."""
     recorder = recorder or Recorder()
     with structlog.testing.capture_logs():
@@ -119,7 +124,7 @@ def work(client, recorder=None, queues=(QUEUE,)):
     return recorder.orders
 
 
-def plant(client, job="planted", **fields):
+def plant(client: redis.Redis, job: Any = "planted", **fields: Any) -> None:
     """Write an RQ job record by hand, as somebody with access to Redis could, at the front of the queue."""
     good = {"data": msgpack.packb([TRAIN, None, [], {"order": {"job": job}}]), "origin": QUEUE, "status": "queued"}
     record = {**good, "timeout": -1, "created_at": "2026-01-01T00:00:00.000000Z", **fields}
@@ -127,14 +132,14 @@ def plant(client, job="planted", **fields):
     client.lpush(client_queue(client, QUEUE).key, job)
 
 
-def call(name, *args, instance=None, **kwargs):
+def call(name: str, *args: str, instance: str | None = None, **kwargs: Any) -> bytes:
     return msgpack.packb([name, instance, list(args), kwargs])
 
 
 # As RQ's own tools see it
 
 
-def test_enqueued_order_is_an_rq_job(redis_client, run):
+def test_enqueued_order_is_an_rq_job(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     queue = Queue(QUEUE, connection=redis_client, serializer=Serializer)
     assert (len(queue), queue.job_ids) == (1, ["sample-00000001"])
@@ -146,7 +151,7 @@ def test_enqueued_order_is_an_rq_job(redis_client, run):
     assert job.description == "train c0 for sample"
 
 
-def test_job_record_equals_the_one_that_rq_writes(redis_client, run):
+def test_job_record_equals_the_one_that_rq_writes(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     key = TrainingJob.key_for("sample-00000001")
     mine = redis_client.hgetall(key)
@@ -161,7 +166,7 @@ def test_job_record_equals_the_one_that_rq_writes(redis_client, run):
     assert {n: v for n, v in mine.items() if n not in times} == {n: v for n, v in theirs.items() if n not in times}
 
 
-def test_queue_is_listed_once(redis_client, run):
+def test_queue_is_listed_once(redis_client: redis.Redis, run: SampleRun) -> None:
     queues = rq_jobs.Queues(redis_client)
     for number in (1, 2):
         run.coordinator.enqueue(queues.record(QUEUE, run.order(number)))
@@ -173,7 +178,7 @@ def test_queue_is_listed_once(redis_client, run):
     assert redis_client.smembers("rq:queues") == {b"rq:queue:" + QUEUE.encode()}
 
 
-def test_job_lost_by_rq_can_be_enqueued_again(redis_client, run):
+def test_job_lost_by_rq_can_be_enqueued_again(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     for _ in range(2):
@@ -181,13 +186,13 @@ def test_job_lost_by_rq_can_be_enqueued_again(redis_client, run):
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_scripts_are_reloaded_after_a_server_restart(redis_client, run):
+def test_scripts_are_reloaded_after_a_server_restart(redis_client: redis.Redis, run: SampleRun) -> None:
     redis_client.script_flush()
     run.dispatch(1)
     assert [job.job for job in run.coordinator.jobs()] == work(redis_client) == ["sample-00000001"]
 
 
-def test_job_of_a_deposed_coordinator_never_starts(redis_client, run):
+def test_job_of_a_deposed_coordinator_never_starts(redis_client: redis.Redis, run: SampleRun) -> None:
     redis_client.hset(run.keys.leader, "token", "another one's")
     with pytest.raises(Fenced):
         run.dispatch(1)
@@ -196,44 +201,44 @@ def test_job_of_a_deposed_coordinator_never_starts(redis_client, run):
         run.worker().claim("sample-00000001", 60)
 
 
-def test_enqueueing_an_order_twice_makes_one_job(redis_client, run):
+def test_enqueueing_an_order_twice_makes_one_job(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     run.dispatch(1)
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000001"]
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_jobs_are_trained_once_in_queue_order(redis_client, run):
+def test_jobs_are_trained_once_in_queue_order(redis_client: redis.Redis, run: SampleRun) -> None:
     for number in (3, 1, 2):
         run.dispatch(number)
     assert work(redis_client) == ["sample-00000003", "sample-00000001", "sample-00000002"]
     assert work(redis_client) == []
 
 
-def test_worker_with_several_queues_serves_them_all(redis_client, run):
+def test_worker_with_several_queues_serves_them_all(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     run.dispatch(2, "c1")
     assert set(work(redis_client, queues=(QUEUE, "fedqueue:sample:c1"))) == {"sample-00000001", "sample-00000002"}
 
 
-def rq_names(client):
+def rq_names(client: redis.Redis) -> set[Any]:
     """Return RQ's remaining keys, except the worker's own record, which expires."""
     names = {key.decode() for key in client.scan_iter(match="rq:*")}
     assert all(client.ttl(name) > 0 for name in names if name.startswith("rq:worker:"))
     return {name for name in names if not name.startswith("rq:worker:")}
 
 
-def test_trained_job_leaves_only_the_queue_name_in_rq(redis_client, run):
+def test_trained_job_leaves_only_the_queue_name_in_rq(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     work(redis_client)
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_closed_job_leaves_nothing_in_rq(redis_client, run):
+def test_closed_job_leaves_nothing_in_rq(redis_client: redis.Redis, run: SampleRun) -> None:
     """The job is deleted from RQ during its training, and RQ's later bookkeeping must not recreate the job's keys."""
 
     class Closing(Recorder):
-        def train(self, order, *rq):
+        def train(self, order: Any, *rq: Any) -> None:
             super().train(order, *rq)
             rq_jobs.forget(redis_client, QUEUE, order["job"])
 
@@ -243,9 +248,9 @@ def test_closed_job_leaves_nothing_in_rq(redis_client, run):
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_long_job_is_shown_as_running(redis_client, run, duration):
+def test_long_job_is_shown_as_running(redis_client: redis.Redis, run: SampleRun, duration: str) -> None:
     class Looking(Recorder):
-        def train(self, order, *rq):
+        def train(self, order: Any, *rq: Any) -> None:
             super().train(order, *rq)
             (worker,) = RqWorker.all(connection=redis_client)
             self.state = worker.get_state()
@@ -261,7 +266,7 @@ def test_long_job_is_shown_as_running(redis_client, run, duration):
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_failed_job_is_only_in_the_failed_registry(redis_client, run):
+def test_failed_job_is_only_in_the_failed_registry(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     work(redis_client, Recorder(RuntimeError("boom")))
     queue = client_queue(redis_client, QUEUE)
@@ -270,9 +275,9 @@ def test_failed_job_is_only_in_the_failed_registry(redis_client, run):
     assert redis_client.hget(TrainingJob.key_for("sample-00000001"), "worker_name") == b"sample-worker"
 
 
-def test_job_closed_before_rq_shows_it_stays_closed(redis_client, run):
+def test_job_closed_before_rq_shows_it_stays_closed(redis_client: redis.Redis, run: SampleRun) -> None:
     class Closed(Recorder):
-        def train(self, order, *rq):
+        def train(self, order: Any, *rq: Any) -> None:
             rq_jobs.forget(redis_client, QUEUE, order["job"])
             super().train(order, *rq)
             self.left = {name for name in rq_names(redis_client) if order["job"] in name}
@@ -286,7 +291,7 @@ def test_job_closed_before_rq_shows_it_stays_closed(redis_client, run):
 # Deleting jobs
 
 
-def test_forgotten_job_is_not_in_its_queue_and_has_no_record(redis_client, run):
+def test_forgotten_job_is_not_in_its_queue_and_has_no_record(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     run.dispatch(2)
     rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
@@ -295,21 +300,21 @@ def test_forgotten_job_is_not_in_its_queue_and_has_no_record(redis_client, run):
     assert work(redis_client) == ["sample-00000002"]
 
 
-def test_forgetting_an_unknown_job_removes_it_from_its_queue(redis_client):
+def test_forgetting_an_unknown_job_removes_it_from_its_queue(redis_client: redis.Redis) -> None:
     queue = client_queue(redis_client, QUEUE)
     redis_client.rpush(queue.key, "sample-00000007", "sample-00000008")
     rq_jobs.forget(redis_client, QUEUE, "sample-00000007")
     assert queue.job_ids == ["sample-00000008"]
 
 
-def test_forgotten_job_can_be_enqueued_again(redis_client, run):
+def test_forgotten_job_can_be_enqueued_again(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     rq_jobs.forget(redis_client, QUEUE, "sample-00000001")
     run.dispatch(1)
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_job_is_forgotten_if_its_worker_died_before_training(redis_client, run):
+def test_job_is_forgotten_if_its_worker_died_before_training(redis_client: redis.Redis, run: SampleRun) -> None:
     """With one queue RQ first moves a job to an intermediate list, where the job stays if the worker dies."""
     run.dispatch(1)
     queue = client_queue(redis_client, QUEUE)
@@ -318,7 +323,7 @@ def test_job_is_forgotten_if_its_worker_died_before_training(redis_client, run):
     assert rq_names(redis_client) == {"rq:queues"}
 
 
-def test_job_is_forgotten_if_its_worker_died_in_training(redis_client, run):
+def test_job_is_forgotten_if_its_worker_died_in_training(redis_client: redis.Redis, run: SampleRun) -> None:
     class Death(BaseException):
         pass
 
@@ -336,13 +341,13 @@ def test_job_is_forgotten_if_its_worker_died_in_training(redis_client, run):
     assert not redis_client.exists(TrainingJob.key_for("sample-00000001"))
 
 
-def test_forgetting_deletes_a_record_that_rq_cannot_read(redis_client):
+def test_forgetting_deletes_a_record_that_rq_cannot_read(redis_client: redis.Redis) -> None:
     plant(redis_client, status="no such status")
     rq_jobs.forget(redis_client, QUEUE, "planted")
     assert rq_names(redis_client) == set()
 
 
-def test_deleting_a_queue_leaves_no_keys(redis_client, run):
+def test_deleting_a_queue_leaves_no_keys(redis_client: redis.Redis, run: SampleRun) -> None:
     for number in (1, 2, 3):
         run.dispatch(number)
     plant(redis_client, data=call("os.system", "true"))
@@ -391,7 +396,9 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("what", PLANTED)
-def test_planted_job_executes_nothing_and_is_skipped(redis_client, run, executed, what):
+def test_planted_job_executes_nothing_and_is_skipped(
+    redis_client: redis.Redis, run: SampleRun, executed: list[Any], what: str
+) -> None:
     plant(redis_client, **PLANTED[what])
     run.dispatch(1)
     trained = work(redis_client)
@@ -402,7 +409,7 @@ def test_planted_job_executes_nothing_and_is_skipped(redis_client, run, executed
     assert len(client_queue(redis_client, QUEUE).started_job_registry) == 0
 
 
-def test_worker_reads_only_the_call_in_a_job_record(redis_client):
+def test_worker_reads_only_the_call_in_a_job_record(redis_client: redis.Redis) -> None:
     plant(
         redis_client, created_at="yesterday", timeout="soon", status="none", dependency_ids="{", failure_ttl="-9" * 30
     )
@@ -412,7 +419,7 @@ def test_worker_reads_only_the_call_in_a_job_record(redis_client):
 @pytest.mark.parametrize(
     "name", ["os.system", "builtins.eval", "fedqueue_worker.job_runner.Round.train", TRAIN + "x", ""]
 )
-def test_foreign_function_is_refused_by_name(redis_client, name):
+def test_foreign_function_is_refused_by_name(redis_client: redis.Redis, name: str) -> None:
     plant(redis_client, data=call(name))
     job = rq_jobs.job_class(print).fetch("planted", connection=redis_client, serializer=Serializer)
     with pytest.raises(Exception, match=r"allowed: fedqueue_worker\.job_runner\.train"):
@@ -422,13 +429,13 @@ def test_foreign_function_is_refused_by_name(redis_client, name):
         _ = bare.func
 
 
-def test_order_for_a_method_of_an_instance_is_not_trained(redis_client, run):
+def test_order_for_a_method_of_an_instance_is_not_trained(redis_client: redis.Redis, run: SampleRun) -> None:
     plant(redis_client, data=call(TRAIN, instance="os", order={"job": "planted"}))
     run.dispatch(1)
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_refused_job_is_shown_as_failed_until_it_expires(redis_client, executed):
+def test_refused_job_is_shown_as_failed_until_it_expires(redis_client: redis.Redis, executed: list[Any]) -> None:
     plant(redis_client, data=call("os.system", "true"), failure_ttl=rq_jobs.FAILED_SECONDS)
     work(redis_client)
     assert client_queue(redis_client, QUEUE).failed_job_registry.get_job_ids() == ["planted"]
@@ -436,7 +443,9 @@ def test_refused_job_is_shown_as_failed_until_it_expires(redis_client, executed)
 
 
 @pytest.mark.parametrize("outcome", [None, RuntimeError("boom")], ids=["success", "failure"])
-def test_planted_callbacks_and_webhooks_do_not_run(redis_client, executed, outcome):
+def test_planted_callbacks_and_webhooks_do_not_run(
+    redis_client: redis.Redis, executed: list[Any], outcome: Any
+) -> None:
     hooks = [
         {"url": "http://localhost:1/", "status": status, "job_status": status} for status in ("finished", "failed")
     ]
@@ -451,21 +460,21 @@ def test_planted_callbacks_and_webhooks_do_not_run(redis_client, executed, outco
     assert executed == []
 
 
-def test_planted_non_text_name_is_skipped(redis_client, run):
+def test_planted_non_text_name_is_skipped(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"\xff\xfe")
     redis_client.lpush(client_queue(redis_client, QUEUE).key, b"not/a/job id")
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_planted_record_of_another_type_is_skipped(redis_client, run):
+def test_planted_record_of_another_type_is_skipped(redis_client: redis.Redis, run: SampleRun) -> None:
     run.dispatch(1)
     redis_client.set(TrainingJob.key_for("planted"), BOMB)
     redis_client.lpush(client_queue(redis_client, QUEUE).key, "planted")
     assert work(redis_client) == ["sample-00000001"]
 
 
-def test_planted_keys_do_not_stop_the_worker(redis_client, run):
+def test_planted_keys_do_not_stop_the_worker(redis_client: redis.Redis, run: SampleRun) -> None:
     plant(redis_client)
     redis_client.set("rq:executions:planted", "where RQ expects a sorted set")
     run.dispatch(1)
@@ -473,17 +482,17 @@ def test_planted_keys_do_not_stop_the_worker(redis_client, run):
     assert not redis_client.exists(TrainingJob.key_for("planted"))
 
 
-def test_record_timeout_does_not_limit_how_long_rq_shows_a_job(redis_client):
+def test_record_timeout_does_not_limit_how_long_rq_shows_a_job(redis_client: redis.Redis) -> None:
     plant(redis_client, timeout=10**12)
     job = TrainingJob.fetch("planted", connection=redis_client, serializer=Serializer)
     assert make_worker(redis_client, Recorder()).get_heartbeat_ttl(job) < 3600
 
 
-def test_remote_rq_commands_are_ignored(redis_client, run):
+def test_remote_rq_commands_are_ignored(redis_client: redis.Redis, run: SampleRun) -> None:
     seen = []
 
     class Listening(Recorder):
-        def train(self, order, *rq):
+        def train(self, order: Any, *rq: Any) -> None:
             super().train(order, *rq)
             seen.append(redis_client.pubsub_numsub("rq:pubsub:sample-worker"))
 
@@ -495,9 +504,9 @@ def test_remote_rq_commands_are_ignored(redis_client, run):
 # Stopping
 
 
-def test_stop_between_jobs_prevents_the_next_job(redis_client, run):
+def test_stop_between_jobs_prevents_the_next_job(redis_client: redis.Redis, run: SampleRun) -> None:
     class Stopping(Recorder):
-        def train(self, order, *rq):
+        def train(self, order: Any, *rq: Any) -> None:
             super().train(order, *rq)
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)  # a second SIGTERM changes nothing
@@ -508,7 +517,7 @@ def test_stop_between_jobs_prevents_the_next_job(redis_client, run):
     assert client_queue(redis_client, QUEUE).job_ids == ["sample-00000002"]
 
 
-def test_idle_worker_stops_at_once_on_a_stop_request(redis_client):
+def test_idle_worker_stops_at_once_on_a_stop_request(redis_client: redis.Redis) -> None:
     worker = make_worker(redis_client, Recorder())
     with pytest.raises(StopRequested):
         worker.request_stop(signal.SIGTERM, None)
@@ -516,11 +525,13 @@ def test_idle_worker_stops_at_once_on_a_stop_request(redis_client):
 
 
 @pytest.mark.timeout(30)
-def test_stop_swallowed_by_redis_py_still_ends_the_wait(redis_client, monkeypatch):
+def test_stop_swallowed_by_redis_py_still_ends_the_wait(
+    redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """redis-py's telemetry hooks around each command discard an exception raised by a signal handler."""
     asked, signals = recorder.get_observability_instance, [signal.SIGTERM]
 
-    def interrupted():
+    def interrupted() -> Any:
         while signals:
             os.kill(os.getpid(), signals.pop())
         return asked()
@@ -537,7 +548,7 @@ def test_stop_swallowed_by_redis_py_still_ends_the_wait(redis_client, monkeypatc
 # The serializer
 
 
-def test_serializer_accepts_plain_values_only():
+def test_serializer_accepts_plain_values_only() -> None:
     assert Serializer.loads(Serializer.dumps({"a": [1, "b", None, 2.5]})) == {"a": [1, "b", None, 2.5]}
     with pytest.raises(Exception, match="cannot be sent"):
         Serializer.dumps(object())

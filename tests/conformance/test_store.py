@@ -6,6 +6,7 @@ The scripts read the server's clock, and a lease of 0 or fewer seconds is over a
 from __future__ import annotations
 
 import tracemalloc
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -26,18 +27,18 @@ from tests.support.sample_run import SampleRun
 
 
 @pytest.fixture(params=[1, 4], ids=["one chunk", "several chunks"])
-def chunks(request, monkeypatch):
+def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """Return the number of chunks of a model of the sample run."""
     if request.param > 1:
         monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 20)  # a model has 72 bytes
     return request.param
 
 
-def other(run, owner="owner-b"):
+def other(run: SampleRun, owner: Any = "owner-b") -> CoordinatorStore:
     return CoordinatorStore(run.client, run.name, owner)
 
 
-def dethroned(run):
+def dethroned(run: SampleRun) -> CoordinatorStore:
     """Depose `run.coordinator` without its knowledge; return the current leader."""
     run.coordinator.lead(-1)
     successor = other(run)
@@ -48,63 +49,63 @@ def dethroned(run):
 # Leadership
 
 
-def test_only_the_first_coordinator_acquires_the_lease(run):
+def test_only_the_first_coordinator_acquires_the_lease(run: SampleRun) -> None:
     second = other(run)
     assert run.coordinator.token > 0
     assert (second.lead(60), second.token) == (False, 0)
 
 
-def test_expired_lease_passes_on_with_a_higher_token(run):
+def test_expired_lease_passes_on_with_a_higher_token(run: SampleRun) -> None:
     successor = dethroned(run)
     assert successor.token == run.coordinator.token + 1
     assert not run.coordinator.lead(60)
 
 
-def test_leader_keeps_its_token_on_renewal(run):
+def test_leader_keeps_its_token_on_renewal(run: SampleRun) -> None:
     token = run.coordinator.token
     assert run.coordinator.lead(60)
     run.coordinator.renew_lead(60)
     assert run.coordinator.token == token
 
 
-def test_renewed_lease_excludes_a_second_coordinator(run):
+def test_renewed_lease_excludes_a_second_coordinator(run: SampleRun) -> None:
     run.coordinator.lead(-1)
     run.coordinator.renew_lead(60)
     assert not other(run).lead(60)
 
 
-def test_leader_may_renew_an_expired_lease_that_is_still_free(run):
+def test_leader_may_renew_an_expired_lease_that_is_still_free(run: SampleRun) -> None:
     run.coordinator.lead(-1)
     run.coordinator.renew_lead(60)
     run.publish(1)
 
 
-def test_renewal_by_a_deposed_leader_is_fenced(run):
+def test_renewal_by_a_deposed_leader_is_fenced(run: SampleRun) -> None:
     dethroned(run)
     with pytest.raises(Fenced, match="sample"):
         run.coordinator.renew_lead(60)
 
 
-def test_released_lease_can_be_acquired_at_once(run):
+def test_released_lease_can_be_acquired_at_once(run: SampleRun) -> None:
     run.coordinator.release_lead()
     successor = other(run)
     assert successor.lead(60)
     assert successor.token == run.coordinator.token + 1
 
 
-def test_leader_of_a_lost_run_is_fenced_from_a_namesake(run):
+def test_leader_of_a_lost_run_is_fenced_from_a_namesake(run: SampleRun) -> None:
     run.client.flushall()
     assert SampleRun(run.client).coordinator.token != run.coordinator.token
     with pytest.raises(Fenced):
         run.publish(1)
 
 
-def test_release_by_another_coordinator_changes_nothing(run):
+def test_release_by_another_coordinator_changes_nothing(run: SampleRun) -> None:
     other(run).release_lead()
     assert not other(run).lead(60)
 
 
-def test_info_names_the_leader_until_it_releases(run):
+def test_info_names_the_leader_until_it_releases(run: SampleRun) -> None:
     assert run.coordinator.info().leader == "owner-a"
     run.coordinator.release_lead()
     assert run.coordinator.info().leader == ""
@@ -120,7 +121,7 @@ STALE_WRITES = {
 
 
 @pytest.mark.parametrize("write", STALE_WRITES)
-def test_deposed_leader_writes_are_refused_without_a_trace(run, write):
+def test_deposed_leader_writes_are_refused_without_a_trace(run: SampleRun, write: str) -> None:
     run.join()
     run.posted()
     [entry] = run.updates()
@@ -131,7 +132,7 @@ def test_deposed_leader_writes_are_refused_without_a_trace(run, write):
     assert run.contents() == before
 
 
-def test_deposed_leader_cannot_overwrite_a_version(chunks, run):
+def test_deposed_leader_cannot_overwrite_a_version(chunks: int, run: SampleRun) -> None:
     """A former leader stages blobs before its commit is refused; these must not overwrite the successor's blobs."""
     successor = dethroned(run)
     good = run.payload(7.0)
@@ -144,7 +145,7 @@ def test_deposed_leader_cannot_overwrite_a_version(chunks, run):
     assert successor.read_optimizer_state(1) == b"good"
 
 
-def test_staged_chunks_of_a_dead_leader_are_removed(chunks, run):
+def test_staged_chunks_of_a_dead_leader_are_removed(chunks: int, run: SampleRun) -> None:
     run.coordinator.write_blob(run.keys.staged_model(run.coordinator.token), run.payload(), 60)
     run.coordinator.write_blob(run.keys.staged_state(run.coordinator.token), run.payload(), 60)
     successor = dethroned(run)
@@ -153,7 +154,7 @@ def test_staged_chunks_of_a_dead_leader_are_removed(chunks, run):
     assert not [name for name in run.names() if "staged" in name]
 
 
-def test_deposed_leader_consumes_no_stream_entries(run):
+def test_deposed_leader_consumes_no_stream_entries(run: SampleRun) -> None:
     """A former leader reads the stream once more before learning that another coordinator leads."""
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
@@ -168,7 +169,7 @@ def test_deposed_leader_consumes_no_stream_entries(run):
 # The run as a whole
 
 
-def test_run_exists_from_its_first_version(redis_client, run):
+def test_run_exists_from_its_first_version(redis_client: redis.Redis, run: SampleRun) -> None:
     stranger = CoordinatorStore(redis_client, "stranger", "owner")
     assert run.coordinator.exists()
     assert not stranger.exists()
@@ -177,7 +178,7 @@ def test_run_exists_from_its_first_version(redis_client, run):
     assert not stranger.exists()
 
 
-def test_info_has_what_was_created_and_committed(run):
+def test_info_has_what_was_created_and_committed(run: SampleRun) -> None:
     info = run.coordinator.info()
     assert info.config == run.config.model_dump(mode="json")
     assert info.manifest == run.manifest.pack()
@@ -186,17 +187,17 @@ def test_info_has_what_was_created_and_committed(run):
     assert run.coordinator.info().totals == {"updates": 1}
 
 
-def test_info_of_an_unknown_run_names_it(redis_client):
+def test_info_of_an_unknown_run_names_it(redis_client: redis.Redis) -> None:
     with pytest.raises(RunNotFound, match="nobody"):
         Store(redis_client, "nobody").info()
 
 
-def test_runs_are_listed_until_they_expire(run):
+def test_runs_are_listed_until_they_expire(run: SampleRun) -> None:
     run.client.sadd(RUNS, "expired")
     assert list_runs(run.client) == ["sample"]
 
 
-def test_every_key_of_a_run_carries_its_hash_tag(run):
+def test_every_key_of_a_run_carries_its_hash_tag(run: SampleRun) -> None:
     run.join()
     run.posted(1)
     run.dispatch(2, "c0")
@@ -207,7 +208,7 @@ def test_every_key_of_a_run_carries_its_hash_tag(run):
     assert stray == {RUNS}
 
 
-def test_ended_run_leaves_only_keys_that_expire(run):
+def test_ended_run_leaves_only_keys_that_expire(run: SampleRun) -> None:
     worker = run.join()
     run.posted(1)
     open_claim = worker.claim(run.dispatch(2), 60)
@@ -231,13 +232,13 @@ def test_ended_run_leaves_only_keys_that_expire(run):
     assert -1 not in {run.client.ttl(run.keys.pattern.replace("*", name)) for name in run.names()}
 
 
-def test_ending_a_run_is_idempotent(run):
+def test_ending_a_run_is_idempotent(run: SampleRun) -> None:
     run.coordinator.end("first", 60, 1)
     run.coordinator.end("first", 60, 1)
     assert run.coordinator.info().stopped_because == "first"
 
 
-def test_ended_run_keeps_the_head_and_the_requested_versions(run):
+def test_ended_run_keeps_the_head_and_the_requested_versions(run: SampleRun) -> None:
     """A job pinned its base and was closed after the last commit; the base must not stay stored."""
     run.join()
     run.coordinator.pin_version(0)
@@ -256,23 +257,23 @@ def test_ended_run_keeps_the_head_and_the_requested_versions(run):
 # Serving clients
 
 
-def test_worker_takes_the_first_unserved_candidate(run):
+def test_worker_takes_the_first_unserved_candidate(run: SampleRun) -> None:
     assert run.worker("a").join(["c0", "c1"], 60) == "c0"
     assert run.worker("b").join(["c0", "c1"], 60) == "c1"
     assert run.worker("c").join(["c0", "c1"], 60) is None
 
 
-def test_worker_that_joins_again_keeps_its_client(run):
+def test_worker_that_joins_again_keeps_its_client(run: SampleRun) -> None:
     worker = run.worker()
     assert worker.join(["c0"], 60) == worker.join(["c0"], 60) == "c0"
 
 
-def test_client_of_a_silent_worker_is_free(run):
+def test_client_of_a_silent_worker_is_free(run: SampleRun) -> None:
     run.worker("dead").join(["c0"], 0)
     assert run.worker("b").join(["c0"], 60) == "c0"
 
 
-def test_registration_is_stored_and_posted(run):
+def test_registration_is_stored_and_posted(run: SampleRun) -> None:
     run.join("c0")
     assert run.coordinator.registrations() == {"c0": {"client": "c0", "examples": 10}}
     assert run.coordinator.alive_clients() == ["c0"]
@@ -281,13 +282,13 @@ def test_registration_is_stored_and_posted(run):
     assert read(Registration, entry.body).examples == 10
 
 
-def test_registration_of_a_taken_client_is_refused(run):
+def test_registration_of_a_taken_client_is_refused(run: SampleRun) -> None:
     run.join("c0", "a")
     assert not run.worker("b").register(Registration(client="c0", examples=99))
     assert run.coordinator.registrations()["c0"]["examples"] == 10
 
 
-def test_leaving_is_posted_and_frees_the_client(run):
+def test_leaving_is_posted_and_frees_the_client(run: SampleRun) -> None:
     worker = run.join()
     run.coordinator.receive(0.001)
     worker.leave(["c0", "never-mine"])
@@ -296,18 +297,18 @@ def test_leaving_is_posted_and_frees_the_client(run):
     assert run.worker("b").join(["c0"], 60) == "c0"
 
 
-def test_worker_cannot_leave_for_another_one(run):
+def test_worker_cannot_leave_for_another_one(run: SampleRun) -> None:
     run.join("c0", "a")
     run.worker("b").leave(["c0"])
     assert run.coordinator.alive_clients() == ["c0"]
 
 
-def test_leaving_without_clients_posts_nothing(run):
+def test_leaving_without_clients_posts_nothing(run: SampleRun) -> None:
     run.worker().leave([])
     assert run.coordinator.unacknowledged() == []
 
 
-def test_client_with_an_expired_lease_is_expired(run):
+def test_client_with_an_expired_lease_is_expired(run: SampleRun) -> None:
     run.join("c0", lease=0)
     run.join("c1", "worker-b", lease=60)
     leases = run.coordinator.client_leases(["c1", "c0", "c2"], most_seconds=30)
@@ -318,7 +319,7 @@ def test_client_with_an_expired_lease_is_expired(run):
     assert run.worker().heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
 
 
-def test_returned_client_is_not_expired(run):
+def test_returned_client_is_not_expired(run: SampleRun) -> None:
     worker = run.join("c0", lease=0)
     worker.heartbeat(["c0"], 60, None, True)
     assert not run.coordinator.expire_client("c0")
@@ -328,7 +329,7 @@ def test_returned_client_is_not_expired(run):
 # Jobs
 
 
-def test_dispatched_job_is_open_assigned_and_leased(run):
+def test_dispatched_job_is_open_assigned_and_leased(run: SampleRun) -> None:
     run.join()
     job = run.dispatch(1)
     [listed] = run.coordinator.jobs()
@@ -339,7 +340,7 @@ def test_dispatched_job_is_open_assigned_and_leased(run):
     assert run.coordinator.find_expired() == []
 
 
-def test_dispatch_is_idempotent(run):
+def test_dispatch_is_idempotent(run: SampleRun) -> None:
     run.join()
     run.dispatch(1, lease=60)
     run.worker().claim("sample-00000001", 60)
@@ -348,7 +349,7 @@ def test_dispatch_is_idempotent(run):
     assert run.contents() == before
 
 
-def test_job_passes_from_dispatch_to_merge(chunks, run):
+def test_job_passes_from_dispatch_to_merge(chunks: int, run: SampleRun) -> None:
     worker = run.join()
     job = run.dispatch()
     claim = worker.claim(job, 60)
@@ -378,7 +379,7 @@ def test_job_passes_from_dispatch_to_merge(chunks, run):
     np.testing.assert_array_equal(model.buffer, run.payload(1.0))
 
 
-def test_only_posted_payloads_outlive_their_expiry(chunks, run):
+def test_only_posted_payloads_outlive_their_expiry(chunks: int, run: SampleRun) -> None:
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
     prefix = run.keys.payload(claim.job, claim.attempt)
@@ -388,7 +389,7 @@ def test_only_posted_payloads_outlive_their_expiry(chunks, run):
     assert {run.client.ttl(f"{prefix}:{i}") for i in range(chunks)} == {-1}
 
 
-def test_claim_of_an_unknown_or_ended_job_is_refused(run):
+def test_claim_of_an_unknown_or_ended_job_is_refused(run: SampleRun) -> None:
     run.join()
     run.posted(1)
     for job in ("sample-00000001", "sample-00000404"):
@@ -397,7 +398,7 @@ def test_claim_of_an_unknown_or_ended_job_is_refused(run):
     assert run.coordinator.refused() == {"closed": 2}
 
 
-def test_claim_has_the_newest_version_and_renews_the_lease(run):
+def test_claim_has_the_newest_version_and_renews_the_lease(run: SampleRun) -> None:
     run.join()
     job = run.dispatch(lease=0)
     run.publish(1)
@@ -406,7 +407,7 @@ def test_claim_has_the_newest_version_and_renews_the_lease(run):
     assert run.coordinator.find_expired() == []
 
 
-def test_second_attempt_takes_the_job_from_the_first(chunks, run):
+def test_second_attempt_takes_the_job_from_the_first(chunks: int, run: SampleRun) -> None:
     first = run.worker().claim(run.dispatch(), 60)
     second = run.worker("worker-b").claim(first.job, 60)
     assert (first.attempt, second.attempt) == (1, 2)
@@ -417,7 +418,7 @@ def test_second_attempt_takes_the_job_from_the_first(chunks, run):
     assert [e.attempt for e in run.updates()] == [2]
 
 
-def test_update_posted_twice_counts_once_and_keeps_its_payload(chunks, run):
+def test_update_posted_twice_counts_once_and_keeps_its_payload(chunks: int, run: SampleRun) -> None:
     run.join()
     claim = run.worker().claim(run.dispatch(), 60)
     assert run.post(run.worker(), claim) == ""
@@ -428,7 +429,7 @@ def test_update_posted_twice_counts_once_and_keeps_its_payload(chunks, run):
     assert run.coordinator.refused() == {"replayed": 1}
 
 
-def test_update_of_a_merged_job_is_refused_and_leaves_nothing(chunks, run):
+def test_update_of_a_merged_job_is_refused_and_leaves_nothing(chunks: int, run: SampleRun) -> None:
     claim = run.posted()
     run.publish(1, run.updates())
     assert run.post(run.worker(), claim) == "closed"
@@ -436,7 +437,7 @@ def test_update_of_a_merged_job_is_refused_and_leaves_nothing(chunks, run):
     assert not [n for n in run.names() if n.startswith("payload:")]
 
 
-def test_update_posted_after_its_lease_is_over_is_refused(chunks, run):
+def test_update_posted_after_its_lease_is_over_is_refused(chunks: int, run: SampleRun) -> None:
     worker = run.join()
     claim = worker.claim(run.dispatch(), 0)
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, chunks, if_lapsed=True)
@@ -445,7 +446,7 @@ def test_update_posted_after_its_lease_is_over_is_refused(chunks, run):
     assert run.coordinator.refused()["closed"] == 1
 
 
-def test_update_with_missing_chunks_is_refused_and_deleted(chunks, run):
+def test_update_with_missing_chunks_is_refused_and_deleted(chunks: int, run: SampleRun) -> None:
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
     payload = run.payload()
@@ -456,7 +457,7 @@ def test_update_with_missing_chunks_is_refused_and_deleted(chunks, run):
     assert run.post(worker, claim) == "", "the job did not stay open for a complete update"
 
 
-def test_ending_is_posted_and_closes_the_attempt(run):
+def test_ending_is_posted_and_closes_the_attempt(run: SampleRun) -> None:
     claim = run.worker().claim(run.dispatch(), 60)
     assert run.worker().end(claim, Ending(reason="failed", error="ValueError: no rows")) == ""
     [entry] = run.coordinator.unacknowledged()
@@ -468,7 +469,7 @@ def test_ending_is_posted_and_closes_the_attempt(run):
 # Heartbeats
 
 
-def test_heartbeat_renews_clients_and_the_current_job(run):
+def test_heartbeat_renews_clients_and_the_current_job(run: SampleRun) -> None:
     worker = run.join(lease=0)
     claim = worker.claim(run.dispatch(), 0)
     pulse = worker.heartbeat(["c0"], 60, claim, progressing=True)
@@ -476,14 +477,14 @@ def test_heartbeat_renews_clients_and_the_current_job(run):
     assert run.coordinator.find_expired() == []
 
 
-def test_heartbeat_without_progress_lets_the_job_lease_expire(run):
+def test_heartbeat_without_progress_lets_the_job_lease_expire(run: SampleRun) -> None:
     worker = run.join()
     claim = worker.claim(run.dispatch(), 0)
     assert worker.heartbeat(["c0"], 60, claim, progressing=False).owns_job
     assert run.coordinator.find_expired() == [claim.job]
 
 
-def test_only_a_busy_worker_renews_its_queued_jobs(run):
+def test_only_a_busy_worker_renews_its_queued_jobs(run: SampleRun) -> None:
     worker = run.join("c0")
     run.join("c1")
     claim = worker.claim(run.dispatch(1, "c0"), 60)
@@ -494,7 +495,7 @@ def test_only_a_busy_worker_renews_its_queued_jobs(run):
     assert run.coordinator.find_expired() == []
 
 
-def test_heartbeat_does_not_renew_a_job_of_another_attempt(run):
+def test_heartbeat_does_not_renew_a_job_of_another_attempt(run: SampleRun) -> None:
     worker = run.join()
     first = worker.claim(run.dispatch(), 60)
     run.worker("worker-b").claim(first.job, 0)
@@ -502,14 +503,14 @@ def test_heartbeat_does_not_renew_a_job_of_another_attempt(run):
     assert run.coordinator.find_expired() == [first.job]
 
 
-def test_heartbeat_names_clients_taken_by_another_worker(run):
+def test_heartbeat_names_clients_taken_by_another_worker(run: SampleRun) -> None:
     run.join("c0", "slow", lease=0)
     run.join("c0", "quick")
     assert run.worker("slow").heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
     assert run.worker("quick").heartbeat(["c0"], 60, None, True).lost_clients == ()
 
 
-def test_heartbeat_reports_an_ended_or_unknown_run(run):
+def test_heartbeat_reports_an_ended_or_unknown_run(run: SampleRun) -> None:
     worker = run.join()
     run.coordinator.end("done", 60, 1)
     assert worker.heartbeat(["c0"], 60, None, True).run_state == "ended"
@@ -520,7 +521,7 @@ def test_heartbeat_reports_an_ended_or_unknown_run(run):
 # Endings
 
 
-def test_only_an_open_job_past_its_lease_is_closed_as_expired(run):
+def test_only_an_open_job_past_its_lease_is_closed_as_expired(run: SampleRun) -> None:
     run.join()
     leased, lapsed, posted = run.dispatch(1, lease=60), run.dispatch(2, lease=0), run.posted(3).job
     close = lambda job: run.coordinator.close(job, {"kind": "abandoned", "job": job}, 1, if_lapsed=True)  # noqa: E731
@@ -528,7 +529,7 @@ def test_only_an_open_job_past_its_lease_is_closed_as_expired(run):
     assert [r["job"] for r in run.coordinator.ledger()] == [lapsed]
 
 
-def test_job_closed_twice_ends_once(chunks, run):
+def test_job_closed_twice_ends_once(chunks: int, run: SampleRun) -> None:
     run.posted()
     [entry] = run.updates()
     record = {"kind": "rejected", "job": entry.job}
@@ -539,7 +540,7 @@ def test_job_closed_twice_ends_once(chunks, run):
     assert not [n for n in run.names() if n.startswith(("payload:", "job:", "attempt:"))]
 
 
-def test_closing_a_job_leaves_only_its_ledger_record(run):
+def test_closing_a_job_leaves_only_its_ledger_record(run: SampleRun) -> None:
     run.join()
     before = run.names()
     job = run.dispatch()
@@ -549,14 +550,14 @@ def test_closing_a_job_leaves_only_its_ledger_record(run):
     assert run.client.hget(run.keys.site("c0"), "job") is None
 
 
-def test_closing_keeps_the_assignment_of_a_newer_job(run):
+def test_closing_keeps_the_assignment_of_a_newer_job(run: SampleRun) -> None:
     run.join()
     old, new = run.dispatch(1), run.dispatch(2)
     run.coordinator.close(old, {"kind": "abandoned"}, 1)
     assert run.client.hget(run.keys.site("c0"), "job") == new.encode()
 
 
-def test_closing_deletes_the_payloads_of_all_attempts(chunks, run):
+def test_closing_deletes_the_payloads_of_all_attempts(chunks: int, run: SampleRun) -> None:
     worker = run.join()
     first = worker.claim(run.dispatch(), 60)
     worker.write_blob(run.keys.payload(first.job, first.attempt), run.payload(), 60)  # the worker dies before its post
@@ -568,7 +569,7 @@ def test_closing_deletes_the_payloads_of_all_attempts(chunks, run):
     assert not [n for n in run.names() if n.startswith("payload:")]
 
 
-def test_closing_acknowledges_an_entry_whose_job_is_gone(run):
+def test_closing_acknowledges_an_entry_whose_job_is_gone(run: SampleRun) -> None:
     run.posted()
     [entry] = run.updates()
     run.client.delete(run.keys.job(entry.job))
@@ -577,7 +578,7 @@ def test_closing_acknowledges_an_entry_whose_job_is_gone(run):
     assert run.coordinator.ledger() == []
 
 
-def test_job_with_a_posted_update_is_not_closed_as_unposted(run):
+def test_job_with_a_posted_update_is_not_closed_as_unposted(run: SampleRun) -> None:
     run.join()
     posted, still_open = run.posted(1).job, run.dispatch(2)
     assert (run.coordinator.is_posted(posted), run.coordinator.is_posted(still_open)) == (True, False)
@@ -587,7 +588,7 @@ def test_job_with_a_posted_update_is_not_closed_as_unposted(run):
     assert len(run.updates()) == 1
 
 
-def test_ack_with_a_record_is_written_once(run):
+def test_ack_with_a_record_is_written_once(run: SampleRun) -> None:
     run.coordinator.report("evaluated", b"body")
     [entry] = run.coordinator.receive(0.001)
     assert (entry.kind, entry.body) == ("evaluated", b"body")
@@ -596,7 +597,7 @@ def test_ack_with_a_record_is_written_once(run):
     assert run.coordinator.ledger() == [{"kind": "evaluation"}]
 
 
-def test_ack_without_a_record_writes_no_ledger_record(run):
+def test_ack_without_a_record_writes_no_ledger_record(run: SampleRun) -> None:
     run.coordinator.report("evaluated", b"")
     [entry] = run.coordinator.receive(0.001)
     assert run.coordinator.ack(entry.id, None)
@@ -608,7 +609,7 @@ def test_ack_without_a_record_writes_no_ledger_record(run):
 
 
 @pytest.mark.parametrize("version", [0, 3, 7])
-def test_commit_that_does_not_follow_the_head_is_refused(run, version):
+def test_commit_that_does_not_follow_the_head_is_refused(run: SampleRun, version: int) -> None:
     run.publish(1)
     with pytest.raises(StoreError, match=f"version {version} does not follow"):
         run.publish(version)
@@ -616,7 +617,7 @@ def test_commit_that_does_not_follow_the_head_is_refused(run, version):
     assert not [n for n in run.names() if "staged" in n], "the refused commit left staged chunks"
 
 
-def test_committed_version_does_not_expire(chunks, run):
+def test_committed_version_does_not_expire(chunks: int, run: SampleRun) -> None:
     """Staged chunks expire, while committed chunks stay until a later commit deletes them."""
     run.publish(1, state=bytes(40))
     blobs = [name for name in run.names() if name.startswith(("model:", "state:"))]
@@ -624,7 +625,7 @@ def test_committed_version_does_not_expire(chunks, run):
     assert {run.client.ttl(run.keys.pattern.replace("*", name)) for name in blobs} == {-1}
 
 
-def test_commit_repeated_by_its_leader_changes_nothing(run):
+def test_commit_repeated_by_its_leader_changes_nothing(run: SampleRun) -> None:
     run.posted()
     entries = run.updates()
     assert run.publish(1, entries) == {1}
@@ -634,13 +635,13 @@ def test_commit_repeated_by_its_leader_changes_nothing(run):
     assert run.coordinator.info().version == 1
 
 
-def several(run, last, records, merged):
+def several(run: SampleRun, last: int, records: int, merged: list[Any]) -> set[Any]:
     lines = [{"kind": "version", "version": last - i, "merged": []} for i in reversed(range(records))]
     none = np.zeros(0, np.uint8)
     return run.coordinator.publish(last, run.payload(float(last)), none, lines, {"updates": last}, merged)
 
 
-def test_intermediate_versions_are_recorded_but_not_stored(run):
+def test_intermediate_versions_are_recorded_but_not_stored(run: SampleRun) -> None:
     run.join()
     for number, client in ((1, "c0"), (2, "c0"), (3, "c0")):
         run.posted(number, client)
@@ -655,13 +656,13 @@ def test_intermediate_versions_are_recorded_but_not_stored(run):
 
 
 @pytest.mark.parametrize(("last", "records"), [(2, 1), (3, 2), (2, 3), (5, 1)])
-def test_versions_that_do_not_follow_the_head_are_refused(run, last, records):
+def test_versions_that_do_not_follow_the_head_are_refused(run: SampleRun, last: int, records: int) -> None:
     with pytest.raises(StoreError, match="does not follow"):
         several(run, last, records, [])
     assert run.coordinator.ledger() == []
 
 
-def test_commit_of_an_existing_version_is_refused(run):
+def test_commit_of_an_existing_version_is_refused(run: SampleRun) -> None:
     """A successor starts from the head, so no successor commits an existing version again."""
     run.publish(1)
     successor = dethroned(run)
@@ -669,7 +670,9 @@ def test_commit_of_an_existing_version_is_refused(run):
         successor.publish(1, run.payload(), np.zeros(0, np.uint8), [{"kind": "version"}], {}, [])
 
 
-def test_commit_with_expired_chunks_changes_nothing(chunks, run, monkeypatch):
+def test_commit_with_expired_chunks_changes_nothing(
+    chunks: int, run: SampleRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run.posted()
     before = run.contents()
     monkeypatch.setattr(CoordinatorStore, "begin_blob", lambda self, prefix, buffer, seconds: [])
@@ -678,7 +681,7 @@ def test_commit_with_expired_chunks_changes_nothing(chunks, run, monkeypatch):
     assert run.contents() == before
 
 
-def test_pins_of_many_open_jobs_are_checked_at_intervals(run, monkeypatch):
+def test_pins_of_many_open_jobs_are_checked_at_intervals(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedqueue_coordinator.service.coordinator_store.SCANNED_JOBS", 2)
     worker = run.join()
     claims = [worker.claim(run.dispatch(number), 60) for number in (1, 2, 3, 4, 5)]
@@ -696,7 +699,7 @@ def test_pins_of_many_open_jobs_are_checked_at_intervals(run, monkeypatch):
     assert (run.coordinator.stored_versions(), models) == ([8], {"model:8:0"})
 
 
-def test_version_is_stored_exactly_while_a_job_pins_it(chunks, run):
+def test_version_is_stored_exactly_while_a_job_pins_it(chunks: int, run: SampleRun) -> None:
     """I5: a version is not deleted during its download by a worker."""
     worker = run.join()
     claim = worker.claim(run.dispatch(1), 60)
@@ -713,14 +716,14 @@ def test_version_is_stored_exactly_while_a_job_pins_it(chunks, run):
         worker.fetch(0, np.empty(run.manifest.nbytes, np.uint8))
 
 
-def test_released_base_is_not_pinned(run):
+def test_released_base_is_not_pinned(run: SampleRun) -> None:
     worker = run.join()
     claim = worker.claim(run.dispatch(1), 60)
     worker.release_base(claim)
     assert run.publish(1) == {1}
 
 
-def test_only_the_owning_attempt_can_release_its_base(run):
+def test_only_the_owning_attempt_can_release_its_base(run: SampleRun) -> None:
     worker = run.join()
     first = worker.claim(run.dispatch(1), 60)
     worker.claim(first.job, 60)
@@ -728,14 +731,14 @@ def test_only_the_owning_attempt_can_release_its_base(run):
     assert run.publish(1) == {0, 1}
 
 
-def test_closed_job_pins_no_version(run):
+def test_closed_job_pins_no_version(run: SampleRun) -> None:
     worker = run.join()
     claim = worker.claim(run.dispatch(1), 60)
     run.coordinator.close(claim.job, {"kind": "abandoned"}, 1)
     assert run.publish(1) == {1}
 
 
-def test_only_the_newest_optimizer_state_is_stored(chunks, run):
+def test_only_the_newest_optimizer_state_is_stored(chunks: int, run: SampleRun) -> None:
     state = bytes(range(40))
     run.publish(1, state=state)
     run.publish(2, state=state[::-1])
@@ -743,14 +746,14 @@ def test_only_the_newest_optimizer_state_is_stored(chunks, run):
     assert run.coordinator.read_optimizer_state(2) == state[::-1]
 
 
-def test_optimizer_state_with_a_missing_chunk_is_an_error(chunks, run):
+def test_optimizer_state_with_a_missing_chunk_is_an_error(chunks: int, run: SampleRun) -> None:
     run.publish(1, state=bytes(40))
     run.client.delete(f"{run.keys.state(1)}:0")
     with pytest.raises(StoreError, match="version 1"):
         run.coordinator.read_optimizer_state(1)
 
 
-def test_error_of_a_piggybacked_command_does_not_affect_a_post(run):
+def test_error_of_a_piggybacked_command_does_not_affect_a_post(run: SampleRun) -> None:
     worker, payload = run.join(), run.payload()
     run.client.set("text", "no list")
     claim = worker.claim(run.dispatch(), 60)
@@ -759,7 +762,7 @@ def test_error_of_a_piggybacked_command_does_not_affect_a_post(run):
     assert not run.client.exists("text")
 
 
-def test_late_post_cannot_change_a_kept_payload(chunks, run):
+def test_late_post_cannot_change_a_kept_payload(chunks: int, run: SampleRun) -> None:
     claim = run.posted()
     empty = np.zeros(0, np.uint8)
     run.coordinator.publish(1, run.payload(), empty, [{"kind": "version"}], {}, run.updates(), keep_payloads=True)
@@ -773,7 +776,7 @@ def test_late_post_cannot_change_a_kept_payload(chunks, run):
 # Epochs: the coordinator restores a run that Redis has lost from a checkpoint
 
 
-def new_epoch(run, version=5):
+def new_epoch(run: SampleRun, version: Any = 5) -> None:
     """Delete everything in Redis and let the running coordinator start epoch 1 from its checkpoint."""
     run.client.flushdb()
     assert run.coordinator.lead(60)
@@ -784,7 +787,7 @@ def new_epoch(run, version=5):
     run.coordinator.publish(version, run.payload(float(version)), empty, [], {"updates": 9}, [])
 
 
-def test_restored_run_keeps_version_ledger_and_job_number(run):
+def test_restored_run_keeps_version_ledger_and_job_number(run: SampleRun) -> None:
     new_epoch(run)
     info = run.coordinator.info()
     assert (info.epoch, info.version, info.totals, info.state) == (1, 5, {"updates": 9}, "running")
@@ -794,7 +797,7 @@ def test_restored_run_keeps_version_ledger_and_job_number(run):
     assert run.publish(6) == {6}
 
 
-def test_update_of_an_old_epoch_is_refused(run):
+def test_update_of_an_old_epoch_is_refused(run: SampleRun) -> None:
     """The update is refused even if the same worker holds a job of the same name in the new epoch."""
     worker = run.join()
     stale = worker.claim(run.dispatch(1), 60)
@@ -813,7 +816,9 @@ def test_update_of_an_old_epoch_is_refused(run):
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, 15, 16, 17, 32, 33])
-def test_blob_of_any_size_round_trips_through_chunks(run, monkeypatch, nbytes):
+def test_blob_of_any_size_round_trips_through_chunks(
+    run: SampleRun, monkeypatch: pytest.MonkeyPatch, nbytes: int
+) -> None:
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 16)
     monkeypatch.setattr(fedqueue.transport.blob_store, "READ", 7)
     blob = np.arange(nbytes, dtype=np.uint8)
@@ -823,7 +828,7 @@ def test_blob_of_any_size_round_trips_through_chunks(run, monkeypatch, nbytes):
     np.testing.assert_array_equal(into, blob)
 
 
-def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
+def test_blob_with_a_missing_chunk_is_named(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 16)
     monkeypatch.setattr(fedqueue.transport.blob_store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
@@ -833,7 +838,7 @@ def test_blob_with_a_missing_chunk_is_named(run, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [39, 41])
-def test_blob_of_another_size_is_refused(run, monkeypatch, size):
+def test_blob_of_another_size_is_refused(run: SampleRun, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 16)
     monkeypatch.setattr(fedqueue.transport.blob_store, "READ", 7)
     run.coordinator.write_blob("fedqueue:{sample}:blob", np.zeros(size, np.uint8))
@@ -841,7 +846,7 @@ def test_blob_of_another_size_is_refused(run, monkeypatch, size):
         run.coordinator.read_blob("fedqueue:{sample}:blob", np.zeros(40, np.uint8))
 
 
-def test_oversized_blob_is_read_for_at_most_one_extra_byte(run, monkeypatch):
+def test_oversized_blob_is_read_for_at_most_one_extra_byte(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory is allocated for the expected size, not for the stored size."""
     run.client.set("fedqueue:{sample}:blob:0", bytes(10_000_000))
     monkeypatch.setattr(run.client, "get", lambda key: pytest.fail("the whole of it was read"))
@@ -854,7 +859,7 @@ def test_oversized_blob_is_read_for_at_most_one_extra_byte(run, monkeypatch):
 
 
 @pytest.mark.server
-def test_embedded_server_takes_no_value_larger_than_a_chunk(server_client):
+def test_embedded_server_takes_no_value_larger_than_a_chunk(server_client: redis.Redis) -> None:
     with pytest.raises(redis.RedisError):
         connect("unix://" + server_client.connection_pool.connection_kwargs["path"], retries=0).set(
             "blob", bytes(fedqueue.tensors.blobs.CHUNK + 1)
@@ -864,7 +869,7 @@ def test_embedded_server_takes_no_value_larger_than_a_chunk(server_client):
 
 
 @pytest.mark.parametrize("key", ["registration", "alive"])
-def test_oversized_field_of_a_site_is_not_read(run, key):
+def test_oversized_field_of_a_site_is_not_read(run: SampleRun, key: str) -> None:
     run.join()
     run.client.hset(run.keys.site("c0"), key, b"9" * 100_000)
     assert run.coordinator.registrations() == (
@@ -876,7 +881,7 @@ def test_oversized_field_of_a_site_is_not_read(run, key):
 # The stream of updates
 
 
-def test_unacknowledged_entries_are_reread_in_order(run):
+def test_unacknowledged_entries_are_reread_in_order(run: SampleRun) -> None:
     run.join()
     for number in (1, 2, 3):
         run.posted(number)
@@ -893,18 +898,18 @@ def test_unacknowledged_entries_are_reread_in_order(run):
     assert [e.kind for e in successor.receive(0.001)] == ["evaluated"]
 
 
-def test_reading_is_bounded_and_resumes_at_the_next_entry(run):
+def test_reading_is_bounded_and_resumes_at_the_next_entry(run: SampleRun) -> None:
     for i in range(5):
         run.coordinator.report("evaluated", b"%d" % i)
     assert [e.body for e in run.coordinator.receive(0.001, count=3)] == [b"0", b"1", b"2"]
     assert [e.body for e in run.coordinator.receive(0.001, count=3)] == [b"3", b"4"]
 
 
-def test_waiting_for_entries_times_out(run):
+def test_waiting_for_entries_times_out(run: SampleRun) -> None:
     assert run.coordinator.receive(0.0) == []
 
 
-def test_entry_with_invalid_fields_is_returned():
+def test_entry_with_invalid_fields_is_returned() -> None:
     entry = StreamEntry.from_fields(
         "c0", (b"1-1", {b"kind": b"\xff\xfe", b"attempt": b"many", b"base": b"", b"\xff": b""})
     )
@@ -914,7 +919,7 @@ def test_entry_with_invalid_fields_is_returned():
 # Memory
 
 
-def test_number_of_keys_is_constant_over_many_versions(chunks, run):
+def test_number_of_keys_is_constant_over_many_versions(chunks: int, run: SampleRun) -> None:
     """I6: jobs that are merged, rejected, expired or posted late leave only ledger records."""
     run.join()
     counts = []
@@ -938,7 +943,7 @@ def test_number_of_keys_is_constant_over_many_versions(chunks, run):
     assert run.coordinator.jobs() == []
 
 
-def test_ledger_is_read_in_the_order_of_writing(run):
+def test_ledger_is_read_in_the_order_of_writing(run: SampleRun) -> None:
     for i in range(20):
         run.client.xadd(run.keys.ledger, {"record": msgpack.packb({"number": i})})
     assert [r["number"] for r in run.coordinator.ledger()] == list(range(20))
@@ -947,7 +952,7 @@ def test_ledger_is_read_in_the_order_of_writing(run):
 # Counts
 
 
-def test_counts_are_what_the_ledger_adds_up_to(run):
+def test_counts_are_what_the_ledger_adds_up_to(run: Any) -> None:
     run.join()
     run.publish(0)
     run.coordinator.close(run.dispatch(1), {"kind": "abandoned", "client": "c0", "reason": "failed", "error": "why"}, 1)
@@ -963,7 +968,7 @@ def test_counts_are_what_the_ledger_adds_up_to(run):
     assert counts.evaluation is None
 
 
-def test_restored_ledger_restores_the_counts(run):
+def test_restored_ledger_restores_the_counts(run: Any) -> None:
     ledger = [
         {"kind": "version", "version": 1, "merged": [{"client": "c0"}, {"client": "c1"}, {"client": "c0"}]},
         {"kind": "rejected", "client": "c0", "reason": "stale"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,24 +22,24 @@ PIECE = 16  # bytes; a model of the sample run has 72
 
 
 @pytest.fixture(autouse=True)
-def small_pieces(monkeypatch):
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 32)
     for bound in ("FIRST_PIECE", "LEAST_PIECE", "MOST_PIECE"):
         monkeypatch.setattr(line_speed, bound, PIECE)
 
 
-def begin(run, lease=60.0):
+def begin(run: Any, lease: Any = 60.0) -> Any:
     """Return the worker of c0, and its claim of a new job."""
     worker = run.join()
     return worker, worker.claim(run.dispatch(lease=lease), lease)
 
 
-def stored(run, claim):
+def stored(run: Any, claim: Any) -> Any:
     prefix = run.keys.payload(claim.job, claim.attempt)
     return b"".join(run.client.get(f"{prefix}:{i}") or b"" for i in range(3))
 
 
-def numbered(run):
+def numbered(run: Any) -> Any:
     """Return a payload whose bytes differ."""
     payload = run.payload()
     payload[:] = np.arange(payload.nbytes)
@@ -53,7 +54,7 @@ def finish(transfer: Upload | Download) -> None:
 # Uploads
 
 
-def test_pieces_add_up_to_the_payload_that_is_posted(run):
+def test_pieces_add_up_to_the_payload_that_is_posted(run: Any) -> None:
     worker, claim = begin(run)
     payload = numbered(run)
     upload = worker.upload(claim, payload)
@@ -64,14 +65,14 @@ def test_pieces_add_up_to_the_payload_that_is_posted(run):
     assert [entry.attempt for entry in run.updates()] == [1]
 
 
-def test_upload_continues_after_the_bytes_that_arrived(run, monkeypatch):
+def test_upload_continues_after_the_bytes_that_arrived(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reply to a piece is lost, and later one of the requests."""
     worker, claim = begin(run)
     payload, sent = numbered(run), []
     upload = worker.upload(claim, payload)
     store_piece, faults = upload._store_piece, {2: "after", 4: "before"}
 
-    def faulty(start, piece, first):
+    def faulty(start: Any, piece: Any, first: Any) -> Any:
         sent.append(start)
         fault = faults.get(len(sent))
         if fault == "before":
@@ -91,7 +92,7 @@ def test_upload_continues_after_the_bytes_that_arrived(run, monkeypatch):
     assert stored(run, claim) == payload.tobytes()
 
 
-def test_upload_sends_again_what_redis_has_lost(run):
+def test_upload_sends_again_what_redis_has_lost(run: Any) -> None:
     worker, claim = begin(run)
     payload = numbered(run)
     upload = worker.upload(claim, payload)
@@ -103,7 +104,7 @@ def test_upload_sends_again_what_redis_has_lost(run):
     assert stored(run, claim) == payload.tobytes()
 
 
-def test_repeated_piece_that_arrives_late_changes_nothing(run):
+def test_repeated_piece_that_arrives_late_changes_nothing(run: Any) -> None:
     worker, claim = begin(run)
     payload = numbered(run)
     late = worker.upload(claim, payload)
@@ -117,7 +118,7 @@ def test_repeated_piece_that_arrives_late_changes_nothing(run):
     assert run.client.ttl(run.keys.payload(claim.job, claim.attempt) + ":0") == -1
 
 
-def test_each_piece_renews_the_lease_and_every_expiry(run):
+def test_each_piece_renews_the_lease_and_every_expiry(run: Any) -> None:
     worker, claim = begin(run, lease=0.0)
     assert run.coordinator.find_expired() == [claim.job]
     upload = worker.upload(claim, numbered(run), lambda: 60.0)
@@ -130,7 +131,7 @@ def test_each_piece_renews_the_lease_and_every_expiry(run):
     assert all(PAYLOAD_SECONDS - 5 < run.client.ttl(f"{prefix}:{i}") <= PAYLOAD_SECONDS for i in range(2))
 
 
-def test_attempts_do_not_mix_their_pieces(run):
+def test_attempts_do_not_mix_their_pieces(run: Any) -> None:
     worker, first = begin(run)
     payload = numbered(run)
     early = worker.upload(first, payload)
@@ -146,7 +147,7 @@ def test_attempts_do_not_mix_their_pieces(run):
     assert stored(run, second) == other.tobytes()
 
 
-def test_upload_of_a_closed_job_ends_and_leaves_nothing(run):
+def test_upload_of_a_closed_job_ends_and_leaves_nothing(run: Any) -> None:
     worker, claim = begin(run, lease=0.0)
     payload = numbered(run)
     upload = worker.upload(claim, payload)
@@ -158,7 +159,7 @@ def test_upload_of_a_closed_job_ends_and_leaves_nothing(run):
     assert run.coordinator.refused() == {"closed": 1}
 
 
-def test_small_payload_travels_with_its_post(run, monkeypatch):
+def test_small_payload_travels_with_its_post(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, claim = begin(run)
     worker.uplink.piece = 1000
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 1000)
@@ -173,13 +174,13 @@ def test_small_payload_travels_with_its_post(run, monkeypatch):
 # Downloads
 
 
-def test_download_continues_with_the_missing_piece(run, monkeypatch):
+def test_download_continues_with_the_missing_piece(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run.publish(1)
     worker, claim = begin(run)
     download = worker.download(claim.version, into := np.zeros(72, np.uint8))
     read_span, asked = worker.read_span, []
 
-    def faulty(prefix, start, part, whole, moved):
+    def faulty(prefix: Any, start: Any, part: Any, whole: Any, moved: Any) -> None:
         asked.append(start)
         if len(asked) == 3:
             raise redis.ConnectionError("cut")
@@ -194,12 +195,12 @@ def test_download_continues_with_the_missing_piece(run, monkeypatch):
     np.testing.assert_array_equal(into, run.payload(1.0))
 
 
-def test_outage_between_pieces_is_waited_for(run, monkeypatch):
+def test_outage_between_pieces_is_waited_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run.publish(1)
     worker, claim = begin(run)
     read_span, calls = worker.read_span, itertools.count()
 
-    def flaky(*args):
+    def flaky(*args: Any) -> None:
         if next(calls) % 2:
             raise redis.ConnectionError("cut")
         read_span(*args)
@@ -214,7 +215,9 @@ def test_outage_between_pieces_is_waited_for(run, monkeypatch):
 
 
 @pytest.mark.server
-def test_bytes_of_a_large_piece_are_progress_in_both_directions(server, server_client, monkeypatch):
+def test_bytes_of_a_large_piece_are_progress_in_both_directions(
+    server: Any, server_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = SampleRun(connect(server.url))
     worker, claim = begin(run)
     moved, size = [], 3_000_000
@@ -233,7 +236,7 @@ def test_bytes_of_a_large_piece_are_progress_in_both_directions(server, server_c
 # A worker that dies in a transfer
 
 
-def test_lease_of_a_replaced_worker_process_has_ended(run):
+def test_lease_of_a_replaced_worker_process_has_ended(run: Any) -> None:
     """The job's lease is long, because it was in a transfer; the next process serves the client sooner than that."""
     _, claim = begin(run, lease=600.0)
     assert run.coordinator.find_expired() == []
@@ -244,7 +247,7 @@ def test_lease_of_a_replaced_worker_process_has_ended(run):
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 3, if_lapsed=True)
 
 
-def test_job_that_waits_in_the_queue_stays_with_the_client(run):
+def test_job_that_waits_in_the_queue_stays_with_the_client(run: Any) -> None:
     run.join()
     job = run.dispatch(lease=600.0)
     run.client.hset(run.keys.site("c0"), "alive", 0)

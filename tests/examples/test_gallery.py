@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +36,7 @@ def run(command: str, folder: Path) -> str:
     return result.stdout
 
 
-def test_every_section_of_the_page_is_run():
+def test_every_section_of_the_page_is_run() -> None:
     assert set(SECTIONS) == {"digits", "hospitals", "own-algorithm", "init", "compare"}
 
 
@@ -47,14 +48,14 @@ def test_every_section_of_the_page_is_run():
         ("stopped by target: accuracy 0.95", "stopped by seconds: 120", False),
     ],
 )
-def test_shape_ignores_figures_and_nothing_else(line, other, same):
+def test_shape_ignores_figures_and_nothing_else(line: str, other: str, same: bool) -> None:
     assert (shape(line) == shape(other)) is same
 
 
 @pytest.mark.slow
 @pytest.mark.server
 @pytest.mark.parametrize("name", SECTIONS)
-def test_gallery_prints_what_the_page_says(name, tmp_path):
+def test_gallery_prints_what_the_page_says(name: Any, tmp_path: Path) -> None:
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     commands, printed = SECTIONS[name]
     output = "".join(run(command, tmp_path) for command in commands.strip().splitlines())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def row(**values: str) -> dict[str, str]:
     return {**dict.fromkeys([*example.NUMBERS, *example.CATEGORIES], ""), **values}
 
 
-def test_federation_file_is_valid_and_names_the_four_hospitals():
+def test_federation_file_is_valid_and_names_the_four_hospitals() -> None:
     config = load_config(FOLDER / "federation.toml", environment={})
     assert set(config.clients.ids) == set(SIZES)
     task = load_task(config.task.entrypoint, config.task.options, FOLDER)
@@ -36,14 +37,14 @@ def test_federation_file_is_valid_and_names_the_four_hospitals():
 
 
 @pytest.mark.parametrize(("hospital", "patients"), SIZES.items())
-def test_each_hospital_holds_out_a_quarter_of_its_patients(hospital, patients):
+def test_each_hospital_holds_out_a_quarter_of_its_patients(hospital: str, patients: int) -> None:
     data = example.HospitalsTask().train_data(Client(hospital))
     assert len(data) + len(data.test) == patients
     assert len(data.test) == -(-patients // 4)
 
 
 @pytest.mark.parametrize("hospital", SIZES)
-def test_both_outcomes_are_held_out_in_proportion(hospital):
+def test_both_outcomes_are_held_out_in_proportion(hospital: str) -> None:
     for seed in range(5):
         data = example.HospitalsTask(seed=seed).train_data(Client(hospital))
         ill, tested = data.tensors[1], data.test.tensors[1]
@@ -52,7 +53,7 @@ def test_both_outcomes_are_held_out_in_proportion(hospital):
 
 
 @pytest.mark.parametrize("hospital", SIZES)
-def test_missing_values_leave_no_gap_and_no_outlier(hospital):
+def test_missing_values_leave_no_gap_and_no_outlier(hospital: str) -> None:
     data = example.HospitalsTask().train_data(Client(hospital))
     for rows, ill in (data.tensors, data.test.tensors):
         assert rows.dtype == torch.float32
@@ -62,13 +63,13 @@ def test_missing_values_leave_no_gap_and_no_outlier(hospital):
         assert set(ill.tolist()) == {0, 1}
 
 
-def test_numbers_are_standardised_over_the_training_rows():
+def test_numbers_are_standardised_over_the_training_rows() -> None:
     rows = example.HospitalsTask().train_data(Client("cleveland")).tensors[0][:, : len(example.NUMBERS)]
     assert torch.allclose(rows.mean(0), torch.zeros(len(example.NUMBERS)), atol=1e-5)
     assert rows[:, 0].std(correction=0) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_encoding_of_a_small_table_is_as_computed_by_hand():
+def test_encoding_of_a_small_table_is_as_computed_by_hand() -> None:
     table = [row(age="40", sex="Male", chol="200"), row(age="60", sex="Female", chol="0"), row(age="80", sex="Male")]
     encoded = example.encode(table, np.array([0, 1]))  # mean age 50, deviation 10; one known cholesterol
     n = len(example.NUMBERS)
@@ -81,7 +82,7 @@ def test_encoding_of_a_small_table_is_as_computed_by_hand():
     assert not encoded[:, 2 * n + 2 :].any()  # every other category is missing
 
 
-def test_cholesterol_of_zero_counts_as_missing():
+def test_cholesterol_of_zero_counts_as_missing() -> None:
     chol = example.NUMBERS.index("chol")
     for hospital, missing in (("switzerland", 123), ("va", 49 + 7)):
         data = example.HospitalsTask().train_data(Client(hospital))
@@ -91,10 +92,10 @@ def test_cholesterol_of_zero_counts_as_missing():
         assert not rows[flags == 1, chol].any()
 
 
-def test_hospital_data_is_independent_of_other_hospitals(monkeypatch):
+def test_hospital_data_is_independent_of_other_hospitals(monkeypatch: pytest.MonkeyPatch) -> None:
     table = example.read_rows
 
-    def others_changed(hospital):
+    def others_changed(hospital: Any) -> Any:
         rows = table(hospital)
         return rows if hospital == "Hungary" else [{**r, "age": "99", "chol": "999", "num": "1"} for r in rows[:50]]
 
@@ -107,7 +108,7 @@ def test_hospital_data_is_independent_of_other_hospitals(monkeypatch):
     assert len(va_after) != len(va_before)  # the change affects the hospital that made it
 
 
-def test_held_out_rows_shift_nothing_that_is_trained_on():
+def test_held_out_rows_shift_nothing_that_is_trained_on() -> None:
     rows = example.read_rows("Cleveland")
     ill = np.array([int(r["num"]) > 0 for r in rows], dtype=np.int64)
     trained_on, held_out = example.hold_out(ill, seed=0)
@@ -120,7 +121,7 @@ def test_held_out_rows_shift_nothing_that_is_trained_on():
     assert not torch.equal(example.prepare(with_cholesterol_of(trained_on[:9]), 0).tensors[0], before.tensors[0])
 
 
-def test_no_held_out_row_is_trained_on():
+def test_no_held_out_row_is_trained_on() -> None:
     trained_on, held_out = example.hold_out(np.array([0, 1] * 50), seed=0)
     assert sorted([*trained_on, *held_out]) == list(range(100))
     data = example.HospitalsTask().train_data(Client("cleveland"))
@@ -128,7 +129,7 @@ def test_no_held_out_row_is_trained_on():
     assert not trained & {tuple(r) for r in data.test.tensors[0].tolist()}
 
 
-def test_coordinator_sees_held_out_rows_only_if_configured():
+def test_coordinator_sees_held_out_rows_only_if_configured() -> None:
     assert example.HospitalsTask().test_data() is None
     pooled = example.HospitalsTask(central_test=True).test_data()
     assert len(pooled) == sum(-(-patients // 4) for patients in SIZES.values())
@@ -138,7 +139,7 @@ def test_coordinator_sees_held_out_rows_only_if_configured():
 
 @pytest.mark.parametrize("model", ["logistic", "mlp"])
 @pytest.mark.parametrize("hospital", ["cleveland", "va"])
-def test_both_models_train_and_report_counted_metrics(model, hospital):
+def test_both_models_train_and_report_counted_metrics(model: str, hospital: str) -> None:
     task = example.HospitalsTask(model=model)
     torch.manual_seed(0)
     network, data = task.model(), task.train_data(Client(hospital))
@@ -155,7 +156,7 @@ def test_both_models_train_and_report_counted_metrics(model, hospital):
     assert task.evaluate(network, data.test)["auc"] > 0.6
 
 
-def test_auc_is_that_of_scikit_learn_ties_included():
+def test_auc_is_that_of_scikit_learn_ties_included() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         ill = np.array([0, 1, *rng.integers(0, 2, 30)])
@@ -163,20 +164,20 @@ def test_auc_is_that_of_scikit_learn_ties_included():
         assert example.auc(scores, ill) == pytest.approx(roc_auc_score(ill, scores))
 
 
-def test_auc_is_left_out_where_only_one_outcome_occurs():
+def test_auc_is_left_out_where_only_one_outcome_occurs() -> None:
     task = example.HospitalsTask()
     healthy = TensorDataset(torch.zeros(3, example.FEATURES), torch.zeros(3, dtype=torch.int64))
     assert set(task.evaluate(task.model(), healthy)) == {"loss", "accuracy"}
 
 
-def test_unknown_hospital_or_model_names_those_there_are():
+def test_unknown_hospital_or_model_names_those_there_are() -> None:
     with pytest.raises(TaskError, match="no hospital is called 'basel'; known: cleveland, hungary"):
         example.HospitalsTask().train_data(Client("basel"))
     with pytest.raises(TaskError, match="unknown model 'forest'; known: logistic, mlp"):
         load_task("task.py:HospitalsTask", {"model": "forest"}, FOLDER)
 
 
-def test_mixed_rows_are_a_permutation_of_all_rows():
+def test_mixed_rows_are_a_permutation_of_all_rows() -> None:
     own, mixed = ([example.HospitalsTask(mixed=m).train_data(Client(name)) for name in SIZES] for m in (False, True))
     assert [len(data) for data in mixed] == [len(data) for data in own]
     before, after = (torch.cat([data.tensors[0] for data in parts]) for parts in (own, mixed))

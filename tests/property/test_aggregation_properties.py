@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fedqueue.config.aggregation import ServerOptimizerConfig, StalenessConfig
+from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
@@ -38,7 +42,7 @@ divisors = st.fixed_dictionaries(
 alphas = st.floats(0.01, 1.0)
 
 
-def merge(aggregation, model, contributions_):
+def merge(aggregation: dict[str, Any], model: Frame, contributions_: list[Contribution]) -> Frame:
     """Make the version after `model`, with plain addition as the server optimizer."""
     aggregator = make_aggregator(make_config(aggregation=aggregation))
     after, accumulator = model.copy(), aggregator.init(model.manifest)
@@ -48,23 +52,25 @@ def merge(aggregation, model, contributions_):
     return after
 
 
-def fedbuff(**options):
+def fedbuff(**options: Any) -> dict[str, Any]:
     return {"strategy": "fedbuff", **options}
 
 
-def deltas(contributions_):
+def deltas(contributions_: list[Contribution]) -> NDArray[Any]:
     return np.array([c.delta.parameters.numpy() for c in contributions_], np.float64)
 
 
 @given(functions, taus)
-def test_staleness_weights_are_between_0_and_1_and_never_rise(function, tau):
+def test_staleness_weights_are_between_0_and_1_and_never_rise(function: StalenessConfig, tau: int) -> None:
     s = make_staleness(function)
     assert s(0) == 1.0
     assert 0 < s(tau + 1) <= s(tau) <= 1
 
 
 @given(models, buffers, divisors, functions)
-def test_fedbuff_agrees_with_the_oracle(model, buffer, divisor, function):
+def test_fedbuff_agrees_with_the_oracle(
+    model: Frame, buffer: list[Contribution], divisor: dict[str, Any], function: StalenessConfig
+) -> None:
     s = make_staleness(function)
     arrived = [oracle.Arrived(c.delta.parameters.numpy().astype(np.float64), c.staleness, c.examples) for c in buffer]
     x = model.parameters.numpy().astype(np.float64)
@@ -74,7 +80,9 @@ def test_fedbuff_agrees_with_the_oracle(model, buffer, divisor, function):
 
 
 @given(models, contributions, models, alphas, functions, st.sampled_from(["model", "delta"]))
-def test_fedasync_agrees_with_the_oracle(model, update, base, alpha, function, mixing):
+def test_fedasync_agrees_with_the_oracle(
+    model: Frame, update: Contribution, base: Frame, alpha: float, function: StalenessConfig, mixing: str
+) -> None:
     base = base if update.staleness else model  # a fresh update was trained from the current model
     update = Contribution(update.delta, update.examples, update.staleness, base)
     x, b, delta = (f.parameters.numpy().astype(np.float64) for f in (model, base, update.delta))
@@ -84,7 +92,9 @@ def test_fedasync_agrees_with_the_oracle(model, update, base, alpha, function, m
 
 
 @given(models, buffers, divisors, functions, st.randoms(use_true_random=False))
-def test_order_within_a_buffer_matters_only_to_the_rounding(model, buffer, divisor, function, random):
+def test_order_within_a_buffer_matters_only_to_the_rounding(
+    model: Frame, buffer: list[Contribution], divisor: dict[str, Any], function: StalenessConfig, random: Any
+) -> None:
     shuffled = random.sample(buffer, len(buffer))
     first, second = (merge(fedbuff(staleness=function, **divisor), model, order) for order in (buffer, shuffled))
     np.testing.assert_allclose(first.parameters.numpy(), second.parameters.numpy(), rtol=1e-5, atol=2e-3)
@@ -93,7 +103,9 @@ def test_order_within_a_buffer_matters_only_to_the_rounding(model, buffer, divis
 
 
 @given(buffers, divisors, functions, st.integers(-10, 10))
-def test_step_scales_with_the_deltas(buffer, divisor, function, exponent):
+def test_step_scales_with_the_deltas(
+    buffer: list[Contribution], divisor: dict[str, Any], function: StalenessConfig, exponent: int
+) -> None:
     """The factor is a power of two, so the rounding is the same, too."""
     aggregation, origin = fedbuff(staleness=function, **divisor), make_frame(0.0)
     scaled = []
@@ -109,7 +121,9 @@ def test_step_scales_with_the_deltas(buffer, divisor, function, exponent):
 
 
 @given(models, buffers, functions, st.sampled_from(["count", "weights"]), st.integers(2, 1000))
-def test_examples_count_only_relatively(model, buffer, function, normalize, factor):
+def test_examples_count_only_relatively(
+    model: Frame, buffer: list[Contribution], function: StalenessConfig, normalize: str, factor: int
+) -> None:
     aggregation = fedbuff(staleness=function, normalize=normalize, weight_by_examples=True)
     more = [Contribution(c.delta, factor * c.examples, c.staleness) for c in buffer]
     first, second = merge(aggregation, model, buffer), merge(aggregation, model, more)
@@ -117,20 +131,26 @@ def test_examples_count_only_relatively(model, buffer, function, normalize, fact
 
 
 @given(contributions, st.integers(1, 6), divisors, models)
-def test_several_equal_updates_make_the_step_of_one(update, count, divisor, model):
+def test_several_equal_updates_make_the_step_of_one(
+    update: Contribution, count: int, divisor: dict[str, Any], model: Frame
+) -> None:
     aggregation = fedbuff(**divisor)
     first, second = merge(aggregation, model, [update]), merge(aggregation, model, [update] * count)
     np.testing.assert_allclose(first.parameters.numpy(), second.parameters.numpy(), rtol=1e-5, atol=2e-3)
 
 
 @given(buffers, divisors, functions)
-def test_step_is_no_longer_than_the_longest_delta(buffer, divisor, function):
+def test_step_is_no_longer_than_the_longest_delta(
+    buffer: list[Contribution], divisor: dict[str, Any], function: StalenessConfig
+) -> None:
     step = merge(fedbuff(staleness=function, **divisor), make_frame(0.0), buffer).parameters.numpy()
     assert (np.abs(step) <= np.abs(deltas(buffer)).max(axis=0) * (1 + 1e-5) + 1e-30).all()
 
 
 @given(buffers, functions, st.booleans())
-def test_normalized_by_weights_the_step_lies_among_the_deltas(buffer, function, by_examples):
+def test_normalized_by_weights_the_step_lies_among_the_deltas(
+    buffer: list[Contribution], function: StalenessConfig, by_examples: bool
+) -> None:
     aggregation = fedbuff(staleness=function, normalize="weights", weight_by_examples=by_examples)
     step = merge(aggregation, make_frame(0.0), buffer).parameters.numpy()
     low, high = deltas(buffer).min(axis=0), deltas(buffer).max(axis=0)
@@ -138,7 +158,9 @@ def test_normalized_by_weights_the_step_lies_among_the_deltas(buffer, function, 
 
 
 @given(models, buffers, divisors, functions)
-def test_variance_stays_among_the_variances_and_so_positive(model, buffer, divisor, function):
+def test_variance_stays_among_the_variances_and_so_positive(
+    model: Frame, buffer: list[Contribution], divisor: dict[str, Any], function: StalenessConfig
+) -> None:
     merged = merge(fedbuff(staleness=function, **divisor), model, buffer).buffers[1].item()
     seen = [model.buffers[1].item(), *[c.delta.buffers[1].item() for c in buffer]]
     assert merged > 0
@@ -146,19 +168,23 @@ def test_variance_stays_among_the_variances_and_so_positive(model, buffer, divis
 
 
 @given(models, contributions, alphas, functions)
-def test_variance_stays_positive_under_fedasync(model, update, alpha, function):
+def test_variance_stays_positive_under_fedasync(
+    model: Frame, update: Contribution, alpha: float, function: StalenessConfig
+) -> None:
     aggregation = {"strategy": "fedasync", "alpha": alpha, "mixing": "delta", "staleness": function}
     assert merge(aggregation, model, [update]).buffers[1] > 0
 
 
 @given(models, buffers, divisors)
-def test_counters_are_the_greatest_of_all(model, buffer, divisor):
+def test_counters_are_the_greatest_of_all(model: Frame, buffer: list[Contribution], divisor: dict[str, Any]) -> None:
     merged = merge(fedbuff(**divisor), model, buffer)
     assert merged.counters.item() == max([model.counters.item(), *[c.delta.counters.item() for c in buffer]])
 
 
 @given(models, buffers, functions)
-def test_fedbuff_by_examples_without_staleness_is_fedavg(model, buffer, function):
+def test_fedbuff_by_examples_without_staleness_is_fedavg(
+    model: Frame, buffer: list[Contribution], function: StalenessConfig
+) -> None:
     fresh = [Contribution(c.delta, c.examples, 0) for c in buffer]
     assert same_bits(
         merge({"strategy": "fedavg"}, model, fresh),
@@ -167,7 +193,7 @@ def test_fedbuff_by_examples_without_staleness_is_fedavg(model, buffer, function
 
 
 @given(models, contributions)
-def test_fedbuff_of_one_is_fedasync_bit_for_bit(model, update):
+def test_fedbuff_of_one_is_fedasync_bit_for_bit(model: Frame, update: Contribution) -> None:
     constant = {"function": "constant"}
     assert same_bits(
         merge(fedbuff(staleness=constant), model, [update]),
@@ -177,7 +203,7 @@ def test_fedbuff_of_one_is_fedasync_bit_for_bit(model, update):
 
 @pytest.mark.parametrize("mode", ["fedasync", "fedbuff", "fedavg"])
 @given(model=models, update=contributions)
-def test_update_that_changes_nothing_changes_nothing(mode, model, update):
+def test_update_that_changes_nothing_changes_nothing(mode: str, model: Frame, update: Contribution) -> None:
     """The update has delta 0 and the model's own statistics."""
     frame = model.copy()
     frame.parameters.zero_()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import pytest
@@ -44,12 +45,12 @@ def changed(seed: bytes) -> st.SearchStrategy[bytes]:
 @each_decoder
 @settings(max_examples=25)
 @given(data=st.data())
-def test_decoder_keeps_its_bounds_for_any_bytes(name, data):
+def test_decoder_keeps_its_bounds_for_any_bytes(name: Any, data: Any) -> None:
     check(name, data.draw(st.binary(max_size=200) | changed(DECODERS[name].seeds[0])))
 
 
 @each_decoder
-def test_seed_of_a_decoder_is_decoded(name):
+def test_seed_of_a_decoder_is_decoded(name: Any) -> None:
     """Fuzzing has to start from valid input, not from input that is refused at the first byte."""
     for seed in DECODERS[name].seeds:
         if name != "job":
@@ -58,7 +59,7 @@ def test_seed_of_a_decoder_is_decoded(name):
             assert DECODERS[name].decode(seed)[0] == "f"
 
 
-def test_inputs_that_were_found_once_keep_the_bounds():
+def test_inputs_that_were_found_once_keep_the_bounds() -> None:
     for path in FOUND:
         check(path.parent.name, path.read_bytes())
 
@@ -88,12 +89,12 @@ SLOW = {"order", "registration", "ending", "evaluation", "seal", "descriptor", "
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in DECODERS])
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bomb_takes_neither_time_nor_memory(name, bomb):
+def test_bomb_takes_neither_time_nor_memory(name: Any, bomb: Any) -> None:
     check(name, BOMBS[bomb])
 
 
 @pytest.mark.parametrize("broken", ["raises", "grows", "hangs"])
-def test_check_notices_a_decoder_that_breaks_a_bound(monkeypatch, broken):
+def test_check_notices_a_decoder_that_breaks_a_bound(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
     ticks = iter([0.0, 99.0])
     if broken == "hangs":
         monkeypatch.setattr(decoders.time, "process_time", lambda: next(ticks))
@@ -114,7 +115,7 @@ def nested(levels: int) -> bytes:
     return b"\x91" * levels + b"\xc0"
 
 
-def test_nesting_is_bounded():
+def test_nesting_is_bounded() -> None:
     assert unpack(nested(MAX_DEPTH - 1))
     with pytest.raises(WireError, match=f"more than {MAX_DEPTH} levels"):
         unpack(nested(MAX_DEPTH))
@@ -122,7 +123,7 @@ def test_nesting_is_bounded():
         unpack(b"\x81\xa1a" * MAX_DEPTH + b"\xc0")
 
 
-def test_sizes_are_bounded_before_anything_is_decoded(monkeypatch):
+def test_sizes_are_bounded_before_anything_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(msgpack, "unpackb", lambda *a, **k: pytest.fail("it was decoded"))
     for decode, limit in ((unpack, MAX_MESSAGE), (unpack_record, MAX_RECORD), (Manifest.unpack, MAX_MANIFEST)):
         with pytest.raises(WireError, match=f"at most {limit}"):
@@ -131,14 +132,14 @@ def test_sizes_are_bounded_before_anything_is_decoded(monkeypatch):
         plain_json(b" " * (MAX_RECORD + 1))
 
 
-def test_record_is_a_map_of_names():
+def test_record_is_a_map_of_names() -> None:
     assert unpack_record(msgpack.packb({"kind": "version"})) == {"kind": "version"}
     for value in ([], 5, None, {1: 2}, {b"kind": 1}):
         with pytest.raises(WireError, match=r"map of names|map key"):
             unpack_record(msgpack.packb(value))
 
 
-def test_dimensions_of_a_tensor_are_bounded():
+def test_dimensions_of_a_tensor_are_bounded() -> None:
     """Without a bound, the product of many large dimensions takes very long to compute."""
     row = ["w", "float32", [1] * MAX_DIMENSIONS, 0, 1, "parameter", "", [], []]
     assert Manifest.unpack(msgpack.packb([row]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import numpy as np
 from hypothesis import settings
@@ -24,6 +25,7 @@ from fedqueue_coordinator.core.events import (
     JobEnded,
     Tick,
 )
+from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.run_summary import summarize
 from fedqueue_coordinator.core.selection import SELECTIONS
 from tests.support import oracle
@@ -96,7 +98,9 @@ class FederationMachine(RuleBasedStateMachine):
         choice=choices,
         first=clients,
     )
-    def begin(self, aggregation, function, server, concurrency, seed, choice, first):
+    def begin(
+        self, aggregation: Any, function: Any, server: Any, concurrency: Any, seed: Any, choice: Any, first: Any
+    ) -> None:
         self.config = make_config(
             aggregation={
                 **aggregation,
@@ -121,34 +125,34 @@ class FederationMachine(RuleBasedStateMachine):
     # Rules
 
     @rule(client=clients)
-    def join(self, client):
+    def join(self, client: Any) -> None:
         self.run.join(client)
 
     @precondition(lambda self: self.run.alive)
     @rule(data=st.data())
-    def leave(self, data):
+    def leave(self, data: Any) -> None:
         self.run.leave(data.draw(st.sampled_from(sorted(self.run.alive))))
 
     @property
-    def training(self):
+    def training(self) -> Any:
         """Clients with a job without a posted update."""
         return sorted({of for job, of in self.run.jobs.items() if job not in self.run.posted})
 
     @precondition(lambda self: self.training)
     @rule(data=st.data())
-    def fetch(self, data):
+    def fetch(self, data: Any) -> None:
         self.bases[self.run.job_of(data.draw(st.sampled_from(self.training)))] = self.run.federation.version
 
     @precondition(lambda self: self.training)
     @rule(data=st.data(), update=updates, examples=st.integers(1, EXAMPLES))
-    def post(self, data, update, examples):
+    def post(self, data: Any, update: Any, examples: Any) -> None:
         client = data.draw(st.sampled_from(self.training))
         base = self.bases.get(self.run.job_of(client))
         self.run.post(client, update, base=base, examples=examples)
 
     @precondition(lambda self: self.training)
     @rule(data=st.data(), fault=faults)
-    def post_what_is_not_admitted(self, data, fault):
+    def post_what_is_not_admitted(self, data: Any, fault: Any) -> None:
         client = data.draw(st.sampled_from(self.training))
         self.troubled.add(client)
         before, merged = self.run.federation.model.copy(), len(self.run.merged)
@@ -158,7 +162,7 @@ class FederationMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.run.alive)
     @rule(data=st.data())
-    def vanish(self, data):
+    def vanish(self, data: Any) -> None:
         """Expire the client's lease; the client's job, if any, may still be posted, or its lease may expire later."""
         self.run.vanish(data.draw(st.sampled_from(sorted(self.run.alive))))
 
@@ -170,7 +174,7 @@ class FederationMachine(RuleBasedStateMachine):
         returns=st.booleans(),
         later=st.sampled_from([0.0, 10.0]),
     )
-    def go_before_the_update_is_read(self, data, update, how, returns, later):
+    def go_before_the_update_is_read(self, data: Any, update: Any, how: Any, returns: Any, later: Any) -> None:
         """Post an update and let the client leave, vanish or stay; when the update is read, the round may be over."""
         client = data.draw(st.sampled_from(self.training))
         self.run.post(client, update, base=self.bases.get(self.run.job_of(client)), unread=True)
@@ -185,7 +189,7 @@ class FederationMachine(RuleBasedStateMachine):
         self.run.read()
 
     @rule(number=st.integers(1, 40), client=clients)
-    def forge(self, number, client):
+    def forge(self, number: Any, client: Any) -> None:
         """Post an update of a job that is not open, or belongs to another client."""
         job = f"run-{number:08d}"
         if self.run.federation.open_jobs.get(job) != client:
@@ -194,12 +198,12 @@ class FederationMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.training)
     @rule(data=st.data())
-    def lapse(self, data):
+    def lapse(self, data: Any) -> None:
         self.run.lapse(data.draw(st.sampled_from(self.training)))
 
     @precondition(lambda self: self.training)
     @rule(data=st.data(), reason=st.sampled_from(["returned", "failed"]))
-    def end(self, data, reason):
+    def end(self, data: Any, reason: Any) -> None:
         client = data.draw(st.sampled_from(self.training))
         if reason == "failed":
             self.troubled.add(client)
@@ -207,27 +211,27 @@ class FederationMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.run.endings)
     @rule(data=st.data())
-    def end_again(self, data):
+    def end_again(self, data: Any) -> None:
         job = data.draw(st.sampled_from(sorted(self.run.endings)))
         client = next(d.client for d in of_kind(self.run.actions, Dispatch) if d.job == job)
         assert Acknowledge("late", None) in self.run.tell(JobEnded("late", job, client, "failed", "late"))
 
     @precondition(lambda self: self.evaluating)
     @rule(loss=st.floats(0, 10))
-    def evaluated(self, loss):
+    def evaluated(self, loss: Any) -> None:
         version = of_kind(self.run.actions, Evaluate)[-1].version
         self.evaluating -= 1
         self.run.tell(Evaluated(version, {"loss": loss}))
 
     @rule(seconds=st.floats(0.1, 3.0))
-    def tick(self, seconds):
+    def tick(self, seconds: Any) -> None:
         self.run.tick(seconds)
 
     # Crashes
 
     @precondition(lambda self: not self.run.federation.stopped)
     @rule()
-    def restart(self):
+    def restart(self) -> None:
         old, last_jobs = self.run.federation, dict(self.run.last_jobs)
         self._restart()
         new = self.run.federation
@@ -239,7 +243,7 @@ class FederationMachine(RuleBasedStateMachine):
         if self.run.last_jobs == last_jobs:  # else it already gave a job to a client that rested in its predecessor
             self._places_are_the_same(old, new)
 
-    def _places_are_the_same(self, old, new):
+    def _places_are_the_same(self, old: Federation, new: Federation) -> None:
         """Check that the resumed federation would choose the same clients as its predecessor, whichever are idle."""
         for client in CLIENTS:
             places = [federation._scheduler._place_of(client) for federation in (old, new)]
@@ -249,7 +253,7 @@ class FederationMachine(RuleBasedStateMachine):
     @rule(
         data=st.data(), update=updates, after=st.integers(0, 5), how=st.sampled_from(["post", "leave", "end", "lapse"])
     )
-    def die_between_two_actions(self, data, update, after, how):
+    def die_between_two_actions(self, data: Any, update: Any, after: Any, how: Any) -> None:
         client = data.draw(st.sampled_from(self.training))
         self.run.dies_before = after
         try:
@@ -268,7 +272,7 @@ class FederationMachine(RuleBasedStateMachine):
             self._restart()
         self.run.dies_before = None
 
-    def _restart(self):
+    def _restart(self) -> None:
         self.evaluating = 0
         self.seen = len(self.run.actions)
         self.run.restart()
@@ -276,19 +280,19 @@ class FederationMachine(RuleBasedStateMachine):
     # Invariants
 
     @invariant()
-    def one_evaluation_is_in_flight_at_most(self):
+    def one_evaluation_is_in_flight_at_most(self) -> None:
         self.evaluating += len(of_kind(self.run.actions[self.seen :], Evaluate))
         self.seen = len(self.run.actions)
         assert self.evaluating <= 1
 
     @invariant()
-    def open_jobs_are_within_concurrency_and_one_for_each_client(self):
+    def open_jobs_are_within_concurrency_and_one_for_each_client(self) -> None:
         open_jobs = self.run.federation.open_jobs
         assert len(open_jobs) <= self.config.concurrency + len(self.run.stayed)
         assert max(Counter(open_jobs.values()).values(), default=0) <= 1
 
     @invariant()
-    def store_and_federation_agree(self):
+    def store_and_federation_agree(self) -> None:
         federation = self.run.federation
         if federation.stopped:
             assert not self.run.jobs
@@ -300,7 +304,7 @@ class FederationMachine(RuleBasedStateMachine):
         assert federation.version == max(self.run.versions)
 
     @invariant()
-    def no_slot_leaks(self):
+    def no_slot_leaks(self) -> None:
         """Check that every live client trains, unless a backoff, the share cap or the concurrency prevents it."""
         federation = self.run.federation
         waiting = set(self.run.alive) - set(federation.open_jobs.values()) - self.troubled
@@ -313,7 +317,7 @@ class FederationMachine(RuleBasedStateMachine):
         assert not waiting or len(federation.open_jobs) == self.config.concurrency
 
     @invariant()
-    def rounds_do_not_overlap(self):
+    def rounds_do_not_overlap(self) -> None:
         if not self.config.barrier:
             return
         federation = self.run.federation
@@ -324,18 +328,18 @@ class FederationMachine(RuleBasedStateMachine):
                 assert all(line["staleness"] == 0 for line in record["merged"])
 
     @invariant()
-    def staleness_is_within_the_limit(self):
+    def staleness_is_within_the_limit(self) -> None:
         assert all(0 <= line["staleness"] <= MAX_STALENESS for line in self.run.merged)
 
     @invariant()
-    def model_is_finite_and_its_variance_positive(self):
+    def model_is_finite_and_its_variance_positive(self) -> None:
         model = self.run.federation.model
         assert np.isfinite(model.floats.numpy()).all()
         assert model.buffers[1] > 0
 
     # The end
 
-    def teardown(self):
+    def teardown(self) -> None:
         if not hasattr(self, "run"):
             return
         self._same_events_give_the_same_answers()
@@ -345,13 +349,13 @@ class FederationMachine(RuleBasedStateMachine):
         self._same_arrivals_give_the_same_bits()
         self._versions_agree_with_the_oracle()
 
-    def _same_events_give_the_same_answers(self):
+    def _same_events_give_the_same_answers(self) -> None:
         twin = self.run.restored_twin()
         for event, now, answer in self.run.handled:
             assert twin.handle(event, now) == answer
         assert same_bits(twin.model, self.run.federation.model)
 
-    def _every_job_has_ended_once(self):
+    def _every_job_has_ended_once(self) -> None:
         run = self.run
         dispatched = {action.job for action in of_kind(run.actions, Dispatch)}
         assert run.endings.keys() == dispatched  # `Run` checks that no job ended twice
@@ -367,7 +371,7 @@ class FederationMachine(RuleBasedStateMachine):
             dispatched
         )
 
-    def _same_arrivals_give_the_same_bits(self):
+    def _same_arrivals_give_the_same_bits(self) -> None:
         """Check that a federation that receives only the merged updates, in order, makes the same versions."""
         twin = Run(self.config, make_frame(1.0))
         commits = {c.version: c for c in of_kind(self.run.actions, Commit)}
@@ -384,7 +388,7 @@ class FederationMachine(RuleBasedStateMachine):
                 twin.tell(Tick())
             assert same_bits(twin.versions[version], self.run.versions[version])
 
-    def _versions_agree_with_the_oracle(self):
+    def _versions_agree_with_the_oracle(self) -> None:
         """Check each version against the oracle's step from the last one; momentum and Adam need the whole history."""
         aggregation, server = self.config.aggregation, self.config.server_optimizer
         rule_ = (
@@ -430,7 +434,7 @@ TestFederation = FederationMachine.TestCase
 TestFederation.settings = settings(stateful_step_count=30)
 
 
-def test_replayed_twin_of_the_machine_starts_equal():
+def test_replayed_twin_of_the_machine_starts_equal() -> None:
     """A replay of arrivals detects a different order, because the bits of a mean depend on the order."""
     models = []
     for order in ((0, 1, 2), (2, 1, 0)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +48,7 @@ aggregations = st.one_of(
 )
 
 
-def begin(scheduler, dispatch, aggregation, seed):
+def begin(scheduler: Any, dispatch: Any, aggregation: Any, seed: Any) -> Any:
     """Start a run whose federation, and that of each successor, has schedulers of this class."""
     config = make_config(
         aggregation=aggregation, dispatch=dispatch, seed=seed, clients={"count": 7, "min_available": 2},
@@ -58,7 +59,7 @@ def begin(scheduler, dispatch, aggregation, seed):
         return Run(config, make_frame())
 
 
-def take(run, step, client, number):
+def take(run: Any, step: Any, client: Any, number: Any) -> None:
     """Let one thing happen; nothing does where the client has no such state."""
     name = CLIENTS[client]
     match step:
@@ -88,7 +89,9 @@ def take(run, step, client, number):
 
 @settings(max_examples=400, deadline=None)
 @given(steps=steps, dispatch=schedules, aggregation=aggregations, seed=st.integers(0, 3), crash=st.integers(0, 60))
-def test_choices_are_those_of_the_definition(steps, dispatch, aggregation, seed, crash):
+def test_choices_are_those_of_the_definition(
+    steps: Any, dispatch: Any, aggregation: Any, seed: Any, crash: Any
+) -> None:
     if dispatch.get("schedule") and aggregation["strategy"] != "fedbuff":
         aggregation = {"strategy": "fedbuff", "buffer_size": 2}
     try:
@@ -118,7 +121,7 @@ keys = st.tuples(st.integers(0, 3), st.sampled_from("abcdefgh"))
 
 
 @given(st.lists(st.tuples(st.booleans(), keys, st.integers(0, 5)), max_size=40), keys, st.floats(0, 40))
-def test_weighted_set_agrees_with_a_sorted_list(steps, bound, position):
+def test_weighted_set_agrees_with_a_sorted_list(steps: Any, bound: Any, position: Any) -> None:
     ordered, weights = WeightedSet(), {}
     for adds, key, weight in steps:
         if key in weights:
@@ -136,14 +139,14 @@ def test_weighted_set_agrees_with_a_sorted_list(steps, bound, position):
     assert ordered.at(position) == next((key for key, total in sums if total > position), None)
 
 
-def test_removing_an_absent_key_is_an_error():
+def test_removing_an_absent_key_is_an_error() -> None:
     ordered = WeightedSet()
     ordered.add((1, "a"), 1)
     with pytest.raises(KeyError):
         ordered.remove((1, "b"))
 
 
-def test_client_that_moves_is_in_the_pool_once():
+def test_client_that_moves_is_in_the_pool_once() -> None:
     idle = IdlePool()
     for rank in (3, 1, 2):
         idle.put("a", Place(0, rank, 1))
@@ -156,14 +159,14 @@ def test_client_that_moves_is_in_the_pool_once():
     assert idle.first() == ("b", Place(0, 2, 1))
 
 
-def test_draw_follows_the_weights_within_the_lowest_rank():
+def test_draw_follows_the_weights_within_the_lowest_rank() -> None:
     idle = IdlePool()
     for client, place in {"a": (0, 1, 1), "b": (0, 0, 1), "c": (0, 0, 3), "d": (1, 0, 9)}.items():
         idle.put(client, Place(*place))
     assert Counter(idle.drawn(i / 400) for i in range(400)) == {"b": 100, "c": 300}
 
 
-def test_last_client_is_drawn_if_all_weigh_nothing():
+def test_last_client_is_drawn_if_all_weigh_nothing() -> None:
     idle = IdlePool()
     for client in "bac":
         idle.put(client, Place(0, 0, 0))

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,14 +15,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(script, *options):
+def run(script: Any, *options: Any) -> Any:
     command = [sys.executable, str(BENCHMARKS / script), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-def test_startup_measures_a_run_and_the_commands(tmp_path):
+def test_startup_measures_a_run_and_the_commands(tmp_path: Path) -> None:
     shown = run("startup.py", "--quick", "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["run"][0]["workers"] == 2
@@ -31,7 +32,7 @@ def test_startup_measures_a_run_and_the_commands(tmp_path):
     assert "| `fedqueue run` to the first merged update, 2 workers |" in shown
 
 
-def test_missing_peers_are_skipped_with_the_reason(tmp_path):
+def test_missing_peers_are_skipped_with_the_reason(tmp_path: Path) -> None:
     shown = run("beside_peers.py", "--quick", "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
     (measured,) = figures["sizes"]["fedqueue fedbuff"]["100000"]
@@ -41,7 +42,7 @@ def test_missing_peers_are_skipped_with_the_reason(tmp_path):
     assert "Flower FedAvg (SuperLink): skipped: not" in shown
 
 
-def test_encodings_are_measured_in_bytes_speed_and_accuracy(tmp_path):
+def test_encodings_are_measured_in_bytes_speed_and_accuracy(tmp_path: Path) -> None:
     shown = run("compression.py", "--quick", "--json", str(tmp_path / "rows.json"))
     rows = json.loads((tmp_path / "rows.json").read_text())
     whole, small = rows["digits"]
@@ -52,7 +53,7 @@ def test_encodings_are_measured_in_bytes_speed_and_accuracy(tmp_path):
     assert shown.count("|---|") >= 2
 
 
-def test_relay_and_fedqueue_move_the_same_bytes(tmp_path):
+def test_relay_and_fedqueue_move_the_same_bytes(tmp_path: Path) -> None:
     shown = run("relay.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["ratios"] == [row["fedqueue"][0] / row["relay"][0]]
@@ -60,7 +61,7 @@ def test_relay_and_fedqueue_move_the_same_bytes(tmp_path):
     assert shown.count("| 0.1 MB | fedasync |") == 2
 
 
-def test_cost_of_an_update_is_told_step_by_step(tmp_path):
+def test_cost_of_an_update_is_told_step_by_step(tmp_path: Path) -> None:
     shown = run("control.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert sum(row["shares"].values()) == pytest.approx(1)
@@ -68,14 +69,14 @@ def test_cost_of_an_update_is_told_step_by_step(tmp_path):
     assert "| open the job and put it into its queue |" in shown
 
 
-def test_merging_is_measured_for_every_encoding(tmp_path):
+def test_merging_is_measured_for_every_encoding(tmp_path: Path) -> None:
     run("merge.py", "--quick", "--json", str(tmp_path / "rows.json"))
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["encoding"] for row in rows] == ["float32", "float16", "bfloat16", "int8", "topk", "randomk"]
     assert all(min(row["over_triad"] + row["over_float32"]) > 0 for row in rows)
 
 
-def test_growth_is_measured_in_all_directions_and_drawn(tmp_path):
+def test_growth_is_measured_in_all_directions_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "scale.png"
     shown = run("scale.py", "--quick", "--json", str(tmp_path / "rows.json"), "--picture", str(picture))
     record = json.loads((tmp_path / "rows.json").read_text())
@@ -87,18 +88,18 @@ def test_growth_is_measured_in_all_directions_and_drawn(tmp_path):
     assert "- coordinator: " in shown
 
 
-def test_peak_memory_is_told_in_models(tmp_path):
+def test_peak_memory_is_told_in_models(tmp_path: Path) -> None:
     run("size.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["updates"] >= 5
     assert row["coordinator"] > 0
 
 
-def test_signatures_are_measured_beside_a_run_without(tmp_path):
+def test_signatures_are_measured_beside_a_run_without(tmp_path: Path) -> None:
     assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
 
 
-def test_site_on_a_breaking_line_delivers_at_its_first_attempt(tmp_path):
+def test_site_on_a_breaking_line_delivers_at_its_first_attempt(tmp_path: Path) -> None:
     """Each transfer takes longer than the stall, and each break but the first one longer than the lease."""
     run("slow_line.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]

@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +25,9 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
 
-def test_separate_parts_make_a_run_and_respect_retention(config, start, tmp_path, redis_server):
+def test_separate_parts_make_a_run_and_respect_retention(
+    config: Any, start: Any, tmp_path: Path, redis_server: Any
+) -> None:
     """Three workers accept every job; the policy of a fourth site refuses all of them."""
     (tmp_path / "policy.toml").write_text("min_examples = 97  # there are 96")
     reluctant = start(
@@ -52,7 +56,7 @@ def test_separate_parts_make_a_run_and_respect_retention(config, start, tmp_path
     assert rq_left == []
 
 
-def check_refusals(summary, ledger, egress_log):
+def check_refusals(summary: Any, ledger: Any, egress_log: Any) -> None:
     """Check that the site with a policy merged nothing, and that the ledger and the egress log have each refusal."""
     says = "min_examples: the client has 96, this site requires 97"
     refused = [record for record in ledger if record["kind"] == "abandoned" and record["reason"] == "refused"]
@@ -69,7 +73,9 @@ def check_refusals(summary, ledger, egress_log):
     assert not [line for line in lines if line["what"] == "update"]
 
 
-def test_next_coordinator_resumes_after_a_stop_and_key_rotation(config, fork, tmp_path, redis_server):
+def test_next_coordinator_resumes_after_a_stop_and_key_rotation(
+    config: Any, fork: Any, tmp_path: Path, redis_server: Any
+) -> None:
     """Between the coordinators, a client's key and the coordinator's key are rotated; the worker is not restarted."""
     # Batches are slow, so that a heartbeat finds the new key before the run ends.
     long = (
@@ -112,7 +118,9 @@ def test_next_coordinator_resumes_after_a_stop_and_key_rotation(config, fork, tm
     assert worker.wait() == 0
 
 
-def test_killed_worker_loses_only_its_job_and_is_replaced(config, fork, tmp_path, redis_server):
+def test_killed_worker_loses_only_its_job_and_is_replaced(
+    config: Any, fork: Any, tmp_path: Path, redis_server: Any
+) -> None:
     settings = ("--set", "clients.count=2", "--set", "task.options.batch_seconds=0.03", "--set", "stop.versions=30")
     url = ("--redis", redis_server.url)
     coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
@@ -131,7 +139,9 @@ def test_killed_worker_loses_only_its_job_and_is_replaced(config, fork, tmp_path
     assert "served by" not in replacement.text
 
 
-def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, fork, tmp_path, redis_server):
+def test_worker_told_to_stop_hands_its_job_back_at_once(
+    config: Any, start: Any, fork: Any, tmp_path: Path, redis_server: Any
+) -> None:
     settings = ("--set", "task.options.batch_seconds=0.5", "--set", "training.local_epochs=100")
     url = ("--redis", redis_server.url)
     coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, *settings, "--output", "out")
@@ -149,7 +159,7 @@ def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, fork, tmp
     assert alone.wait() == 0, alone.text
     assert parent.wait() == 0, parent.text
 
-    def returned():
+    def returned() -> Any:
         return {r["client"] for r in store.ledger() if r["kind"] == "abandoned" and r["reason"] == "returned"}
 
     wait_until(lambda: returned() == {"client-0", "client-1", "client-2"}, "hand-backs")
@@ -157,7 +167,7 @@ def test_worker_told_to_stop_hands_its_job_back_at_once(config, start, fork, tmp
     assert coordinator.wait() == 130, coordinator.text
 
 
-def test_once_ends_after_a_job_and_clients_are_exclusive(config, fork, redis_server):
+def test_once_ends_after_a_job_and_clients_are_exclusive(config: Any, fork: Any, redis_server: Any) -> None:
     url = ("--redis", redis_server.url)
     coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, "--set", "stop.versions=1000")
     lasting = fork("fedqueue_worker", config, *url, "--client", "client-2")

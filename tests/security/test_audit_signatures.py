@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import msgpack
 import pytest
+import redis
 from typer.testing import CliRunner
 
 from fedqueue.errors import SignatureError
 from fedqueue_coordinator.cli.main import app
-from fedqueue_coordinator.operator.audit.audit import audit, ok
+from fedqueue_coordinator.operator.audit.audit import Check, audit, ok
 from fedqueue_coordinator.operator.audit.audit_input import read_run_in_redis
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from tests.support.scene import RUN, Scene
 
 
 @pytest.fixture
-def scene(fake_client, tmp_path):
+def scene(fake_client: redis.Redis, tmp_path: Path) -> Scene:
     """Return a run with two versions, kept payloads and a queued order."""
     scene = Scene(fake_client, tmp_path, ledger={"keep_payloads": True})
     site = scene.site("c0")
@@ -24,13 +29,13 @@ def scene(fake_client, tmp_path):
     return scene
 
 
-def verdict(scene: Scene, keys: str = "keys"):
+def verdict(scene: Scene, keys: str = "keys") -> Check:
     checks = audit(read_run_in_redis(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.folder / keys))
     (signed,) = [check for check in checks if check.name == "S"]
     return signed
 
 
-def test_unchanged_signed_data_passes_and_is_counted(scene):
+def test_unchanged_signed_data_passes_and_is_counted(scene: Any) -> None:
     signed = verdict(scene)
     assert signed.problems == []
     assert signed.invariant.endswith("(descriptor 1, version 2, history 1, totals 1, order 1, payload 2)")
@@ -39,16 +44,16 @@ def test_unchanged_signed_data_passes_and_is_counted(scene):
     )
 
 
-def test_site_can_audit_with_the_public_key_alone(scene):
+def test_site_can_audit_with_the_public_key_alone(scene: Scene) -> None:
     (scene.key_folder / "coordinator.key").unlink()
     assert verdict(scene, "keys/sites/c0").problems == []
 
 
-def change_model(scene, version=2):
+def change_model(scene: Scene, version: int = 2) -> None:
     scene.redis.setrange(f"{scene.keys.model(version)}:0", 3, b"x")
 
 
-def change_ledger(scene):
+def change_ledger(scene: Any) -> None:
     records = scene.store.ledger()
     records[0]["merged"][0]["client"] = "c1"
     scene.redis.delete(scene.keys.ledger)
@@ -56,12 +61,12 @@ def change_ledger(scene):
         scene.redis.xadd(scene.keys.ledger, {"record": msgpack.packb(record)})
 
 
-def change_order(scene):
+def change_order(scene: Any) -> None:
     [job] = scene.redis.smembers(scene.keys.jobs)
     scene.redis.hset(scene.keys.job(job.decode()), "order", b"x")
 
 
-def change_payload(scene):
+def change_payload(scene: Any) -> None:
     line = scene.store.ledger()[0]["merged"][0]
     scene.redis.setrange(f"{scene.keys.kept_payload(line['job'], line['attempt'])}:0", 0, b"x")
 
@@ -86,7 +91,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("what", CHANGES)
-def test_each_change_is_detected_and_named(scene, what):
+def test_each_change_is_detected_and_named(scene: Scene, what: str) -> None:
     change, says = CHANGES[what]
     change(scene)
     problems = verdict(scene).problems
@@ -94,14 +99,14 @@ def test_each_change_is_detected_and_named(scene, what):
     assert says in problems[0]
 
 
-def test_audit_without_the_public_key_says_unverified(scene):
+def test_audit_without_the_public_key_says_unverified(scene: Scene) -> None:
     signed = verdict(scene, "nowhere")
     assert signed.problems == []
     assert "no coordinator.pub in" in signed.skipped
     assert "--keys" in signed.skipped
 
 
-def test_audit_reports_missing_signatures_and_payloads(fake_client, tmp_path):
+def test_audit_reports_missing_signatures_and_payloads(fake_client: redis.Redis, tmp_path: Path) -> None:
     for signed, says in ((False, "the run is not signed"), (True, "payloads, which were not kept")):
         fake_client.flushall()
         scene = Scene(fake_client, tmp_path / str(signed), signed=signed)
@@ -110,7 +115,9 @@ def test_audit_reports_missing_signatures_and_payloads(fake_client, tmp_path):
         assert says in verdict(scene).skipped
 
 
-def test_audit_command_exits_with_1_on_a_change(server, server_client, tmp_path):
+def test_audit_command_exits_with_1_on_a_change(
+    server: EmbeddedServer, server_client: redis.Redis, tmp_path: Path
+) -> None:
     scene = Scene(server_client, tmp_path)
     site = scene.site("c0")
     scene.play(site.join, site.post)
@@ -122,7 +129,9 @@ def test_audit_command_exits_with_1_on_a_change(server, server_client, tmp_path)
     assert "S: the model in Redis is not version 1 as it was signed" in said.output
 
 
-def test_model_changed_in_redis_is_not_exported(server, server_client, tmp_path):
+def test_model_changed_in_redis_is_not_exported(
+    server: EmbeddedServer, server_client: redis.Redis, tmp_path: Path
+) -> None:
     scene = Scene(server_client, tmp_path)
     site = scene.site("c0")
     scene.play(site.join, site.post)
@@ -140,5 +149,5 @@ def test_model_changed_in_redis_is_not_exported(server, server_client, tmp_path)
     assert not output.exists()
 
 
-def test_correct_run_passes_the_whole_audit(scene):
+def test_correct_run_passes_the_whole_audit(scene: Scene) -> None:
     assert ok(audit(read_run_in_redis(CoordinatorStore(scene.redis, RUN, owner="audit"), scene.key_folder)))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import redis
+from numpy.typing import NDArray
 
 from fedqueue.errors import SignatureError, StoreError
 from fedqueue.tensors.codec import Encoded, downlink_codec, uplink_codec
@@ -16,7 +20,7 @@ from fedqueue_coordinator.operator.audit.audit_input import read_run_in_redis
 from fedqueue_coordinator.operator.audit.signatures import verify_model
 from fedqueue_coordinator.operator.export import _read_newest
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from tests.support.scene import RUN, Scene
+from tests.support.scene import RUN, Scene, Site
 
 SMALL = {
     "uplink": "int8",
@@ -28,18 +32,18 @@ SMALL = {
 
 
 class Compressed(Scene):
-    def __init__(self, client, folder, **sections):
+    def __init__(self, client: redis.Redis, folder: Path, **sections: Any) -> None:
         sections = {"compression": SMALL, "ledger": {"keep_payloads": True}, **sections}
         super().__init__(client, folder, **sections)
         self.uplink = uplink_codec(self.config.compression, self.manifest)
         self.downlink = downlink_codec(self.config.compression, self.manifest)
 
-    def wire(self, value=1.0, seed=0):
+    def wire(self, value: float = 1.0, seed: Any = 0) -> NDArray[Any]:
         frame = Frame(self.manifest)
         frame.parameters.copy_(frame.parameters.new_tensor([value / (i + 3) for i in range(8)]))
         return self.uplink.encode(frame, seed)
 
-    def post(self, site, value=1.0, wire=None, **fields):
+    def post(self, site: Site, value: float = 1.0, wire: NDArray[Any] = None, **fields: Any) -> Frame:
         """Post an update of the site's job."""
         claim = site.store.claim(site.job, 3600, site.client)
         base = Frame(self.manifest)
@@ -51,11 +55,11 @@ class Compressed(Scene):
 
 
 @pytest.fixture
-def scene(redis_client, tmp_path):
+def scene(redis_client: redis.Redis, tmp_path: Path) -> Compressed:
     return Compressed(redis_client, tmp_path)
 
 
-def test_workers_get_rounded_models_but_recovery_is_exact(scene):
+def test_workers_get_rounded_models_but_recovery_is_exact(scene: Compressed) -> None:
     site, bases = scene.site("c0"), []
     train = lambda: bases.append(scene.post(site))  # noqa: E731
     model = scene.play(site.join, train, train, train).federation.model
@@ -68,7 +72,7 @@ def test_workers_get_rounded_models_but_recovery_is_exact(scene):
     assert len({base.parameters.sum().item() for base in bases}) == 3
 
 
-def test_successor_has_the_same_bits_as_an_uninterrupted_run(fake_client, tmp_path):
+def test_successor_has_the_same_bits_as_an_uninterrupted_run(fake_client: redis.Redis, tmp_path: Path) -> None:
     models = []
     for breaks in (False, True):
         fake_client.flushall()
@@ -87,7 +91,7 @@ def test_successor_has_the_same_bits_as_an_uninterrupted_run(fake_client, tmp_pa
     np.testing.assert_array_equal(models[0].buffer, models[1].buffer)
 
 
-def test_audit_detects_a_head_that_differs_from_its_updates(scene):
+def test_audit_detects_a_head_that_differs_from_its_updates(scene: Compressed) -> None:
     site = scene.site("c0")
     scene.play(site.join, lambda: scene.post(site))
     other = scene.downlink.encode(Frame(scene.manifest), 1)
@@ -97,7 +101,7 @@ def test_audit_detects_a_head_that_differs_from_its_updates(scene):
     assert "the model differs" in audit_input.replay.problems[0]
 
 
-def test_head_is_exported_exactly_and_old_versions_as_published(scene):
+def test_head_is_exported_exactly_and_old_versions_as_published(scene: Compressed) -> None:
     site = scene.site("c0")
     model = scene.play(site.join, lambda: scene.post(site)).federation.model
     store = CoordinatorStore(scene.redis, RUN, owner="export")
@@ -114,7 +118,7 @@ def test_head_is_exported_exactly_and_old_versions_as_published(scene):
         _read_newest(store, scene.downlink)
 
 
-def test_changed_exact_model_in_redis_is_refused(scene):
+def test_changed_exact_model_in_redis_is_refused(scene: Compressed) -> None:
     site = scene.site("c0")
     scene.play(site.join, lambda: scene.post(site))
     key = f"{scene.keys.state(1)}:0"
@@ -125,7 +129,7 @@ def test_changed_exact_model_in_redis_is_refused(scene):
         scene.play()
 
 
-def test_one_version_and_no_payload_stay_in_redis(redis_client, tmp_path):
+def test_one_version_and_no_payload_stay_in_redis(redis_client: redis.Redis, tmp_path: Path) -> None:
     scene = Compressed(redis_client, tmp_path, ledger={})
     site = scene.site("c0")
     scene.play(site.join, *[lambda v=v: scene.post(site, v) for v in (0.0, 1.0, 1e-3, 5.0)])
@@ -142,13 +146,15 @@ def test_one_version_and_no_payload_stay_in_redis(redis_client, tmp_path):
     "aggregation", [{"strategy": "fedasync", "mixing": "delta"}, {"strategy": "fedbuff", "buffer_size": 1}]
 )
 @pytest.mark.parametrize("up", ["float16", "int8", "topk", "randomk"])
-def test_merging_never_decodes_a_whole_update(fake_client, tmp_path, monkeypatch, aggregation, up):
+def test_merging_never_decodes_a_whole_update(
+    fake_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aggregation: dict[str, Any], up: str
+) -> None:
     scene = Compressed(
         fake_client, tmp_path, aggregation=aggregation, compression={"uplink": up, "uplink_lossless": "zstd"}
     )
     site = scene.site("c0")
 
-    def whole(self):
+    def whole(self: Any) -> None:
         raise AssertionError("a float32 temporary as large as the model")
 
     monkeypatch.setattr(Encoded, "whole", whole)
@@ -167,7 +173,9 @@ def test_merging_never_decodes_a_whole_update(fake_client, tmp_path, monkeypatch
         (lambda s: {"wire": s.wire(float("nan"))}, "non_finite"),
     ],
 )
-def test_update_of_another_encoding_is_rejected(fake_client, tmp_path, change, reason):
+def test_update_of_another_encoding_is_rejected(
+    fake_client: redis.Redis, tmp_path: Path, change: Callable[..., Any], reason: str
+) -> None:
     scene = Compressed(fake_client, tmp_path)
     site = scene.site("c0")
     fields = change(scene)
@@ -176,7 +184,7 @@ def test_update_of_another_encoding_is_rejected(fake_client, tmp_path, change, r
     assert scene.version == 0
 
 
-def test_topk_positions_out_of_range_are_malformed(fake_client, tmp_path):
+def test_topk_positions_out_of_range_are_malformed(fake_client: redis.Redis, tmp_path: Path) -> None:
     scene = Compressed(fake_client, tmp_path, compression={"uplink": "topk", "topk_ratio": 0.25})
     site, bad = scene.site("c0"), scene.wire()
     bad[:8].view(np.uint32)[1] = 99

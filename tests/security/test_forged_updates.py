@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import msgpack
 import pytest
+import redis
 
 from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.protocol.key_files import SigningKey
@@ -20,7 +23,7 @@ from tests.support.scene import RUN, Scene
 
 
 @pytest.fixture
-def scene(fake_client, tmp_path):
+def scene(fake_client: redis.Redis, tmp_path: Path) -> Scene:
     return Scene(fake_client, tmp_path)
 
 
@@ -38,7 +41,7 @@ def resealed(body: bytes, **changes: Any) -> bytes:
     return envelope.model_copy(update={"body": msgpack.packb(fields)}).pack()
 
 
-def test_signed_update_is_merged_and_its_digest_recorded(scene):
+def test_signed_update_is_merged_and_its_digest_recorded(scene: Scene) -> None:
     site = scene.site("c0")
     scene.play(site.join, site.post)
     assert scene.version == 1
@@ -47,10 +50,10 @@ def test_signed_update_is_merged_and_its_digest_recorded(scene):
     assert len(line["digest"]) == 64
 
 
-def test_unsigned_update_does_not_penalize_the_named_client(scene):
+def test_unsigned_update_does_not_penalize_the_named_client(scene: Scene) -> None:
     site, thief = scene.site("c0"), WorkerStore(scene.redis, RUN, "thief")
 
-    def forge():
+    def forge() -> None:
         claim = thief.claim(site.job, 3600, "c0")
         assert thief.post(claim, site.update(), site.payload(1e6)) == ""
 
@@ -72,10 +75,10 @@ def test_unsigned_update_does_not_penalize_the_named_client(scene):
     ],
     ids=["examples", "metrics", "digest", "attempt", "base"],
 )
-def test_header_changed_in_transit_is_rejected(scene, change):
+def test_header_changed_in_transit_is_rejected(scene: Scene, change: Callable[..., Any]) -> None:
     site = scene.site("c0")
 
-    def tamper():
+    def tamper() -> None:
         site.post()
         change_entry(scene, change)
 
@@ -84,11 +87,11 @@ def test_header_changed_in_transit_is_rejected(scene, change):
     assert scene.version == 1
 
 
-def test_entry_put_back_unchanged_is_merged(scene):
+def test_entry_put_back_unchanged_is_merged(scene: Scene) -> None:
     """Control: an entry that is moved without a change stays valid."""
     site = scene.site("c0")
 
-    def move():
+    def move() -> None:
         site.post()
         change_entry(scene, dict)
 
@@ -97,10 +100,10 @@ def test_entry_put_back_unchanged_is_merged(scene):
     assert scene.version == 2
 
 
-def test_payload_changed_in_redis_is_rejected_as_tampered(scene):
+def test_payload_changed_in_redis_is_rejected_as_tampered(scene: Scene) -> None:
     site = scene.site("c0")
 
-    def tamper():
+    def tamper() -> None:
         site.post()
         claim = site.claims[-1]
         scene.redis.set(f"{scene.keys.payload(claim.job, claim.attempt)}:0", site.payload(7.0).tobytes())
@@ -111,14 +114,14 @@ def test_payload_changed_in_redis_is_rejected_as_tampered(scene):
     assert scene.version == 1
 
 
-def test_update_of_an_older_job_is_invalid_for_a_newer_job(scene):
+def test_update_of_an_older_job_is_invalid_for_a_newer_job(scene: Scene) -> None:
     site, kept = scene.site("c0"), {}
 
-    def first():
+    def first() -> None:
         site.post(5.0)
         [(_, kept["fields"])] = scene.entries()
 
-    def replay():
+    def replay() -> None:
         claim = site.fetch()
         scene.redis.set(f"{scene.keys.payload(claim.job, claim.attempt)}:0", site.payload(5.0).tobytes())
         fields = {**kept["fields"], b"job": claim.job.encode(), b"base": str(claim.version).encode()}
@@ -129,11 +132,11 @@ def test_update_of_an_older_job_is_invalid_for_a_newer_job(scene):
     assert scene.reasons() == ["forged"]
 
 
-def test_update_of_an_earlier_namesake_run_is_ignored(scene, tmp_path):
+def test_update_of_an_earlier_namesake_run_is_ignored(scene: Scene, tmp_path: Path) -> None:
     """The two runs differ only in the instance: name, epoch, job, attempt, base and payload are equal."""
     site, kept = scene.site("c0"), {}
 
-    def first():
+    def first() -> None:
         site.post(5.0)
         [(_, kept["fields"])] = scene.entries()
 
@@ -142,7 +145,7 @@ def test_update_of_an_earlier_namesake_run_is_ignored(scene, tmp_path):
     (tmp_path / "checkpoint.safetensors").unlink(missing_ok=True)
     again = scene.site("c0")
 
-    def replay():
+    def replay() -> None:
         claim = again.fetch()
         assert claim.job.encode() == kept["fields"][b"job"]
         scene.redis.set(f"{scene.keys.payload(claim.job, claim.attempt)}:0", site.payload(5.0).tobytes())
@@ -153,10 +156,10 @@ def test_update_of_an_earlier_namesake_run_is_ignored(scene, tmp_path):
     assert scene.reasons() == ["forged"]
 
 
-def test_clients_key_cannot_sign_for_another_client(scene):
+def test_clients_key_cannot_sign_for_another_client(scene: Scene) -> None:
     site, other = scene.site("c0"), scene.site("c1")
 
-    def forge():
+    def forge() -> None:
         other.identity._keys["c0"] = other.identity._keys["c1"]  # c1 signs in the name of c0
         claim = other.store.claim(site.job, 3600, "c0")
         assert other.store.post(claim, site.update(), site.payload(9.0)) == ""
@@ -166,10 +169,10 @@ def test_clients_key_cannot_sign_for_another_client(scene):
     assert scene.version == 0
 
 
-def test_client_that_is_not_enrolled_gets_no_job(scene):
+def test_client_that_is_not_enrolled_gets_no_job(scene: Scene) -> None:
     key = SigningKey.generate()
 
-    def intrude():
+    def intrude() -> None:
         instance = scene.site("c0").identity
         instance.enter(scene.store.info())
         registration = Registration(client="mallory", examples=EXAMPLES).pack()
@@ -183,11 +186,11 @@ def test_client_that_is_not_enrolled_gets_no_job(scene):
     assert scene.store.open_jobs() == 0
 
 
-def test_client_cannot_register_examples_for_another_client(scene):
+def test_client_cannot_register_examples_for_another_client(scene: Scene) -> None:
     """Too small a number would make the coordinator reject honest updates and exclude the client."""
     site = scene.site("c0")
 
-    def lie():
+    def lie() -> None:
         body = Registration(client="c0", examples=1).pack()
         scene.redis.hset(scene.keys.site("c0"), "registration", body)
         scene.redis.xadd(scene.keys.updates("c0"), {"kind": "joined", "body": body})
@@ -199,19 +202,19 @@ def test_client_cannot_register_examples_for_another_client(scene):
     assert leader.federation.clients == {}, "the successor accepted a forged registration"
 
 
-def test_replayed_registration_of_an_old_worker_is_ignored(scene):
+def test_replayed_registration_of_an_old_worker_is_ignored(scene: Scene) -> None:
     first, second = scene.site("c0", "first"), scene.site("c0", "second")
     kept = {}
 
-    def join_first():
+    def join_first() -> None:
         first.join(examples=3)
         kept["joined"] = scene.entries()[-1][1]
 
-    def leave():
+    def leave() -> None:
         first.leave()
         kept["left"] = scene.entries()[-1][1]
 
-    def replay():
+    def replay() -> None:
         for name in ("joined", "left"):
             scene.redis.xadd(scene.keys.updates("c0"), kept[name])
 
@@ -222,15 +225,15 @@ def test_replayed_registration_of_an_old_worker_is_ignored(scene):
     )
 
 
-def test_leave_message_of_a_superseded_worker_is_ignored(scene):
+def test_leave_message_of_a_superseded_worker_is_ignored(scene: Scene) -> None:
     """The first worker was away for longer than its lease, and exits after a second one took over its client."""
     first, second = scene.site("c0", "first"), scene.site("c0", "second")
 
-    def restore_federation():
+    def restore_federation() -> None:
         scene.redis.hset(scene.keys.site("c0"), "alive", 0)
         second.join()
 
-    def leave():
+    def leave() -> None:
         body = first.identity.sign(LEFT, "c0", [], b"")
         scene.redis.xadd(scene.keys.updates("c0"), {"kind": "left", "body": body})
 
@@ -240,12 +243,12 @@ def test_leave_message_of_a_superseded_worker_is_ignored(scene):
     assert scene.version == 1
 
 
-def test_forged_endings_do_not_exclude_a_client(scene):
+def test_forged_endings_do_not_exclude_a_client(scene: Scene) -> None:
     site = scene.site("c0")
     thief = WorkerStore(scene.redis, RUN, "thief")
     rounds = scene.config.dispatch.max_client_failures + 2
 
-    def end():
+    def end() -> None:
         claim = thief.claim(site.job, 3600, "c0")
         assert thief.end(claim, Ending(reason="failed", error="a lie")) == ""
 
@@ -254,11 +257,11 @@ def test_forged_endings_do_not_exclude_a_client(scene):
     assert scene.version == 1
 
 
-def test_forged_evaluation_does_not_stop_the_run(fake_client, tmp_path):
+def test_forged_evaluation_does_not_stop_the_run(fake_client: redis.Redis, tmp_path: Path) -> None:
     scene = Scene(fake_client, tmp_path, stop={"target": {"accuracy": 0.9}})
     site = scene.site("c0")
 
-    def lie():
+    def lie() -> None:
         body = msgpack.packb({"version": 0, "metrics": {"accuracy": 1.0}, "error": ""})
         scene.redis.xadd(scene.keys.updates(""), {"kind": "evaluated", "body": body})
 
@@ -270,10 +273,10 @@ def test_forged_evaluation_does_not_stop_the_run(fake_client, tmp_path):
 # Rotation and revocation during the run
 
 
-def test_revoked_client_is_refused_and_the_others_continue(scene):
+def test_revoked_client_is_refused_and_the_others_continue(scene: Scene) -> None:
     site, other = scene.site("c0"), scene.site("c1")
 
-    def then_revoke():
+    def then_revoke() -> None:
         site.post()
         revoke(scene.key_folder, "c0")
 
@@ -286,24 +289,24 @@ def test_revoked_client_is_refused_and_the_others_continue(scene):
     assert set(leader.federation.clients) == {"c1"}
 
 
-def test_rotation_accepts_both_keys_until_one_is_revoked(scene, tmp_path):
+def test_rotation_accepts_both_keys_until_one_is_revoked(scene: Scene, tmp_path: Path) -> None:
     old = scene.site("c0", "old")
     new_folder = tmp_path / "new"
     later = []
 
-    def rotate():
+    def rotate() -> None:
         enroll(scene.key_folder, "c0", new_folder, rotate=True)
         old.post()  # an update signed with the previous key
 
-    def renewed():
+    def renewed() -> None:
         old.leave()
         later.append(scene.site("c0", "new", new_folder))
         later[0].join()
 
-    def post_renewed():
+    def post_renewed() -> None:
         later[0].post()
 
-    def stolen():
+    def stolen() -> None:
         revoke(scene.key_folder, "c0", previous=True)
         claim = old.store.claim(old.job, 3600, "c0")
         assert old.store.post(claim, old.update(), old.payload(9.0)) == ""
@@ -313,14 +316,14 @@ def test_rotation_accepts_both_keys_until_one_is_revoked(scene, tmp_path):
     assert scene.reasons() == ["forged"]
 
 
-def test_worker_uses_its_new_key_without_a_restart(scene):
+def test_worker_uses_its_new_key_without_a_restart(scene: Scene) -> None:
     site = scene.site("c0")
 
-    def rotate():
+    def rotate() -> None:
         enroll(scene.key_folder, "c0", rotate=True)  # writes the new key into the folder that the site reads
         site.post()
 
-    def revoke_former():
+    def revoke_former() -> None:
         revoke(scene.key_folder, "c0", previous=True)
         site.post()
 
@@ -328,15 +331,15 @@ def test_worker_uses_its_new_key_without_a_restart(scene):
     assert (scene.version, scene.reasons()) == (3, [])
 
 
-def test_worker_with_a_new_key_registers_again(scene):
+def test_worker_with_a_new_key_registers_again(scene: Scene) -> None:
     site = scene.site("c0")
     ends = []
 
-    def join():
+    def join() -> None:
         site.join()
         heartbeat.register(Registration(client="c0", examples=EXAMPLES))
 
-    def rotate():
+    def rotate() -> None:
         enroll(scene.key_folder, "c0", rotate=True)
         heartbeat.beat()
         heartbeat.beat()
@@ -350,11 +353,11 @@ def test_worker_with_a_new_key_registers_again(scene):
     assert (scene.version, scene.reasons(), ends) == (3, [], [])
 
 
-def test_half_written_key_file_leaves_the_old_key_in_use(scene):
+def test_half_written_key_file_leaves_the_old_key_in_use(scene: Scene) -> None:
     site = scene.site("c0")
     path = scene.key_folder / "sites" / "c0" / "c0.key"
 
-    def damage():
+    def damage() -> None:
         path.write_bytes(path.read_bytes()[:40])
         site.post()
 
@@ -362,7 +365,7 @@ def test_half_written_key_file_leaves_the_old_key_in_use(scene):
     assert (scene.version, scene.reasons()) == (1, [])
 
 
-def test_successor_does_not_merge_updates_of_a_revoked_client(fake_client, tmp_path):
+def test_successor_does_not_merge_updates_of_a_revoked_client(fake_client: redis.Redis, tmp_path: Path) -> None:
     """Recovery verifies unacknowledged entries again."""
     scene = Scene(fake_client, tmp_path, aggregation={"strategy": "fedbuff", "buffer_size": 2})
     site, other = scene.site("c0"), scene.site("c1")
@@ -373,7 +376,7 @@ def test_successor_does_not_merge_updates_of_a_revoked_client(fake_client, tmp_p
     assert (scene.version, scene.reasons()) == (0, ["foreign"])
 
 
-def test_signed_run_has_the_same_bits_after_a_takeover(fake_client, tmp_path):
+def test_signed_run_has_the_same_bits_after_a_takeover(fake_client: redis.Redis, tmp_path: Path) -> None:
     models = []
     for name, cut in (("whole", None), ("cut", 3)):
         fake_client.flushall()
@@ -392,7 +395,7 @@ def test_signed_run_has_the_same_bits_after_a_takeover(fake_client, tmp_path):
 # The signed statement
 
 
-def test_signature_covers_every_field_of_its_statement(tmp_path):
+def test_signature_covers_every_field_of_its_statement(tmp_path: Path) -> None:
     key = SigningKey.generate()
     scope = Scope("run", "instance", 1)
     data = sign_envelope(key, UPDATE, scope, ["c0", "job", 1, 2], b"body", "session")
@@ -416,7 +419,7 @@ def test_signature_covers_every_field_of_its_statement(tmp_path):
             open_envelope(changed, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0")
 
 
-def test_private_key_readable_by_others_is_refused(scene):
+def test_private_key_readable_by_others_is_refused(scene: Scene) -> None:
     path = scene.key_folder / "coordinator.key"
     assert path.stat().st_mode & 0o777 == 0o600
     path.chmod(0o640)

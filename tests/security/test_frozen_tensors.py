@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import redis
 import torch
 
 from fedqueue.errors import BlobMissing, SignatureError
@@ -23,7 +27,7 @@ RUN = "frozen"
 class Published:
     """A signed run with version 0 in Redis, whose model has a frozen bfloat16 layer."""
 
-    def __init__(self, client, folder):
+    def __init__(self, client: Any, folder: Any) -> None:
         self.redis, self.keys = client, folder / "keys"
         enroll_missing(self.keys, ["c0"])
         module = torch.nn.Sequential(torch.nn.Linear(3, 2).bfloat16().requires_grad_(False), torch.nn.Linear(2, 1))
@@ -39,16 +43,16 @@ class Published:
         self.site = load_site_identity(self.keys / "sites" / "c0", RUN, "session")
         self.worker = WorkerStore(client, RUN, "session", self.site)
 
-    def tamper(self):
+    def tamper(self) -> None:
         self.redis.setrange(f"{self.store.keys.frozen}:0", 3, b"\x7f")
 
 
 @pytest.fixture
-def published(redis_client, tmp_path):
+def published(redis_client: redis.Redis, tmp_path: Path) -> Any:
     return Published(redis_client, tmp_path)
 
 
-def fetch(published):
+def fetch(published: Any) -> Any:
     published.site.enter(published.store.info())
     frozen = np.empty(published.manifest.frozen_nbytes, np.uint8)
     download = published.worker.download_frozen(frozen)
@@ -58,23 +62,23 @@ def fetch(published):
     return frozen
 
 
-def test_worker_fetches_the_frozen_tensors_bit_for_bit(published):
+def test_worker_fetches_the_frozen_tensors_bit_for_bit(published: Any) -> None:
     assert fetch(published).tobytes() == published.frame.frozen.tobytes()
 
 
-def test_worker_refuses_other_frozen_tensors(published):
+def test_worker_refuses_other_frozen_tensors(published: Any) -> None:
     published.tamper()
     with pytest.raises(SignatureError, match="frozen tensors in Redis are not those that the coordinator signed"):
         fetch(published)
 
 
-def test_worker_reports_missing_frozen_tensors(published):
+def test_worker_reports_missing_frozen_tensors(published: Any) -> None:
     published.redis.delete(f"{published.store.keys.frozen}:0")
     with pytest.raises(BlobMissing):
         fetch(published)
 
 
-def test_successor_refuses_other_frozen_tensors(published):
+def test_successor_refuses_other_frozen_tensors(published: Any) -> None:
     successor, info = load_coordinator_identity(published.keys, RUN), published.store.info()
     successor.resume(info, published.store.read_frozen(published.manifest.frozen_nbytes))
     published.tamper()
@@ -82,14 +86,14 @@ def test_successor_refuses_other_frozen_tensors(published):
         successor.resume(info, published.store.read_frozen(published.manifest.frozen_nbytes))
 
 
-def test_descriptor_of_a_later_term_names_the_same_tensors(published):
+def test_descriptor_of_a_later_term_names_the_same_tensors(published: Any) -> None:
     fetch(published)
     info = published.store.info()
     published.store.set_descriptor(published.identity.resume(info, published.frame.frozen))
     assert fetch(published).tobytes() == published.frame.frozen.tobytes()
 
 
-def test_audit_and_export_find_other_frozen_tensors(published):
+def test_audit_and_export_find_other_frozen_tensors(published: Any) -> None:
     store, info, frozen = published.store, published.store.info(), published.frame.frozen
     assert verify_signatures(store, info, [], published.keys).problems == []
     assert verify_model(store, info, 0, published.frame.buffer, published.keys, frozen=frozen) == ""

@@ -18,7 +18,7 @@ SEED, PUBLIC, SIGNATURE = (
 )
 
 
-def test_signature_matches_the_test_vector_of_rfc_8032():
+def test_signature_matches_the_test_vector_of_rfc_8032() -> None:
     key = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes.fromhex(SEED)))
     assert key.public.raw.hex() == PUBLIC
     assert key.sign(bytes.fromhex("af82")).hex() == SIGNATURE
@@ -26,7 +26,7 @@ def test_signature_matches_the_test_vector_of_rfc_8032():
 
 
 @given(seed=st.binary(min_size=32, max_size=32), message=st.binary(max_size=300), place=st.integers(0, 511))
-def test_signatures_verify_with_another_implementation(seed, message, place):
+def test_signatures_verify_with_another_implementation(seed: bytes, message: bytes, place: int) -> None:
     key = SigningKey(Ed25519PrivateKey.from_private_bytes(seed))
     signature = key.sign(message)
     Ed25519PublicKey.from_public_bytes(key.public.raw).verify(signature, message)
@@ -36,7 +36,7 @@ def test_signatures_verify_with_another_implementation(seed, message, place):
     assert not key.public.verifies(bytes(changed[:64]), bytes(changed[64:]))
 
 
-def test_bytes_cannot_move_between_signature_and_message():
+def test_bytes_cannot_move_between_signature_and_message() -> None:
     """libsodium concatenates signature and message, and must not verify them with one byte moved between the two."""
     key = SigningKey.generate()
     signature, message = key.sign(b"message"), b"message"
@@ -46,7 +46,7 @@ def test_bytes_cannot_move_between_signature_and_message():
 
 
 @pytest.mark.parametrize("raw", [b"", bytes(31), bytes(32), bytes(33)])
-def test_invalid_public_key_verifies_nothing(raw):
+def test_invalid_public_key_verifies_nothing(raw: bytes) -> None:
     signature = SigningKey.generate().sign(b"message")
     assert not PublicKey.from_raw(raw).verifies(signature, b"message")
     assert not PublicKey.from_raw(raw).verifies(bytes(64), b"message")

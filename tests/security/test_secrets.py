@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -24,13 +25,13 @@ TASK = toy_task.__file__
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "federation.toml"
     path.write_text(f'[task]\nentrypoint = "{TASK}:ToyTask"\n[stop]\nversions = 2\n[clients]\ncount = 2\n')
     return path
 
 
-def test_password_file_is_read_for_a_url_from_any_source(tmp_path):
+def test_password_file_is_read_for_a_url_from_any_source(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text(PASSWORD + "\n")
     known = RedisConfig(url="redis://worker@host:1/0", password_file=str(file))
@@ -45,7 +46,7 @@ def test_password_file_is_read_for_a_url_from_any_source(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["redis://:{}@host", "rediss://user:{}@host/0", "sentinel://:{}@a,b/main"])
-def test_password_on_a_command_line_is_refused_and_not_repeated(path, url):
+def test_password_on_a_command_line_is_refused_and_not_repeated(path: Path, url: str) -> None:
     for call in (
         lambda: RedisConfig().address(url.format(PASSWORD)),
         lambda: load_config(path, [f"redis.url={url.format(PASSWORD)}"], {}),
@@ -62,26 +63,26 @@ def test_password_on_a_command_line_is_refused_and_not_repeated(path, url):
         {"FEDQUEUE_REDIS__URL": f"redis://:{PASSWORD}@host", "FEDQUEUE_REDIS__URL__X": "1"},
     ],
 )
-def test_error_in_a_setting_does_not_show_a_password(path, environment):
+def test_error_in_a_setting_does_not_show_a_password(path: Path, environment: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load_config(path, (), environment)
     assert PASSWORD not in str(caught.value)
 
 
-def test_warning_about_a_variable_does_not_show_its_value(path, caplog):
+def test_warning_about_a_variable_does_not_show_its_value(path: Any, caplog: pytest.LogCaptureFixture) -> None:
     assert not load_config(path, (), {"FEDQUEUE_REDIS_URL": f"redis://:{PASSWORD}@host"}).redis.url
     assert "FEDQUEUE_REDIS__URL" in caplog.text
     assert PASSWORD not in caplog.text
 
 
-def test_private_key_is_not_in_its_repr():
+def test_private_key_is_not_in_its_repr() -> None:
     key = SigningKey.generate()
     assert "PRIVATE" not in repr(key) + str(vars(key))
 
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_run_writes_prints_and_sends_no_secret(path, tmp_path):
+def test_run_writes_prints_and_sends_no_secret(path: Any, tmp_path: Path) -> None:
     """Runs against a server with a password; reads process arguments during the run, and files afterwards."""
     server = EmbeddedServer(tmp_path / "redis")
     try:

@@ -6,6 +6,7 @@ import contextlib
 import math
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as numpy_st
+from numpy.typing import NDArray
 
 from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.errors import WireError
@@ -30,7 +32,7 @@ each_name = pytest.mark.parametrize("name", NAMES)
 HEADER = Update(examples=1, nbytes=0, chunks=0, seconds=0.0)
 
 
-def manifest_of(n, buffers=3, counters=2):
+def manifest_of(n: int, buffers: int = 3, counters: int = 2) -> Manifest:
     """Build a manifest of n parameters, with buffers and counters, which no encoding changes."""
     entries = [TensorSpec("w", "float32", (n,), 0, n, PARAMETER)]
     entries += [TensorSpec("b", "float32", (buffers,), n, buffers, BUFFER)] if buffers else []
@@ -38,7 +40,7 @@ def manifest_of(n, buffers=3, counters=2):
     return Manifest(tuple(entries))
 
 
-def frame_with(values, buffers=3, counters=2):
+def frame_with(values: Any, buffers: int = 3, counters: int = 2) -> Frame:
     values = np.asarray(values, np.float32)
     frame = Frame(manifest_of(len(values), buffers, counters))
     frame.parameters.copy_(torch.from_numpy(values.copy()))
@@ -47,18 +49,18 @@ def frame_with(values, buffers=3, counters=2):
     return frame
 
 
-def codec_of(frame, name, lossless="none", **fields):
+def codec_of(frame: Frame, name: str, lossless: str = "none", **fields: Any) -> Codec:
     return uplink_codec(CompressionConfig(uplink=name, uplink_lossless=lossless, **fields), frame.manifest)
 
 
-def sent(values, name, seed=1, lossless="none", **fields):
+def sent(values: Any, name: str, seed: int = 1, lossless: str = "none", **fields: Any) -> NDArray[Any]:
     """Return the values after encoding and decoding, as float64."""
     frame = frame_with(values)
     codec = codec_of(frame, name, lossless, **fields)
     return codec.decode(codec.encode(frame, seed)).whole().parameters.numpy().astype(np.float64)
 
 
-def worst(name, values, block=16, k=0.3):
+def worst(name: str, values: NDArray[Any], block: int = 16, k: Any = 0.3) -> NDArray[Any]:
     """Return the documented error bound of each element, as float64."""
     x = np.abs(np.asarray(values, np.float64))
     match name:
@@ -83,7 +85,9 @@ moderate = numpy_st.arrays(
 @each_codec
 @each_name
 @given(values=moderate, seed=st.integers(0, 2**53))
-def test_decoded_elements_are_within_the_stated_bound(name, lossless, values, seed):
+def test_decoded_elements_are_within_the_stated_bound(
+    name: str, lossless: str, values: NDArray[Any], seed: int
+) -> None:
     decoded = sent(values, name, seed, lossless, int8_block=16, topk_ratio=0.3)
     assert (np.abs(decoded - values.astype(np.float64)) <= worst(name, values)).all()
 
@@ -91,7 +95,7 @@ def test_decoded_elements_are_within_the_stated_bound(name, lossless, values, se
 @each_codec
 @each_name
 @given(values=moderate)
-def test_buffers_and_counters_travel_exactly(name, lossless, values):
+def test_buffers_and_counters_travel_exactly(name: str, lossless: str, values: NDArray[Any]) -> None:
     frame = frame_with(values)
     codec = codec_of(frame, name, lossless, int8_block=16, topk_ratio=0.3)
     wire = codec.encode(frame, 7)
@@ -108,7 +112,7 @@ def test_buffers_and_counters_travel_exactly(name, lossless, values):
 
 
 @each_name
-def test_encoding_is_within_bounds_across_piece_borders(name, monkeypatch):
+def test_encoding_is_within_bounds_across_piece_borders(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The number of elements exceeds a piece, and is no multiple of the piece size or of the block size."""
     values = np.random.default_rng(0).normal(size=1003).astype(np.float32)
     whole = sent(values, name, int8_block=32, topk_ratio=0.1)
@@ -119,7 +123,7 @@ def test_encoding_is_within_bounds_across_piece_borders(name, monkeypatch):
         np.testing.assert_array_equal(whole, pieces)
 
 
-def test_bytes_are_determined_by_the_seed():
+def test_bytes_are_determined_by_the_seed() -> None:
     frame = frame_with(np.random.default_rng(1).normal(size=500))
     for name in ("int8", "randomk"):
         codec = codec_of(frame, name)
@@ -127,7 +131,7 @@ def test_bytes_are_determined_by_the_seed():
         assert not np.array_equal(codec.encode(frame, 5), codec.encode(frame, 6))
 
 
-def test_float32_is_sent_unchanged_and_without_a_copy():
+def test_float32_is_sent_unchanged_and_without_a_copy() -> None:
     frame = frame_with([1.0, 2.0])
     codec = codec_of(frame, "float32")
     assert codec.encode(frame, 0) is frame.buffer
@@ -138,7 +142,7 @@ def test_float32_is_sent_unchanged_and_without_a_copy():
 # int8
 
 
-def test_stochastic_rounding_is_unbiased():
+def test_stochastic_rounding_is_unbiased() -> None:
     """The mean of 4,000 roundings of each of 64 values is within 5 standard errors, each at most s / 2 / √4000."""
     values = np.random.default_rng(2).normal(size=64)
     scale = np.abs(values.astype(np.float32)).max() / 127
@@ -148,13 +152,13 @@ def test_stochastic_rounding_is_unbiased():
     assert runs.std(axis=0).max() > scale / 4, "rounding is deterministic"
 
 
-def test_int8_is_exact_for_values_on_its_grid():
+def test_int8_is_exact_for_values_on_its_grid() -> None:
     """A block of 16 with maximum 127 has scale 1, so integers are exact. The second block has a scale of its own."""
     first, second = [127.0, -127.0, 3.0, 0.0] * 4, [0.0, 254.0, -2.0, 4.0]
     assert sent([*first, *second], "int8", int8_block=16).tolist() == [*first, *second]
 
 
-def test_zero_and_subnormal_blocks_stay_within_the_bound():
+def test_zero_and_subnormal_blocks_stay_within_the_bound() -> None:
     tiny = np.float32(1e-45)
     decoded = sent([0.0] * 16 + [tiny, -tiny] * 8, "int8", int8_block=16)
     assert not decoded[:16].any()
@@ -165,7 +169,7 @@ def test_zero_and_subnormal_blocks_stay_within_the_bound():
     assert np.abs(decoded[16:]).max() <= 2 * encodings.TINY
 
 
-def test_negative_scale_is_malformed():
+def test_negative_scale_is_malformed() -> None:
     frame = frame_with([1.0] * 20)
     codec = codec_of(frame, "int8", int8_block=16)
     wire = codec.encode(frame, 0)
@@ -177,12 +181,12 @@ def test_negative_scale_is_malformed():
 # top-k
 
 
-def test_topk_sends_the_largest_and_breaks_ties_by_position():
+def test_topk_sends_the_largest_and_breaks_ties_by_position() -> None:
     assert sent([1.0, -5.0, 0.5, 5.0, -1.0, 1.0], "topk", topk_ratio=0.5).tolist() == [1.0, -5.0, 0, 5.0, 0, 0]
 
 
 @given(values=moderate, k=st.floats(0.01, 1.0))
-def test_topk_omits_no_element_larger_than_a_sent_one(values, k):
+def test_topk_omits_no_element_larger_than_a_sent_one(values: NDArray[Any], k: float) -> None:
     decoded = sent(values, "topk", topk_ratio=k)
     kept = np.sort(np.abs(values.astype(np.float64)))[::-1][: math.ceil(k * len(values))]
     assert np.sort(np.abs(decoded))[::-1][: len(kept)].tolist() == kept.tolist()
@@ -193,7 +197,7 @@ def test_topk_omits_no_element_larger_than_a_sent_one(values, k):
     ("place", "step", "says"),
     [(1, 0, "comes twice"), (0, 21, "position"), (2, 2**32 - 1, "position"), (3, 2, "position 20 of 20")],
 )
-def test_repeated_or_out_of_range_positions_are_malformed(place, step, says):
+def test_repeated_or_out_of_range_positions_are_malformed(place: int, step: int, says: str) -> None:
     frame = frame_with(np.arange(20) + 1.0)
     codec = codec_of(frame, "topk", topk_ratio=0.2)
     wire = codec.encode(frame, 0)
@@ -205,7 +209,7 @@ def test_repeated_or_out_of_range_positions_are_malformed(place, step, says):
 # random-k
 
 
-def test_randomk_sends_one_element_of_each_stratum():
+def test_randomk_sends_one_element_of_each_stratum() -> None:
     values = np.arange(10) + 1.0
     seen = np.zeros(10)
     for seed in range(400):
@@ -217,7 +221,7 @@ def test_randomk_sends_one_element_of_each_stratum():
     assert np.abs(seen - expected).max() < 5 * math.sqrt(400 / 4)
 
 
-def test_randomk_chooses_the_same_on_every_machine():
+def test_randomk_chooses_the_same_on_every_machine() -> None:
     """Pins the indices of one seed: deriving them in another way would break runs with workers of mixed versions."""
     assert np.flatnonzero(sent(np.ones(1000), "randomk", seed=12345, topk_ratio=0.005)).tolist() == [
         184,
@@ -234,14 +238,14 @@ def test_randomk_chooses_the_same_on_every_machine():
 @each_codec
 @each_name
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_non_finite_delta_stays_non_finite_after_decoding(name, lossless, bad):
+def test_non_finite_delta_stays_non_finite_after_decoding(name: str, lossless: str, bad: float) -> None:
     """The coordinator must refuse a non-finite delta, even if the encoding does not select the non-finite element."""
     values = np.full(200, 0.5, np.float32)
     values[17] = bad
     assert not np.isfinite(sent(values, name, 3, lossless, topk_ratio=0.02)).all()
 
 
-def test_half_precision_overflows_to_infinity():
+def test_half_precision_overflows_to_infinity() -> None:
     assert np.isinf(sent([70_000.0, 1.0], "float16")).tolist() == [True, False]
 
 
@@ -250,7 +254,9 @@ def test_half_precision_overflows_to_infinity():
 
 @each_name
 @given(values=moderate, weight=st.floats(-4, 4, width=32), first=st.booleans(), seed=st.integers(0, 2**53))
-def test_fused_add_equals_decode_scale_and_add_in_float32(name, values, weight, first, seed):
+def test_fused_add_equals_decode_scale_and_add_in_float32(
+    name: str, values: NDArray[Any], weight: float, first: bool, seed: int
+) -> None:
     """The oracle is numpy's float32 arithmetic, which rounds each operation; torch's own additions may fuse two."""
     frame = frame_with(values)
     encoded = codec_of(frame, name, int8_block=16, topk_ratio=0.3)
@@ -267,7 +273,7 @@ def test_fused_add_equals_decode_scale_and_add_in_float32(name, values, weight, 
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_every_sixteen_bit_float_is_widened_exactly(name, dtype):
+def test_every_sixteen_bit_float_is_widened_exactly(name: str, dtype: Any) -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     into = torch.zeros(2**16)
     ENCODINGS[name](CompressionConfig()).add(bits.view(np.uint8), into, 1.0, True)
@@ -277,7 +283,7 @@ def test_every_sixteen_bit_float_is_widened_exactly(name, dtype):
 
 
 @pytest.mark.parametrize(("place", "step"), [(1, 0), (0, 21), (2, 2**32 - 1), (3, 2)])
-def test_repeated_or_out_of_range_position_is_not_added(place, step):
+def test_repeated_or_out_of_range_position_is_not_added(place: int, step: int) -> None:
     frame = frame_with(np.arange(20) + 1.0)
     codec = codec_of(frame, "topk", topk_ratio=0.2)
     wire = codec.encode(frame, 0)
@@ -292,7 +298,7 @@ def test_repeated_or_out_of_range_position_is_not_added(place, step):
 
 @pytest.mark.parametrize("name", ["int8", "topk"])
 @given(data=st.binary(min_size=48, max_size=48) | st.lists(st.integers(0, 9), min_size=48, max_size=48).map(bytes))
-def test_add_and_decode_reject_the_same_inputs(name, data):
+def test_add_and_decode_reject_the_same_inputs(name: str, data: bytes) -> None:
     frame = frame_with(np.zeros(20), 0, 0)
     codec = codec_of(frame, name, topk_ratio=0.3, int8_block=16)
     wire = np.frombuffer(data, np.uint8)[: codec.nbytes].copy()
@@ -311,7 +317,7 @@ def test_add_and_decode_reject_the_same_inputs(name, data):
 
 
 @pytest.mark.slow
-def test_only_merging_encoded_updates_imports_the_compiler():
+def test_only_merging_encoded_updates_imports_the_compiler() -> None:
     modules = "sys, fedqueue.tensors.codec, fedqueue_worker.process, fedqueue_coordinator.service.coordinator"
     program = [sys.executable, "-c", f"import {modules}; print('numba' in sys.modules)"]
     says = subprocess.run(program, capture_output=True, text=True, check=True, timeout=60)
@@ -323,7 +329,7 @@ def test_only_merging_encoded_updates_imports_the_compiler():
 
 @each_codec
 @each_name
-def test_wrong_number_of_bytes_is_refused(name, lossless):
+def test_wrong_number_of_bytes_is_refused(name: str, lossless: str) -> None:
     frame = frame_with(np.random.default_rng(3).normal(size=100))
     codec = codec_of(frame, name, lossless)
     wire = codec.encode(frame, 0)
@@ -337,7 +343,7 @@ def test_wrong_number_of_bytes_is_refused(name, lossless):
             codec.decode(wrong)
 
 
-def test_oversized_zstd_is_refused_before_decompression():
+def test_oversized_zstd_is_refused_before_decompression() -> None:
     bomb = codec_of(frame_with(np.zeros(10**7)), "float32", "zstd").encode(frame_with(np.zeros(10**7)), 0)
     assert bomb.nbytes < 10_000
     codec = Codec(manifest_of(3000), None, True)
@@ -347,7 +353,7 @@ def test_oversized_zstd_is_refused_before_decompression():
 
 
 @given(cut=st.integers(0, 400), new=st.binary(max_size=9))
-def test_damaged_zstd_is_an_error_or_a_frame_of_the_right_size(cut, new):
+def test_damaged_zstd_is_an_error_or_a_frame_of_the_right_size(cut: int, new: bytes) -> None:
     frame = frame_with(np.random.default_rng(4).normal(size=100))
     codec = codec_of(frame, "float16", "zstd")
     wire = codec.encode(frame, 0)
@@ -358,7 +364,7 @@ def test_damaged_zstd_is_an_error_or_a_frame_of_the_right_size(cut, new):
         assert codec.decode(damaged).whole().buffer.nbytes == frame.manifest.nbytes
 
 
-def test_zstd_saves_bytes_of_weights_that_look_random():
+def test_zstd_saves_bytes_of_weights_that_look_random() -> None:
     """Similar exponents, stored apart from the other bits, compress to less than half."""
     frame = frame_with(np.random.default_rng(5).normal(size=100_000))
     plain, small = (codec_of(frame, "bfloat16", z).encode(frame, 0).nbytes for z in ("none", "zstd"))
@@ -370,7 +376,7 @@ def test_zstd_saves_bytes_of_weights_that_look_random():
 
 @pytest.mark.parametrize("name", SPARSE)
 @given(deltas=st.lists(numpy_st.arrays(np.float32, 20, elements=st.floats(-1, 1, width=32)), min_size=1, max_size=12))
-def test_sent_delta_plus_residual_is_the_trained_delta(name, deltas):
+def test_sent_delta_plus_residual_is_the_trained_delta(name: str, deltas: list[NDArray[Any]]) -> None:
     manifest = manifest_of(20)
     feedback = ErrorFeedback(uplink_codec(CompressionConfig(uplink=name, topk_ratio=0.1), manifest))
     total, arrived = np.zeros(20), np.zeros(20)
@@ -383,7 +389,7 @@ def test_sent_delta_plus_residual_is_the_trained_delta(name, deltas):
     np.testing.assert_allclose(arrived + feedback.residuals["c"].numpy(), total, atol=20 * 2.0**-22)
 
 
-def test_refused_update_keeps_the_clients_residual():
+def test_refused_update_keeps_the_clients_residual() -> None:
     feedback = ErrorFeedback(uplink_codec(CompressionConfig(uplink="topk", topk_ratio=0.5), manifest_of(2)))
     first = frame_with([3.0, 1.0])
     feedback.encode("a", first, HEADER, 0)
@@ -400,7 +406,7 @@ def test_refused_update_keeps_the_clients_residual():
     assert feedback.codec.decode(wire).whole().parameters.tolist() == [0.0, 1.5], "the residual was not added"
 
 
-def test_non_finite_delta_does_not_enter_the_residual():
+def test_non_finite_delta_does_not_enter_the_residual() -> None:
     feedback = ErrorFeedback(uplink_codec(CompressionConfig(uplink="topk", topk_ratio=0.5), manifest_of(2)))
     bad = frame_with([math.nan, 1.0])
     _, wire = feedback.encode("a", bad, HEADER, 0)
@@ -409,7 +415,7 @@ def test_non_finite_delta_does_not_enter_the_residual():
     assert not np.isfinite(feedback.codec.decode(wire).whole().parameters.numpy()).all()
 
 
-def test_dense_encodings_have_no_residual():
+def test_dense_encodings_have_no_residual() -> None:
     compression = CompressionConfig(downlink="int8", downlink_lossless="zstd")
     feedback = ErrorFeedback(downlink_codec(compression, manifest_of(50)))
     frame = frame_with(np.ones(50))
@@ -423,7 +429,7 @@ def test_dense_encodings_have_no_residual():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_encoding_by_pieces_allocates_no_second_model(name):
+def test_encoding_by_pieces_allocates_no_second_model(name: str) -> None:
     import tracemalloc
 
     n = 4_000_000

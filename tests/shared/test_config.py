@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import re
 import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
@@ -20,7 +23,7 @@ MINIMAL = {"task": {"entrypoint": "task.py:T"}, "stop": {"versions": 1}}
 
 
 @pytest.fixture
-def path(tmp_path):
+def path(tmp_path: Path) -> Path:
     path = tmp_path / "federation.toml"
     path.write_text(
         'name = "file"\n[task]\nentrypoint = "task.py:T"\n[training]\nlocal_epochs = 2\n[stop]\nversions = 1\n'
@@ -28,11 +31,11 @@ def path(tmp_path):
     return path
 
 
-def config(**sections) -> Config:
+def config(**sections: Any) -> Config:
     return parse_config({**MINIMAL, **sections})
 
 
-def error(**sections) -> ConfigurationError:
+def error(**sections: Any) -> ConfigurationError:
     with pytest.raises(ConfigurationError) as caught:
         config(**sections)
     return caught.value
@@ -41,24 +44,24 @@ def error(**sections) -> ConfigurationError:
 # Sources
 
 
-def test_file_gives_the_values(path):
+def test_file_gives_the_values(path: Path) -> None:
     loaded = load_config(path, environment={})
     assert (loaded.name, loaded.training.local_epochs, loaded.stop.versions) == ("file", 2, 1)
 
 
-def test_environment_wins_over_the_file_and_set_over_both(path):
+def test_environment_wins_over_the_file_and_set_over_both(path: Path) -> None:
     environment = {"FEDQUEUE_TRAINING__LOCAL_EPOCHS": "3", "FEDQUEUE_NAME": "environment", "OTHER_NAME": "x"}
     assert load_config(path, environment=environment).training.local_epochs == 3
     loaded = load_config(path, ["training.local_epochs=4"], environment)
     assert (loaded.training.local_epochs, loaded.name) == (4, "environment")
 
 
-def test_process_environment_is_read_by_default(path, monkeypatch):
+def test_process_environment_is_read_by_default(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDQUEUE_STOP__UPDATES", "17")
     assert load_config(path).stop.updates == 17
 
 
-def test_later_override_wins(path):
+def test_later_override_wins(path: Path) -> None:
     assert load_config(path, ["name=a", "name=b"], {}).name == "b"
 
 
@@ -79,7 +82,9 @@ def test_later_override_wins(path):
         ("task.options.day=2024-01-01", "task", {"options": {"day": __import__("datetime").date(2024, 1, 1)}}),
     ],
 )
-def test_override_takes_toml_values_and_bare_words(path, override, section, expected):
+def test_override_takes_toml_values_and_bare_words(
+    path: Path, override: str, section: str, expected: dict[str, Any]
+) -> None:
     node = load_config(path, [override], {})
     for part in section.split("."):
         node = getattr(node, part)
@@ -87,35 +92,35 @@ def test_override_takes_toml_values_and_bare_words(path, override, section, expe
 
 
 @pytest.mark.parametrize("name", ["2024", "2024-01-01", "true", "1e5", "0"])
-def test_numeric_looking_text_stays_text(path, name):
+def test_numeric_looking_text_stays_text(path: Path, name: str) -> None:
     assert load_config(path, [f"name={name}"], {}).name == name
     assert load_config(path, environment={"FEDQUEUE_NAME": name}).name == name
 
 
-def test_empty_value_is_empty_text(path):
+def test_empty_value_is_empty_text(path: Path) -> None:
     assert load_config(path, ["task.options.note="], {}).task.options == {"note": ""}
 
 
 @pytest.mark.parametrize("override", ["name", "=5", ""])
-def test_override_without_a_key_or_a_value_is_an_error(path, override):
+def test_override_without_a_key_or_a_value_is_an_error(path: Path, override: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--set = .*: no key or no value; write section\.key=value$"):
         load_config(path, [override], {})
 
 
-def test_override_below_a_single_value_is_an_error(path):
+def test_override_below_a_single_value_is_an_error(path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"--set name\.first = 'x': name is a single value, not a section"):
         load_config(path, ["name.first=x"], {})
     with pytest.raises(ConfigurationError, match=r"FEDQUEUE_NAME__FIRST = 'x': name is a single value"):
         load_config(path, environment={"FEDQUEUE_NAME__FIRST": "x"})
 
 
-def test_missing_file_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"CONFIG = '.*nowhere\.toml': cannot be read: No such file"):
         load_config(tmp_path / "nowhere.toml", environment={})
 
 
 @pytest.mark.parametrize("content", [b"name = ", b"\xff\xfe"])
-def test_invalid_toml_is_an_error(tmp_path, content):
+def test_invalid_toml_is_an_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.toml"
     path.write_bytes(content)
     with pytest.raises(ConfigurationError, match=r"bad\.toml': is not TOML"):
@@ -123,7 +128,7 @@ def test_invalid_toml_is_an_error(tmp_path, content):
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
-def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path, ending):
+def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path: Path, ending: Any) -> None:
     path = tmp_path / "federation.toml"
     text = 'name = "size"\n[task]\nentrypoint = "task.py:T"\n[stop]\nversions = 1\n'
     path.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", ending))
@@ -131,7 +136,7 @@ def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path, ending):
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_of_powershell_is_named(tmp_path, encoding):
+def test_utf_16_of_powershell_is_named(tmp_path: Path, encoding: Any) -> None:
     path = tmp_path / "federation.toml"
     path.write_bytes(("\ufeff" + 'name = "x"').encode(encoding))
     with pytest.raises(ConfigurationError, match=r"federation\.toml'.*UTF-16.*save it as UTF-8"):
@@ -178,8 +183,8 @@ def value_of(configuration: Config, key: str) -> typing.Any:
     return functools.reduce(getattr, key.split("."), configuration)
 
 
-def test_every_key_that_may_be_none_takes_a_word():
-    def keys(section, path=""):
+def test_every_key_that_may_be_none_takes_a_word() -> None:
+    def keys(section: Any, path: Any = "") -> Iterator[Any]:
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 yield from keys(field.annotation, f"{path}{name}.")
@@ -191,7 +196,7 @@ def test_every_key_that_may_be_none_takes_a_word():
 
 
 @pytest.mark.parametrize(("key", "word"), WORDS)
-def test_word_and_omitted_key_both_mean_none(path, key, word):
+def test_word_and_omitted_key_both_mean_none(path: Any, key: Any, word: Any) -> None:
     assert value_of(parse_config(tree_with(key, word)), key) is None
     assert value_of(parse_config(tree_with("seed", 0)), key) == NOT_NONE.get(key)
     others = ["stop.target={loss = 0.1}"]
@@ -207,7 +212,7 @@ def test_word_and_omitted_key_both_mean_none(path, key, word):
 
 
 @pytest.mark.parametrize(("key", "word"), WORDS)
-def test_sentinel_value_is_an_error_that_says_what_to_write(key, word):
+def test_sentinel_value_is_an_error_that_says_what_to_write(key: Any, word: Any) -> None:
     numbers = {"aggregation.filter.min_cosine": -1, "dispatch.max_share": 1}
     text = value_of(parse_config(tree_with("seed", 0)), key) == "egress" or key.startswith(("redis.", "security."))
     value = "" if text or key.endswith("schedule.name") else numbers.get(key, 0)
@@ -222,7 +227,7 @@ def test_sentinel_value_is_an_error_that_says_what_to_write(key, word):
 
 
 @pytest.mark.parametrize("old", RENAMED)
-def test_renamed_key_is_an_error_that_names_the_current_key(path, old):
+def test_renamed_key_is_an_error_that_names_the_current_key(path: Any, old: Any) -> None:
     section = old.rpartition(".")[0]
     present = f"{section}.{RENAMED[old]}"
     assert value_of(parse_config(tree_with("seed", 0)), section)
@@ -239,25 +244,25 @@ def test_renamed_key_is_an_error_that_names_the_current_key(path, old):
     assert str(caught.value) == f"{variable} = '1': the key was renamed; write {new}"
 
 
-def test_only_the_new_names_of_renamed_keys_are_accepted():
+def test_only_the_new_names_of_renamed_keys_are_accepted() -> None:
     for old, present in RENAMED.items():
         section = value_of(parse_config(tree_with("seed", 0)), old.rpartition(".")[0])
         assert old.rpartition(".")[2] not in type(section).model_fields
         assert present in type(section).model_fields
 
 
-def test_key_below_a_renamed_key_is_named_with_its_current_path(path):
+def test_key_below_a_renamed_key_is_named_with_its_current_path(path: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"write --set dispatch\.fedcompass\.min_steps$"):
         load_config(path, ["dispatch.compass.min_steps=3"], {})
 
 
-def test_renamed_key_is_reported_before_other_errors():
+def test_renamed_key_is_reported_before_other_errors() -> None:
     caught = error(seed=-1, aggregation={"mode": "fedavg"})
     assert str(caught) == "aggregation.mode = 'fedavg': the key was renamed; write aggregation.strategy"
 
 
 @pytest.mark.parametrize(("old", "present"), [("free", "async"), ("compass", "fedcompass")])
-def test_renamed_value_is_an_error_that_names_the_current_value(old, present):
+def test_renamed_value_is_an_error_that_names_the_current_value(old: Any, present: Any) -> None:
     caught = error(dispatch={"schedule": old})
     assert str(caught) == f"dispatch.schedule = {old!r}: the value was renamed; write {present!r}"
     assert config(dispatch={"schedule": present}).dispatch.schedule == present
@@ -266,7 +271,7 @@ def test_renamed_value_is_an_error_that_names_the_current_value(old, present):
 # Errors
 
 
-def test_misspelled_value_error_names_the_nearest_one():
+def test_misspelled_value_error_names_the_nearest_one() -> None:
     caught = error(aggregation={"strategy": "fedbuf"})
     assert str(caught) == "aggregation.strategy = 'fedbuf': unknown strategy; did you mean 'fedbuff'?"
 
@@ -275,7 +280,7 @@ SECTIONS = {name: field.annotation for name, field in Config.model_fields.items(
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_unknown_key_is_an_error_with_a_suggestion(section):
+def test_unknown_key_is_an_error_with_a_suggestion(section: Any) -> None:
     known = max(SECTIONS[section].model_fields, key=len)
     misspelt = known[:-1] + ("x" if known[-1] != "x" else "y")
     caught = error(**{section: {**MINIMAL.get(section, {}), misspelt: 1}})
@@ -284,29 +289,29 @@ def test_unknown_key_is_an_error_with_a_suggestion(section):
 
 
 @pytest.mark.parametrize("section", SECTIONS)
-def test_error_for_an_unrecognizable_key_lists_the_known_keys(section):
+def test_error_for_an_unrecognizable_key_lists_the_known_keys(section: Any) -> None:
     caught = error(**{section: {**MINIMAL.get(section, {}), "qqqqqq": 1}})
     assert caught.problem == "unknown key"
     assert caught.hint == f"known keys: {', '.join(SECTIONS[section].model_fields)}"
 
 
-def test_unknown_section_names_the_nearest_one():
+def test_unknown_section_names_the_nearest_one() -> None:
     assert str(error(trainig={"local_epochs": 1})) == "trainig: unknown key; did you mean 'training'?"
 
 
-def test_unknown_key_of_a_subsection_is_named_with_its_path():
+def test_unknown_key_of_a_subsection_is_named_with_its_path() -> None:
     assert str(error(aggregation={"staleness": {"functon": "hinge"}})).startswith(
         "aggregation.staleness.functon = 'hinge': unknown key; did you mean 'function'?"
     )
 
 
 @pytest.mark.parametrize("missing", ["task", "stop"])
-def test_missing_section_is_named(missing):
+def test_missing_section_is_named(missing: Any) -> None:
     with pytest.raises(ConfigurationError, match=rf"^{missing}: missing; add a section \[{missing}\]$"):
         parse_config({key: value for key, value in MINIMAL.items() if key != missing})
 
 
-def test_missing_entrypoint_is_named():
+def test_missing_entrypoint_is_named() -> None:
     assert str(error(task={})) == "task.entrypoint: missing; add this key"
 
 
@@ -370,7 +375,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("key", "value", "problem"), REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
-def test_invalid_value_error_names_the_key_and_the_problem(key, value, problem):
+def test_invalid_value_error_names_the_key_and_the_problem(key: Any, value: Any, problem: Any) -> None:
     tree: dict = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}}
     node = tree
     *path, last = key.split(".")
@@ -384,14 +389,14 @@ def test_invalid_value_error_names_the_key_and_the_problem(key, value, problem):
     assert "pydantic" not in str(caught.value)
 
 
-def test_error_shows_the_value_as_it_was_given():
+def test_error_shows_the_value_as_it_was_given() -> None:
     assert str(error(training={"local_epochs": "many"})).startswith("training.local_epochs = 'many': ")
 
 
 # The parsed configuration
 
 
-def test_defaults_match_the_documentation():
+def test_defaults_match_the_documentation() -> None:
     c = config()
     assert (c.name, c.seed, c.redis.url, c.redis.retention_hours) == ("run", 0, None, 24.0)
     assert (c.clients.ids[0], len(c.clients.ids), c.concurrency, c.minimum_clients) == ("client-0", 8, 8, 1)
@@ -411,7 +416,7 @@ def test_defaults_match_the_documentation():
 
 
 @pytest.mark.parametrize("section", [None, *SECTIONS])
-def test_configuration_is_frozen(section):
+def test_configuration_is_frozen(section: Any) -> None:
     c = config()
     node = getattr(c, section) if section else c
     field = next(iter(type(node).model_fields))
@@ -419,14 +424,14 @@ def test_configuration_is_frozen(section):
         setattr(node, field, getattr(node, field))
 
 
-def test_configuration_round_trips_through_json():
+def test_configuration_round_trips_through_json() -> None:
     c = config(
         clients={"names": ["a", "b"]}, server_optimizer={"name": "adam", "optimizer_options": {"betas": [0.9, 0.99]}}
     )
     assert Config.model_validate_json(c.model_dump_json()) == c
 
 
-def test_redis_url_is_in_no_dump_of_the_configuration():
+def test_redis_url_is_in_no_dump_of_the_configuration() -> None:
     """The dumped configuration is stored in Redis and in files that other users can read."""
     c = config(redis={"url": "redis://:hunter2@host", "retention_hours": 3})
     assert c.redis.url == "redis://:hunter2@host"
@@ -434,18 +439,18 @@ def test_redis_url_is_in_no_dump_of_the_configuration():
     assert Config.model_validate_json(c.model_dump_json()).redis.retention_hours == 3
 
 
-def test_optimizer_options_keep_their_types():
+def test_optimizer_options_keep_their_types() -> None:
     options = {"momentum": 1, "nesterov": True, "weight_decay": 0.5}
     assert repr(TrainingConfig(optimizer_options=options).optimizer_options) == repr(options)
 
 
-def test_configured_client_names_are_used():
+def test_configured_client_names_are_used() -> None:
     c = config(clients={"names": ["north", "south"]})
     assert c.clients.ids == ("north", "south")
     assert c.clients.client("south") == Client("south", 1, 2)
 
 
-def test_client_without_a_partition_has_its_own_data():
+def test_client_without_a_partition_has_its_own_data() -> None:
     assert config().clients.client("guest") == Client("guest")
 
 
@@ -460,12 +465,14 @@ def test_client_without_a_partition_has_its_own_data():
         ("fedavg", {"cohort_size": 5}, 5, True, 5, 5),
     ],
 )
-def test_strategy_determines_the_updates_per_version(strategy, fields, buffer, barrier, concurrency, minimum):
+def test_strategy_determines_the_updates_per_version(
+    strategy: Any, fields: Any, buffer: Any, barrier: Any, concurrency: Any, minimum: Any
+) -> None:
     c = config(aggregation={"strategy": strategy, **fields})
     assert (c.buffer_size, c.barrier, c.concurrency, c.minimum_clients) == (buffer, barrier, concurrency, minimum)
 
 
-def test_concurrency_and_minimum_can_be_set():
+def test_concurrency_and_minimum_can_be_set() -> None:
     c = config(dispatch={"concurrency": 3}, clients={"min_available": 2})
     assert (c.concurrency, c.minimum_clients) == (3, 2)
 
@@ -479,11 +486,11 @@ def test_concurrency_and_minimum_can_be_set():
         ({"strategy": "fedavg"}, False),
     ],
 )
-def test_only_model_mixing_keeps_base_versions(aggregation, keeps):
+def test_only_model_mixing_keeps_base_versions(aggregation: Any, keeps: Any) -> None:
     assert config(aggregation=aggregation).keeps_bases is keeps
 
 
-def test_configuration_errors_have_one_format():
+def test_configuration_errors_have_one_format() -> None:
     caught = error(clients={"count": 0})
     assert re.fullmatch(r"clients\.count = 0: must be greater than or equal to 1", str(caught))
     assert (caught.key, caught.value, caught.hint) == ("clients.count", 0, "")

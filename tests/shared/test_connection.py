@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -27,7 +29,7 @@ SECRET = "hunter2"
         ("redis://:p%40ss%3Aword@host", pool.TcpConnection, {"password": "p@ss:word"}),
     ],
 )
-def test_creating_a_client_sends_nothing(url, cls, settings):
+def test_creating_a_client_sends_nothing(url: str, cls: type[Any], settings: dict[str, Any]) -> None:
     pool = connect(url).connection_pool
     assert pool.connection_class is cls
     assert {name: pool.connection_kwargs.get(name) for name in settings} == settings
@@ -40,7 +42,9 @@ def test_creating_a_client_sends_nothing(url, cls, settings):
         ("sentinels", sentinel.PrimaryTlsConnection, pool.TlsConnection),
     ],
 )
-def test_sentinel_url_with_tls_uses_tls_for_the_primary_too(scheme, primary, of_sentinels):
+def test_sentinel_url_with_tls_uses_tls_for_the_primary_too(
+    scheme: str, primary: type[Any], of_sentinels: type[Any]
+) -> None:
     tls = Tls(ca_file=__file__)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tls, "context", lambda self: None)  # `ca_file` is no certificate
@@ -56,7 +60,7 @@ def test_sentinel_url_with_tls_uses_tls_for_the_primary_too(scheme, primary, of_
         assert one.connection_kwargs.get("tls") is (tls if scheme == "sentinels" else None)
 
 
-def test_connections_time_out_later_than_blocking_reads():
+def test_connections_time_out_later_than_blocking_reads() -> None:
     settings = connect("redis://host").connection_pool.connection_kwargs
     assert settings["socket_timeout"] == SOCKET_SECONDS > BLOCK_SECONDS
     assert settings["socket_connect_timeout"] == connection.CONNECT_SECONDS
@@ -64,7 +68,7 @@ def test_connections_time_out_later_than_blocking_reads():
     assert connect("redis://host", retries=0).connection_pool.connection_kwargs["retry"].get_retries() == 0
 
 
-def test_client_with_limited_retries_repeats_a_command_once():
+def test_client_with_limited_retries_repeats_a_command_once() -> None:
     client = connect("redis://host")
     pool = client.connection_pool
     before = pool.make_connection()
@@ -78,7 +82,7 @@ def test_client_with_limited_retries_repeats_a_command_once():
 @pytest.mark.parametrize(
     "url", ["http://host", "host:6379", "", "REDIS://host", f"mysql://u:{SECRET}@host", f"u:{SECRET}@h"]
 )
-def test_unsupported_url_error_lists_the_accepted_forms(url):
+def test_unsupported_url_error_lists_the_accepted_forms(url: str) -> None:
     with pytest.raises(
         ConfigurationError, match=r"redis\.url = '\w*://…': unknown scheme; write one of redis://, rediss://, unix://"
     ) as caught:
@@ -100,7 +104,7 @@ def test_unsupported_url_error_lists_the_accepted_forms(url):
         f"sentinels://u:{SECRET}@host",
     ],
 )
-def test_malformed_url_error_shows_no_part_of_the_url(url):
+def test_malformed_url_error_shows_no_part_of_the_url(url: str) -> None:
     with pytest.raises(ConfigurationError, match=r"redis\.url = '(redis|unix|sentinels?)://…': .*PASSWORD") as caught:
         connect(url)
     assert SECRET not in str(caught.value)
@@ -125,12 +129,12 @@ def test_malformed_url_error_shows_no_part_of_the_url(url):
         ("redis://host:6379", "redis://host:6379"),
     ],
 )
-def test_password_is_removed_from_a_url(url, shown):
+def test_password_is_removed_from_a_url(url: str, shown: str) -> None:
     assert without_password(url) == shown
     assert SECRET not in without_password(url)
 
 
-def test_unreachable_server_is_named_without_the_password(tmp_path):
+def test_unreachable_server_is_named_without_the_password(tmp_path: Path) -> None:
     url = f"unix://alice:{SECRET}@{tmp_path}/none.sock"
     client = connect(url, retries=0)
     with pytest.raises(ServerUnavailable, match=r"no Redis at unix://alice@.*none\.sock: ") as caught:
@@ -139,11 +143,11 @@ def test_unreachable_server_is_named_without_the_password(tmp_path):
     assert isinstance(caught.value, FedqueueError)
 
 
-def test_reachable_server_passes_the_check(fake_client):
+def test_reachable_server_passes_the_check(fake_client: redis.Redis) -> None:
     check(fake_client, "redis://fake")
 
 
-def test_large_arguments_are_not_copied_into_the_command():
+def test_large_arguments_are_not_copied_into_the_command() -> None:
     """hiredis's packer copies a blob, so the Python packer, which makes no copy, packs each command with a blob."""
     made = connect("redis://host").connection_pool.make_connection()
     large = memoryview(bytes(100_000))
@@ -152,7 +156,7 @@ def test_large_arguments_are_not_copied_into_the_command():
 
 
 @given(st.lists(st.text(max_size=5) | st.binary(max_size=9) | st.integers() | st.floats(allow_nan=False), max_size=6))
-def test_both_packers_produce_the_same_bytes(arguments):
+def test_both_packers_produce_the_same_bytes(arguments: Any) -> None:
     made = connect("redis://host").connection_pool.make_connection()
     quick = b"".join(made.pack_command("HSET", "key", *arguments))
     with_blob = b"".join(map(bytes, made.pack_command("HSET", "key", *arguments, memoryview(b""))))
@@ -161,7 +165,7 @@ def test_both_packers_produce_the_same_bytes(arguments):
 
 
 @pytest.mark.server
-def test_binary_values_survive_a_unix_socket_connection(server_client):
+def test_binary_values_survive_a_unix_socket_connection(server_client: redis.Redis) -> None:
     blob = bytes(range(256)) * 1000
     server_client.set("blob", memoryview(blob))
     assert server_client.get("blob") == blob
@@ -172,7 +176,7 @@ def test_binary_values_survive_a_unix_socket_connection(server_client):
 
 
 @pytest.mark.server
-def test_pool_replaces_a_closed_connection(server_client):
+def test_pool_replaces_a_closed_connection(server_client: redis.Redis) -> None:
     pool = server_client.connection_pool
     first = pool.get_connection()
     first.send_command("CLIENT", "ID")
@@ -188,7 +192,7 @@ def test_pool_replaces_a_closed_connection(server_client):
 
 
 @pytest.mark.server
-def test_leftover_reply_is_never_read_as_the_next_one(server_client):
+def test_leftover_reply_is_never_read_as_the_next_one(server_client: redis.Redis) -> None:
     pool = server_client.connection_pool
     broken_off = pool.get_connection()
     broken_off.send_command("ECHO", "of before")
@@ -198,7 +202,7 @@ def test_leftover_reply_is_never_read_as_the_next_one(server_client):
 
 
 @pytest.mark.server
-def test_pool_hands_out_and_takes_back_a_connection_once(server_client):
+def test_pool_hands_out_and_takes_back_a_connection_once(server_client: redis.Redis) -> None:
     pool = server_client.connection_pool
     first, second = pool.get_connection(), pool.get_connection()
     assert first is not second
@@ -211,7 +215,7 @@ def test_pool_hands_out_and_takes_back_a_connection_once(server_client):
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_child_process_does_not_use_its_parents_connection(server_client):
+def test_child_process_does_not_use_its_parents_connection(server_client: redis.Redis) -> None:
     server_client.ping()
     pool = server_client.connection_pool
     mine = pool.get_connection()

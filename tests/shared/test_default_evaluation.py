@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -22,35 +23,35 @@ Pair = namedtuple("Pair", "inputs labels")
 class Fixed(torch.nn.Module):
     """Returns the same scores for every batch of their length."""
 
-    def __init__(self, scores):
+    def __init__(self, scores: Any) -> None:
         super().__init__()
         self.scores = scores
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
-    def forward(self, inputs):
+    def forward(self, inputs: Any) -> Any:
         return self.scores
 
 
-def with_loss(function):
+def with_loss(function: Any) -> Any:
     class Mine(Task):
-        def loss(self, model, batch):
+        def loss(self, model: Any, batch: Any) -> Any:
             return function(model, batch)
 
     return Mine()
 
 
-def zero_loss(model, batch):
+def zero_loss(model: Any, batch: Any) -> Any:
     model(batch[0])
     return torch.zeros(())
 
 
-def metrics(scores, labels, loss=zero_loss):
+def metrics(scores: Any, labels: Any, loss: Any = zero_loss) -> Any:
     """Evaluate a model that returns `scores` against `labels`."""
     data = TensorDataset(torch.zeros(len(labels), 1), labels)
     return with_loss(loss).evaluate(Fixed(scores), data)
 
 
-def scored(*shape):
+def scored(*shape: Any) -> Any:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
@@ -59,7 +60,7 @@ def scored(*shape):
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("shape", [(50, 3), (50, 3, 7), (50, 3, 4, 5)])
-def test_accuracy_compares_the_classes_of_dimension_1(shape, dtype):
+def test_accuracy_compares_the_classes_of_dimension_1(shape: Any, dtype: Any) -> None:
     scores = scored(*shape)
     labels = torch.randint(0, 3, (shape[0], *shape[2:]), dtype=dtype)
     best = torch.stack(scores.unbind(1), -1).max(-1).indices  # the classes moved to the last dimension
@@ -67,7 +68,7 @@ def test_accuracy_compares_the_classes_of_dimension_1(shape, dtype):
     assert metrics(scores, labels)["accuracy"] == pytest.approx(expected)
 
 
-def test_ignored_labels_do_not_count():
+def test_ignored_labels_do_not_count() -> None:
     scores = torch.tensor([[2.0, 1.0], [2.0, 1.0], [2.0, 1.0], [2.0, 1.0]])
     assert metrics(scores, torch.tensor([0, 1, 1, -100]))["accuracy"] == pytest.approx(1 / 3)
     assert "accuracy" not in metrics(scores, torch.full((4,), -100))
@@ -95,18 +96,18 @@ def test_ignored_labels_do_not_count():
         ({"logits": scored(8, 3)}, torch.zeros(8).long()),
     ],
 )
-def test_accuracy_is_left_out_where_it_means_nothing(scores, labels):
+def test_accuracy_is_left_out_where_it_means_nothing(scores: Any, labels: Any) -> None:
     assert list(metrics(scores, labels)) == ["loss"]
 
 
-def test_default_loss_says_which_dimension_has_the_classes():
+def test_default_loss_says_which_dimension_has_the_classes() -> None:
     scores, labels = scored(8, 5, 5), torch.zeros(8, 5).long()
     data = TensorDataset(torch.zeros(8, 1), labels)
     expected = float((scores.argmax(1) == labels).double().mean())
     assert Task().evaluate(Fixed(scores), data)["accuracy"] == pytest.approx(expected)
 
 
-def test_one_batch_without_accuracy_leaves_it_out():
+def test_one_batch_without_accuracy_leaves_it_out() -> None:
     labels = [torch.zeros(4).long(), torch.zeros(4)]
     loader = DataLoader([(torch.zeros(4, 1), label) for label in labels], batch_size=None)
     assert list(with_loss(zero_loss).evaluate(Fixed(scored(4, 3)), loader)) == ["loss"]
@@ -120,15 +121,15 @@ def test_one_batch_without_accuracy_leaves_it_out():
         lambda model, batch: model.weight.sum(),
     ],
 )
-def test_accuracy_is_that_of_the_scores_of_the_loss(loss):
+def test_accuracy_is_that_of_the_scores_of_the_loss(loss: Any) -> None:
     assert list(metrics(scored(8, 3), torch.zeros(8).long(), loss)) == ["loss"]
 
 
-def test_model_is_called_once_for_each_batch():
+def test_model_is_called_once_for_each_batch() -> None:
     calls = []
 
     class Counting(Fixed):
-        def forward(self, inputs):
+        def forward(self, inputs: Any) -> Any:
             calls.append(len(inputs))
             return super().forward(inputs)
 
@@ -138,7 +139,7 @@ def test_model_is_called_once_for_each_batch():
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_scripted_model_is_evaluated():
+def test_scripted_model_is_evaluated() -> None:
     torch.manual_seed(0)
     model, data = torch.nn.Linear(4, 3), TensorDataset(torch.randn(20, 4), torch.randint(0, 3, (20,)))
     scripted = torch.jit.script(model)
@@ -148,7 +149,7 @@ def test_scripted_model_is_evaluated():
 # Loss
 
 
-def test_loss_is_the_mean_over_rows():
+def test_loss_is_the_mean_over_rows() -> None:
     torch.manual_seed(0)
     model, data = torch.nn.Linear(4, 3), TensorDataset(torch.randn(700, 4), torch.randint(0, 3, (700,)))
     expected = float(functional.cross_entropy(model(data.tensors[0]), data.tensors[1]).detach())
@@ -157,9 +158,9 @@ def test_loss_is_the_mean_over_rows():
     assert Task().evaluate(model, loader)["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_stream_of_examples_is_evaluated():
+def test_stream_of_examples_is_evaluated() -> None:
     class Stream(IterableDataset):
-        def __iter__(self):
+        def __iter__(self) -> Any:
             return iter([(torch.ones(2) * i, torch.tensor(i % 2)) for i in range(5)])
 
     torch.manual_seed(0)
@@ -168,29 +169,29 @@ def test_stream_of_examples_is_evaluated():
     assert Task().evaluate(model, Stream()) == pytest.approx(Task().evaluate(model, whole))
 
 
-def test_dict_batches_are_evaluated_by_their_loss():
+def test_dict_batches_are_evaluated_by_their_loss() -> None:
     class Rows(Dataset):
-        def __len__(self):
+        def __len__(self) -> Any:
             return 600
 
-        def __getitem__(self, i):
+        def __getitem__(self, i: Any) -> Any:
             return {"text": "unused", "values": torch.tensor([float(i)]), "labels": torch.tensor(i)}
 
     task = with_loss(lambda model, batch: batch["values"].mean() + model.weight.sum())
     assert task.evaluate(Fixed(None), Rows()) == pytest.approx({"loss": 299.5})
 
 
-def test_model_without_parameters_is_evaluated():
+def test_model_without_parameters_is_evaluated() -> None:
     data = TensorDataset(torch.eye(3), torch.arange(3))
     assert Task().evaluate(torch.nn.Identity(), data)["accuracy"] == 1.0
 
 
-def test_empty_test_data_is_an_error():
+def test_empty_test_data_is_an_error() -> None:
     with pytest.raises(TaskError, match="test_data"):
         Task().evaluate(Fixed(None), TensorDataset(torch.zeros(0, 1), torch.zeros(0).long()))
 
 
-def test_loss_that_is_no_scalar_is_named():
+def test_loss_that_is_no_scalar_is_named() -> None:
     with pytest.raises(TaskError, match=r"^Task\.loss returned 'loss' as Tensor of shape \(8,\)"):
         metrics(scored(8, 3), torch.zeros(8).long(), lambda model, batch: torch.zeros(8))
 
@@ -198,7 +199,7 @@ def test_loss_that_is_no_scalar_is_named():
 # Mode and state of the model
 
 
-def test_mode_of_each_module_is_restored():
+def test_mode_of_each_module_is_restored() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5))
     model[1].eval()
     with eval_mode(model):
@@ -208,7 +209,7 @@ def test_mode_of_each_module_is_restored():
     assert [module.training for module in model.modules()] == [True, True, False]
 
 
-def test_evaluation_has_no_dropout_and_changes_no_statistics():
+def test_evaluation_has_no_dropout_and_changes_no_statistics() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.5))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     data = TensorDataset(torch.randn(64, 2), torch.randint(0, 8, (64,)))
@@ -229,23 +230,23 @@ class Graph:
 class Output(OrderedDict):
     """A mapping whose keys are attributes too and that refuses `update`, as ModelOutput of Hugging Face does."""
 
-    def __setitem__(self, key, value):
+    def __setitem__(self, key: Any, value: Any) -> None:
         super().__setitem__(key, value)
         super().__setattr__(key, value)
 
-    def update(self, *args):  # type: ignore[override]
+    def update(self, *args: Any) -> None:
         raise RuntimeError("update is refused")
 
 
 class Movable:
-    def __init__(self, tensor):
+    def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
 
-    def to(self, device):
+    def to(self, device: Any) -> Any:
         return Movable(self.tensor.to(device))
 
 
-def output(**values):
+def output(**values: Any) -> Any:
     made = Output()
     for key, value in values.items():
         made[key] = value
@@ -271,7 +272,7 @@ x = torch.zeros(3, 2)
         (torch.nn.utils.rnn.pack_sequence([x]), lambda b: b.data),
     ],
 )
-def test_batch_is_moved_and_keeps_its_type(batch, tensor):
+def test_batch_is_moved_and_keeps_its_type(batch: Any, tensor: Any) -> None:
     moved = to_device(batch, META)
     assert type(moved) is type(batch)
     assert tensor(moved).device == META
@@ -279,7 +280,7 @@ def test_batch_is_moved_and_keeps_its_type(batch, tensor):
 
 
 @pytest.mark.parametrize("value", ["text", 3, None, Movable, frozenset({1})])
-def test_value_without_a_tensor_stays_as_it_is(value):
+def test_value_without_a_tensor_stays_as_it_is(value: Any) -> None:
     assert to_device(value, META) is value
 
 
@@ -294,5 +295,5 @@ def test_value_without_a_tensor_stays_as_it_is(value):
         (torch.tensor(1.0), 1),
     ],
 )
-def test_rows_are_those_of_the_first_tensor(batch, rows):
+def test_rows_are_those_of_the_first_tensor(batch: Any, rows: Any) -> None:
     assert rows_in(batch) == rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import pytest
 
@@ -23,20 +24,20 @@ KUBERNETES = {
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said_yet():
+def _nothing_said_yet() -> None:
     loading._say_if_meant.cache_clear()
 
 
-def load(environment):
+def load(environment: Any) -> Any:
     return override_config({"task": {"entrypoint": "task.py:T"}, "stop": {"versions": 3}}, [], environment)
 
 
-def test_variables_of_a_kubernetes_service_are_ignored(caplog):
+def test_variables_of_a_kubernetes_service_are_ignored(caplog: Any) -> None:
     assert load(KUBERNETES) == load({})
     assert not caplog.records
 
 
-def test_name_and_seed_need_no_section():
+def test_name_and_seed_need_no_section() -> None:
     config = load({"FEDQUEUE_NAME": "digits", "FEDQUEUE_SEED": "7"})
     assert (config.name, config.seed) == ("digits", 7)
 
@@ -49,7 +50,7 @@ def test_name_and_seed_need_no_section():
         ("FEDQUEUE_SEEDS", "FEDQUEUE_SEED"),
     ],
 )
-def test_variable_that_looks_like_a_setting_is_named_once(caplog, variable, meant):
+def test_variable_that_looks_like_a_setting_is_named_once(caplog: Any, variable: Any, meant: Any) -> None:
     with caplog.at_level(logging.WARNING):
         assert load({variable: "1"}) == load({})
         load({variable: "1"})
@@ -59,13 +60,13 @@ def test_variable_that_looks_like_a_setting_is_named_once(caplog, variable, mean
 
 
 @pytest.mark.parametrize("variable", ["FEDQUEUE_A__B", "FEDQUEUE_STOP__VERSION", "FEDQUEUE_STOP__VERSIONS"])
-def test_error_names_the_variable(variable):
+def test_error_names_the_variable(variable: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load({variable: "many"})
     assert caught.value.key == variable
 
 
-def test_error_about_another_key_does_not_name_the_variable():
+def test_error_about_another_key_does_not_name_the_variable() -> None:
     with pytest.raises(ConfigurationError) as caught:
         override_config({"task": {"entrypoint": "t:T"}, "stop": {"versions": -1}}, [], {"FEDQUEUE_STOP__SECONDS": "3"})
     assert caught.value.key == "stop.versions"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from typing import Any
 
 import pytest
 
@@ -29,18 +30,18 @@ def defined() -> dict[str, str]:
     return {c.__name__: c.__base__.__name__ for c in classes}
 
 
-def test_docstring_draws_every_error_under_its_parent():
+def test_docstring_draws_every_error_under_its_parent() -> None:
     assert len(drawn()) > 10
     assert drawn() == defined()
 
 
-def test_every_error_has_a_docstring_or_a_message_of_its_own():
+def test_every_error_has_a_docstring_or_a_message_of_its_own() -> None:
     for name in defined():
         cls = getattr(errors, name)
         assert cls.__doc__ or "__init__" in vars(cls), name
 
 
-def test_root_is_public():
+def test_root_is_public() -> None:
     assert fedqueue.FedqueueError is errors.FedqueueError
 
 
@@ -66,6 +67,6 @@ def test_root_is_public():
         (errors.BlobMissing("k:0"), {"key": "k:0"}, "k:0 is not stored"),
     ],
 )
-def test_error_stores_its_fields_and_describes_the_problem(error, fields, message):
+def test_error_stores_its_fields_and_describes_the_problem(error: Any, fields: dict[str, Any], message: str) -> None:
     assert {name: getattr(error, name) for name in fields} == fields
     assert message in str(error)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import redis
@@ -13,7 +15,7 @@ from fedqueue.errors import ClientTaken, ConfigurationError, FedqueueError, RunN
 from fedqueue.exit_codes import run_app
 
 
-def app_that(act) -> typer.Typer:
+def app_that(act: Callable[..., Any]) -> typer.Typer:
     app = typer.Typer(pretty_exceptions_enable=False)
 
     @app.command()
@@ -23,15 +25,17 @@ def app_that(act) -> typer.Typer:
     return app
 
 
-def outcome(monkeypatch, capsys, act, *arguments: str) -> tuple[int, str]:
+def outcome(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], act: Callable[..., Any], *arguments: str
+) -> tuple[int, str]:
     monkeypatch.setattr(sys, "argv", ["program", *arguments])
     with pytest.raises(SystemExit) as ended:
         run_app(app_that(act))
     return int(ended.value.code or 0), capsys.readouterr().err
 
 
-def raising(error):
-    def act():
+def raising(error: Any) -> Callable[..., Any]:
+    def act() -> None:
         raise error
 
     return act
@@ -48,13 +52,15 @@ def raising(error):
         (FedqueueError("anything else"), 1),
     ],
 )
-def test_error_of_fedqueue_is_one_line_and_an_exit_code(monkeypatch, capsys, error, code):
+def test_error_of_fedqueue_is_one_line_and_an_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Any, code: int
+) -> None:
     got, printed = outcome(monkeypatch, capsys, raising(error))
     assert got == code
     assert printed == f"fedqueue: {error}\n"
 
 
-def test_error_of_redis_is_one_line(monkeypatch, capsys):
+def test_error_of_redis_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     got, printed = outcome(monkeypatch, capsys, raising(redis.ConnectionError("gone away")))
     assert got == 1
     assert printed.startswith("fedqueue: ")
@@ -63,28 +69,30 @@ def test_error_of_redis_is_one_line(monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments", [["--bogus"], ["surplus"], ["--number", "many"]])
-def test_wrong_usage_is_exit_code_2_without_a_traceback(monkeypatch, capsys, arguments):
+def test_wrong_usage_is_exit_code_2_without_a_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
     got, printed = outcome(monkeypatch, capsys, lambda: None, *arguments)
     assert got == 2
     assert "Error" in printed
     assert "Traceback" not in printed
 
 
-def test_success_is_exit_code_0_and_silent(monkeypatch, capsys):
+def test_success_is_exit_code_0_and_silent(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(monkeypatch, capsys, lambda: None) == (0, "")
 
 
-def test_exit_code_of_the_command_is_kept(monkeypatch, capsys):
+def test_exit_code_of_the_command_is_kept(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(monkeypatch, capsys, raising(typer.Exit(1)))[0] == 1
 
 
-def test_interrupt_is_exit_code_130(monkeypatch, capsys):
+def test_interrupt_is_exit_code_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     got, printed = outcome(monkeypatch, capsys, raising(KeyboardInterrupt()))
     assert got == 130
     assert "Traceback" not in printed
 
 
-def test_unforeseen_error_keeps_its_traceback(monkeypatch):
+def test_unforeseen_error_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["program"])
     with pytest.raises(ZeroDivisionError):
         run_app(app_that(raising(ZeroDivisionError())))
@@ -104,7 +112,7 @@ sys.exit("it goes on")
 
 
 @pytest.mark.slow
-def test_signal_inside_a_finalizer_still_ends_the_process():
+def test_signal_inside_a_finalizer_still_ends_the_process() -> None:
     ends, raises = (
         subprocess.run([sys.executable, "-c", LOST, how], capture_output=True, check=False)
         for how in ("ends", "raises")

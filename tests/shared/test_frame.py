@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import msgpack
 import numpy as np
 import pytest
@@ -44,7 +47,7 @@ def norm_model() -> nn.Module:
 # The layout
 
 
-def test_roles_are_ordered_parameters_buffers_counters():
+def test_roles_are_ordered_parameters_buffers_counters() -> None:
     entries = Manifest.from_module(norm_model()).entries
     assert [(e.name, e.role) for e in entries] == [
         ("0.weight", PARAMETER),
@@ -57,7 +60,7 @@ def test_roles_are_ordered_parameters_buffers_counters():
     ]
 
 
-def test_offsets_are_contiguous_within_each_section():
+def test_offsets_are_contiguous_within_each_section() -> None:
     manifest = Manifest.from_module(norm_model())
     assert [(e.offset, e.length) for e in manifest.entries] == [
         (0, 6), (6, 2), (8, 2), (10, 2), (12, 2), (14, 2), (0, 1),
@@ -66,7 +69,7 @@ def test_offsets_are_contiguous_within_each_section():
     assert manifest.nbytes == 4 * 16 + 8 * 1
 
 
-def test_counters_begin_at_a_multiple_of_eight_bytes():
+def test_counters_begin_at_a_multiple_of_eight_bytes() -> None:
     model = nn.Module()
     model.register_parameter("a", nn.Parameter(torch.tensor([1.0, 2.0, 3.0])))
     model.register_buffer("num_batches", torch.tensor(5))
@@ -77,7 +80,7 @@ def test_counters_begin_at_a_multiple_of_eight_bytes():
     assert frame.buffer[16:].view(np.int64).tolist() == [5]
 
 
-def test_buffers_between_parameters_do_not_disturb_the_sections():
+def test_buffers_between_parameters_do_not_disturb_the_sections() -> None:
     frame = frame_of_module(Mixed())
     assert frame.parameters.tolist() == pytest.approx([1.5, -2.0, 0.5, 3.0, 0.1])
     assert frame.buffers.tolist() == []
@@ -85,7 +88,7 @@ def test_buffers_between_parameters_do_not_disturb_the_sections():
     assert frame.counters.tolist() == [7, 1, 0]
 
 
-def test_frozen_parameters_and_unsaved_buffers_are_in_no_frame():
+def test_frozen_parameters_and_unsaved_buffers_are_in_no_frame() -> None:
     manifest = Manifest.from_module(Mixed())
     roles = {e.name: e.role for e in manifest.entries}
     assert roles["frozen"] == FROZEN
@@ -93,7 +96,7 @@ def test_frozen_parameters_and_unsaved_buffers_are_in_no_frame():
     assert frame_of_module(Mixed()).frozen.view(np.float32).tolist() == [4.0, 0.0]
 
 
-def test_views_share_the_buffers_memory():
+def test_views_share_the_buffers_memory() -> None:
     frame = frame_of_module(norm_model())
     frame.parameters.fill_(2.0)
     frame.counters.fill_(9)
@@ -101,14 +104,14 @@ def test_views_share_the_buffers_memory():
     assert frame.buffer[-8:].view(np.int64).tolist() == [9]
 
 
-def test_copy_is_independent():
+def test_copy_is_independent() -> None:
     frame = frame_of_module(norm_model())
     copy = frame.copy()
     copy.floats.fill_(5.0)
     assert not torch.equal(frame.floats, copy.floats)
 
 
-def test_frame_of_another_size_is_refused():
+def test_frame_of_another_size_is_refused() -> None:
     manifest = Manifest.from_module(norm_model())
     with pytest.raises(ManifestMismatch, match="71 bytes, expected 72"):
         Frame(manifest, np.zeros(71, np.uint8))
@@ -118,7 +121,7 @@ def test_frame_of_another_size_is_refused():
 
 
 @pytest.mark.parametrize("make", [norm_model, Mixed, Tied], ids=["batch norm", "mixed", "tied"])
-def test_model_round_trips_bit_for_bit(make):
+def test_model_round_trips_bit_for_bit(make: Callable[..., Any] | type[Any]) -> None:
     model, other = make(), make()
     with torch.no_grad():
         for tensor in other.state_dict().values():
@@ -131,32 +134,32 @@ def test_model_round_trips_bit_for_bit(make):
         assert torch.equal(back, stored), name
 
 
-def test_float64_parameters_are_stored_as_float32():
+def test_float64_parameters_are_stored_as_float32() -> None:
     frame = frame_of_module(Mixed())
     assert frame.state_dict()["wide"].item() == float(np.float32(0.1))
 
 
-def test_float64_buffers_stay_float64():
+def test_float64_buffers_stay_float64() -> None:
     model = Mixed()
     model.mean[0] = 2.0**24 + 1
     assert frame_of_module(model).state_dict()["mean"].tolist() == [2.0**24 + 1, 0.75]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_finite_16_bit_float_round_trips(dtype):
+def test_every_finite_16_bit_float_round_trips(dtype: Any) -> None:
     everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(everything[everything.isfinite()]))
     assert torch.equal(frame_of_module(model).state_dict()["w"], model.w.detach())
 
 
-def test_large_counter_round_trips():
+def test_large_counter_round_trips() -> None:
     model = norm_model()
     model[1].num_batches_tracked.fill_(2**53 + 1)
     assert frame_of_module(model).state_dict()["1.num_batches_tracked"].item() == 2**53 + 1
 
 
-def test_state_dict_is_plain_and_independent_of_the_frame():
+def test_state_dict_is_plain_and_independent_of_the_frame() -> None:
     model = Mixed()
     frame = frame_of_module(model)
     state = frame.state_dict()
@@ -168,7 +171,7 @@ def test_state_dict_is_plain_and_independent_of_the_frame():
     model.load_state_dict(state)
 
 
-def test_tied_weights_are_one_tensor_with_two_names():
+def test_tied_weights_are_one_tensor_with_two_names() -> None:
     manifest = Manifest.from_module(Tied())
     assert [(e.name, e.aliases) for e in manifest.entries] == [("embed.weight", ("out.weight",))]
     assert manifest.parameters == 4
@@ -176,7 +179,7 @@ def test_tied_weights_are_one_tensor_with_two_names():
     assert state["embed.weight"] is state["out.weight"]
 
 
-def test_frame_is_written_into_a_model_without_a_gradient():
+def test_frame_is_written_into_a_model_without_a_gradient() -> None:
     model = norm_model()
     frame = frame_of_module(model)
     frame.parameters.fill_(0.5)
@@ -185,7 +188,7 @@ def test_frame_is_written_into_a_model_without_a_gradient():
     assert model[0].weight.detach().unique().tolist() == [0.5]
 
 
-def test_update_has_parameter_deltas_and_values_of_other_state():
+def test_update_has_parameter_deltas_and_values_of_other_state() -> None:
     model = norm_model()
     base, local = Frame(Manifest.from_module(model)), Frame(Manifest.from_module(model))
     base.floats.fill_(1.0)
@@ -205,20 +208,20 @@ def test_update_has_parameter_deltas_and_values_of_other_state():
 # Unsupported models
 
 
-def test_model_without_parameters_is_refused():
+def test_model_without_parameters_is_refused() -> None:
     with pytest.raises(ManifestMismatch, match="no parameters"):
         Manifest.from_module(nn.Flatten())
 
 
 @pytest.mark.parametrize("tensor", [torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.uint16)])
-def test_unknown_dtype_error_lists_the_known_dtypes(tensor):
+def test_unknown_dtype_error_lists_the_known_dtypes(tensor: torch.Tensor) -> None:
     model = norm_model()
     model.register_buffer("odd", tensor)
     with pytest.raises(ManifestMismatch, match=rf"model: odd is {tensor.dtype}; known: float64, float32"):
         Manifest.from_module(model)
 
 
-def test_integer_parameter_is_frozen():
+def test_integer_parameter_is_frozen() -> None:
     model = nn.Linear(1, 1)
     model.register_parameter("w", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
     assert frame_of_module(model).state_dict()["w"].tolist() == [1, 2]
@@ -228,14 +231,14 @@ def test_integer_parameter_is_frozen():
 
 
 @pytest.mark.parametrize("make", [norm_model, Mixed, Tied], ids=["batch norm", "mixed", "tied"])
-def test_manifest_round_trips(make):
+def test_manifest_round_trips(make: Callable[..., Any] | type[Any]) -> None:
     manifest = Manifest.from_module(make())
     again = Manifest.unpack(manifest.pack())
     assert again == manifest
     assert again.digest == manifest.digest
 
 
-def test_different_manifests_have_different_digests():
+def test_different_manifests_have_different_digests() -> None:
     assert Manifest.from_module(norm_model()).digest != Manifest.from_module(nn.Linear(3, 2)).digest
     assert Manifest.from_module(norm_model()).digest == Manifest.from_module(norm_model()).digest
 
@@ -294,40 +297,40 @@ BAD_FIELDS = {
 }  # fmt: skip
 
 
-def with_plain_fields(rows):
+def with_plain_fields(rows: Any) -> Any:
     return [[*row, *PLAIN] for row in rows] if isinstance(rows, list) else rows
 
 
-def test_consistent_manifest_is_accepted():
+def test_consistent_manifest_is_accepted() -> None:
     assert Manifest.unpack(msgpack.packb(with_plain_fields(GOOD))).nbytes == 4 * 8 + 8
 
 
 @pytest.mark.parametrize("rows", BAD_FIELDS.values(), ids=BAD_FIELDS.keys())
-def test_inconsistent_rule_or_name_is_refused(rows):
+def test_inconsistent_rule_or_name_is_refused(rows: list[list[Any]]) -> None:
     with pytest.raises(WireError, match=r"^manifest: "):
         Manifest.unpack(msgpack.packb(rows))
 
 
 @pytest.mark.parametrize("rows", BAD.values(), ids=BAD.keys())
-def test_inconsistent_manifest_is_refused(rows):
+def test_inconsistent_manifest_is_refused(rows: Any) -> None:
     with pytest.raises(WireError, match=r"^manifest: "):
         Manifest.unpack(msgpack.packb(with_plain_fields(rows)))
 
 
 @pytest.mark.parametrize("data", [b"", b"\xc1", msgpack.packb(GOOD)[:-1], msgpack.packb(GOOD) + b"\x00"])
-def test_invalid_manifest_bytes_are_refused(data):
+def test_invalid_manifest_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(WireError, match=r"^manifest: not one of this protocol"):
         Manifest.unpack(data)
 
 
-def test_every_known_dtype_exists_in_torch():
+def test_every_known_dtype_exists_in_torch() -> None:
     assert all(isinstance(dtype, torch.dtype) for dtype in DTYPES.values())
 
 
 # Both sides must build the same model
 
 
-def test_equal_models_are_accepted():
+def test_equal_models_are_accepted() -> None:
     Manifest.from_module(norm_model()).require(Manifest.from_module(norm_model()))
 
 
@@ -339,12 +342,12 @@ def test_equal_models_are_accepted():
         (nn.Linear(3, 2).half(), r"is parameter float16 .* here and parameter float32"),
     ],
 )  # fmt: skip
-def test_first_difference_between_models_is_named(theirs, message):
+def test_first_difference_between_models_is_named(theirs: Any, message: str) -> None:
     with pytest.raises(ManifestMismatch, match=message):
         Manifest.from_module(nn.Linear(3, 2)).require(Manifest.from_module(theirs))
 
 
-def test_models_with_reordered_tensors_are_refused():
+def test_models_with_reordered_tensors_are_refused() -> None:
     a = TensorSpec("a", "float32", (1,), 0, 1, PARAMETER)
     b = TensorSpec("b", "float32", (1,), 0, 1, PARAMETER)
     with pytest.raises(ManifestMismatch, match="order"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 import numpy as np
 import torch
@@ -45,7 +47,7 @@ def models(draw: st.DrawFn) -> nn.Module:
 
 
 @given(models())
-def test_any_model_round_trips_as_float32(model):
+def test_any_model_round_trips_as_float32(model: Any) -> None:
     frame = Frame(Manifest.from_module(model))
     frame.read(model)
     for name, tensor in frame.state_dict().items():
@@ -61,7 +63,7 @@ def test_any_model_round_trips_as_float32(model):
 
 
 @given(models())
-def test_any_manifest_round_trips_and_describes_its_buffer(model):
+def test_any_manifest_round_trips_and_describes_its_buffer(model: Any) -> None:
     manifest = Manifest.from_module(model)
     assert Manifest.unpack(manifest.pack()) == manifest
     manifest.require(Manifest.from_module(model))
@@ -72,7 +74,7 @@ def test_any_manifest_round_trips_and_describes_its_buffer(model):
 
 
 @given(models(), st.integers(0, 99))
-def test_update_added_to_its_base_is_the_local_model(model, seed):
+def test_update_added_to_its_base_is_the_local_model(model: Any, seed: int) -> None:
     """The values are integers up to 2**7, which every float dtype holds, subtracts and adds exactly."""
     base, local = Frame(Manifest.from_module(model)), Frame(Manifest.from_module(model))
     rng = torch.Generator().manual_seed(seed)
@@ -88,7 +90,7 @@ def test_update_added_to_its_base_is_the_local_model(model, seed):
 
 
 @given(st.binary(max_size=200))
-def test_any_bytes_are_a_manifest_or_a_wire_error(data):
+def test_any_bytes_are_a_manifest_or_a_wire_error(data: bytes) -> None:
     try:
         manifest = Manifest.unpack(data)
     except WireError:
@@ -113,7 +115,7 @@ rows = st.lists(fields | plain, max_size=3)
 
 
 @given(rows)
-def test_any_rows_are_a_consistent_manifest_or_a_wire_error(value):
+def test_any_rows_are_a_consistent_manifest_or_a_wire_error(value: Any) -> None:
     try:
         manifest = Manifest.unpack(msgpack.packb(value))
     except WireError:

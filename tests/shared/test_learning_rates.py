@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,7 @@ from tests.support.builders import make_frame, same_bits
 from tests.support.federation_run import Died, start
 
 
-def rates(count, name="off", rate=0.5, made=0, **options):
+def rates(count: Any, name: Any = "off", rate: Any = 0.5, made: Any = 0, **options: Any) -> Any:
     schedule = ScheduleConfig(name=name, schedule_options=options)
     return list(itertools.islice(learning_rates(rate, schedule, "server_optimizer.schedule", made), count))
 
@@ -38,19 +39,19 @@ CLOSED_FORMS = {
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_learning_rate_matches_the_closed_form(name):
+def test_learning_rate_matches_the_closed_form(name: Any) -> None:
     schedule, options, exact = CLOSED_FORMS[name]
     assert rates(12, schedule, **options) == pytest.approx([exact(t) for t in range(12)], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 @given(made=st.integers(0, 30))
-def test_restored_schedule_continues_with_the_same_bits(name, made):
+def test_restored_schedule_continues_with_the_same_bits(name: Any, made: Any) -> None:
     schedule, options, _ = CLOSED_FORMS[name]
     assert rates(5, schedule, made=made, **options) == rates(made + 5, schedule, **options)[made:]
 
 
-def test_scheduled_rates_apply_across_a_crash():
+def test_scheduled_rates_apply_across_a_crash() -> None:
     schedule = {"schedule": {"name": "exponentiallr", "schedule_options": {"gamma": 0.5}}}
     whole, broken = (start("client-0", model=make_frame(0.0), server_optimizer=schedule) for _ in range(2))
     broken.dies_before = 7
@@ -79,6 +80,6 @@ def test_scheduled_rates_apply_across_a_crash():
         ("inverse_sqrt", {"rise": 3}, "takes warmup"),
     ],
 )
-def test_unknown_schedule_or_invalid_options_are_refused(name, options, says):
+def test_unknown_schedule_or_invalid_options_are_refused(name: Any, options: Any, says: Any) -> None:
     with pytest.raises(ConfigurationError, match=says):
         rates(1, name, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedqueue.transport.line_speed import FIRST_PIECE, LEAST_PIECE, MOST_PIECE, PIECE_SECONDS, LineSpeed
@@ -23,7 +25,7 @@ def move(speed: LineSpeed, clock: Clock, bytes_per_second: float, latency: float
 
 
 @pytest.mark.parametrize("bytes_per_second", [100_000, 250_000, 1_000_000, 10_000_000])
-def test_piece_becomes_what_the_line_moves_in_two_seconds(bytes_per_second):
+def test_piece_becomes_what_the_line_moves_in_two_seconds(bytes_per_second: Any) -> None:
     clock = Clock()
     speed = LineSpeed(clock)
     for _ in range(8):
@@ -31,7 +33,7 @@ def test_piece_becomes_what_the_line_moves_in_two_seconds(bytes_per_second):
     assert speed.piece == pytest.approx(PIECE_SECONDS * bytes_per_second, rel=0.01)
 
 
-def test_piece_stays_within_its_bounds():
+def test_piece_stays_within_its_bounds() -> None:
     clock = Clock()
     fast, dead_slow = LineSpeed(clock), LineSpeed(clock)
     for _ in range(8):
@@ -40,7 +42,7 @@ def test_piece_stays_within_its_bounds():
     assert (fast.piece, dead_slow.piece) == (MOST_PIECE, LEAST_PIECE)
 
 
-def test_piece_changes_by_a_factor_of_four_at_most():
+def test_piece_changes_by_a_factor_of_four_at_most() -> None:
     clock = Clock()
     speed = LineSpeed(clock)
     sizes = [move(speed, clock, 1e9) for _ in range(3)]
@@ -49,14 +51,14 @@ def test_piece_changes_by_a_factor_of_four_at_most():
     assert speed.piece == 16 * FIRST_PIECE
 
 
-def test_lost_connection_makes_pieces_smaller():
+def test_lost_connection_makes_pieces_smaller() -> None:
     speed = LineSpeed(Clock())
     with pytest.raises(ConnectionError), speed.measured(FIRST_PIECE):
         raise ConnectionError
     assert speed.piece == LEAST_PIECE
 
 
-def test_small_transfer_says_nothing_about_the_line():
+def test_small_transfer_says_nothing_about_the_line() -> None:
     clock = Clock()
     speed = LineSpeed(clock)
     with speed.measured(100):

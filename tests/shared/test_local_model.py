@@ -104,7 +104,7 @@ def local_model(module: torch.nn.Module, stateful: bool = False) -> LocalModel:
     return LocalModel(task, module, Manifest.from_module(module))
 
 
-def test_each_job_finds_the_model_as_it_was_made():
+def test_each_job_finds_the_model_as_it_was_made() -> None:
     module = Stateful()
     local, before = local_model(module), seen(module)
     for client in ("a", "b", "a"):
@@ -115,7 +115,7 @@ def test_each_job_finds_the_model_as_it_was_made():
         local.end(client)
 
 
-def test_stateful_client_finds_what_its_own_job_left():
+def test_stateful_client_finds_what_its_own_job_left() -> None:
     module = Stateful()
     local, before = local_model(module, stateful=True), seen(module)
     local.begin("a")
@@ -130,7 +130,7 @@ def test_stateful_client_finds_what_its_own_job_left():
     assert seen(module) == left
 
 
-def test_object_that_cannot_be_copied_is_left_alone():
+def test_object_that_cannot_be_copied_is_left_alone() -> None:
     module = Stateful()
     local, handle = local_model(module), module.handle
     local.begin("a")
@@ -139,7 +139,7 @@ def test_object_that_cannot_be_copied_is_left_alone():
     assert (module.handle, handle.calls) == (handle, 3)
 
 
-def test_tensors_that_a_frame_sets_are_not_copied():
+def test_tensors_that_a_frame_sets_are_not_copied() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(100, 100), torch.nn.BatchNorm1d(100))
     addresses = [tensor.data_ptr() for tensor in module.state_dict().values()]
     local = local_model(module)
@@ -148,7 +148,7 @@ def test_tensors_that_a_frame_sets_are_not_copied():
     assert [tensor.data_ptr() for tensor in module.state_dict().values()] == addresses
 
 
-def test_replaced_submodules_keep_their_order():
+def test_replaced_submodules_keep_their_order() -> None:
     module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
     local, parts = local_model(module), list(module)
     local.begin("a")
@@ -158,7 +158,7 @@ def test_replaced_submodules_keep_their_order():
     assert list(module) == parts
 
 
-def test_memory_belongs_to_one_client():
+def test_memory_belongs_to_one_client() -> None:
     local = local_model(torch.nn.Linear(1, 1))
     local.progress(Client("a"), 1, lambda: None).memory["rows"] = 3
     assert local.progress(Client("b"), 1, lambda: None).memory == {}
@@ -166,7 +166,7 @@ def test_memory_belongs_to_one_client():
     assert (again.memory, again.version, again.client.id) == ({"rows": 3}, 7, "a")
 
 
-def test_module_with_computed_weights_can_be_put_back():
+def test_module_with_computed_weights_can_be_put_back() -> None:
     module = torch.nn.utils.spectral_norm(torch.nn.Linear(2, 2))
     local = local_model(module)
     local.begin("a")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,17 +24,17 @@ NORTH = Client("north", 1, 3)
 class Own(Task):
     """A task whose `fit` is given by the test."""
 
-    def __init__(self, fit, rows=8):
+    def __init__(self, fit: Any, rows: Any = 8) -> None:
         self._fit, self.rows = fit, rows
 
-    def fit(self, model, data, config, progress):
+    def fit(self, model: Any, data: Any, config: Any, progress: Any) -> Any:
         return self._fit(model, progress)
 
-    def train_data(self, client):
+    def train_data(self, client: Any) -> Any:
         return TensorDataset(torch.zeros(self.rows, 2))
 
 
-def job(task, report=lambda: None, version=5, seed=3, module=None):
+def job(task: Any, report: Any = lambda: None, version: Any = 5, seed: Any = 3, module: Any = None) -> Any:
     """Train one job of client north; return its update's header and its progress."""
     module = module or torch.nn.Linear(2, 1)
     manifest = Manifest.from_module(module)
@@ -44,12 +45,12 @@ def job(task, report=lambda: None, version=5, seed=3, module=None):
     return compute_update(task, model, data, order, Frame(manifest), Frame(manifest), progress), progress
 
 
-def steps(count, optimizer=torch.optim.SGD, **options):
-    def fit(model, progress):
+def steps(count: Any, optimizer: Any = torch.optim.SGD, **options: Any) -> Any:
+    def fit(model: Any, progress: Any) -> Any:
         made = optimizer(model.parameters(), lr=0.1, **options)
         for _ in range(count):
 
-            def closure():
+            def closure() -> Any:
                 made.zero_grad()
                 loss = model(torch.ones(1, 2)).sum()
                 loss.backward()
@@ -61,7 +62,7 @@ def steps(count, optimizer=torch.optim.SGD, **options):
     return fit
 
 
-def test_fit_is_told_the_client_and_the_base_version():
+def test_fit_is_told_the_client_and_the_base_version() -> None:
     told = []
     job(Own(lambda model, progress: told.append((progress.client, progress.version)) or 8), version=41)
     assert told == [(NORTH, 41)]
@@ -73,14 +74,14 @@ def test_fit_is_told_the_client_and_the_base_version():
 @pytest.mark.parametrize(
     ("optimizer", "options"), [(torch.optim.SGD, {}), (torch.optim.Adam, {}), (torch.optim.LBFGS, {"max_iter": 2})]
 )
-def test_each_step_of_an_optimizer_is_progress(optimizer, options):
+def test_each_step_of_an_optimizer_is_progress(optimizer: Any, options: Any) -> None:
     reports = []
     _, progress = job(Own(steps(3, optimizer, **options)), lambda: reports.append(1))
     assert (len(reports), progress.batches) == (3, 3)
 
 
-def test_batches_are_the_calls_where_fit_makes_any():
-    def fit(model, progress):
+def test_batches_are_the_calls_where_fit_makes_any() -> None:
+    def fit(model: Any, progress: Any) -> Any:
         steps(4)(model, progress)
         progress()
         return 8
@@ -88,10 +89,10 @@ def test_batches_are_the_calls_where_fit_makes_any():
     assert job(Own(fit))[1].batches == 1
 
 
-def test_closed_job_ends_at_the_next_step():
+def test_closed_job_ends_at_the_next_step() -> None:
     reports = []
 
-    def report():
+    def report() -> None:
         reports.append(1)
         if len(reports) == 2:
             raise JobClosed("lost")
@@ -101,7 +102,7 @@ def test_closed_job_ends_at_the_next_step():
     assert len(reports) == 2
 
 
-def test_no_step_is_reported_after_the_job():
+def test_no_step_is_reported_after_the_job() -> None:
     reports = []
     job(Own(steps(1)), lambda: reports.append(1))
     steps(2)(torch.nn.Linear(2, 1), None)
@@ -111,15 +112,15 @@ def test_no_step_is_reported_after_the_job():
     assert len(reports) == 1
 
 
-def test_step_in_another_thread_is_progress_and_cannot_end_it():
+def test_step_in_another_thread_is_progress_and_cannot_end_it() -> None:
     reports, errors = [], []
 
-    def report():
+    def report() -> None:
         reports.append(1)
         raise JobClosed("lost")
 
-    def fit(model, progress):
-        def work():
+    def fit(model: Any, progress: Any) -> Any:
+        def work() -> None:
             try:
                 steps(3)(model, progress)
             except JobClosed as error:
@@ -138,7 +139,7 @@ def test_step_in_another_thread_is_progress_and_cannot_end_it():
 
 
 @pytest.mark.parametrize("returned", [8, np.int64(8), TrainResult(8), TrainResult(np.int32(8))])
-def test_number_of_examples_alone_is_accepted(returned):
+def test_number_of_examples_alone_is_accepted(returned: Any) -> None:
     assert job(Own(lambda model, progress: returned))[0].examples == 8
 
 
@@ -154,7 +155,7 @@ def test_number_of_examples_alone_is_accepted(returned):
         (TrainResult(24), r"num_examples = 24, and the client has 8: count each example once"),
     ],
 )
-def test_other_result_of_fit_is_an_error_with_the_remedy(returned, says):
+def test_other_result_of_fit_is_an_error_with_the_remedy(returned: Any, says: Any) -> None:
     with pytest.raises(TaskError, match=says):
         job(Own(lambda model, progress: returned))
 
@@ -162,11 +163,11 @@ def test_other_result_of_fit_is_an_error_with_the_remedy(returned, says):
 # Seeds
 
 
-def draws():
+def draws() -> Any:
     return random.random(), np.random.random(), torch.rand(1).item()
 
 
-def test_every_global_generator_follows_the_orders_seed():
+def test_every_global_generator_follows_the_orders_seed() -> None:
     seen = []
     task = Own(lambda model, progress: seen.append(draws()) or 8)
     for seed in (3, 4, 3):
@@ -176,12 +177,12 @@ def test_every_global_generator_follows_the_orders_seed():
     assert all(a != b for a, b in zip(seen[0], seen[1], strict=True))
 
 
-def test_random_data_differs_by_client_and_is_the_same_again():
+def test_random_data_differs_by_client_and_is_the_same_again() -> None:
     class Drawn(Task):
-        def train_data(self, client):
+        def train_data(self, client: Any) -> Any:
             return [draws()]
 
-    def data(client, seed=7):
+    def data(client: Any, seed: Any = 7) -> Any:
         return load_data(Drawn(), Client(client), seed)[0]
 
     assert data("a") == data("a")
@@ -192,24 +193,24 @@ def test_random_data_differs_by_client_and_is_the_same_again():
 # The number of examples
 
 
-def test_client_without_rows_takes_no_part():
+def test_client_without_rows_takes_no_part() -> None:
     with pytest.raises(NoExamples, match=r"^north has no examples: it does not take part$"):
         load_data(Own(None, rows=0), NORTH, 0)
 
 
-def test_stream_has_no_known_number_of_examples():
+def test_stream_has_no_known_number_of_examples() -> None:
     class Stream(IterableDataset):
-        def __iter__(self):
+        def __iter__(self) -> Any:
             return iter(())
 
     class Streamed(Task):
-        def train_data(self, client):
+        def train_data(self, client: Any) -> Any:
             return Stream()
 
     assert load_data(Streamed(), NORTH, 0)[1] is None
 
 
-def test_progress_of_ones_own_has_a_client_and_a_version():
+def test_progress_of_ones_own_has_a_client_and_a_version() -> None:
     progress = Progress()
     progress()
     assert (progress.client.id, progress.version, progress.batches) == ("client-0", 0, 1)

@@ -11,7 +11,7 @@ import structlog
 from fedqueue.logs import configure_logging, log_level
 
 
-def test_logs_are_plain_lines_where_the_output_is_no_terminal():
+def test_logs_are_plain_lines_where_the_output_is_no_terminal() -> None:
     stream = io.StringIO()
     configure_logging(stream)
     structlog.get_logger("fedqueue").info("client joined", client="c0")
@@ -25,7 +25,7 @@ def test_logs_are_plain_lines_where_the_output_is_no_terminal():
     assert lines[1].endswith("some.library: from a library")
 
 
-def test_exceptions_in_logs_show_no_variables():
+def test_exceptions_in_logs_show_no_variables() -> None:
     stream = io.StringIO()
     configure_logging(stream)
     try:
@@ -41,5 +41,5 @@ def test_exceptions_in_logs_show_no_variables():
     ("verbose", "quiet", "level"),
     [(False, False, logging.INFO), (True, False, logging.DEBUG), (False, True, logging.WARNING)],
 )
-def test_verbose_and_quiet_set_the_log_level(verbose, quiet, level):
+def test_verbose_and_quiet_set_the_log_level(verbose: bool, quiet: bool, level: int) -> None:
     assert log_level(verbose, quiet) == level

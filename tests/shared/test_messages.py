@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import msgpack
 import pytest
@@ -25,19 +26,19 @@ GOOD = {
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_message_round_trips(kind):
+def test_message_round_trips(kind: type[Any]) -> None:
     message = kind.model_validate(GOOD[kind])
     assert read(kind, message.pack()) == message
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_unknown_field_is_refused(kind):
+def test_unknown_field_is_refused(kind: type[Any]) -> None:
     with pytest.raises(WireError, match=f"{kind.__name__}: surplus: "):
         read(kind, pack({**GOOD[kind], "surplus": 1}))
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_missing_field_is_named(kind):
+def test_missing_field_is_named(kind: type[Any]) -> None:
     first = next(iter(GOOD[kind]))
     with pytest.raises(WireError, match=f"{kind.__name__}: {first}: Field required"):
         read(kind, pack({k: v for k, v in GOOD[kind].items() if k != first}))
@@ -45,13 +46,13 @@ def test_missing_field_is_named(kind):
 
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.parametrize("value", [None, 5, [], "text", [["examples", 1]]])
-def test_non_map_value_is_refused(kind, value):
+def test_non_map_value_is_refused(kind: type[Any], value: Any) -> None:
     with pytest.raises(WireError, match=f"^{kind.__name__}: "):
         read(kind, pack(value))
 
 
 @pytest.mark.parametrize("kind", GOOD)
-def test_message_cannot_be_changed(kind):
+def test_message_cannot_be_changed(kind: type[Any]) -> None:
     message = kind.model_validate(GOOD[kind])
     with pytest.raises(ValidationError, match="frozen"):
         setattr(message, next(iter(GOOD[kind])), 1)
@@ -81,19 +82,19 @@ BAD_UPDATES = [
 ]
 
 
-def test_metrics_may_be_nan_or_infinite():
+def test_metrics_may_be_nan_or_infinite() -> None:
     metrics = {"loss": float("nan"), "gain": float("-inf")}
     again = read(Update, pack({**UPDATE, "metrics": metrics})).metrics
     assert repr(again) == repr(metrics)
 
 
 @pytest.mark.parametrize(("field", "value"), BAD_UPDATES, ids=[f"{f}={v!r:.20}" for f, v in BAD_UPDATES])
-def test_update_out_of_bounds_is_refused_and_its_field_named(field, value):
+def test_update_out_of_bounds_is_refused_and_its_field_named(field: str, value: Any) -> None:
     with pytest.raises(WireError, match=f"^Update: {field}"):
         read(Update, pack({**UPDATE, field: value}))
 
 
-def test_values_at_the_bounds_are_accepted():
+def test_values_at_the_bounds_are_accepted() -> None:
     metrics = {f"{i:064}": 0.0 for i in range(MAX_METRICS)}
     update = {**UPDATE, "examples": 2**53 - 1, "chunks": 2**20, "seconds": 0.0, "metrics": metrics}
     assert read(Update, pack(update)).metrics == metrics
@@ -116,16 +117,16 @@ def test_values_at_the_bounds_are_accepted():
         ("training", None),
     ],
 )
-def test_order_with_a_bad_name_or_setting_is_refused(field, value):
+def test_order_with_a_bad_name_or_setting_is_refused(field: str, value: Any) -> None:
     with pytest.raises(WireError, match=f"^Order: {field}"):
         read(Order, pack({**ORDER, field: value}))
 
 
-def test_order_has_settings_and_identifiers_only():
+def test_order_has_settings_and_identifiers_only() -> None:
     assert set(Order.model_fields) == {"run", "job", "client", "seed", "training"}
 
 
-def test_ending_has_one_of_two_reasons_and_a_short_error():
+def test_ending_has_one_of_two_reasons_and_a_short_error() -> None:
     for bad in ({"reason": "gone"}, {"reason": "failed", "error": "x" * 4001}):
         with pytest.raises(WireError):
             read(Ending, pack(bad))
@@ -136,19 +137,19 @@ def test_ending_has_one_of_two_reasons_and_a_short_error():
 
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, 1j, datetime.date(2026, 1, 1), "\ud800", 2**64, -(2**63) - 1])
-def test_value_of_an_unsupported_type_cannot_be_sent(value):
+def test_value_of_an_unsupported_type_cannot_be_sent(value: Any) -> None:
     with pytest.raises(WireError, match="cannot be sent"):
         pack([value])
 
 
-def test_endless_nesting_cannot_be_sent():
+def test_endless_nesting_cannot_be_sent() -> None:
     value: list = []
     value.append(value)
     with pytest.raises(WireError, match="cannot be sent"):
         pack(value)
 
 
-def test_message_may_be_as_large_as_the_limit_and_no_larger():
+def test_message_may_be_as_large_as_the_limit_and_no_larger() -> None:
     overhead = len(pack(b"x" * 60_000)) - 60_000
     largest = b"x" * (MAX_MESSAGE - overhead)
     data = pack(largest)
@@ -179,19 +180,19 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("data", REFUSED.values(), ids=REFUSED.keys())
-def test_invalid_message_bytes_are_refused(data):
+def test_invalid_message_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(WireError, match="not msgpack of this protocol"):
         unpack(data)
 
 
-def test_no_message_field_accepts_a_timestamp():
+def test_no_message_field_accepts_a_timestamp() -> None:
     """A timestamp is msgpack's own extension type: decoding one runs no code, and no field accepts the value."""
     stamp = msgpack.packb({**UPDATE, "seconds": msgpack.Timestamp(5, 0)})
     with pytest.raises(WireError, match="Update: seconds"):
         read(Update, stamp)
 
 
-def test_error_shows_no_part_of_the_message():
+def test_error_shows_no_part_of_the_message() -> None:
     with pytest.raises(WireError) as caught:
         read(Update, pack({**UPDATE, "encoding": "SECRET"}))
     assert "SECRET" not in str(caught.value)

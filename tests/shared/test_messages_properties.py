@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgpack
 from hypothesis import given
 from hypothesis import strategies as st
@@ -52,12 +54,12 @@ messages = st.one_of(
 
 
 @given(messages)
-def test_any_message_round_trips(message: Message):
+def test_any_message_round_trips(message: Message) -> None:
     assert read(type(message), message.pack()) == message
 
 
 @given(kinds, st.binary(max_size=200))
-def test_any_bytes_are_a_message_or_a_wire_error(kind, data):
+def test_any_bytes_are_a_message_or_a_wire_error(kind: type[Any], data: bytes) -> None:
     try:
         message = read(kind, data)
     except WireError:
@@ -66,7 +68,7 @@ def test_any_bytes_are_a_message_or_a_wire_error(kind, data):
 
 
 @given(kinds, plain)
-def test_any_value_is_a_message_or_a_wire_error(kind, value):
+def test_any_value_is_a_message_or_a_wire_error(kind: type[Any], value: Any) -> None:
     try:
         message = read(kind, msgpack.packb(value))
     except WireError:
@@ -75,7 +77,7 @@ def test_any_value_is_a_message_or_a_wire_error(kind, value):
 
 
 @given(kinds, st.data())
-def test_any_value_of_any_field_is_accepted_or_a_wire_error(kind, data):
+def test_any_value_of_any_field_is_accepted_or_a_wire_error(kind: type[Any], data: st.DataObject) -> None:
     fields = {name: data.draw(plain | naturals, name) for name in kind.model_fields}
     try:
         message = read(kind, msgpack.packb(fields))
@@ -85,7 +87,7 @@ def test_any_value_of_any_field_is_accepted_or_a_wire_error(kind, data):
 
 
 @given(messages, st.integers(0, 10_000), st.integers(0, 255))
-def test_message_with_a_changed_byte_reads_or_raises_wire_error(message, place, byte):
+def test_message_with_a_changed_byte_reads_or_raises_wire_error(message: Any, place: int, byte: int) -> None:
     data = bytearray(message.pack())
     data[place % len(data)] = byte
     try:
@@ -95,7 +97,7 @@ def test_message_with_a_changed_byte_reads_or_raises_wire_error(message, place, 
 
 
 @given(plain)
-def test_plain_values_round_trip_through_the_envelope(value):
+def test_plain_values_round_trip_through_the_envelope(value: Any) -> None:
     try:
         data = pack(value)
         back = unpack(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from decimal import Decimal
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,13 +35,13 @@ from fedqueue.metrics import as_metrics
         (torch.tensor(7), 7.0),
     ],
 )
-def test_number_of_any_kind_is_a_metric(value, number):
+def test_number_of_any_kind_is_a_metric(value: Any, number: Any) -> None:
     [(name, metric)] = as_metrics({"mine": value}, "evaluate").items()
     assert (name, metric, type(metric)) == ("mine", number, float)
 
 
 @pytest.mark.parametrize("value", [math.nan, np.float64("nan"), torch.tensor(math.nan)])
-def test_nan_is_a_metric(value):
+def test_nan_is_a_metric(value: Any) -> None:
     assert math.isnan(as_metrics({"auc": value}, "evaluate")["auc"])
 
 
@@ -62,18 +63,18 @@ def test_nan_is_a_metric(value):
         (object(), "object"),
     ],
 )
-def test_metric_that_is_no_number_is_named_with_its_type(value, kind):
+def test_metric_that_is_no_number_is_named_with_its_type(value: Any, kind: Any) -> None:
     with pytest.raises(TaskError, match=f"^fit returned 'mine' as {kind}: expected a number"):
         as_metrics({"loss": 0.1, "mine": value}, "fit")
 
 
 @pytest.mark.parametrize("metrics", [None, 0.5, [0.5], (0.5, {"acc": 1.0}), "loss"])
-def test_metrics_that_are_no_mapping_are_refused(metrics):
+def test_metrics_that_are_no_mapping_are_refused(metrics: Any) -> None:
     with pytest.raises(TaskError, match=r"^evaluate returned \S+ as metrics: expected a dict"):
         as_metrics(metrics, "evaluate")
 
 
-def test_metric_names_are_bounded():
+def test_metric_names_are_bounded() -> None:
     assert as_metrics({"n" * 64: 1, 0: 2}, "fit") == {"n" * 64: 1.0, "0": 2.0}
     for name in ("n" * 65, ""):
         with pytest.raises(TaskError, match="1 to 64 characters"):

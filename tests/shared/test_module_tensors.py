@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -35,34 +38,34 @@ def trained(model: nn.Module, base: Frame) -> Frame:
 # Rules
 
 
-def rules(model: nn.Module, **aggregation) -> dict[str, str]:
+def rules(model: nn.Module, **aggregation: Any) -> dict[str, str]:
     manifest = Manifest.from_module(model, AggregationConfig(**aggregation))
     return {e.name: e.role if e.role == "frozen" else e.rule for e in manifest.entries if e.role != "parameter"}
 
 
-def test_batch_norm_has_statistics_and_a_counter():
+def test_batch_norm_has_statistics_and_a_counter() -> None:
     assert rules(net()) == {"1.running_mean": "", "1.running_var": "", "1.num_batches_tracked": ""}
 
 
 @pytest.mark.parametrize("norm", [nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm])
-def test_vectors_of_spectral_norm_take_the_latest_value(norm):
+def test_vectors_of_spectral_norm_take_the_latest_value(norm: Callable[..., Any]) -> None:
     found = rules(norm(nn.Linear(4, 4)))
     assert len(found) == 2
     assert set(found.values()) == {"latest"}
 
 
-def test_integer_buffers_are_counters_by_name_or_latest():
+def test_integer_buffers_are_counters_by_name_or_latest() -> None:
     model = with_buffers(queue_ptr=torch.tensor(0), update_count=torch.tensor(0), left=torch.tensor(9))
     assert rules(model) == {"queue_ptr": "latest", "update_count": "", "left": "latest"}
 
 
-def test_first_matching_pattern_chooses_the_rule():
+def test_first_matching_pattern_chooses_the_rule() -> None:
     model = with_buffers(ema_a=torch.zeros(1), ema_b=torch.zeros(1), ptr=torch.tensor(0), mask=torch.ones(1))
     chosen = {"ema_a": "max", "ema_*": "mean", "ptr": "max", "mask": "frozen"}
     assert rules(model, buffers=chosen) == {"ema_a": "max", "ema_b": "mean", "ptr": "", "mask": "frozen"}
 
 
-def test_frozen_statistics_are_in_no_frame():
+def test_frozen_statistics_are_in_no_frame() -> None:
     found = rules(net(), running_statistics="frozen")
     assert found == {"1.running_mean": "frozen", "1.running_var": "frozen", "1.num_batches_tracked": ""}
 
@@ -75,13 +78,13 @@ def test_frozen_statistics_are_in_no_frame():
         ("ptr", "mean", r"ptr is torch\.int64, which has no mean"),
     ],
 )
-def test_pattern_that_cannot_apply_is_refused(pattern, rule, message):
+def test_pattern_that_cannot_apply_is_refused(pattern: str, rule: str, message: str) -> None:
     model = with_buffers(queue=torch.zeros(2), ptr=torch.tensor(0))
     with pytest.raises(ConfigurationError, match=message):
         Manifest.from_module(model, AggregationConfig(buffers={pattern: rule}))
 
 
-def test_difference_in_requires_grad_names_the_tensor():
+def test_difference_in_requires_grad_names_the_tensor() -> None:
     theirs = nn.Linear(3, 2).requires_grad_(False)
     theirs.weight.requires_grad_(True)
     with pytest.raises(ManifestMismatch, match=r"bias is frozen float32 \[2\] here and parameter float32 \[2\] in the"):
@@ -98,20 +101,20 @@ class Copies(nn.Module):
         super().__init__()
         self.inner = nn.Linear(2, 2)
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {name: tensor.detach().clone() for name, tensor in super().state_dict(*args, **kwargs).items()}
 
 
 class Stripped(Copies):
     """Leaves out the prefix of its only module."""
 
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         state = super().state_dict(*args, **kwargs)
         return {name.removeprefix("inner."): tensor for name, tensor in state.items()}
 
 
 @pytest.mark.parametrize("kind", [Copies, Stripped])
-def test_module_whose_state_dict_is_overridden_is_loaded(kind):
+def test_module_whose_state_dict_is_overridden_is_loaded(kind: type[Any]) -> None:
     model = kind()
     frame = frame_of_module(model)
     frame.parameters.copy_(torch.arange(6.0))
@@ -121,7 +124,7 @@ def test_module_whose_state_dict_is_overridden_is_loaded(kind):
 
 
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
-def test_wrappers_leave_no_prefix(wrap):
+def test_wrappers_leave_no_prefix(wrap: Callable[..., Any] | type[Any]) -> None:
     model = net()
     frame = frame_of_module(wrap(model))
     assert frame.state_dict().keys() == model.state_dict().keys()
@@ -132,7 +135,7 @@ def test_wrappers_leave_no_prefix(wrap):
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
-def test_scripted_module_is_loaded():
+def test_scripted_module_is_loaded() -> None:
     model = torch.jit.script(net())
     frame = frame_of_module(model)
     assert frame.state_dict().keys() == net().state_dict().keys()
@@ -152,7 +155,7 @@ class Twice(nn.Module):
         self.third.weight = self.first.weight
 
 
-def test_module_registered_twice_is_one():
+def test_module_registered_twice_is_one() -> None:
     manifest = Manifest.from_module(Twice())
     assert [(e.name, e.aliases) for e in manifest.entries] == [
         ("first.weight", ("second.weight", "third.weight")),
@@ -166,7 +169,7 @@ def test_module_registered_twice_is_one():
     assert model.third.weight.unique().tolist() == [3.0]
 
 
-def test_separated_names_of_a_tied_tensor_are_all_written():
+def test_separated_names_of_a_tied_tensor_are_all_written() -> None:
     """A buffer under two names becomes two tensors when the module moves to another device."""
     model = nn.Linear(1, 1)
     model.register_buffer("a", torch.zeros(2))
@@ -178,7 +181,7 @@ def test_separated_names_of_a_tied_tensor_are_all_written():
     assert model.a.tolist() == model.b.tolist() == [7.0, 7.0]
 
 
-def test_extra_state_of_one_tensor_is_a_buffer():
+def test_extra_state_of_one_tensor_is_a_buffer() -> None:
     model = nn.Sequential(Counting(2, 2))
     base = frame_of_module(model)
     assert rules(model) == {"0._extra_state": "latest"}
@@ -196,12 +199,12 @@ def test_extra_state_of_one_tensor_is_a_buffer():
 
 
 class Extra(nn.Linear):
-    def get_extra_state(self):
+    def get_extra_state(self) -> Any:
         return {"calls": 1}
 
 
 class OneWay(nn.Linear):
-    def get_extra_state(self):
+    def get_extra_state(self) -> Any:
         return torch.zeros(1)
 
 
@@ -210,15 +213,15 @@ class Counting(OneWay):
 
     calls = 0.0
 
-    def get_extra_state(self):
+    def get_extra_state(self) -> Any:
         return torch.tensor([self.calls], dtype=torch.float64)
 
-    def set_extra_state(self, state):
+    def set_extra_state(self, state: Any) -> None:
         self.calls = float(state)
 
 
 class Surplus(nn.Linear):
-    def state_dict(self, *args, **kwargs):
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {**super().state_dict(*args, **kwargs), "calibration": torch.ones(5)}
 
 
@@ -242,19 +245,19 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about lazy and quantized tensors
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_module_that_cannot_be_federated_is_refused_in_one_line(make, message):
+def test_module_that_cannot_be_federated_is_refused_in_one_line(make: Any, message: Any) -> None:
     model = make()
     with pytest.raises(ManifestMismatch, match=message) as refusal:
         Manifest.from_module(model)
     assert "\n" not in str(refusal.value)
 
 
-def test_tensor_that_does_not_hold_what_was_written_is_named():
+def test_tensor_that_does_not_hold_what_was_written_is_named() -> None:
     class Coarse(torch.Tensor):
         """Rounds what is copied into it, as quantized tensors do."""
 
         @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             result = super().__torch_function__(function, types, args, kwargs or {})
             if function is torch.Tensor.to:
                 return torch.zeros_like(result.as_subclass(torch.Tensor))
@@ -270,7 +273,7 @@ def test_tensor_that_does_not_hold_what_was_written_is_named():
 # After training
 
 
-def test_parameters_made_in_training_are_named():
+def test_parameters_made_in_training_are_named() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     base = frame_of_module(model)
     model.append(nn.Linear(2, 2))
@@ -278,14 +281,14 @@ def test_parameters_made_in_training_are_named():
         trained(model, base)
 
 
-def test_unsaved_buffers_may_be_made_in_training():
+def test_unsaved_buffers_may_be_made_in_training() -> None:
     model = nn.Linear(2, 2)
     base = frame_of_module(model)
     model.register_buffer("cache", torch.ones(3), persistent=False)
     assert trained(model, base).parameters.abs().max() == 0
 
 
-def test_unfreezing_in_training_is_refused():
+def test_unfreezing_in_training_is_refused() -> None:
     model = net()
     model[0].weight.requires_grad_(False)
     base = frame_of_module(model)
@@ -298,7 +301,7 @@ def test_unfreezing_in_training_is_refused():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_unchanged_tensors_keep_the_bits_of_the_version(dtype):
+def test_unchanged_tensors_keep_the_bits_of_the_version(dtype: Any) -> None:
     """The version is finer than the grid of a narrow module, and infinite in places."""
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(dtype)
     base = frame_of_module(model)
@@ -313,7 +316,7 @@ def test_unchanged_tensors_keep_the_bits_of_the_version(dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_delta_is_against_what_the_module_held(dtype):
+def test_delta_is_against_what_the_module_held(dtype: Any) -> None:
     """The oracle subtracts the module's own tensors before and after training, in float64."""
     model = nn.Linear(50, 20).to(dtype)
     base = frame_of_module(model)
@@ -327,7 +330,7 @@ def test_delta_is_against_what_the_module_held(dtype):
     torch.testing.assert_close(trained(model, base).parameters.double(), after - before, rtol=2**-23, atol=0)
 
 
-def test_parameter_that_leaves_infinity_has_no_finite_delta():
+def test_parameter_that_leaves_infinity_has_no_finite_delta() -> None:
     model = nn.Linear(2, 1)
     with torch.no_grad():
         model.weight[0, 0] = torch.inf
@@ -337,7 +340,7 @@ def test_parameter_that_leaves_infinity_has_no_finite_delta():
     assert not trained(model, base).parameters.isfinite().all()
 
 
-def test_flags_mark_the_tensors_that_training_changed():
+def test_flags_mark_the_tensors_that_training_changed() -> None:
     model = with_buffers(
         mask=torch.tensor([-torch.inf, 0.0]), queue=torch.zeros(2), none=torch.zeros(0),
         wide=torch.zeros(3, dtype=torch.float64), ptr=torch.tensor(0), left=torch.tensor(5),

@@ -6,7 +6,9 @@ import pickle
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +33,7 @@ def double(x): return 2 * x
 
 
 @pytest.fixture(autouse=True)
-def paths(monkeypatch):
+def paths(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "path", list(sys.path))
     before = set(sys.modules)
     yield
@@ -48,12 +50,12 @@ def folder(parent: Path, name: str, task: str = "task.py") -> Path:
     return made
 
 
-def test_relative_and_absolute_imports_of_neighbours_work(tmp_path):
+def test_relative_and_absolute_imports_of_neighbours_work(tmp_path: Path) -> None:
     task = load_task("task.py:Mine", {}, folder(tmp_path, "one"))
     assert vars(type(task))["name"] == ("one", "one")
 
 
-def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
+def test_files_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
     one, two = (import_entrypoint("task.py:Mine", folder(tmp_path, name), "task")[0] for name in ("one", "two"))
     assert one.__name__ != two.__name__
     assert (one.NAME, two.NAME) == ("one", "two")
@@ -62,14 +64,14 @@ def test_files_of_one_name_in_two_folders_stay_apart(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["random.py", "json.py", "queue.py", "torch.py"])
-def test_file_named_as_a_module_of_python_hides_nothing(tmp_path, name):
+def test_file_named_as_a_module_of_python_hides_nothing(tmp_path: Path, name: Any) -> None:
     module, _ = import_entrypoint(f"{name}:Mine", folder(tmp_path, "one", name), "task")
     assert module.double(2) == 4
     assert random.Random is sys.modules["random"].Random
     assert module is not sys.modules[name.removesuffix(".py")]
 
 
-def test_users_folder_comes_after_python_and_before_packages(tmp_path):
+def test_users_folder_comes_after_python_and_before_packages(tmp_path: Path) -> None:
     import_entrypoint("task.py:Mine", folder(tmp_path, "one"), "task")
     position = sys.path.index(str(tmp_path / "one"))
     assert position > max(i for i, entry in enumerate(sys.path) if entry.endswith("lib-dynload"))
@@ -95,7 +97,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("name", ["task.py", "random.py"])
-def test_started_processes_import_the_users_file(tmp_path, method, name):
+def test_started_processes_import_the_users_file(tmp_path: Path, method: Any, name: Any) -> None:
     script = tmp_path / "start.py"
     script.write_text(STARTS)
     made = folder(tmp_path, "one", name)

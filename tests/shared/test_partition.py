@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, reject
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from fedqueue import partition
 
@@ -35,7 +39,9 @@ def split_if_possible(scheme: str, labels: np.ndarray, clients: int, alpha: floa
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(labels=labelled(), clients=clients, alpha=st.floats(0.05, 100), seed=seeds)
-def test_each_example_is_in_exactly_one_share(scheme, labels, clients, alpha, seed):
+def test_each_example_is_in_exactly_one_share(
+    scheme: str, labels: NDArray[Any], clients: int, alpha: float, seed: int
+) -> None:
     shares = split_if_possible(scheme, labels, clients, alpha, seed)
     assert len(shares) == clients
     assert sorted(np.concatenate(shares)) == list(range(len(labels)))
@@ -43,7 +49,9 @@ def test_each_example_is_in_exactly_one_share(scheme, labels, clients, alpha, se
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(labels=labelled(), clients=clients, seed=seeds)
-def test_shares_are_sorted_int64_indices_and_never_empty(scheme, labels, clients, seed):
+def test_shares_are_sorted_int64_indices_and_never_empty(
+    scheme: str, labels: NDArray[Any], clients: int, seed: int
+) -> None:
     for share in split_if_possible(scheme, labels, clients, 0.5, seed):
         assert share.dtype == np.int64
         assert len(share) > 0
@@ -52,7 +60,7 @@ def test_shares_are_sorted_int64_indices_and_never_empty(scheme, labels, clients
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @given(seed=seeds)
-def test_seed_determines_the_shares(scheme, seed):
+def test_seed_determines_the_shares(scheme: str, seed: int) -> None:
     labels = np.repeat(np.arange(10), 30)
     first, again, other = (partition.split(scheme, labels, 5, 1.0, s) for s in (seed, seed, seed + 1))
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -60,7 +68,7 @@ def test_seed_determines_the_shares(scheme, seed):
 
 
 @given(examples=st.integers(1, 500), clients=clients, seed=seeds)
-def test_iid_shares_differ_by_one_example_at_most(examples, clients, seed):
+def test_iid_shares_differ_by_one_example_at_most(examples: int, clients: int, seed: int) -> None:
     if examples < clients:
         with pytest.raises(ValueError, match=f"{examples} examples cannot give each of {clients} clients at least 1"):
             partition.iid(examples, clients, seed)
@@ -70,7 +78,7 @@ def test_iid_shares_differ_by_one_example_at_most(examples, clients, seed):
 
 
 @given(labels=labelled(), clients=st.integers(1, 6), minimum=st.integers(0, 5), seed=seeds)
-def test_dirichlet_gives_each_client_the_minimum(labels, clients, minimum, seed):
+def test_dirichlet_gives_each_client_the_minimum(labels: NDArray[Any], clients: int, minimum: int, seed: int) -> None:
     try:
         shares = partition.dirichlet(labels, clients, 1.0, seed, minimum)
     except ValueError:
@@ -85,7 +93,9 @@ def test_dirichlet_gives_each_client_the_minimum(labels, clients, minimum, seed)
     alpha=st.floats(1e-3, 1e3),
     seed=seeds,
 )
-def test_quantity_gives_each_client_the_minimum_whatever_alpha(clients, minimum, spare, alpha, seed):
+def test_quantity_gives_each_client_the_minimum_whatever_alpha(
+    clients: int, minimum: int, spare: int, alpha: float, seed: int
+) -> None:
     examples = max(1, clients * minimum + spare)
     sizes = [len(share) for share in partition.quantity(examples, clients, alpha, seed, minimum)]
     assert min(sizes) >= minimum
@@ -93,14 +103,14 @@ def test_quantity_gives_each_client_the_minimum_whatever_alpha(clients, minimum,
 
 
 @given(seed=seeds)
-def test_clients_with_two_shards_have_few_labels(seed):
+def test_clients_with_two_shards_have_few_labels(seed: int) -> None:
     labels = np.random.default_rng(seed).permutation(np.repeat(np.arange(10), 20))
     shares = partition.label_shards(labels, 10, 2, seed)
     assert [len(share) for share in shares] == [20] * 10
     assert all(len(np.unique(labels[share])) <= 2 for share in shares)
 
 
-def test_dirichlet_skew_grows_as_alpha_falls():
+def test_dirichlet_skew_grows_as_alpha_falls() -> None:
     labels = np.repeat(np.arange(10), 100)
 
     def skew(alpha: float) -> float:
@@ -112,7 +122,7 @@ def test_dirichlet_skew_grows_as_alpha_falls():
     assert skew(0.05) > 0.5
 
 
-def test_quantity_skew_grows_as_alpha_falls():
+def test_quantity_skew_grows_as_alpha_falls() -> None:
     labels = np.tile(np.arange(10), 100)
 
     def largest(alpha: float) -> float:
@@ -124,7 +134,7 @@ def test_quantity_skew_grows_as_alpha_falls():
     assert np.bincount(labels[big], minlength=10).max() < 0.2 * len(big)
 
 
-def test_shards_do_not_depend_on_the_order_of_examples():
+def test_shards_do_not_depend_on_the_order_of_examples() -> None:
     labels = np.zeros(40, dtype=int)  # one class: only the shuffle can mix them
     shares = partition.label_shards(labels, 4, 1, seed=0)
     assert all(np.ptp(share) > 10 for share in shares)
@@ -149,7 +159,7 @@ def test_shards_do_not_depend_on_the_order_of_examples():
         (lambda: partition.label_shards([0] * 9, 5, 0), "shards_per_client = 0: must be at least 1"),
     ],
 )
-def test_impossible_partition_error_names_the_problem(call, message):
+def test_impossible_partition_error_names_the_problem(call: Callable[..., Any], message: str) -> None:
     with pytest.raises(ValueError) as caught:
         call()
     assert message in str(caught.value)

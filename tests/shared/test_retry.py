@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import redis
 from redis import exceptions
@@ -22,7 +24,7 @@ from fedqueue.transport.retry import FIRST_SECONDS, LONGEST_SECONDS, RedisRetry,
         (redis.ResponseError("NOREPLICAS Not enough good replicas to write."), "too few replicas"),
     ],
 )
-def test_transient_error_has_a_reason_for_waiting(error, words):
+def test_transient_error_has_a_reason_for_waiting(error: Any, words: str) -> None:
     assert words in transient_reason(error)
 
 
@@ -35,13 +37,13 @@ def test_transient_error_has_a_reason_for_waiting(error, words):
         redis.ResponseError("ERR unknown command"),
     ],
 )
-def test_permanent_error_is_raised_at_once_as_one_line(error):
+def test_permanent_error_is_raised_at_once_as_one_line(error: Any) -> None:
     assert transient_reason(error) == ""
     with pytest.raises(ServerUnavailable, match="Redis refuses"):
         RedisRetry(sleep=lambda seconds: pytest.fail("it slept")).wait(error)
 
 
-def test_operation_is_retried_with_growing_pauses():
+def test_operation_is_retried_with_growing_pauses() -> None:
     slept: list[float] = []
     attempts = iter([redis.ConnectionError("gone")] * 8 + [None])
 
@@ -54,7 +56,7 @@ def test_operation_is_retried_with_growing_pauses():
     assert slept == [FIRST_SECONDS * 2**k for k in range(6)] + [LONGEST_SECONDS] * 2
 
 
-def test_retry_pauses_are_jittered_and_reset_after_success():
+def test_retry_pauses_are_jittered_and_reset_after_success() -> None:
     slept: list[float] = []
     retry = RedisRetry(sleep=slept.append, jitter=lambda: 0.0)
     for _ in range(3):
@@ -64,7 +66,7 @@ def test_retry_pauses_are_jittered_and_reset_after_success():
     assert slept == [FIRST_SECONDS / 2, FIRST_SECONDS, FIRST_SECONDS * 2, FIRST_SECONDS / 2]
 
 
-def test_waiting_ends_on_a_stop_request():
+def test_waiting_ends_on_a_stop_request() -> None:
     retry = RedisRetry(given_up=lambda: True, sleep=lambda seconds: pytest.fail("it slept"))
     with pytest.raises(ServerUnavailable, match="stopped while waiting"):
         retry.wait(redis.ConnectionError("gone"))

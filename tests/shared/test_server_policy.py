@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import redis
 import structlog
@@ -20,17 +23,17 @@ MANIFEST = Manifest.from_module(torch.nn.Linear(1000, 250))  # 1 MB
 class Server:
     """Answers INFO and PING."""
 
-    def __init__(self, policy="allkeys-lru", limit=0, evicted=0, error=None):
+    def __init__(self, policy: Any = "allkeys-lru", limit: Any = 0, evicted: Any = 0, error: Any = None) -> None:
         self.policy, self.limit, self.evicted, self.error = policy, limit, evicted, error
 
-    def info(self, section):
+    def info(self, section: Any) -> Any:
         if self.error:
             raise self.error
         if section == "memory":
             return {"maxmemory": self.limit, "maxmemory_policy": self.policy}
         return {"evicted_keys": self.evicted}
 
-    def ping(self):
+    def ping(self) -> None:
         raise self.error
 
 
@@ -46,19 +49,19 @@ class Server:
         ("Connection refused\n  twice", "Connection refused twice"),
     ],
 )
-def test_refusal_says_what_to_do(answer, meaning):
+def test_refusal_says_what_to_do(answer: Any, meaning: Any) -> None:
     assert meaning in refusal(redis.RedisError(answer))
     with pytest.raises(ServerUnavailable, match="no Redis at redis://h: "):
         check(Server(error=redis.RedisError(answer)), "redis://h")
 
 
-def test_server_with_too_little_memory_for_the_run_is_refused():
+def test_server_with_too_little_memory_for_the_run_is_refused() -> None:
     with pytest.raises(ServerUnavailable, match=r"allkeys-lru, maxmemory 5.0 MB\), and this run needs 6.0 MB"):
         check_memory_policy(Server(limit=5_000_000), CONFIG, MANIFEST)
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lfu", "volatile-lru", "volatile-ttl"])
-def test_server_that_may_delete_keys_is_warned_of(policy):
+def test_server_that_may_delete_keys_is_warned_of(policy: Any) -> None:
     with structlog.testing.capture_logs() as logs:
         check_memory_policy(Server(policy, limit=50_000_000), CONFIG, MANIFEST)
     [warning] = logs
@@ -76,7 +79,7 @@ def test_server_that_may_delete_keys_is_warned_of(policy):
     ],
     ids=["noeviction", "unlimited", "no-right"],
 )
-def test_other_servers_are_not_warned_of(server):
+def test_other_servers_are_not_warned_of(server: Any) -> None:
     with structlog.testing.capture_logs() as logs:
         check_memory_policy(server, CONFIG, MANIFEST)
     assert not logs
@@ -84,7 +87,7 @@ def test_other_servers_are_not_warned_of(server):
     assert eviction_note(server) == ""
 
 
-def test_lost_run_names_the_eviction(tmp_path):
+def test_lost_run_names_the_eviction(tmp_path: Path) -> None:
     note = eviction_note(Server(limit=10, evicted=44))
     assert "evicted_keys: 44, maxmemory-policy allkeys-lru" in note
     assert note in str(RunLost("digits", tmp_path, note))

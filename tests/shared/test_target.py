@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,23 +30,23 @@ depth gini score throughput lossless accuracy_drop loss_reduction accuracy_std n
 """
 
 
-def goals(target):
+def goals(target: Any) -> Any:
     return [str(goal) for goal in parse_config({"task": TASK, "stop": {"target": target}}).stop.goals]
 
 
 @pytest.mark.parametrize("name", RISING.split())
-def test_well_known_metric_that_rises(name):
+def test_well_known_metric_that_rises(name: Any) -> None:
     assert direction_of(name) == "above"
     assert goals({name: 0.5}) == [f"{name} ≥ 0.5"]
 
 
 @pytest.mark.parametrize("name", FALLING.split())
-def test_well_known_metric_that_falls(name):
+def test_well_known_metric_that_falls(name: Any) -> None:
     assert direction_of(name) == "below"
     assert goals({name: 0.5}) == [f"{name} ≤ 0.5"]
 
 
-def test_page_about_targets_lists_every_well_known_name():
+def test_page_about_targets_lists_every_well_known_name() -> None:
     page = (ROOT / "docs/reference/evaluation.md").read_text(encoding="utf-8")
     for direction, names in (("higher", RISING_NAMES), ("lower", FALLING_NAMES)):
         (row,) = re.findall(rf"^\| {direction} \| (.+) \|$", page, re.MULTILINE)
@@ -53,7 +54,7 @@ def test_page_about_targets_lists_every_well_known_name():
 
 
 @pytest.mark.parametrize("name", UNKNOWN.split())
-def test_unknown_metric_is_refused_with_both_spellings(name):
+def test_unknown_metric_is_refused_with_both_spellings(name: Any) -> None:
     with pytest.raises(ConfigurationError) as caught:
         goals({name: 3})
     assert caught.value.key == "stop.target"
@@ -63,7 +64,7 @@ def test_unknown_metric_is_refused_with_both_spellings(name):
     assert goals({name: {"below": 3}}) == [f"{name} ≤ 3"]
 
 
-def test_stated_direction_wins_over_the_name():
+def test_stated_direction_wins_over_the_name() -> None:
     assert goals({"loss": {"above": 0.1}, "accuracy": {"below": 1}}) == ["loss ≥ 0.1", "accuracy ≤ 1"]
 
 
@@ -83,19 +84,19 @@ def test_stated_direction_wins_over_the_name():
         {"mse": {"below": "low"}},
     ],
 )
-def test_malformed_target_is_refused(target):
+def test_malformed_target_is_refused(target: Any) -> None:
     with pytest.raises(ConfigurationError, match=r"^stop\.target"):
         goals(target)
 
 
-def test_direction_can_be_set_on_the_command_line():
+def test_direction_can_be_set_on_the_command_line() -> None:
     config = override_config({"task": TASK}, ["stop.target.mse.below=0.05"], {})
     assert config.stop.target == {"mse": {"below": 0.05}}
     again = parse_config(config.model_dump(mode="json"))
     assert again.stop == config.stop
 
 
-def test_target_is_refused_where_nothing_is_evaluated():
+def test_target_is_refused_where_nothing_is_evaluated() -> None:
     tree = {"task": TASK, "stop": {"target": {"acc": 0.9}}, "evaluation": {"every_versions": "off"}}
     with pytest.raises(ConfigurationError, match=r"stop.target names acc, but every_versions and every_seconds"):
         parse_config(tree)
@@ -104,7 +105,7 @@ def test_target_is_refused_where_nothing_is_evaluated():
 
 
 @pytest.mark.parametrize(("clients", "barrier", "refused"), [(4, True, True), (8, True, False), (4, False, False)])
-def test_round_needs_a_client_for_each_update(clients, barrier, refused):
+def test_round_needs_a_client_for_each_update(clients: Any, barrier: Any, refused: Any) -> None:
     tree = {
         "task": TASK,
         "stop": {"versions": 5},

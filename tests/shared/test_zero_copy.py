@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import redis
@@ -13,6 +14,7 @@ from redis.connection import Connection
 from fedqueue.transport import zero_copy
 from fedqueue.transport.connection import connect
 from fedqueue.transport.zero_copy import Part, Receiving, ReceivingParser, exchange, get_parts
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 
 class Wire:
@@ -45,7 +47,7 @@ def answer(data: bytes) -> bytes:
     strings=st.lists(st.tuples(st.binary(max_size=200), st.integers(-1, 1)), min_size=1, max_size=5),
     sizes=st.lists(st.integers(1, 70), max_size=40),
 )
-def test_replies_are_whole_and_in_order_for_any_network_split(strings, sizes):
+def test_replies_are_whole_and_in_order_for_any_network_split(strings: list[tuple[Any, ...]], sizes: list[Any]) -> None:
     """A buffer has the size of its reply, or one byte less or more; some replies have no buffer."""
     connection = WireConnection(Wire(b"".join(answer(data) for data, _ in strings), sizes))
     for data, off in strings:
@@ -55,13 +57,13 @@ def test_replies_are_whole_and_in_order_for_any_network_split(strings, sizes):
         assert (got is None) == (len(place) == len(data))
 
 
-def test_reply_of_the_expected_size_is_not_copied():
+def test_reply_of_the_expected_size_is_not_copied() -> None:
     place = bytearray(1000)
     assert WireConnection(Wire(answer(bytes(range(250)) * 4), [])).receive(memoryview(place)) is None
     assert place == bytes(range(250)) * 4
 
 
-def test_truncated_reply_is_an_error_and_closes_the_connection():
+def test_truncated_reply_is_an_error_and_closes_the_connection() -> None:
     connection = WireConnection(Wire(answer(bytes(500))[:300], []))
     with pytest.raises(redis.ConnectionError, match=zero_copy.CLOSED):
         connection.receive(memoryview(bytearray(500)))
@@ -69,7 +71,7 @@ def test_truncated_reply_is_an_error_and_closes_the_connection():
 
 
 @pytest.mark.server
-def test_error_reply_keeps_the_connection_in_sync(server, server_client):
+def test_error_reply_keeps_the_connection_in_sync(server: EmbeddedServer, server_client: redis.Redis) -> None:
     client = connect(server.url)
     client.set("part", b"0123456789")
     client.rpush("list", "no string")
@@ -83,7 +85,9 @@ def test_error_reply_keeps_the_connection_in_sync(server, server_client):
 
 
 @pytest.mark.server
-def test_signal_during_a_reply_leaves_no_half_read_connection(server, server_client, monkeypatch):
+def test_signal_during_a_reply_leaves_no_half_read_connection(
+    server: EmbeddedServer, server_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = connect(server.url)
     client.set("part", bytes(range(256)) * 4000)
     more, calls = ReceivingParser._more, []
@@ -105,7 +109,9 @@ def test_signal_during_a_reply_leaves_no_half_read_connection(server, server_cli
 
 
 @pytest.mark.server
-def test_signal_between_replies_leaves_no_stale_reply(server, server_client, monkeypatch):
+def test_signal_between_replies_leaves_no_stale_reply(
+    server: EmbeddedServer, server_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
     client = connect(server.url)
     cls, calls = client.connection_pool.connection_class, []
     read_response = cls.read_response
@@ -125,7 +131,7 @@ def test_signal_between_replies_leaves_no_stale_reply(server, server_client, mon
 
 
 @pytest.mark.server
-def test_chunk_is_read_again_after_a_lost_connection(server, server_client):
+def test_chunk_is_read_again_after_a_lost_connection(server: EmbeddedServer, server_client: redis.Redis) -> None:
     client = connect(server.url)
     client.set("part", b"abc")
     server_client.client_kill_filter(_type="normal", skipme=True)
