@@ -89,6 +89,11 @@ def test_header_outside_the_protocol_is_malformed(body):
     assert verdict(body=body) == RejectionReason.MALFORMED
 
 
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_update_whose_loss_is_not_finite_is_admitted(loss):
+    assert verdict(metrics={"loss": loss}) == ""
+
+
 # The payload
 
 

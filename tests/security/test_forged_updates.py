@@ -10,6 +10,7 @@ from typing import Any
 import msgpack
 import pytest
 import redis
+import torch
 
 from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.protocol.key_files import SigningKey
@@ -20,6 +21,7 @@ from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
 from fedqueue_worker.heartbeat import Heartbeat
 from tests.support.builders import EXAMPLES
 from tests.support.scene import RUN, Scene
+from tests.support.small_task import SmallTask
 
 
 @pytest.fixture
@@ -257,8 +259,19 @@ def test_forged_endings_do_not_exclude_a_client(scene: Scene) -> None:
     assert scene.version == 1
 
 
+class FailedTest(SmallTask):
+    """The accuracy of every model is 0."""
+
+    def test_data(self) -> str:
+        return "test data"
+
+    def evaluate(self, model: torch.nn.Module, data: str) -> dict[str, float]:
+        return {"accuracy": 0.0}
+
+
 def test_forged_evaluation_does_not_stop_the_run(fake_client: redis.Redis, tmp_path: Path) -> None:
     scene = Scene(fake_client, tmp_path, stop={"target": {"accuracy": 0.9}})
+    scene.task = FailedTest(batch_norm=False)
     site = scene.site("c0")
 
     def lie() -> None:

@@ -175,7 +175,9 @@ DECODERS: dict[str, Decoder] = {
     "version": _message(VersionRecord, model=_DIGEST, state=_DIGEST, job_number=3, history=_DIGEST, totals=_DIGEST),
     "public_keys": Decoder(_public_keys, (ConfigurationError,), (2 * _KEY.public.line().encode(),)),
     "record": Decoder(unpack_record, (WireError,), (msgpack.packb({"kind": "version", "version": 1, "merged": []}),)),
-    "manifest": Decoder(Manifest.unpack, (WireError,), (msgpack.packb([_ROW, ["n", "int64", [], 0, 1, "counter", "", [], []]]),)),
+    "manifest": Decoder(
+        Manifest.unpack, (WireError,), (msgpack.packb([_ROW, ["n", "int64", [], 0, 1, "counter", "", [], []]]),)
+    ),
     "entry": Decoder(_entry, (), (b"kind\0update\0job\0r-1\0attempt\0001\0base\0000\0body\0x",)),
     # RQ decodes the rest of a job's record itself; a worker drops the job on any error there.
     "job": Decoder(_job, (Exception,), (msgpack.packb(["f", None, [], {"order": {}}]) + b"\0\xff\0x\0\xff\00060",)),

@@ -49,7 +49,8 @@ class Scene:
     def __init__(self, client: redis.Redis, folder: Path, signed: bool = True, **sections: Any) -> None:
         self.redis, self.folder, self.signed = client, folder, signed
         self.keys, self.key_folder = Keys(RUN), folder / "keys"
-        self.manifest = Manifest.from_module(SmallTask(batch_norm=False).model())
+        self.task = SmallTask(batch_norm=False)
+        self.manifest = Manifest.from_module(self.task.model())
         self.config = parse_config(
             {
                 "name": RUN,
@@ -82,7 +83,7 @@ class Scene:
             return now
 
         self.coordinator = Coordinator(
-            self.config, SmallTask(batch_norm=False), store, self.folder, clock=clock, sleep=lambda seconds: None
+            self.config, self.task, store, self.folder, clock=clock, sleep=lambda seconds: None
         )
         store.steps, store.leave = list(steps), self.coordinator.pause
         self.coordinator.run()
