@@ -131,7 +131,7 @@ def test_primary_named_by_a_sentinel_is_verified(
 
 REFUSED = {
     "a CA that did not sign it": ("good", {"ca": "other"}, "the server's certificate is not signed by redis.ca_file"),
-    "no CA of ours": ("good", {"ca": ""}, "is not signed by a CA of this system (set redis.ca_file)"),
+    "no CA of ours": ("good", {"ca": ""}, "is not signed by a CA of this system (self-signed"),
     "an expired server": ("expired", {}, "the server's certificate has expired"),
     "another host": ("elsewhere", {}, "the server's certificate is for another host"),
     "no client certificate": (
@@ -142,6 +142,12 @@ REFUSED = {
     ),
     "an expired client certificate": ("good", {"client": "expired"}, "redis.cert_file has expired"),
 }  # fmt: skip
+
+
+def test_plain_url_to_a_tls_port_names_tls(proxy):
+    url = proxy().url.replace("rediss", "redis")
+    with pytest.raises(ServerUnavailable, match="if this port expects TLS, write rediss:// into the URL"):
+        check(connect(url, retries=0), url)
 
 
 @pytest.mark.parametrize("why", REFUSED)

@@ -46,6 +46,13 @@ class Server:
         ("WRONGPASS invalid username-password pair or user is disabled.", "the user or the password is wrong"),
         ("AUTH <password> called without any password configured for the default user", "it has no password"),
         ("DENIED Redis is running in protected mode because\nprotected mode is enabled", "it is in protected mode"),
+        ("unknown command 'SCRIPT', with args beginning with: 'LOAD' '-- Claims", "it has no command SCRIPT, which"),
+        ("unknown command `blmove`, with args beginning with: ", "it has no command BLMOVE"),
+        (
+            "Command # 1 (SCRIPT LOAD -- (a) of pipe\n) of pipeline caused error: unknown command 'X', with",
+            "it has",
+        ),
+        ("Command # 2 (GET (a)\n b) of pipeline caused error: no memory", "no memory"),
         ("Connection refused\n  twice", "Connection refused twice"),
     ],
 )

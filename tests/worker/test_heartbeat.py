@@ -390,6 +390,18 @@ def test_worker_waits_for_a_lost_run_and_joins_its_new_epoch(fake_run, worker, h
     assert [(e.kind, e.client) for e in fake_run.coordinator.unacknowledged()] == [("joined", "c0")]
 
 
+def test_lost_run_is_logged_once_until_it_is_back(fake_run, worker, heartbeat, logs):
+    stored = fake_run.client.dump(fake_run.keys.config)
+    for _ in range(2):
+        fake_run.client.delete(fake_run.keys.config)
+        heartbeat.beat()
+        heartbeat.beat()
+        fake_run.client.restore(fake_run.keys.config, 0, stored)
+        heartbeat.beat()
+    lost = {"event": "run missing from Redis: waiting for its coordinator to restore it", "log_level": "warning"}
+    assert [entry for entry in logs if "missing" in entry["event"]] == [lost, lost]
+
+
 def test_worker_of_an_ended_run_does_not_join_again(fake_run, worker, heartbeat, ended):
     fake_run.coordinator.end("target reached", 60, 1)
     heartbeat.beat()

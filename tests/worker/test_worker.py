@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 
@@ -16,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Task
 from fedqueue.config.schema import Config
-from fedqueue.errors import ClientTaken, ConfigurationError, LoadFailed, ManifestMismatch
+from fedqueue.errors import ClientTaken, ConfigurationError, LoadFailed, ManifestMismatch, ServerUnavailable
 from fedqueue.protocol.messages import Ending, read
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker import process as worker_module
@@ -330,6 +331,49 @@ def test_stop_between_two_rq_loops_starts_no_further_loop(fake_run, task, monkey
 
 def broken_off(*args):
     raise redis.ConnectionError("gone")
+
+
+# A server that refuses a command or is away
+
+
+class Queues:
+    """Stands for RQ's queues: its first reads raise `errors`, the next ones find no job."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    def dequeue_any(self, *args, **kwargs):
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    ("refusal", "says"),
+    [
+        (redis.ResponseError("unknown command 'BLMOVE', with args beginning with: 'rq:queue:x'"), "no command BLMOVE"),
+        (redis.exceptions.NoPermissionError("this user has no permissions to run 'blmove'"), "run `fedqueue acl`"),
+    ],
+)
+def test_refused_command_ends_the_worker_in_one_line(fake_run, task, monkeypatch, caplog, refusal, says):
+    monkeypatch.setattr("fedqueue_worker.rq_worker.queue_class", lambda queues: Queues(refusal, refusal))
+    with caplog.at_level(logging.WARNING, "rq"), pytest.raises(ServerUnavailable, match=says):
+        start(fake_run, task, burst=True)
+    assert caplog.records == [], "RQ logged a traceback"
+    assert kinds(fake_run) == ["joined", "left"]
+
+
+@pytest.mark.timeout(30)
+def test_outage_in_rqs_loop_is_named_without_a_traceback(fake_run, task, monkeypatch, caplog, logs):
+    replica = redis.exceptions.ReadOnlyError("You can't write against a read only replica.")
+    first = Queues(replica, replica)
+    monkeypatch.setattr("fedqueue_worker.rq_worker.queue_class", lambda queues: first)
+    monkeypatch.setattr(worker_module.RedisRetry, "wait", lambda retry, error: None)
+    assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
+    assert caplog.records == [], "RQ logged a traceback"
+    assert [entry["because"] for entry in logs if "interrupted" in entry["event"]] == [
+        "it is a read-only replica: waiting for a new primary"
+    ]
 
 
 def test_error_during_loading_releases_the_client(fake_run, task):

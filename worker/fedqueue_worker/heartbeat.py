@@ -55,6 +55,7 @@ class Heartbeat:
         self._last_progress = 0.0
         self._last_renewal = 0.0
         self._lost = False
+        self._missing = False  # the run, at the last beat
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -142,9 +143,15 @@ class Heartbeat:
             self._end("the run has ended")
             return
         if not reply.run_state:  # Redis has lost its data; the coordinator restores the run from its checkpoint
-            why = eviction_note(self._store.redis)
-            log.warning("run missing from Redis: waiting for its coordinator to restore it", because=why or None)
+            if not self._missing:
+                why = eviction_note(self._store.redis)
+                log.warning(
+                    "run missing from Redis: waiting for its coordinator to restore it",
+                    **({"because": why} if why else {}),
+                )
+            self._missing = True
             return
+        self._missing = False
         for client in reply.lost_clients:
             if client in self._clients:
                 self._rejoin(client)

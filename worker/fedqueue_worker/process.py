@@ -41,7 +41,7 @@ from fedqueue.task import Task, make_model
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import check_device, check_training, set_seed
 from fedqueue.transport.connection import limit_retries
-from fedqueue.transport.retry import RedisRetry
+from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker.egress_log import NO_EGRESS_LOG, EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
@@ -239,7 +239,7 @@ class Worker:
         """Run RQ's loop, and restart it where an outage in the middle of RQ's bookkeeping ended it."""
         if self._told_to_stop:
             return
-        retry = RedisRetry()
+        retry, said = RedisRetry(), ""
         with contextlib.suppress(StopRequested):  # raised between two of RQ's loops
             while not runner.told_to_stop:
                 interrupted: redis.RedisError = redis.ConnectionError("RQ's loop has ended by itself")
@@ -251,6 +251,7 @@ class Worker:
                         max_jobs=max_jobs - runner.jobs if max_jobs else None,
                         dequeue_strategy=DequeueStrategy.ROUND_ROBIN,
                     )
+                    interrupted = rq_worker.interrupted_by or interrupted
                 except redis.RedisError as error:
                     interrupted = error
                 if runner.told_to_stop:  # nothing more can be reported to a server that is away
@@ -261,7 +262,10 @@ class Worker:
                 if rq_worker.burst_done:
                     self.ended_because = self.ended_because or "no job is waiting (burst)"
                     return
-                log.warning("RQ's loop was interrupted: restarting it", because=str(interrupted))
+                why = transient_reason(interrupted)
+                if why and why != said:
+                    log.warning("RQ's loop was interrupted: restarting it", because=why)
+                said = why
                 retry.wait(interrupted)
 
     def _make_rq_worker(self, runner: JobRunner) -> TrainingWorker:

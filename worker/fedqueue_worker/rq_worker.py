@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from types import FrameType
 from typing import Any
@@ -59,6 +60,8 @@ class TrainingWorker(SimpleWorker):
         self.runner = runner
         self.burst_done = False
         """Whether a worker in burst mode has found its queues empty, or itself suspended."""
+        self.interrupted_by: redis.RedisError | None = None
+        """The error that ended RQ's loop."""
         self._not_shown: tuple[Job, Execution] | None = None  # what runs and is not written to Redis yet
         self._record_deleted = False  # of the last job, by the post of its update
         self._taken_from: Queue | None = None
@@ -85,10 +88,11 @@ class TrainingWorker(SimpleWorker):
         """As in RQ, but an unreadable job is dropped and the next one taken. RQ would end the process."""
         while True:
             try:
-                taken = super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+                with self._interruptible():
+                    taken = super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
             except Exception as error:
                 unreadable = hasattr(error, "job_id") or isinstance(error, UnicodeDecodeError)  # RQ adds the id
-                if isinstance(error, StopRequested) or _is_outage(error) or not unreadable:
+                if isinstance(error, StopRequested) or not unreadable:
                     raise
                 self._drop(getattr(error, "job_id", ""), getattr(error, "queue", None), error)
             else:
@@ -100,9 +104,10 @@ class TrainingWorker(SimpleWorker):
         if self._suspension_checked_at is None or now() - self._suspension_checked_at > RQ_HEARTBEAT:
             self._suspension_checked_at = now()
             try:
-                super().check_for_suspension(burst)
+                with self._interruptible():
+                    super().check_for_suspension(burst)
             except StopRequested:
-                self.burst_done = burst
+                self.burst_done = burst and self.interrupted_by is None
                 raise
 
     def execute_job(self, job: Job, queue: Queue) -> None:
@@ -111,9 +116,21 @@ class TrainingWorker(SimpleWorker):
         try:
             super().execute_job(job, queue)
         except Exception as error:
-            if _is_outage(error):
-                raise
+            if isinstance(error, redis.RedisError) and transient_reason(error):
+                self.interrupted_by = error
+                raise StopRequested from error
             self._drop(job.id, queue, error)
+
+    @contextlib.contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        """End RQ's loop at an error of Redis, and keep the error. RQ would log its traceback and drop it."""
+        try:
+            yield
+        except redis.RedisError as error:
+            if hasattr(error, "job_id") and not transient_reason(error):  # the job's record cannot be read
+                raise
+            self.interrupted_by = error
+            raise StopRequested from error
 
     def _drop(self, job: str, queue: Queue | None, error: Exception) -> None:
         log.warning("dropping a job that fedqueue did not write", job=job, error=f"{type(error).__name__}: {error}")

@@ -14,10 +14,10 @@ _ALERTS = {
     "certificate required": "the server requires a client certificate: set redis.cert_file and redis.key_file",
     "handshake failure": "the server requires a client certificate or other ciphers: "
     "set redis.cert_file and redis.key_file",
-    "unknown ca": "the server does not know the CA of redis.cert_file",
-    "certificate expired": "redis.cert_file has expired",
-    "bad certificate": "the server does not accept redis.cert_file",
-    "certificate unknown": "the server does not accept redis.cert_file",
+    "unknown ca": "the server does not know the CA of redis.cert_file: use one that the server's CA has signed",
+    "certificate expired": "redis.cert_file has expired: replace it by a new one",
+    "bad certificate": "the server does not accept redis.cert_file: ask the server's operator for a new one",
+    "certificate unknown": "the server does not accept redis.cert_file: ask the server's operator for a new one",
 }
 
 
@@ -63,11 +63,17 @@ class Tls:
         """What to change, for errors that do not pass by waiting; an empty string for all other errors."""
         if isinstance(error, ssl.SSLCertVerificationError):
             if error.verify_code == _EXPIRED:
-                return "the server's certificate has expired"
+                return "the server's certificate has expired: the server needs a new one"
             if error.verify_code in (_OTHER_HOST, _OTHER_ADDRESS):
-                return f"the server's certificate is for another host ({error.verify_message})"
-            trusted = f"redis.ca_file {self.ca_file}" if self.ca_file else "a CA of this system (set redis.ca_file)"
-            return f"the server's certificate is not signed by {trusted}: {error.verify_message}"
+                return (
+                    f"the server's certificate is for another host ({error.verify_message}): "
+                    "write a name that is in the certificate into the URL, or make a certificate for this name"
+                )
+            trusted = f"redis.ca_file {self.ca_file}" if self.ca_file else "a CA of this system"
+            return (
+                f"the server's certificate is not signed by {trusted} ({error.verify_message}): "
+                "set redis.ca_file to the file of the server's CA"
+            )
         text = str(error).lower().replace("_", " ")
         if "wrong version number" in text or "record layer failure" in text:
             return "the server does not speak TLS on this port: is it redis:// instead of rediss://?"

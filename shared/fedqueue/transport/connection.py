@@ -47,6 +47,9 @@ REFUSALS = {
     "(requirepass, or `fedqueue acl`)",
 }
 """Part of a server's error → what it means."""
+_CLOSED = "Connection reset by peer", "Connection closed by server"
+_OF_PIPELINE = re.compile(r"Command # \d+ \(.*\) of pipeline caused error: ", re.DOTALL)
+_UNKNOWN_COMMAND = re.compile(r"unknown command [`']([^`']{1,40})[`']", re.IGNORECASE)
 TLS_SCHEMES = ("rediss", TLS_SENTINEL)
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^:\[\]]*)(:\d+)?")
 
@@ -131,15 +134,23 @@ def check(client: redis.Redis, url: str) -> None:
     try:
         client.ping()
     except redis.RedisError as error:
-        raise ServerUnavailable(f"no Redis at {without_password(url)}: {refusal(error)}") from error
+        why = refusal(error)
+        if _scheme(url) == "redis" and any(part in str(error) for part in _CLOSED):
+            why += " (if this port expects TLS, write rediss:// into the URL)"
+        raise ServerUnavailable(f"no Redis at {without_password(url)}: {why}") from error
 
 
 def refusal(error: redis.RedisError) -> str:
     """Why the server refuses a connection or does not answer, in one line, and what to do where that is known."""
-    text = str(error)
+    text = _OF_PIPELINE.sub("", str(error))
     for part, meaning in REFUSALS.items():
         if part in text:
             return meaning
+    if unknown := _UNKNOWN_COMMAND.search(text):
+        return (
+            f"it has no command {one_line(unknown[1]).upper()}, which fedqueue needs: allow it there "
+            "(rename-command in redis.conf, or the settings of the service), or use another server"
+        )
     return one_line(text)
 
 
