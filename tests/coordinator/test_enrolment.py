@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from fedqueue.errors import ConfigurationError, NotEnrolled
 from fedqueue.protocol.coordinator_identity import load_coordinator_identity
 from fedqueue.protocol.key_files import SigningKey, read_public_keys, read_signing_key, write_public_keys
 from fedqueue.protocol.site_identity import load_site_identity
+from fedqueue_coordinator.operator.access.acl import write_access_folders
+from fedqueue_coordinator.operator.access.certificates import write_certificates
 from fedqueue_coordinator.operator.access.enrolment import enroll, enroll_missing, revoke
 
 
@@ -110,3 +114,69 @@ def test_damaged_public_key_affects_its_client_only(tmp_path):
     (tmp_path / "clients" / "north.pub").write_text("ed25519 nonsense\n")
     with pytest.raises(NotEnrolled):
         identity.open("update", "north", [], b"")
+
+
+def test_key_files_have_fixed_modes_under_any_umask(tmp_path):
+    keys = tmp_path / "keys"
+    before = os.umask(0)
+    try:
+        enroll(keys, "north")
+        write_access_folders(tmp_path / "access", "toy", ["north"], shared_worker=False)
+        write_certificates(tmp_path / "certs", ["localhost"], ["north"], 1)
+    finally:
+        os.umask(before)
+    made = [*tmp_path.rglob("*")]
+    assert len(made) > 20
+    assert [path for path in made if path.stat().st_mode & 0o022] == []
+
+
+@pytest.mark.parametrize("place", ["coordinator.pub", ".", "clients", "sites/north", "sites/north/coordinator.pub"])
+def test_public_keys_that_anybody_may_replace_are_refused(tmp_path, place):
+    site = enroll(tmp_path, "north")
+    opened = tmp_path / place
+    opened.chmod(opened.stat().st_mode | 0o002)
+    load = load_site_identity if "sites" in place else load_coordinator_identity
+    arguments = (site, "run", "session") if "sites" in place else (tmp_path, "run")
+    with pytest.raises(ConfigurationError, match=r"any user of this machine may write there.*chmod go-w"):
+        load(*arguments)
+
+
+def test_client_whose_key_anybody_may_replace_is_refused(tmp_path):
+    enroll(tmp_path, "north")
+    (tmp_path / "clients" / "north.pub").chmod(0o666)
+    with pytest.raises(NotEnrolled, match="any user of this machine may write there"):
+        load_coordinator_identity(tmp_path, "run").open("update", "north", [], b"")
+
+
+def test_folder_with_the_sticky_bit_may_have_keys(tmp_path):
+    site = enroll(tmp_path, "north")
+    site.chmod(0o1777)
+    assert load_site_identity(site, "run", "session").clients == ["north"]
+
+
+@pytest.mark.parametrize("foreign", ["server.key", "north.pem", "ca.pem", "ca.key"])
+@pytest.mark.parametrize("own_authority", [True, False])
+def test_certs_replace_no_file_from_elsewhere(tmp_path, foreign, own_authority):
+    if own_authority:
+        write_certificates(tmp_path, ["localhost"], ["south"], 1)
+        (tmp_path / foreign).with_suffix(".pem").unlink(missing_ok=True)
+    (tmp_path / foreign).write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigurationError, match="did not make there"):
+        write_certificates(tmp_path, ["localhost"], ["north"], 1)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_certs_renew_what_their_own_authority_issued(tmp_path):
+    write_certificates(tmp_path, ["localhost"], ["north"], 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_certificates(tmp_path, ["localhost"], ["north"], 1)
+    same = [name for name, data in before.items() if (tmp_path / name).read_bytes() == data]
+    assert sorted(same) == ["ca.key", "ca.pem"]
+
+
+@pytest.mark.parametrize("name", ["ca", "server", "../x", "a/b", ""])
+def test_certs_refuse_a_client_name_of_another_file(tmp_path, name):
+    with pytest.raises(ConfigurationError, match="--client"):
+        write_certificates(tmp_path, ["localhost"], [name], 1)
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,8 @@ import contextlib
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, RunNotFound, StoreError
 from fedqueue.tensors.blobs import BlobBuffer
@@ -42,9 +44,20 @@ def export_model(url: str, run: str, version: int | None, output: Path, keys: Pa
     kept: int = read_summary(folder)["model_version"]
     if version not in (None, kept):
         raise StoreError(f"run {run} has ended, and {folder} holds only version {kept}")
+    model = folder / "model.safetensors"
+    _require_whole(model)
     with replaced(output) as new:
-        shutil.copyfile(folder / "model.safetensors", new)
+        shutil.copyfile(model, new)
     return kept, ""
+
+
+def _require_whole(model: Path) -> None:
+    """Raise StoreError unless the file has all the bytes that its header announces."""
+    try:
+        with safe_open(model, framework="pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise StoreError(f"{model} cannot be read ({error}); restore it from a backup, or repeat the run") from None
 
 
 def _write_from_redis(store: CoordinatorStore, version: int | None, path: Path, keys: Path) -> tuple[int, str]:

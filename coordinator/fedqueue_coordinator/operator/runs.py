@@ -32,6 +32,8 @@ NEWEST_RECORDS = 1000
 SHOWN_FAILURES = 5
 """Kinds of failures that `fedqueue status` shows, the newest ones."""
 RUNS_FOLDER = Path("runs")
+SUMMARY_KEYS = ("run", "versions", "model_version", "jobs_dispatched", "metrics")
+"""What every summary.json has, of those values that the commands here read."""
 DEFAULT_URL = "redis://localhost:6379"
 
 
@@ -68,9 +70,46 @@ def finished_runs() -> dict[str, Path]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """Read the summary.json that `write_results` left in `folder`."""
-    summary: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    """Read the summary.json that `write_results` left in `folder`; raises StoreError if the file is damaged."""
+    path = folder / "summary.json"
+    summary = _parse(_read(path), str(path))
+    if lacking := [name for name in SUMMARY_KEYS if name not in summary]:
+        raise _damaged(str(path), f"has no {lacking[0]!r}")
     return summary
+
+
+def read_ledger(folder: Path) -> list[dict[str, Any]]:
+    """Read the ledger.jsonl that `write_results` left in `folder`; raises StoreError, which names a damaged line."""
+    path = folder / "ledger.jsonl"
+    records = []
+    for number, line in enumerate(_read(path).splitlines(), 1):
+        records.append(record := _parse(line, f"{path}, line {number}"))
+        if "kind" not in record:
+            raise _damaged(f"{path}, line {number}", "has no 'kind'")
+    return records
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise _damaged(str(path), f"is no text in UTF-8 at byte {error.start}") from None
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(text)
+    except ValueError as error:
+        raise _damaged(where, f"is no JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise _damaged(where, "is no JSON object")
+    return record
+
+
+def _damaged(where: str, problem: str) -> StoreError:
+    return StoreError(f"{where} {problem}: the file is damaged; restore it from a backup, or repeat the run")
 
 
 def show_status(url: str, run: str, as_json: bool) -> None:
@@ -105,9 +144,14 @@ def show_runs(url: str, as_json: bool) -> None:
             except RunNotFound:
                 continue  # the run is still listed, but its keys have expired
             rows.append({"run": run, "state": info.state, "version": info.version, "where": "Redis"})
+    problems = []
     for run, folder in finished_runs().items():
-        summary = read_summary(folder)
-        rows.append({"run": run, "state": "ended", "version": summary["versions"], "where": str(folder)})
+        try:
+            state, version = "ended", read_summary(folder)["versions"]
+        except StoreError as error:
+            problems.append(str(error))
+            state, version = "damaged", None
+        rows.append({"run": run, "state": state, "version": version, "where": str(folder)})
     if as_json:
         typer.echo(json_text(rows, indent=2))
     elif not rows:
@@ -115,8 +159,10 @@ def show_runs(url: str, as_json: bool) -> None:
     else:
         table = Table("run", "state", "version", "where")
         for row in rows:
-            table.add_row(*(printable(str(value)) for value in row.values()))
+            table.add_row(*("" if value is None else printable(str(value)) for value in row.values()))
         PlainConsole().print(table)
+    for problem in problems:
+        typer.echo(f"fedqueue: {printable(problem)}", err=True)
 
 
 def _live_status(url: str, run: str) -> dict[str, Any] | None:

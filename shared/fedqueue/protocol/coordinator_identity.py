@@ -25,8 +25,9 @@ from fedqueue.protocol.key_files import (
     KeyFile,
     PublicKey,
     SigningKey,
-    read_public_keys,
     read_signing_key,
+    read_trusted_keys,
+    require_safe,
 )
 from fedqueue.protocol.ledger_chain import NO_HISTORY, history_of, longer_history
 from fedqueue.protocol.messages import Order, read
@@ -55,7 +56,7 @@ class CoordinatorIdentity:
         self._run, self._key, self._folder = run, key, folder
         self._scope = Scope(run)
         public = folder / COORDINATOR_PUBLIC
-        self._former = KeyFile(public, read_public_keys) if public.exists() else None
+        self._former = KeyFile(public, read_trusted_keys) if public.exists() else None
         self._term = 0
         self._history = NO_HISTORY
         self._known: dict[str, KeyFile[list[PublicKey]]] = {}
@@ -211,7 +212,7 @@ class CoordinatorIdentity:
                 f"client {client} {'was revoked' if revoked else 'is not enrolled'}; `fedqueue enroll` makes its key"
             )
         try:
-            return KeyFile(path, read_public_keys)
+            return KeyFile(path, read_trusted_keys)
         except ConfigurationError as error:  # one client's broken file must not end the run
             raise NotEnrolled(str(error)) from None
 
@@ -221,12 +222,16 @@ def _digest_of_frozen(frozen: Digestible | None) -> Any:
 
 
 def load_coordinator_identity(folder: Path, run: str) -> CoordinatorIdentity:
-    """The coordinator's identity out of its key folder; raises ConfigurationError if it has no coordinator key."""
+    """The coordinator's identity out of its key folder.
+
+    Raises ConfigurationError if the folder has no coordinator key, or if any user may write to it.
+    """
     if not (folder / COORDINATOR_KEY).exists():
         raise ConfigurationError(
             "security.keys", str(folder), f"holds no {COORDINATOR_KEY}", "`fedqueue enroll` makes keys for all, or set "
             'security.signatures = "off" to trust everyone who can write to Redis',
         )  # fmt: skip
+    require_safe(folder / CLIENTS / COORDINATOR_PUBLIC)  # a new file there would enroll a client
     return CoordinatorIdentity(run, read_signing_key(folder / COORDINATOR_KEY), folder)
 
 

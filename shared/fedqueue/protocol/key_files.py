@@ -114,6 +114,12 @@ def read_public_keys(path: Path, setting: str = "security.keys") -> list[PublicK
     return [parse_public_key(line, str(path), setting) for line in text.splitlines() if line.strip()]
 
 
+def read_trusted_keys(path: Path, setting: str = "security.keys") -> list[PublicKey]:
+    """The public keys in `path`; raises ConfigurationError as `read_public_keys` and `require_safe`."""
+    require_safe(path, setting)
+    return read_public_keys(path, setting)
+
+
 class KeyFile(Generic[T]):
     """The keys in a file, which is read again after each change: keys can be rotated without a restart."""
 
@@ -159,20 +165,42 @@ def parse_public_key(line: str, where: str, setting: str = "security.keys") -> P
     return PublicKey.from_raw(raw)
 
 
+def require_safe(path: Path, setting: str = "security.keys") -> None:
+    """Raise ConfigurationError if any user of this machine may write the file `path` of public keys, or replace it.
+
+    Such a user could sign in another's name. A folder with the sticky bit is safe: nobody else's file can be replaced
+    there. A missing path is safe.
+    """
+    for place in (path, path.parent):
+        with contextlib.suppress(OSError):
+            mode = place.stat().st_mode
+            if mode & stat.S_IWOTH and not (stat.S_ISDIR(mode) and mode & stat.S_ISVTX):
+                problem = "any user of this machine may write there, and so replace a public key"
+                raise ConfigurationError(setting, str(place), problem, f"chmod go-w {place}, then compare its keys")
+
+
 def write_public_keys(path: Path, keys: Iterable[PublicKey]) -> None:
-    """Replace `path` atomically by a file with one line per key."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.write_text("".join(key.line() for key in keys), encoding="utf-8")
-    new.replace(path)
+    """Replace `path` atomically by a file with one line per key, mode 0644; missing folders get mode 0755."""
+    write_private(path, "".join(key.line() for key in keys).encode(), 0o644, folder_mode=0o755)
 
 
-def write_private(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` atomically by a file that has `mode` from its creation on; missing folders get mode 0700."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+def write_private(path: Path, data: bytes, mode: int = 0o600, folder_mode: int = 0o700) -> None:
+    """Replace `path` atomically by a file that has `mode` from its creation on; missing folders get `folder_mode`.
+
+    Both modes are independent of the umask.
+    """
+    _make_folder(path.parent, folder_mode)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         os.fchmod(file.fileno(), mode)  # regardless of the umask
         file.write(data)
     new.replace(path)
+
+
+def _make_folder(folder: Path, mode: int) -> None:
+    if folder.is_dir():
+        return
+    _make_folder(folder.parent, mode)
+    folder.mkdir(exist_ok=True, mode=mode)
+    folder.chmod(mode)

@@ -17,8 +17,8 @@ from fedqueue.protocol.key_files import (
     KeyFile,
     PublicKey,
     SigningKey,
-    read_public_keys,
     read_signing_key,
+    read_trusted_keys,
 )
 from fedqueue.protocol.messages import read
 from fedqueue.protocol.run_info import RunInfo
@@ -150,4 +150,4 @@ def load_site_identity(folder: Path, run: str, session: str) -> SiteIdentity:
             "security.keys", str(folder), "holds no CLIENT.key", "the operator's `fedqueue enroll CLIENT` creates "
             "this folder, or set security.signatures = \"off\" to trust everyone who can write to Redis",
         )  # fmt: skip
-    return SiteIdentity(run, keys, KeyFile(folder / COORDINATOR_PUBLIC, read_public_keys), session)
+    return SiteIdentity(run, keys, KeyFile(folder / COORDINATOR_PUBLIC, read_trusted_keys), session)

@@ -191,7 +191,6 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, sh
     """
     server_url = _split_server_url(server)
     rules = users(run, clients, shared_worker)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     passwords = {user: _password_in(folder / f"{user}.url") or _new_password() for user in rules}
     urls = {user: _with_credentials(server_url, user, password) for user, password in passwords.items()}
     for user in _users_in(folder / ACL_FILE) - urls.keys():
@@ -215,8 +214,8 @@ def write_access_folders(folder: Path, run: str, clients: Sequence[str], shared_
     for user in _users_in(folder / SERVER_FOLDER / ACL_FILE) - folders.keys():
         (folder / user / PASSWORD_FILE).unlink(missing_ok=True)
     for user, own in folders.items():
-        own.mkdir(parents=True, exist_ok=True)
-        write_private(own / PASSWORD_FILE, f"{passwords[user]}\n".encode(), 0o644 if user == ADMIN else 0o600)
+        mode = 0o644 if user == ADMIN else 0o600
+        write_private(own / PASSWORD_FILE, f"{passwords[user]}\n".encode(), mode, folder_mode=0o755)
     write_private(folder / SERVER_FOLDER / ACL_FILE, acl_file(passwords, rules).encode(), 0o644)
     return list(rules)
 

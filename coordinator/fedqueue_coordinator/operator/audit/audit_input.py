@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import list_runs
 from fedqueue_coordinator.operator.audit.replay import Replay, replay_folder, replay_store
 from fedqueue_coordinator.operator.audit.signatures import Signatures, verify_signatures
-from fedqueue_coordinator.operator.runs import finished_runs, reachable_servers
+from fedqueue_coordinator.operator.runs import finished_runs, reachable_servers, read_ledger, read_summary
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 
@@ -119,9 +118,7 @@ def _read_snapshot(store: CoordinatorStore, key_folder: Path) -> Callable[[], Au
 
 
 def read_result_folder(folder: Path) -> AuditInput:
-    """Read the results that `write_results` left in `folder`, and the payloads if the run kept them."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    lines = (folder / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-    ledger = [json.loads(line) for line in lines]
+    """Read the results that `write_results` left in `folder`, and the payloads if the run kept them; raises StoreError."""
+    summary, ledger = read_summary(folder), read_ledger(folder)
     replay = replay_folder(folder / REPLAY_FOLDER, ledger) if (folder / REPLAY_FOLDER).exists() else None
     return AuditInput(summary["run"], ledger, summary["jobs_dispatched"], {}, None, summary["versions"], replay)

@@ -15,7 +15,7 @@ import numpy as np
 
 from fedqueue.config.loading import parse_config
 from fedqueue.errors import BlobMissing, SignatureError, StoreError, WireError
-from fedqueue.protocol.key_files import COORDINATOR_PUBLIC, PublicKey, read_public_keys
+from fedqueue.protocol.key_files import COORDINATOR_PUBLIC, PublicKey, read_trusted_keys
 from fedqueue.protocol.ledger_chain import history_of
 from fedqueue.protocol.messages import Order, read
 from fedqueue.protocol.msgpack import pack_record
@@ -62,7 +62,7 @@ def verify_signatures(store: CoordinatorStore, info: RunInfo, ledger: Iterable[L
         return Signatures({}, [], "the run is not signed (security.signatures)")
     if not (keys / COORDINATOR_PUBLIC).exists():
         return Signatures({}, [], f"no {COORDINATOR_PUBLIC} in {keys}; pass its folder with --keys")
-    public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
+    public = read_trusted_keys(keys / COORDINATOR_PUBLIC, "--keys")
     return _Verification(store, info, list(ledger), public).result()
 
 
@@ -79,7 +79,7 @@ def verify_model(
         return "the run is not signed"
     if not (keys / COORDINATOR_PUBLIC).exists():
         return f"no {COORDINATOR_PUBLIC} in {keys}"
-    public = read_public_keys(keys / COORDINATOR_PUBLIC, "--keys")
+    public = read_trusted_keys(keys / COORDINATOR_PUBLIC, "--keys")
     descriptor = read_descriptor(info, public)
     if frozen is not None:
         _require_frozen(descriptor, frozen)
