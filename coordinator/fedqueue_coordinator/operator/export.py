@@ -41,7 +41,7 @@ def export_model(url: str, run: str, version: int | None, output: Path, keys: Pa
     folder = finished_runs().get(run)
     if folder is None:
         raise RunNotFound(run)
-    kept: int = read_summary(folder)["model_version"]
+    kept: int = read_summary(folder, "model_version")["model_version"]
     if version not in (None, kept):
         raise StoreError(f"run {run} has ended, and {folder} holds only version {kept}")
     model = folder / "model.safetensors"

@@ -32,8 +32,6 @@ NEWEST_RECORDS = 1000
 SHOWN_FAILURES = 5
 """Kinds of failures that `fedqueue status` shows, the newest ones."""
 RUNS_FOLDER = Path("runs")
-SUMMARY_KEYS = ("run", "versions", "model_version", "jobs_dispatched", "metrics")
-"""What every summary.json has, of those values that the commands here read."""
 DEFAULT_URL = "redis://localhost:6379"
 
 
@@ -69,11 +67,14 @@ def finished_runs() -> dict[str, Path]:
     return {f.parent.name: f.parent for f in sorted(RUNS_FOLDER.glob("*/summary.json"))}
 
 
-def read_summary(folder: Path) -> dict[str, Any]:
-    """Read the summary.json that `write_results` left in `folder`; raises StoreError if the file is damaged."""
+def read_summary(folder: Path, *needed: str) -> dict[str, Any]:
+    """Read the summary.json that `write_results` left in `folder`.
+
+    Raises StoreError if the file is damaged, or lacks one of the values `needed`.
+    """
     path = folder / "summary.json"
     summary = _parse(_read(path), str(path))
-    if lacking := [name for name in SUMMARY_KEYS if name not in summary]:
+    if lacking := [name for name in needed if name not in summary]:
         raise _damaged(str(path), f"has no {lacking[0]!r}")
     return summary
 
@@ -147,7 +148,7 @@ def show_runs(url: str, as_json: bool) -> None:
     problems = []
     for run, folder in finished_runs().items():
         try:
-            state, version = "ended", read_summary(folder)["versions"]
+            state, version = "ended", read_summary(folder, "versions")["versions"]
         except StoreError as error:
             problems.append(str(error))
             state, version = "damaged", None

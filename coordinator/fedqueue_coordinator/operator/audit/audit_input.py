@@ -118,7 +118,7 @@ def _read_snapshot(store: CoordinatorStore, key_folder: Path) -> Callable[[], Au
 
 
 def read_result_folder(folder: Path) -> AuditInput:
-    """Read the results that `write_results` left in `folder`, and the payloads if the run kept them; raises StoreError."""
-    summary, ledger = read_summary(folder), read_ledger(folder)
+    """Read the results that `write_results` left in `folder`, and the payloads that the run kept; raises StoreError."""
+    summary, ledger = read_summary(folder, "run", "jobs_dispatched", "versions"), read_ledger(folder)
     replay = replay_folder(folder / REPLAY_FOLDER, ledger) if (folder / REPLAY_FOLDER).exists() else None
     return AuditInput(summary["run"], ledger, summary["jobs_dispatched"], {}, None, summary["versions"], replay)

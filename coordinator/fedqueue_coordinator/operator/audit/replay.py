@@ -12,7 +12,7 @@ import numpy as np
 
 from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
-from fedqueue.errors import BlobMissing, WireError
+from fedqueue.errors import BlobMissing, StoreError, WireError
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Frame
@@ -97,11 +97,7 @@ def replay_store(
 
 
 def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
-    """Replay from the files that `keep_replay` wrote to `folder`; raises BlobMissing if one is missing."""
-    config = parse_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    if (folder / OWN_CODE).exists():
-        config = config.located(Path((folder / OWN_CODE).read_text(encoding="utf-8")))
-    manifest = Manifest.unpack((folder / "manifest.msgpack").read_bytes())
+    """Replay from the files that `keep_replay` wrote to `folder`; raises StoreError if one is missing or damaged."""
 
     def read(name: str) -> BlobBuffer:
         path = folder / name
@@ -109,5 +105,12 @@ def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
             raise BlobMissing(str(path))
         return np.fromfile(path, np.uint8)
 
-    first, head = Frame(manifest, read("version-0.bin")), Frame(manifest, read("head.bin"))
+    try:
+        config = parse_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        if (folder / OWN_CODE).exists():
+            config = config.located(Path((folder / OWN_CODE).read_text(encoding="utf-8")))
+        manifest = Manifest.unpack((folder / "manifest.msgpack").read_bytes())
+        first, head = Frame(manifest, read("version-0.bin")), Frame(manifest, read("head.bin"))
+    except (OSError, ValueError, WireError) as error:
+        raise StoreError(f"{folder} has a damaged file, so the run cannot be replayed: {error}") from None
     return replay(config, ledger, first, lambda job, attempt: read(f"{job}.{attempt}.bin"), head)
