@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 import pytest
 
@@ -180,3 +181,11 @@ def test_certs_refuse_a_client_name_of_another_file(tmp_path, name):
     with pytest.raises(ConfigurationError, match="--client"):
         write_certificates(tmp_path, ["localhost"], [name], 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_keys_of_a_local_run_outlive_their_files(tmp_path):
+    enroll(tmp_path, "north")
+    identities = [load_coordinator_identity(tmp_path, "run", revocable) for revocable in (True, False)]
+    assert [identity.is_enrolled("north") for identity in identities] == [True, True]
+    shutil.rmtree(tmp_path / "clients")
+    assert [identity.is_enrolled("north") for identity in identities] == [False, True]

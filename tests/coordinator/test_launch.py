@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from fedqueue.errors import ConfigurationError, RunExists, ServerUnavailable
+from fedqueue.protocol.key_files import write_private
 from fedqueue_coordinator.operator import embedded_server
 from fedqueue_coordinator.operator.embedded_server import make_socket_folder, remove_left_socket_folders
 from fedqueue_coordinator.operator.results import RESULT_FILENAMES
-from fedqueue_coordinator.operator.run_folder import Launch, RunFolder, read_launch
+from fedqueue_coordinator.operator.run_folder import Launch, RunFolder, read_launch, require_config
 
 LAUNCH = Launch(Path("/somewhere/federation.toml"), ["training.local_epochs=2"], 3, run="toy")
 OTHER = replace(LAUNCH, config=Path("/elsewhere/federation.toml"))
@@ -291,3 +293,95 @@ def test_only_dead_private_socket_folders_are_removed(tmp_path: Path, monkeypatc
     remove_left_socket_folders(tmp_path)
     assert set(tmp_path.iterdir()) == kept
     sockets[0].close()
+
+
+# A folder that is deleted, moved or damaged meanwhile
+
+
+def test_deleted_folder_is_made_again_during_the_run(folder):
+    secret = folder.unfinished / "keys" / "a.key"
+    with folder.opened(LAUNCH):
+        secret.parent.mkdir()
+        write_private(secret, b"secret")
+        folder.keep(secret)
+        folder.note(1, 0.0)
+        shutil.rmtree(folder.path)
+        assert folder.note(2, 0.5) == ""
+        assert "was deleted, and is made again" in folder.note(2, 2.0)
+        assert folder.note(2, 4.0) == ""
+        assert (secret.read_bytes(), secret.stat().st_mode & 0o777) == (b"secret", 0o600)
+        with pytest.raises(RunExists), RunFolder(folder.path).opened(LAUNCH):
+            pass
+    assert read_or_none(folder) == LAUNCH
+
+
+def read_or_none(folder: RunFolder) -> Launch | None:
+    return Launch.read(folder.unfinished / "launch.json")
+
+
+def test_folder_deleted_at_the_end_has_results_and_marker(folder):
+    with folder.opened(LAUNCH):
+        shutil.rmtree(folder.path)
+        assert folder.reclaim()
+        (folder.unfinished / "summary.json").write_text(json.dumps({"text": "new"}))
+        folder.publish(RESULT_FILENAMES, True)
+        folder.discard()
+    assert finish(folder, "next") == folder.path  # the marker is there, so the folder is no stranger's
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_folder_of_a_second_run_in_its_place_is_left_to_it(folder, ended):
+    second = RunFolder(folder.path)
+    with folder.opened(LAUNCH):
+        folder.note(1, 0.0)
+        shutil.rmtree(folder.path)
+        if ended:
+            finish(second, "second")
+            assert not folder.reclaim()
+        else:
+            with second.opened(LAUNCH):
+                assert "cannot be made again" in folder.note(2, 2.0)
+                assert folder.note(3, 4.0) == ""
+                assert not folder.reclaim()
+                assert second.version() == 0
+
+
+def test_crash_between_two_files_leaves_no_mixed_results(folder, monkeypatch):
+    finish(folder, "old")
+    names = [*RESULT_FILENAMES]
+    for crash_at in range(len(names)):
+        moved = []
+
+        def replace_or_die(self, target, moved=moved, crash_at=crash_at):
+            if target.parent == folder.path and target.name in names:
+                if len(moved) == crash_at:
+                    raise KeyboardInterrupt
+                moved.append(target.name)
+            os.replace(self, target)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "replace", replace_or_die)
+            with pytest.raises(KeyboardInterrupt):
+                finish(folder, "new", overwrite=True)
+        assert not folder.has_complete_results()
+        assert not (folder.path / "summary.json").exists()
+
+
+def test_missing_configuration_is_named_with_the_remedy(folder):
+    begin(folder, version=3)
+    with pytest.raises(ConfigurationError, match=r"no longer there.*fedqueue run CONFIG.toml --resume"):
+        require_config(read_launch(folder.path, []), folder.path)
+
+
+def test_moved_configuration_is_taken_from_its_new_place(folder, tmp_path):
+    begin(folder, version=3)
+    moved = tmp_path / "moved.toml"
+    moved.touch()
+    assert read_launch(folder.path, [], moved) == replace(LAUNCH, config=moved)
+
+
+def test_configuration_inside_a_renamed_folder_is_found(folder):
+    begin(folder, replace(LAUNCH, config=folder.path / "launch.toml"), version=3)
+    (folder.path / "launch.toml").touch()
+    renamed = folder.path.rename(folder.path.with_name("renamed"))
+    assert read_launch(renamed, []).config == renamed / "launch.toml"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from datetime import UTC, datetime
+from pathlib import Path
 
 import pytest
 import structlog
@@ -11,7 +13,7 @@ import structlog
 from fedqueue import Client
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
-from fedqueue.protocol.messages import Ending, Update, read
+from fedqueue.protocol.messages import Ending, Registration, Update, read
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue_worker.egress_log import EgressLog, open_egress_log
 from fedqueue_worker.job_runner import JobRunner
@@ -131,9 +133,16 @@ def test_refused_post_gets_a_second_line(fake_run, tmp_path):
     assert [(line["what"], line.get("reason")) for line in lines(path)] == [("update", None), ("not taken", "closed")]
 
 
-def test_no_update_leaves_if_the_egress_log_is_not_writable(fake_run, tmp_path):
-    site = AgreedSite(fake_run, ALLOW_ALL, EgressLog(tmp_path / "no such folder" / "out.jsonl", "sample"))
-    with pytest.raises(FileNotFoundError):
+def test_deleted_folder_of_the_egress_log_is_made_again(tmp_path):
+    log = open_egress_log(str(tmp_path / "egress"), "sample", "t")
+    shutil.rmtree(tmp_path / "egress")
+    log.log_registration(Registration(client="c0", examples=5))
+    assert '"client": "c0"' in (tmp_path / "egress" / "sample-t.jsonl").read_text()
+
+
+def test_no_update_leaves_if_the_egress_log_is_not_writable(fake_run):
+    site = AgreedSite(fake_run, ALLOW_ALL, EgressLog(Path("/dev/null/x/out.jsonl"), "sample"))
+    with pytest.raises(NotADirectoryError):
         site.train()
     assert fake_run.updates() == []
     with pytest.raises(ConfigurationError, match=r"security.egress_log = .*cannot be written"):

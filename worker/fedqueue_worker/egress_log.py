@@ -58,6 +58,7 @@ class EgressLog:
         if self._path is None:
             return
         line = {"at": self._clock().isoformat(timespec="milliseconds"), "what": what, "run": self._run, **fields}
+        self._path.parent.mkdir(parents=True, exist_ok=True)  # it may have been deleted during the run
         with self._path.open("ab", buffering=0) as file:
             whole = f"{json.dumps(line)}\n".encode()
             if file.write(whole) != len(whole):

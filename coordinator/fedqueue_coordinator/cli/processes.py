@@ -55,24 +55,24 @@ def run(
     """Run a whole federation on this machine: server, coordinator, workers.
 
     Starts an embedded Redis-protocol server unless redis.url is set. Ctrl-C ends the run and keeps the latest model.
-    --resume DIR continues it, or a run whose machine died. The results of an earlier run in DIR are replaced at the end
-    of this run.
+    --resume DIR continues it, or a run whose machine died; CONFIG.toml is needed then only if the file was moved.
+    The results of an earlier run in DIR are replaced at the end of this run.
     """
     from fedqueue.config.loading import load_config
-    from fedqueue_coordinator.operator.run_folder import LOG_FILENAME, Launch, RunFolder, read_launch
+    from fedqueue_coordinator.operator.run_folder import LOG_FILENAME, Launch, RunFolder, read_launch, require_config
 
     outlive_readers()
     overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
-    if resume and config:
-        raise ConfigurationError(
-            "CONFIG", str(config), "not together with --resume", f"leave it out; it is in {resume}"
-        )
     if resume and (overwrite or (output and output != resume)):
         word = "--overwrite" if overwrite else "--output"
         raise ConfigurationError(word, None, "not together with --resume", f"leave it out; {resume} is resumed")
     if resume:
-        launch = read_launch(resume, overrides)
+        launch = read_launch(resume, overrides, config)
+        require_config(launch, resume)
         settings = load_config(launch.config, launch.overrides)
+        if launch.run and settings.name != launch.run:
+            problem = f"is the configuration of run {settings.name!r}; {resume} has run {launch.run!r}"
+            raise ConfigurationError("CONFIG", str(launch.config), problem, "pass the run's own configuration")
     elif config:
         settings = load_config(config, overrides)
         launch = Launch(config.resolve(), overrides, workers, run=settings.name)

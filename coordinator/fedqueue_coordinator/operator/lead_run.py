@@ -43,7 +43,8 @@ def lead_run(
     view = LiveView(config, quiet)
 
     def on_progress(federation: Federation, now: float) -> None:
-        folder.note(federation.version, now)
+        if notice := folder.note(federation.version, now):
+            view.warn(notice)
         view.update(federation, now)
 
     leading = Coordinator(config, task, store, folder.unfinished, on_progress, reopen=resume)

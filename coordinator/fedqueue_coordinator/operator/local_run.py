@@ -74,6 +74,7 @@ def run_federation(
             from fedqueue_coordinator.operator.access.enrolment import SITES, enroll_missing
 
             enroll_missing(folder.keys, config.clients.ids, folder.keys / SITES)
+            folder.keep(*folder.keys.rglob("*"))
         # Started before the imports below, so that both import torch at the same time.
         workers = LocalWorkers(
             launch.config, launch.overrides, launch.workers, config.clients.ids, url, folder, verbose
@@ -90,7 +91,7 @@ def run_federation(
 
         task = task or load_task(config.task.entrypoint, config.task.options, launch.config.parent)
         check_algorithms(config)
-        identity = load_coordinator_identity(folder.keys, config.name) if signed else None
+        identity = load_coordinator_identity(folder.keys, config.name, revocable=False) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
         stack.enter_context(warnings_shown(view.warn))
         progress = _Progress(view, workers, folder, launch, server)
@@ -149,7 +150,8 @@ class _Progress:
         if not self.begun:
             self._folder.continued(self._launch)
             self.begun = True
-        self._folder.note(federation.version, now)
+        if notice := self._folder.note(federation.version, now):
+            self._view.warn(notice)
         self._view.update(federation, now)
         for message in self._workers.new_messages():
             self._view.warn(message)
@@ -255,10 +257,12 @@ def _connected(url: str, config: Config, folder: RunFolder) -> Iterator[redis.Re
     connection = connect(url, tls=config.redis.tls)
     check(connection, url)
     write_private(folder.url_file, url.encode())  # a URL may contain a password
+    folder.keep(folder.url_file)
     try:
         yield connection
     finally:
         folder.url_file.unlink(missing_ok=True)
+        folder.keep(folder.url_file)
 
 
 @contextlib.contextmanager

@@ -53,13 +53,13 @@ class LocalWorkers:
             "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder.egress.resolve()),
         }
         self._process: subprocess.Popen[bytes] = child_processes.start(command, self._log, environment)
+        self._reader = self._log.open("rb")  # kept open: a deleted file is still read
 
     def new_messages(self) -> Iterator[str]:
         """Yield a message for each worker, and for their parent, that has ended since the last call."""
         ended = self._process.poll()
-        with self._log.open("rb") as log:
-            log.seek(self._read_bytes)
-            whole, newline, _ = log.read().rpartition(b"\n")
+        self._reader.seek(self._read_bytes)
+        whole, newline, _ = self._reader.read().rpartition(b"\n")
         self._read_bytes += len(whole + newline)
         for line in whole.decode(errors="replace").splitlines():
             if ended_worker := _ENDED.match(line):
@@ -78,3 +78,4 @@ class LocalWorkers:
     def stop(self) -> None:
         """Stop the parent and its workers."""
         child_processes.stop([self._process])
+        self._reader.close()

@@ -38,6 +38,8 @@ def deliver_results(
     """
     complete = came_to_its_end(result)
     try:
+        if not folder.reclaim():
+            raise OSError("the folder was deleted, or is another run's now")
         summary = write_results(folder.unfinished, config, result)
         where = folder.publish((*RESULT_FILENAMES, REPLAY_FOLDER), complete)
     except (OSError, SafetensorError) as error:

@@ -17,18 +17,22 @@ import json
 import os
 import shlex
 import shutil
+import stat
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
 from fedqueue.errors import ConfigurationError, RunExists
+from fedqueue.protocol.key_files import write_private
 from fedqueue_coordinator.operator.embedded_server import SOCKET_PREFIX, answers
 
 LAUNCH_FILENAME = "launch.json"
 UNFINISHED = "unfinished"
 PROGRESS_FILENAME = "progress.json"
 URL_FILE = "redis.url"
+SUMMARY_FILENAME = "summary.json"
 LOG_FILENAME = "coordinator.log"
 LAUNCH_CONFIG_FILENAME, SCRIPT_COPY = "launch.toml", "launch_task.py"
 """The configuration, and the copy of the script, of a run that was started from Python."""
@@ -94,6 +98,10 @@ class RunFolder:
         self.redis, self.keys = self.unfinished / "redis", self.unfinished / "keys"
         self.logs, self.egress, self.url_file = path / "logs", path / "egress", path / URL_FILE
         self._noted: tuple[int, float] = (0, float("-inf"))
+        self._kept: dict[Path, tuple[bytes, int]] = {}
+        self._lock, self._shared = contextlib.ExitStack(), False
+        self._inode: tuple[int, int] | None = None
+        self._lost = False
 
     # Before a run
 
@@ -114,18 +122,21 @@ class RunFolder:
         with unwritable:
             self.path.mkdir(parents=True, exist_ok=True)
         try:
-            with self.locked(shared):
+            with contextlib.ExitStack() as lock:
+                lock.enter_context(self.locked(shared))
                 if not resume:
                     self._require_own(launch, overwrite, shared)
                 with unwritable:
                     self._begin(launch, keep=resume or (shared and self._same_run(launch) and not overwrite))
+                self._lock, self._shared, self._inode = lock, shared, self._found()
+                self.keep(self.unfinished / LAUNCH_FILENAME)
                 yield
         finally:
             self._tidy()
 
     def _tidy(self) -> None:
         """Leave nothing behind of a run that could not begin, unless another process uses the folder too."""
-        with contextlib.suppress(OSError, RunExists), self.locked():
+        with contextlib.suppress(OSError, RunExists, ConfigurationError), self.locked():
             begun = {entry.name for entry in self.unfinished.iterdir()} - {LAUNCH_FILENAME, WRITTEN}
             others = {entry.name for entry in self.path.iterdir()} - {UNFINISHED}
             if not begun and (LAUNCH_FILENAME in others or not others):
@@ -227,17 +238,63 @@ class RunFolder:
 
     # During a run
 
+    def keep(self, *paths: Path) -> None:
+        """Remember small files, which `reclaim` writes again with their modes; a path without a file is forgotten."""
+        for path in paths:
+            self._kept.pop(path, None)
+            if path.is_file():
+                self._kept[path] = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
+
+    def reclaim(self) -> bool:
+        """Make the opened folder again if it was deleted; returns whether the folder is still this run's.
+
+        It is not where a folder cannot be made, or where another run has begun in a new one.
+        """
+        if self._inode is not None and self._found() == self._inode:
+            return True
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.enter_context(self.locked(self._shared))
+            if self.launch() is not None:
+                return self._shared
+            for path, (data, mode) in self._kept.items():
+                write_private(path, data, mode)
+        except (OSError, RunExists, ConfigurationError):
+            return False
+        self._inode = self._found()
+        return True
+
+    def _found(self) -> tuple[int, int] | None:
+        with contextlib.suppress(OSError):
+            status = self.path.stat()
+            return status.st_dev, status.st_ino
+        return None
+
     def continued(self, launch: Launch) -> None:
         """Record the settings with which a resumed run has continued, for the next time."""
         with contextlib.suppress(OSError):
             launch.write(self.unfinished / LAUNCH_FILENAME)
+            self.keep(self.unfinished / LAUNCH_FILENAME)
 
-    def note(self, version: int, now: float) -> None:
-        """Note the version that the run has reached, at most once a second; `now` is in seconds of any clock."""
+    def note(self, version: int, now: float) -> str:
+        """Note the version that the run has reached, at most once a second; `now` is in seconds of any clock.
+
+        Returns a message if the folder was deleted meanwhile.
+        """
         noted, at = self._noted
-        if version != noted and (not noted or now >= at + NOTE_SECONDS):
-            self._noted = version, now
+        if noted and now < at + NOTE_SECONDS:
+            return ""
+        self._noted = version, now
+        before = self._inode
+        own = self.reclaim()
+        if own and version != noted:
             self._write_progress({"version": version})
+        if self._inode == before and (own or self._lost):
+            return ""
+        self._lost = not own
+        if own:
+            return f"{self.path} was deleted, and is made again: the results will be there, the logs so far are lost"
+        return f"{self.path} was deleted and cannot be made again: the results will be in {tempfile.gettempdir()}"
 
     def note_end(self, version: int, ended: str) -> None:
         """Note the version and how the run ended: "was interrupted" or "failed"."""
@@ -259,12 +316,16 @@ class RunFolder:
     def publish(self, names: Iterable[str], complete: bool) -> Path:
         """Put the files `names`, written to `unfinished`, in the place of the former ones; returns their folder.
 
+        summary.json, by which commands find results, is deleted first and put in place last: after a crash in between,
+        no command takes former results and new ones together.
+
         Results that are not `complete` do not replace complete ones and stay in `unfinished`. A former file that the
         new results lack is deleted, because it would not belong to them. Raises OSError.
         """
         if not complete and self.has_complete_results():
             return self.unfinished
-        for name in names:
+        (self.path / SUMMARY_FILENAME).unlink(missing_ok=True)
+        for name in sorted(names, key=lambda name: name == SUMMARY_FILENAME):
             new, old = self.unfinished / name, self.path / name
             if old.is_dir():
                 shutil.rmtree(self.unfinished / f"former-{name}", ignore_errors=True)
@@ -281,7 +342,7 @@ class RunFolder:
     def has_complete_results(self) -> bool:
         """Return whether the folder has the results of a run that came to its end."""
         try:
-            summary = json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+            summary = json.loads((self.path / SUMMARY_FILENAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
         return isinstance(summary, dict) and bool(summary.get("complete", True))
@@ -296,10 +357,12 @@ class RunFolder:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_launch(folder: Path, overrides: Sequence[str]) -> Launch:
+def read_launch(folder: Path, overrides: Sequence[str], config: Path | None = None) -> Launch:
     """Read the launch of the unfinished run in `folder` and append `overrides`.
 
-    Raises ConfigurationError if `folder` contains no run, a run that has ended, or one of `fedqueue coordinator`.
+    `config` is the place where its configuration file is now, or None if the file has stayed. A file that a run from
+    Python wrote into `folder` is found there. Raises ConfigurationError if `folder` contains no run, a run that has
+    ended, or one of `fedqueue coordinator`.
     """
     unfinished = RunFolder(folder).unfinished
     launch = Launch.read(unfinished / LAUNCH_FILENAME)
@@ -313,8 +376,19 @@ def read_launch(folder: Path, overrides: Sequence[str]) -> Launch:
     if launch.command != "run":
         hint = f"start `fedqueue {launch.command} {launch.config} --output {folder}` again"
         raise ConfigurationError("--resume", str(folder), f"holds a run of `fedqueue {launch.command}`", hint)
+    if config is None and launch.config.name == LAUNCH_CONFIG_FILENAME:
+        config = folder / LAUNCH_CONFIG_FILENAME
+    launch = replace(launch, config=config.resolve() if config else launch.config)
     by_key = {text.partition("=")[0].strip(): text for text in [*launch.overrides, *overrides]}
     return replace(launch, overrides=list(by_key.values()))
+
+
+def require_config(launch: Launch, folder: Path) -> None:
+    """Raise ConfigurationError, which says how to resume the run in `folder`, if its configuration file is missing."""
+    if not launch.config.exists():
+        problem = f"is the configuration of the run in {folder}, and no longer there"
+        hint = f"say where the file is now: `fedqueue run CONFIG.toml --resume {shlex.quote(str(folder))}`"
+        raise ConfigurationError("CONFIG", str(launch.config), problem, hint)
 
 
 def _harmless(name: str) -> bool:

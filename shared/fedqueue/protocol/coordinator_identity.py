@@ -52,7 +52,8 @@ from fedqueue.protocol.signed_envelope import (
 class CoordinatorIdentity:
     """A coordinator's private key, and the folder with its clients' public keys."""
 
-    def __init__(self, run: str, key: SigningKey, folder: Path) -> None:
+    def __init__(self, run: str, key: SigningKey, folder: Path, revocable: bool = True) -> None:
+        """Read the present keys of all clients at once where keys are not `revocable`: the files may be deleted."""
         self._run, self._key, self._folder = run, key, folder
         self._scope = Scope(run)
         public = folder / COORDINATOR_PUBLIC
@@ -60,6 +61,10 @@ class CoordinatorIdentity:
         self._term = 0
         self._history = NO_HISTORY
         self._known: dict[str, KeyFile[list[PublicKey]]] = {}
+        self._revocable = revocable
+        if not revocable:
+            for path in (folder / CLIENTS).glob("*.pub"):
+                self._keys_of(path.stem)
 
     # What the run is
 
@@ -198,7 +203,7 @@ class CoordinatorIdentity:
 
     def _keys_of(self, client: str) -> list[PublicKey]:
         known = self._known.get(client)
-        if known is None or not known.exists():
+        if known is None or (self._revocable and not known.exists()):
             known = self._known[client] = self._file_of(client)
         return known.keys
 
@@ -221,7 +226,7 @@ def _digest_of_frozen(frozen: Digestible | None) -> Any:
     return "" if frozen is None else digest_of(frozen)
 
 
-def load_coordinator_identity(folder: Path, run: str) -> CoordinatorIdentity:
+def load_coordinator_identity(folder: Path, run: str, revocable: bool = True) -> CoordinatorIdentity:
     """The coordinator's identity out of its key folder.
 
     Raises ConfigurationError if the folder has no coordinator key, or if any user may write to it.
@@ -232,7 +237,7 @@ def load_coordinator_identity(folder: Path, run: str) -> CoordinatorIdentity:
             'security.signatures = "off" to trust everyone who can write to Redis',
         )  # fmt: skip
     require_safe(folder / CLIENTS / COORDINATOR_PUBLIC)  # a new file there would enroll a client
-    return CoordinatorIdentity(run, read_signing_key(folder / COORDINATOR_KEY), folder)
+    return CoordinatorIdentity(run, read_signing_key(folder / COORDINATOR_KEY), folder, revocable)
 
 
 def require_signed(identity: CoordinatorIdentity | None, info: RunInfo) -> None:
