@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Mapping, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -212,11 +213,18 @@ def construct_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
 
 
 def make_model(task: Task) -> torch.nn.Module:
-    """Return `task.model()`. Raises TaskError for whatever the method raises, which is its cause.
+    """Return `task.model()`. Raises TaskError for whatever the method raises, which is its cause, and for no module.
 
-    The caller handles SIGINT, so that a KeyboardInterrupt here is the task's own.
+    A KeyboardInterrupt passes where Python's own handler of SIGINT may have raised it; else it is the task's.
     """
+    import torch
+
     try:
-        return task.model()
+        model = task.model()
     except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            raise
         raise TaskError(f"{type(task).__name__}.model(): {exception_with_place(error)}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise TaskError(f"{type(task).__name__}.model() returned {type(model).__name__}; expected a torch.nn.Module")
+    return model

@@ -285,7 +285,8 @@ def check_training(config: TrainingConfig, device: torch.device, model: torch.nn
     """
     next(learning_rates(config.learning_rate, config.schedule, "training.schedule"))
     next(learning_rates(config.learning_rate, config.local_schedule, "training.local_schedule"))
-    try_out_optimizer(config, device, {p.ndim for p in model.parameters() if p.requires_grad} if model else {2})
+    parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
+    try_out_optimizer(config, device, {p.ndim for p in parameters} or {2})
     if dtype := PRECISIONS.get(config.precision):
         try:
             with torch.autocast(device.type, dtype):

@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Client, Task
 from fedqueue.config.loading import parse_config
-from fedqueue.errors import ConfigurationError, RunFailed
+from fedqueue.errors import ConfigurationError, RunFailed, TaskError
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update, load_data
 from fedqueue.protocol.messages import Order, Registration, read
@@ -371,3 +371,29 @@ def test_update_posted_as_its_round_closes_ends_once_as_late(redis_client, tmp_p
     assert [reason for _, reason in others].count("late") >= 2
     assert {line["staleness"] for line in merged(result)} == {0}
     assert not redis_client.exists(store.keys.jobs)
+
+
+class ModelTask(PointsTask):
+    """A task whose model is what it was made with."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._model = model
+
+    def model(self):
+        return self._model
+
+
+def test_compiled_model_is_simulated():
+    config = simulated_config(("a", "b"), stop={"versions": 2})
+    compiled = torch.compile(torch.nn.Linear(3, 2), backend="eager")
+    assert Simulation(config, ClientDatasets(ModelTask(compiled)), SECOND).run().version == 2
+
+
+@pytest.mark.parametrize("model", [None, 3, torch.nn.Linear])
+def test_model_that_is_no_module_is_refused_by_its_type(model):
+    config = simulated_config(("a", "b"), stop={"versions": 2})
+    with pytest.raises(
+        TaskError, match=rf"ModelTask.model\(\) returned {type(model).__name__}; expected a torch.nn.Module"
+    ):
+        Simulation(config, ClientDatasets(ModelTask(model)), SECOND)

@@ -150,12 +150,13 @@ _FILE, _KEYS = Path(_FOLDER.name) / "checkpoint.safetensors", Path(_FOLDER.name)
 _KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(32)))  # fixed: a stored input keeps its meaning
 _SCOPE, _DIGEST = Scope("r", "i" * 32, 1), digest_of(b"")
 _ROW = ["w", "float32", [2, 3], 0, 6, "parameter", "", [], []]
+_COUNTER = ["n", "int64", [], 0, 1, "counter", "", [], []]
 _MANIFEST = Manifest.unpack(
     msgpack.packb(
         [
             ["w", "float32", [40], 0, 40, "parameter", "", [], []],
             ["b", "float32", [], 40, 1, "buffer", "", [], []],
-            ["n", "int64", [], 0, 1, "counter", "", [], []],
+            _COUNTER,
         ]
     )
 )
@@ -175,9 +176,7 @@ DECODERS: dict[str, Decoder] = {
     "version": _message(VersionRecord, model=_DIGEST, state=_DIGEST, job_number=3, history=_DIGEST, totals=_DIGEST),
     "public_keys": Decoder(_public_keys, (ConfigurationError,), (2 * _KEY.public.line().encode(),)),
     "record": Decoder(unpack_record, (WireError,), (msgpack.packb({"kind": "version", "version": 1, "merged": []}),)),
-    "manifest": Decoder(
-        Manifest.unpack, (WireError,), (msgpack.packb([_ROW, ["n", "int64", [], 0, 1, "counter", "", [], []]]),)
-    ),
+    "manifest": Decoder(Manifest.unpack, (WireError,), (msgpack.packb([_ROW, _COUNTER]),)),
     "entry": Decoder(_entry, (), (b"kind\0update\0job\0r-1\0attempt\0001\0base\0000\0body\0x",)),
     # RQ decodes the rest of a job's record itself; a worker drops the job on any error there.
     "job": Decoder(_job, (Exception,), (msgpack.packb(["f", None, [], {"order": {}}]) + b"\0\xff\0x\0\xff\00060",)),

@@ -34,7 +34,7 @@ from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update, load_data
 from fedqueue.protocol.messages import NO_EXAMPLES, Order
 from fedqueue.protocol.stream_entry import StreamEntry
-from fedqueue.task import Task
+from fedqueue.task import Task, make_model
 from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
@@ -161,7 +161,7 @@ class Simulation:
         require_test_data(config.stop.target, datasets.test_data)
         self._device = check_device(config.training.device)
         set_seed(config.seed)
-        module = datasets.task.model()
+        module = make_model(datasets.task)
         first = initial_model(config, module)
         check_training(config.training, self._device, module)
         self._model = LocalModel(datasets.task, module, first.manifest)
