@@ -71,6 +71,8 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
             module.training = training
         with torch.no_grad():
             for module, name, buffer, value in buffers:
+                if buffer.shape != value.shape:  # an observer of quantization allocates with its first batch
+                    buffer.resize_(value.shape)
                 buffer.copy_(value)
                 if getattr(module, name) is not buffer:  # assigned to, not changed in place
                     setattr(module, name, buffer)

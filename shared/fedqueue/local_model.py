@@ -139,6 +139,9 @@ class ModuleState:
         return list(found.values() if isinstance(found, dict) else found)
 
     def module(self, found: torch.nn.Module) -> list[object]:
+        if isinstance(found, torch.jit.ScriptModule):  # its mode and its submodules are no attributes of Python
+            self._others.append(functools.partial(setattr, found, "training", found.training))
+            return [vars(found), *found.children()]
         return [vars(found)]
 
     def tensor(self, found: torch.Tensor) -> list[object]:

@@ -8,6 +8,7 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from fedqueue import Client, Manifest, Task
@@ -174,3 +175,16 @@ def test_module_with_computed_weights_can_be_put_back() -> None:
     local.begin("b")
     assert all(parameter.grad is None for parameter in module.parameters())
     module(torch.ones(1, 2)).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+def test_scripted_module_can_be_put_back():
+    module = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
+    local = local_model(module)
+    local.begin("a")
+    module(torch.ones(2, 2)).sum().backward()
+    module.eval()
+    next(module.parameters()).requires_grad_(False)
+    local.begin("b")
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in module.parameters())
+    assert all(part.training for part in module.modules())

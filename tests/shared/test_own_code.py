@@ -63,6 +63,15 @@ def test_files_of_one_name_in_two_folders_stay_apart(tmp_path: Path) -> None:
         assert type(pickle.loads(pickle.dumps(module.Rows(3)))) is module.Rows
 
 
+@pytest.mark.parametrize("name", ["task.v2.py", "a%b.py", ".hidden.py"])
+def test_file_whose_name_has_a_dot_is_imported_again_by_name(tmp_path: Path, name: str) -> None:
+    module, _ = import_entrypoint(f"{name}:Mine", folder(tmp_path, "one", name), "task")
+    assert module.NAME == "one"  # its relative import
+    pickled = pickle.dumps(module.Rows(3))
+    del sys.modules[module.__name__]
+    assert len(pickle.loads(pickled)) == 3
+
+
 @pytest.mark.parametrize("name", ["random.py", "json.py", "queue.py", "torch.py"])
 def test_file_named_as_a_module_of_python_hides_nothing(tmp_path: Path, name: Any) -> None:
     module, _ = import_entrypoint(f"{name}:Mine", folder(tmp_path, "one", name), "task")
@@ -96,7 +105,7 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-@pytest.mark.parametrize("name", ["task.py", "random.py"])
+@pytest.mark.parametrize("name", ["task.py", "random.py", "task.v2.py"])
 def test_started_processes_import_the_users_file(tmp_path: Path, method: Any, name: Any) -> None:
     script = tmp_path / "start.py"
     script.write_text(STARTS)

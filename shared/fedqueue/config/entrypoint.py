@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from fedqueue.config.own_code import package_of
+from fedqueue.config.own_code import module_name
 from fedqueue.errors import TaskError
 from fedqueue.exception_text import exception_with_place
 
@@ -36,7 +36,7 @@ def _module_from_file(path: Path, key: str) -> ModuleType:
     path = path.resolve()
     if not path.is_file():
         raise TaskError(f"{key}: there is no file {path}")
-    name = f"{package_of(path.parent).__name__}.{path.stem}"
+    name = module_name(path)
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None

@@ -257,7 +257,13 @@ class Frame:
         return [(entry, _frozen_view(self.frozen, entry)) for entry in self.manifest.entries if entry.role == FROZEN]
 
     def _copy_from(self, tensors: dict[str, torch.Tensor], views: list[tuple[TensorSpec, torch.Tensor]]) -> None:
-        sources = [_of_shape(tensors, entry.name, entry) for entry, _ in views]
+        for entry, _ in views:
+            if (shape := tensors[entry.name].shape) != entry.shape:
+                raise ManifestMismatch(
+                    f"model: training has changed {entry.name} from shape {list(entry.shape)} to {list(shape)}: give "
+                    "it its final shape in model(), for example with one batch"
+                )
+        sources = [tensors[entry.name] for entry, _ in views]
         with torch.no_grad():
             torch._foreach_copy_([view for _, view in views], sources)
 

@@ -14,10 +14,12 @@ import sys
 import sysconfig
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
 DIGITS = 12
+DOT = "%2E"
 
 
 def package_of(folder: Path) -> ModuleType:
@@ -27,6 +29,14 @@ def package_of(folder: Path) -> ModuleType:
         sys.path.insert(_after_python(), path)
     importlib.invalidate_caches()
     return importlib.import_module(f"{__name__}.{_digest(folder)}")
+
+
+def module_name(path: Path) -> str:
+    """The name under which `path` is imported: its folder's package, and its name without `.py`.
+
+    A dot would divide the name, so that `task.v2.py` is `task%2Ev2`.
+    """
+    return f"{package_of(path.parent).__name__}.{path.stem.replace('%', '%25').replace('.', DOT)}"
 
 
 def _after_python() -> int:
@@ -41,21 +51,29 @@ def _digest(folder: Path) -> str:
 
 
 class FolderFinder:
-    """Finds the package of a folder on `sys.path` by the digest in its name."""
+    """Finds the package of a folder on `sys.path` by the digest in its name, and files whose names have dots."""
 
     @staticmethod
     def find_spec(name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """As `importlib.abc.MetaPathFinder.find_spec`."""
-        parent, _, digest = name.rpartition(".")
-        if parent != __name__:
-            return None
-        for entry in sys.path:
-            folder = Path(entry).resolve()
-            if _digest(folder) == digest:
-                spec = ModuleSpec(name, None, is_package=True)
-                spec.submodule_search_locations = [str(folder)]
-                return spec
+        parent, _, last = name.rpartition(".")
+        if parent == __name__:
+            return _package_spec(name, last)
+        if parent.startswith(f"{__name__}.") and "%" in last:
+            file = f"{last.replace(DOT, '.').replace('%25', '%')}.py"
+            found = (Path(folder, file) for folder in path or ())
+            return next((spec_from_file_location(name, file) for file in found if file.is_file()), None)
         return None
+
+
+def _package_spec(name: str, digest: str) -> ModuleSpec | None:
+    for entry in sys.path:
+        folder = Path(entry).resolve()
+        if _digest(folder) == digest:
+            spec = ModuleSpec(name, None, is_package=True)
+            spec.submodule_search_locations = [str(folder)]
+            return spec
+    return None
 
 
 sys.meta_path.append(FolderFinder)
