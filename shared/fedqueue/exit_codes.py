@@ -10,9 +10,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 from typing import NoReturn
 
@@ -22,6 +25,8 @@ from fedqueue.errors import ConfigurationError, FedqueueError, TaskError
 from fedqueue.exception_text import printable
 
 DONE, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+THREADS_SECONDS = 5.0
+"""How long a process that has done its work waits for threads that a task has started."""
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -32,7 +37,41 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line; a FedqueueError or an error of Redis becomes one line on stderr and an exit code."""
+    """Run a command line; a FedqueueError or an error of Redis becomes one line on stderr and an exit code.
+
+    The process ends at most THREADS_SECONDS later, whatever threads a task has started.
+    """
+    before = set(threading.enumerate())
+    try:
+        _run(app)
+    except BaseException as error:
+        code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else FAILED
+        _end_without(set(threading.enumerate()) - before, code)
+        raise
+
+
+def _end_without(threads: set[threading.Thread], code: int) -> None:
+    """End this process with `code` after THREADS_SECONDS if Python would still wait for one of the threads then."""
+    if all(thread.daemon for thread in threads):
+        return
+
+    def end() -> None:
+        time.sleep(THREADS_SECONDS)
+        names = ", ".join(sorted(thread.name for thread in threads if thread.is_alive() and not thread.daemon))
+        with contextlib.suppress(OSError, ValueError):
+            print(  # noqa: T201
+                f"fedqueue: the process ends without threads of the task that have not ended: {names}; end them in "
+                "the task, or make them daemons",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.stdout.flush()
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _run(app: typer.Typer) -> None:
     try:
         app()  # raises SystemExit, with code 2 and a usage line for wrong arguments
     except (ConfigurationError, TaskError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -13,6 +14,9 @@ from typing import Any, TextIO
 
 ECHO_SECONDS = 60.0
 """A warning that is repeated sooner than this is not shown on the console again."""
+
+MAX_LOG = 16 * 2**20
+"""Bytes of a worker's log file, above which it is moved to a second file and begun again."""
 
 
 def configure_logging(to: TextIO | None = None, level: int = logging.INFO) -> None:
@@ -51,6 +55,33 @@ def last_line(log: Path) -> str:
     """The last line of a log file that is not blank, for an error message."""
     lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
     return lines[-1] if lines else "(its log is empty)"
+
+
+def rotate(log: Path, limit: int = MAX_LOG) -> None:
+    """Move what `log` has to `log.1` where it has more than `limit` bytes, of which the last `limit` are kept.
+
+    Processes that have opened `log` to append to it need no word: they continue at its new end. What they write in the
+    moment of the move may be missing. On a full disk nothing is kept.
+    """
+    try:
+        size = log.stat().st_size
+    except OSError:  # deleted while its writer is running
+        return
+    if size <= limit:
+        return
+    former = log.with_name(f"{log.name}.1")
+    try:
+        with log.open("rb") as source, former.open("wb") as target:
+            source.seek(max(0, size - limit))
+            shutil.copyfileobj(source, target)
+        kept = f"its last {limit / 2**20:.0f} MiB are in {former.name}"
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            former.unlink()
+        kept = f"they could not be kept ({error.strerror})"
+    with contextlib.suppress(OSError), log.open("r+b") as file:
+        file.truncate(0)
+        file.write(f"(this log had {size / 2**20:.0f} MiB: {kept})\n".encode())
 
 
 # Warnings on the console, of a process whose log is a file

@@ -302,17 +302,20 @@ def test_rows_are_those_of_the_first_tensor(batch: Any, rows: Any) -> None:
 class Observed(torch.nn.Module):
     """Has a buffer that the first batch gives its shape, as an observer of quantization has."""
 
-    def __init__(self):
+    low: torch.Tensor
+
+    def __init__(self) -> None:
         super().__init__()
         self.linear = torch.nn.Linear(3, 2)
         self.register_buffer("low", torch.tensor([]))
 
-    def forward(self, rows):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
         self.low.resize_(2).copy_(self.linear(rows).amin(0))
-        return self.linear(rows)
+        scores: torch.Tensor = self.linear(rows)
+        return scores
 
 
-def test_buffer_that_evaluation_gave_a_shape_is_put_back():
+def test_buffer_that_evaluation_gave_a_shape_is_put_back() -> None:
     model = Observed()
     Task().evaluate(model, torch.utils.data.TensorDataset(torch.ones(4, 3), torch.zeros(4).long()))
     assert model.low.shape == (0,)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,14 +19,14 @@ from fedqueue.local_update import _train_result
 FULL = "unable to write to file </torch_11_22_0>: No space left on device (28)"
 
 
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, error):
+class Rows(torch.utils.data.Dataset[Any]):
+    def __init__(self, error: BaseException) -> None:
         self.error = error
 
-    def __len__(self):
+    def __len__(self) -> int:
         return 4
 
-    def __getitem__(self, row):
+    def __getitem__(self, row: int) -> Any:
         raise self.error
 
 
@@ -40,7 +41,7 @@ def passed_on(error: BaseException) -> BaseException:
     return caught.value
 
 
-def test_exception_of_a_loader_process_has_its_own_message_and_place():
+def test_exception_of_a_loader_process_has_its_own_text() -> None:
     text = exception_with_place(passed_on(ValueError("row 3 is empty\nreally")))
     assert text.startswith("ValueError: row 3 is empty\nreally (in DataLoader worker process 0); in __getitem__ (")
     assert "Traceback" not in text
@@ -48,17 +49,17 @@ def test_exception_of_a_loader_process_has_its_own_message_and_place():
 
 
 @pytest.mark.parametrize("error", [RuntimeError(FULL), passed_on(RuntimeError(FULL))], ids=["own", "passed-on"])
-def test_full_shared_memory_is_named_with_what_to_do(error):
+def test_full_shared_memory_is_named_with_what_to_do(error: BaseException) -> None:
     text = exception_text(error)
     assert "No space left on device" in text[:150]
     assert "/dev/shm" in text
     assert "training.loader_workers = 0" in text
 
 
-def test_semaphore_without_shared_memory_names_it(monkeypatch):
+def test_semaphore_without_shared_memory_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from multiprocessing import synchronize
 
-    def no_space(*args):
+    def no_space(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(synchronize._multiprocessing, "SemLock", no_space)
@@ -67,19 +68,19 @@ def test_semaphore_without_shared_memory_names_it(monkeypatch):
     assert "/dev/shm" in exception_text(caught.value)
 
 
-def test_full_disk_is_no_lack_of_shared_memory():
+def test_full_disk_is_no_lack_of_shared_memory() -> None:
     with pytest.raises(OSError) as caught:
         raise OSError(errno.ENOSPC, "No space left on device", "/data/rows")
     assert "/dev/shm" not in exception_text(caught.value)
 
 
-def test_too_many_open_files_names_the_limit():
+def test_too_many_open_files_names_the_limit() -> None:
     error = OSError(errno.EMFILE, "Too many open files", "rows/252")
     assert exception_text(error).startswith("OSError: [Errno 24] Too many open files: 'rows/252' (this process may")
     assert "ulimit -n" in exception_text(error)
 
 
-def test_task_error_of_fedqueue_names_no_frame_of_its_own():
+def test_task_error_of_fedqueue_names_no_frame_of_its_own() -> None:
     with pytest.raises(TaskError) as caught:
         _train_result(fedqueue.Task(), [1], (1, {}))
     error = caught.value
@@ -88,7 +89,7 @@ def test_task_error_of_fedqueue_names_no_frame_of_its_own():
     assert exception_with_place(error) == exception_text(error)
 
 
-def test_task_error_names_the_users_frame_alone():
+def test_task_error_names_the_users_frame_alone() -> None:
     with pytest.raises(TaskError) as caught:
         _train_result(fedqueue.Task(), [1], (1, {}))
     place = exception_with_place(caught.value).rpartition("; in ")[2]

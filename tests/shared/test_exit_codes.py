@@ -119,3 +119,30 @@ def test_signal_inside_a_finalizer_still_ends_the_process() -> None:
     )
     assert (ends.returncode, ends.stderr) == (0, b"")
     assert raises.stderr.endswith(b"it goes on\n"), "without the workaround the signal should be lost"
+
+
+THREADS = """
+import sys, threading, time
+import typer
+from fedqueue import exit_codes
+
+exit_codes.THREADS_SECONDS = 0.3
+app = typer.Typer()
+
+@app.command()
+def command(seconds: float):
+    threading.Thread(target=time.sleep, args=(seconds,), name="uploads").start()
+    raise typer.Exit(3)
+
+exit_codes.run_app(app)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "said"), [("1000", ["uploads"]), ("0.01", [])])
+def test_process_does_not_wait_for_threads_that_do_not_end(seconds: str, said: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS, seconds], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 3
+    assert [name for name in ("uploads",) if name in done.stderr] == said

@@ -178,7 +178,7 @@ def test_module_with_computed_weights_can_be_put_back() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_scripted_module_can_be_put_back():
+def test_scripted_module_can_be_put_back() -> None:
     module = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)))
     local = local_model(module)
     local.begin("a")

@@ -123,12 +123,6 @@ def test_module_whose_state_dict_is_overridden_is_loaded(kind: type[Any]) -> Non
     assert frame.state_dict().keys() == model.state_dict().keys()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-def test_scripted_module_has_the_names_of_its_source():
-    model = net()
-    assert frame_of_module(torch.jit.script(model)).state_dict().keys() == model.state_dict().keys()
-
-
 @pytest.mark.parametrize("wrap", [lambda m: torch.compile(m, backend="eager"), nn.DataParallel])
 def test_wrappers_leave_no_prefix(wrap: Callable[..., Any] | type[Any]) -> None:
     model = net()

@@ -19,11 +19,23 @@ import json, os, signal, sys, time, uuid
 from pathlib import Path
 import numpy as np, random
 from fedqueue_worker import prefork
+from fedqueue.logs import rotate
 from fedqueue_worker.prefork import fork
+from tests.support.waiting import wait_until
 from fedqueue_worker.process import new_token
 logs, until = Path(sys.argv[1]), sys.argv[2]
 prefork.GRACE_SECONDS = 1
-number = fork(3, logs)
+if until == "large":
+    prefork.LOG_SECONDS = 0.01
+    prefork.rotate = lambda log: rotate(log, limit=200_000)
+number = prefork.number_of_this_child()
+if number is None:
+    number = fork(3, logs, fresh=until == "fresh")
+if until == "large" and number == 1:
+    for _ in range(50):
+        print("x" * 100_000, flush=True)
+        time.sleep(0.02)
+    wait_until(lambda: (logs / "worker-1.log").stat().st_size < 200_000, "the log is begun again")
 if until == "killed" and number == 1:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 print(json.dumps([number, os.getpid(), new_token(), random.random(), np.random.random()]), flush=True)
@@ -49,7 +61,7 @@ def family(tmp_path):
         wait_until(
             lambda: all(log.exists() and log.read_text().endswith("]\n") for log in logs), "each child has printed"
         )
-        return parent, [json.loads(log.read_text()) for log in logs]
+        return parent, [json.loads(log.read_text().splitlines()[-1]) for log in logs]
 
     yield start
     for parent in started:
@@ -67,6 +79,25 @@ def test_children_differ_in_log_token_and_random_numbers(family):
     said = err.splitlines()
     assert f"worker 1 (pid {children[1][1]}) ended with 3: {json.dumps(children[1])}" in said
     assert len(said) == 3
+
+
+def test_child_may_execute_the_command_again(family):
+    parent, children = family("fresh")
+    assert [child[0] for child in children] == [0, 1, 2]
+    parent.send_signal(signal.SIGTERM)
+    _, err = parent.communicate(timeout=60)
+    assert (parent.returncode, err) == (1, "")  # ended by the signal's default action
+
+
+def test_log_of_a_child_that_prints_much_is_bounded(family, tmp_path):
+    parent, children = family("large")
+    assert children[1][0] == 1
+    logs = tmp_path / "logs"
+    assert sum(log.stat().st_size for log in logs.iterdir()) < 2_000_000
+    assert (logs / "worker-1.log.1").stat().st_size == 200_000
+    assert not (logs / "worker-0.log.1").exists()
+    parent.send_signal(signal.SIGTERM)
+    assert parent.communicate(timeout=60)[1] == ""
 
 
 def test_killed_child_is_reported_and_sigterm_ends_the_others(family):

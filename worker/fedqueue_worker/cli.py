@@ -142,10 +142,12 @@ def worker(
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
     folder = config.resolve().parent
     if processes > 1 or logs:
-        from fedqueue_worker.prefork import fork, preload
+        from fedqueue_worker.prefork import fork, number_of_this_child, preload
 
-        preload(settings.task.entrypoint, folder)
-        number = fork(count := min(processes, len(candidates)), logs, level)
+        count = min(processes, len(candidates))
+        number = number_of_this_child()
+        if number is None:
+            number = fork(count, logs, level, fresh=not preload(settings.task.entrypoint, folder))
         candidates = candidates[number::count]
 
     from fedqueue.task import load_task

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -19,38 +20,61 @@ import torch
 
 from fedqueue.config.entrypoint import import_entrypoint
 from fedqueue.exit_codes import DONE, FAILED, exit_at_once, stop_signals
-from fedqueue.logs import configure_logging, last_line
+from fedqueue.logs import configure_logging, last_line, rotate
 
 PR_SET_PDEATHSIG = 1  # of Linux
+LOG_SECONDS = 1.0  # between two looks at the sizes of the logs
 GRACE_SECONDS = 30  # for a child to hand back its job after a signal, before it is killed
 
 
-def preload(entrypoint: str, folder: Path) -> None:
+NUMBER = "_FEDQUEUE_WORKER_NUMBER"
+"""The environment variable in which `fork` passes its number to a child that imports everything itself."""
+
+
+def preload(entrypoint: str, folder: Path) -> bool:
     """Import what every worker needs: torch, what its first optimizer imports, RQ, and the task's module.
 
-    Raises TaskError where the module cannot be imported. Opens no connection. Gives torch one thread, because a child
-    may hang that is forked after its parent has computed with several.
+    Returns whether a forked child can work with these imports. Threads and the GPU do not survive a fork: a child that
+    computes hangs where the task's module has computed with several threads, for example.
+
+    Raises TaskError where the module cannot be imported. Opens no connection.
     """
     import fedqueue_worker.process  # noqa: F401 - imports RQ and everything else that a worker uses
 
     torch.set_num_threads(1)
     torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     import_entrypoint(entrypoint, folder, "task.entrypoint")
-    log = structlog.get_logger("fedqueue.worker")
-    if threading.active_count() > 1:
-        log.warning(
-            "importing the task starts threads, which forked workers lack: start them later", entrypoint=entrypoint
+    if why := _lost_in_a_fork():
+        structlog.get_logger("fedqueue.worker").info(
+            "each worker imports torch and the task itself, which takes longer", because=f"importing the task {why}"
         )
+    return not why
+
+
+def _lost_in_a_fork() -> str:
+    """What the import of the task's module did that a forked child cannot use; empty for nothing."""
+    if threading.active_count() > 1:
+        return "starts threads"
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        log.warning("importing the task uses the GPU, so forked workers cannot: use it later", entrypoint=entrypoint)
+        return "uses the GPU"
+    return "lets torch compute with several threads" if torch.get_num_threads() > 1 else ""
 
 
-def fork(count: int, logs: Path | None, level: int = logging.INFO) -> int:
+def number_of_this_child() -> int | None:
+    """The number of a child that `fork` has started again with `fresh`; None in any other process."""
+    number = os.environ.pop(NUMBER, None)
+    return None if number is None else int(number)
+
+
+def fork(count: int, logs: Path | None, level: int = logging.INFO, fresh: bool = False) -> int:
     """Fork `count` children. Returns in each child, with its number from 0; never returns in this process.
+
+    With `fresh`, each child executes this process's command again, which gets its number from `number_of_this_child`.
 
     This process passes the signals of `stop_signals` on, kills a child that has not ended GRACE_SECONDS later, reports
     a child that ends by itself, and exits with the highest exit code once all have ended. A child gets SIGTERM when
-    this process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on.
+    this process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on;
+    this process moves a log that has become large to logs/worker-i.log.1.
     """
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
@@ -65,6 +89,9 @@ def fork(count: int, logs: Path | None, level: int = logging.INFO) -> int:
         if not child:
             _begin(parent, log_of(logs, number), level)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if fresh:
+                os.environ[NUMBER] = str(number)
+                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - its own command
             return number
         children[child] = number
     return _supervise(children, logs)
@@ -72,7 +99,12 @@ def fork(count: int, logs: Path | None, level: int = logging.INFO) -> int:
 
 def log_of(logs: Path | None, number: int) -> Path | None:
     """The log file of child `number`."""
-    return logs / f"worker-{number}.log" if logs else None
+    return logs / log_name(number) if logs else None
+
+
+def log_name(number: int) -> str:
+    """The name of the log file of child `number`."""
+    return f"worker-{number}.log"
 
 
 def _begin(parent: int, log: Path | None, level: int) -> None:
@@ -99,6 +131,9 @@ def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
     watched = {*stops, signal.SIGCHLD, signal.SIGALRM}
     signal.signal(signal.SIGCHLD, lambda *_: None)  # an ignored signal cannot be waited for
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
+    if logs:
+        paths = [logs / log_name(number) for number in children.values()]
+        threading.Thread(target=_bound, args=(paths,), daemon=True).start()
     while True:
         for pid, code in _ended(running):
             number = running.pop(pid)
@@ -116,6 +151,14 @@ def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
             _send(signal.SIGTERM, running)
         elif signum == signal.SIGALRM:
             _send(signal.SIGKILL, running)
+
+
+def _bound(logs: Iterable[Path]) -> NoReturn:
+    """Keep the sizes of the children's logs bounded, whatever a task prints."""
+    while True:
+        time.sleep(LOG_SECONDS)
+        for log in logs:
+            rotate(log)
 
 
 def _ended(running: Iterable[int]) -> Iterator[tuple[int, int]]:

@@ -35,7 +35,7 @@ FILENAMES = (
     LAUNCH_FILENAME,
 )  # fmt: skip
 """What fedqueue writes into a folder of results, besides logs; the marker of the folder is the last."""
-LOG_PATTERNS = ("worker-*.log", "workers.log")
+LOG_PATTERNS = ("worker-*.log", "worker-*.log.1", "workers.log")
 
 
 @dataclass(frozen=True)
