@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 from importlib import metadata
@@ -281,3 +282,10 @@ def test_unreachable_given_server_is_exit_code_1(call: Any, tmp_path: Path, monk
 
 def test_both_programs_handle_errors_with_the_same_function() -> None:
     assert cli.run_app is worker_cli.run_app is run_app
+
+
+def test_configuration_in_a_pipe_is_refused(call: CommandLine, folder: Path) -> None:
+    os.mkfifo(folder / "f.toml")
+    code, _, err = call("run", folder / "f.toml")
+    assert code == 2
+    assert "save it as a file" in err

@@ -385,3 +385,16 @@ def test_configuration_inside_a_renamed_folder_is_found(folder):
     (folder.path / "launch.toml").touch()
     renamed = folder.path.rename(folder.path.with_name("renamed"))
     assert read_launch(renamed, []).config == renamed / "launch.toml"
+
+
+def test_run_without_version_blocks_no_other_configuration(folder):
+    with folder.opened(LAUNCH):
+        (folder.path / "coordinator.log").touch()
+    with folder.opened(OTHER):
+        assert folder.launch() == OTHER
+
+
+def test_begun_run_blocks_another_configuration(folder):
+    begin(folder, version=1)
+    with pytest.raises(ConfigurationError, match="has the results of"):
+        begin(folder, OTHER)

@@ -66,6 +66,9 @@ def run(
     if resume and (overwrite or (output and output != resume)):
         word = "--overwrite" if overwrite else "--output"
         raise ConfigurationError(word, None, "not together with --resume", f"leave it out; {resume} is resumed")
+    if config and (config.is_fifo() or config.is_char_device()):
+        problem = "is a pipe or a terminal, and each worker process reads the file again"
+        raise ConfigurationError("CONFIG", str(config), problem, "save it as a file")
     if resume:
         launch = read_launch(resume, overrides, config)
         require_config(launch, resume)

@@ -35,7 +35,8 @@ def lead_run(
     """Lead the run to its end and write its results to `folder`, which is opened; None if SIGTERM ended this process.
 
     With `resume`, a run that has failed or was interrupted is continued from the checkpoint in `folder`; with
-    `overwrite`, a run that has ended is deleted from Redis first. Raises as `Coordinator.run`.
+    `overwrite`, a run that has ended is deleted from Redis first. Raises as `Coordinator.run`, and
+    KeyboardInterrupt if Ctrl-C ended this process while Redis was away.
     """
     store = CoordinatorStore(connection, config.name, new_owner(), identity)
     if overwrite:
@@ -55,7 +56,12 @@ def lead_run(
         try:
             result = leading.run(standby)
         except ServerUnavailable as error:
-            raise _with_way_out(error, config.name, folder) from error
+            if leading.paused:
+                return None
+            if not leading.interrupted:
+                raise _with_way_out(error, config.name, folder) from error
+            view.warn(str(_with_way_out(error, config.name, folder)))
+            raise KeyboardInterrupt from error
     if result is None:
         return None
     summary, result = deliver_results(folder, config, result, leading.checkpoint_saved)

@@ -53,7 +53,7 @@ def run_federation(
     verbose: bool = False,
     overwrite: bool = False,
 ) -> RunResult | None:
-    """Run `config`, which was loaded from `launch.config`, until it ends; None if interrupted before version 0.
+    """Run `config`, which was loaded from `launch.config`, until it ends; None if `_led` returns None.
 
     `folder` is opened. The coordinator uses `task`, or else the task that `config` names. Writes the results, whose
     folder is in the returned result, and stops the server and the workers on every exit path. With `resume`, continues
@@ -104,9 +104,7 @@ def run_federation(
         progress.fail = coordinator.fail
         stack.enter_context(_signals(coordinator))
         try:
-            result = coordinator.run()
-        except ServerUnavailable as error:
-            raise _with_way_out(error, folder) from error
+            result = _led(coordinator, view, folder)
         finally:
             if progress.begun:
                 discard_if_not_started.pop_all()
@@ -118,6 +116,17 @@ def run_federation(
     print_result(view, summary, result.folder, result.failed)
     print_what_is_left(view, folder, result.folder)
     return result
+
+
+def _led(coordinator: Coordinator, view: LiveView, folder: RunFolder) -> RunResult | None:
+    """Lead the run to its end; None if interrupted before version 0, or while the server does not answer."""
+    try:
+        return coordinator.run()
+    except ServerUnavailable as error:
+        if not coordinator.interrupted:
+            raise _with_way_out(error, folder) from error
+        view.warn(str(_with_way_out(error, folder)))
+        return None
 
 
 def _dead_end(federation: Federation, workers: LocalWorkers, folder: RunFolder) -> str:

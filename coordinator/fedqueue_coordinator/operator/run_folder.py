@@ -193,7 +193,8 @@ class RunFolder:
         if overwrite:
             return
         resumed = shared and self._same_run(launch)
-        if former.what != launch.what and not resumed:
+        has_results = (self.path / LAUNCH_FILENAME).exists() or bool(self.version())
+        if former.what != launch.what and has_results and not resumed:
             raise ConfigurationError(
                 "--output",
                 str(self.path),

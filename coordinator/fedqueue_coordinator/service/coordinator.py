@@ -146,6 +146,16 @@ class Coordinator:
         """End the run soon, as failed. Safe to call from a signal handler."""
         self._ending = Stop(because, failed=True)
 
+    @property
+    def interrupted(self) -> bool:
+        """Whether `interrupt` was called."""
+        return self._ending is not None and not self._ending.failed
+
+    @property
+    def paused(self) -> bool:
+        """Whether `pause` was called."""
+        return self._paused
+
     def pause(self) -> None:
         """Stop leading soon; another coordinator can resume the run. Safe to call from a signal handler."""
         self._paused = True

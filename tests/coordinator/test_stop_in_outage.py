@@ -1,0 +1,49 @@
+"""A coordinator that is told to end while Redis is away."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedqueue.errors import ServerUnavailable
+from fedqueue_coordinator.operator import lead_run as module
+from fedqueue_coordinator.operator.run_folder import INTERRUPT, RunFolder
+from tests.support.builders import make_config
+
+
+class Away:
+    """A coordinator whose Redis is away, and that gets a signal while it waits."""
+
+    told = ""
+
+    def __init__(self, *arguments, **how):
+        self.paused, self.interrupted = self.told == "pause", self.told == INTERRUPT
+
+    def run(self, standby):
+        raise ServerUnavailable("stopped while waiting for Redis: it refuses connections")
+
+
+@pytest.fixture
+def lead(monkeypatch, tmp_path):
+    def run(told):
+        monkeypatch.setattr(Away, "told", told)
+        monkeypatch.setattr(module, "Coordinator", Away)
+        monkeypatch.setattr(module, "CoordinatorStore", lambda *arguments: None)
+        monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
+        return module.lead_run(make_config(), None, None, None, RunFolder(tmp_path), True, False, False, False)
+
+    return run
+
+
+def test_sigterm_in_an_outage_is_an_orderly_end(lead):
+    assert lead("pause") is None
+
+
+def test_ctrl_c_in_an_outage_ends_as_interrupted(lead, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        lead(INTERRUPT)
+    assert "stopped while waiting for Redis" in capsys.readouterr().err
+
+
+def test_outage_that_waiting_cannot_end_is_a_failure(lead):
+    with pytest.raises(ServerUnavailable):
+        lead("")
