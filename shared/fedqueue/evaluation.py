@@ -11,12 +11,15 @@ import torch
 
 from fedqueue.batches import rows_in, to_device
 from fedqueue.errors import TaskError
+from fedqueue.exception_text import exception_with_place
 from fedqueue.metrics import as_number
 from fedqueue.task import Task
 from fedqueue.training import make_loader
 
 BATCH_SIZE = 512
 EMPTY = "test_data() is empty: return None where there is nothing to evaluate on"
+NO_GRADIENT = "does not require grad and does not have a grad_fn"
+"""Part of the RuntimeError of torch for a gradient of what was computed without."""
 IGNORED_LABEL = -100
 """The label that `torch.nn.functional.cross_entropy` leaves out by default (`ignore_index`)."""
 
@@ -55,7 +58,10 @@ def evaluate_by_loss(task: Task, model: torch.nn.Module, data: Any) -> dict[str,
 
 @contextlib.contextmanager
 def eval_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Put `model` in eval mode without gradients; afterwards its mode and its buffers are what they were before."""
+    """Put `model` in eval mode without gradients; afterwards its mode and its buffers are what they were before.
+
+    Raises TaskError for code that needs gradients.
+    """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
         (module, name, buffer, buffer.clone())
@@ -66,6 +72,13 @@ def eval_mode(model: torch.nn.Module) -> Iterator[None]:
     try:
         with torch.no_grad():
             yield
+    except RuntimeError as error:
+        if NO_GRADIENT in str(error):
+            raise TaskError(
+                "gradients are off in an evaluation: compute what needs them under torch.enable_grad(); "
+                f"{exception_with_place(error)}"
+            ) from error
+        raise
     finally:
         for module, training in modes:
             module.training = training

@@ -24,6 +24,9 @@ log = structlog.get_logger("fedqueue.worker")
 ONE_ROW = "Expected more than 1 value per channel when training"
 """The beginning of the ValueError of a BatchNorm layer of torch for a batch of one row."""
 PRECISIONS = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+SPARSE_HINT = (
+    "the model has sparse gradients: use sgd without weight_decay, or adagrad, or make its embeddings with sparse=False"
+)
 PLAIN_OPTIMIZERS = {"sgd", "adam", "adamw", "rmsprop", "adagrad"}
 """Optimizers that step on any dense gradient, and so need no trial where they have no options."""
 
@@ -133,10 +136,7 @@ class _Steps:
             self._scaler.step(self._optimizer)
         except RuntimeError as error:
             if any(parameter.grad is not None and parameter.grad.is_sparse for parameter in self._parameters):
-                raise TaskError(
-                    f"training.optimizer = {self._config.optimizer!r}: {error}; the model has sparse gradients: use "
-                    "sgd without weight_decay, or adagrad, or make its embeddings with sparse=False"
-                ) from error
+                raise TaskError(f"training.optimizer = {self._config.optimizer!r}: {error}; {SPARSE_HINT}") from error
             raise
         self._scaler.update()
 
@@ -281,12 +281,14 @@ def check_training(config: TrainingConfig, device: torch.device, model: torch.nn
     """Try the optimizer, the schedules and the precision of `[training]`, so that a mistake shows before the run.
 
     The optimizer makes one step on a throwaway parameter, or with `model` on one for each number of dimensions that
-    its parameters have. Raises ConfigurationError.
+    its parameters have, with sparse gradients where the model has them. Raises ConfigurationError.
     """
     next(learning_rates(config.learning_rate, config.schedule, "training.schedule"))
     next(learning_rates(config.learning_rate, config.local_schedule, "training.local_schedule"))
     parameters = [] if model is None else [p for p in model.parameters() if p.requires_grad]
-    try_out_optimizer(config, device, {p.ndim for p in parameters} or {2})
+    sparse = set() if model is None else _with_sparse_gradients(model)
+    dense = {p.ndim for p in parameters if id(p) not in sparse}
+    try_out_optimizer(config, device, dense if parameters else {2}, bool(sparse))
     if dtype := PRECISIONS.get(config.precision):
         try:
             with torch.autocast(device.type, dtype):
@@ -297,23 +299,36 @@ def check_training(config: TrainingConfig, device: torch.device, model: torch.nn
             ) from error
 
 
-def try_out_optimizer(config: TrainingConfig, device: torch.device, dimensions: Iterable[int]) -> None:
+def _with_sparse_gradients(model: torch.nn.Module) -> set[int]:
+    """The ids of the weights of embeddings that were made with `sparse=True`."""
+    embeddings = (m for m in model.modules() if isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag))
+    return {id(m.weight) for m in embeddings if m.sparse and m.weight.requires_grad}
+
+
+def try_out_optimizer(
+    config: TrainingConfig, device: torch.device, dimensions: Iterable[int], sparse: bool = False
+) -> None:
     """Make one step on parameters with these numbers of dimensions; raises ConfigurationError.
 
-    A plain optimizer without options is not tried: it cannot fail, and its first instance costs a second.
+    With `sparse`, one more parameter has a sparse gradient. A plain optimizer without options is not tried on dense
+    gradients: it cannot fail, and its first instance costs a second.
     """
     kind = optimizer_class(config.optimizer)
-    if config.optimizer.lower() in PLAIN_OPTIMIZERS and not config.optimizer_options:
+    if config.optimizer.lower() in PLAIN_OPTIMIZERS and not config.optimizer_options and not sparse:
         return
-    parameters = [torch.nn.Parameter(torch.zeros([1] * n, device=device)) for n in sorted(set(dimensions)) or [1]]
+    parameters = [torch.nn.Parameter(torch.zeros([1] * n, device=device)) for n in sorted(set(dimensions))]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
+    if sparse:
+        embedding = torch.nn.Parameter(torch.zeros(1, 1, device=device))
+        embedding.grad = torch.zeros_like(embedding).to_sparse(1)
+        parameters.append(embedding)
     optimizer = make_optimizer(config.optimizer, parameters, config.learning_rate, config.optimizer_options)
     try:
         optimizer.step()
     except Exception as error:
         problem = f"torch.optim.{kind.__name__} cannot train in the default loop ({error})"
-        hint = "name another optimizer, such as sgd, adam or adamw"
+        hint = SPARSE_HINT if sparse else "name another optimizer, such as sgd, adam or adamw"
         raise ConfigurationError("training.optimizer", config.optimizer, problem, hint) from error
 
 

@@ -319,3 +319,23 @@ def test_buffer_that_evaluation_gave_a_shape_is_put_back() -> None:
     model = Observed()
     Task().evaluate(model, torch.utils.data.TensorDataset(torch.ones(4, 3), torch.zeros(4).long()))
     assert model.low.shape == (0,)
+
+
+class Penalised(Task):
+    """Has a loss with the gradient of the scores in it."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+
+    def loss(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        with torch.set_grad_enabled(self.enabled or torch.is_grad_enabled()):
+            rows = batch[0].requires_grad_()
+            (gradient,) = torch.autograd.grad(model(rows).sum(), rows)
+            return gradient.pow(2).mean()
+
+
+def test_loss_that_needs_gradients_is_told_how_to_get_them() -> None:
+    model, data = torch.nn.Linear(3, 2), torch.utils.data.TensorDataset(torch.ones(4, 3), torch.zeros(4).long())
+    with pytest.raises(TaskError, match=r"under torch\.enable_grad\(\); RuntimeError: .* < loss \(test_default_eval"):
+        Penalised(enabled=False).evaluate(model, data)
+    assert Penalised(enabled=True).evaluate(model, data)["loss"] > 0

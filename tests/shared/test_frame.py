@@ -361,3 +361,11 @@ def test_buffer_whose_shape_training_changed_is_named() -> None:
     model.get_buffer("low").resize_(3)
     with pytest.raises(ManifestMismatch, match=r"low from shape \[0\] to \[3\]: give it its final shape in model\(\)"):
         frame.read(model)
+
+
+def test_model_that_training_left_without_values_is_named() -> None:
+    model = torch.nn.Linear(2, 1)
+    frame = frame_of_module(model)
+    model.to("meta")
+    with pytest.raises(ManifestMismatch, match="training has left weight on the meta device"):
+        frame.read(model)

@@ -327,6 +327,24 @@ def test_optimizer_that_does_not_fit_the_shapes_is_refused() -> None:
         check_training(config, CPU, torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, torch.nn.EmbeddingBag])
+@pytest.mark.parametrize("optimizer", ["adam", "sparseadam"])
+def test_optimizer_that_refuses_sparse_gradients_is_refused(kind: Any, optimizer: str) -> None:
+    model = torch.nn.Sequential(kind(5, 2, sparse=True), torch.nn.Linear(2, 2))
+    with pytest.raises(ConfigurationError, match=rf"training\.optimizer = '{optimizer}': .* sparse=False"):
+        check_training(TrainingConfig(optimizer=optimizer), CPU, model)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "sparseadam"])
+def test_optimizer_that_takes_sparse_gradients_passes(optimizer: str) -> None:
+    check_training(TrainingConfig(optimizer=optimizer), CPU, torch.nn.Embedding(5, 2, sparse=True))
+
+
+def test_embedding_that_is_frozen_has_no_sparse_gradient() -> None:
+    frozen = torch.nn.Embedding(5, 2, sparse=True).requires_grad_(False)
+    check_training(TrainingConfig(optimizer="adam"), CPU, torch.nn.Sequential(frozen, torch.nn.Linear(2, 2)))
+
+
 def test_device_that_this_machine_lacks_is_named_with_its_key() -> None:
     absent = "cuda:99" if torch.cuda.is_available() else "cuda"
     with pytest.raises(

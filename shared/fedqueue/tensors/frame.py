@@ -258,6 +258,8 @@ class Frame:
 
     def _copy_from(self, tensors: dict[str, torch.Tensor], views: list[tuple[TensorSpec, torch.Tensor]]) -> None:
         for entry, _ in views:
+            if tensors[entry.name].is_meta:
+                raise ManifestMismatch(f"model: training has left {entry.name} on the meta device, without values")
             if (shape := tensors[entry.name].shape) != entry.shape:
                 raise ManifestMismatch(
                     f"model: training has changed {entry.name} from shape {list(entry.shape)} to {list(shape)}: give "
