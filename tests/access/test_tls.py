@@ -144,7 +144,7 @@ REFUSED = {
 }  # fmt: skip
 
 
-def test_plain_url_to_a_tls_port_names_tls(proxy):
+def test_plain_url_to_a_tls_port_names_tls(proxy: Any) -> None:
     url = proxy().url.replace("rediss", "redis")
     with pytest.raises(ServerUnavailable, match="if this port expects TLS, write rediss:// into the URL"):
         check(connect(url, retries=0), url)

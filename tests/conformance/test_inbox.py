@@ -84,3 +84,19 @@ def test_each_sweep_reads_the_streams_of_clients_with_a_job(run: Any, monkeypatc
     run.client.xadd(run.keys.updates("c7"), {"kind": "left", "body": b""})
     run.client.xadd(run.keys.updates(""), {"kind": "evaluated", "body": b""})
     assert {"c7", ""} <= {entry.client for entry in run.coordinator.sweep_some(["c7"])}
+
+
+def test_silent_subscription_is_renewed(run: SampleRun) -> None:
+    """A proxy has dropped the subscription without closing it, so entries arrive without a notification."""
+    now = [0.0]
+    reader = Inbox(run.client, run.keys, lambda: now[0])
+    run.join()
+    reader.unacknowledged()
+    first = reader._wakeup
+    for seconds, same in ((1.0, True), (inbox.SILENT_SECONDS + 1, False)):
+        now[0] += seconds
+        run.client.xadd(run.keys.updates("c0"), {"kind": "left", "body": b""})
+        assert [e.kind for e in reader.sweep_some(["c0"])] == ["left"]
+        assert reader.receive(0.0) == []
+        assert (reader._wakeup is first) == same
+    reader.close()

@@ -529,6 +529,17 @@ def test_only_an_open_job_past_its_lease_is_closed_as_expired(run: SampleRun) ->
     assert [r["job"] for r in run.coordinator.ledger()] == [lapsed]
 
 
+def test_job_whose_record_was_evicted_is_closed_once(run: SampleRun) -> None:
+    run.join()
+    job = run.dispatch(lease=0)
+    run.client.delete(run.keys.job(job))
+    record = {"kind": "abandoned", "job": job, "client": "c0"}
+    assert run.coordinator.find_expired() == [job]
+    assert run.coordinator.close(job, record, 1, if_lapsed=True)
+    assert not run.coordinator.close(job, record, 1, if_lapsed=True)
+    assert run.coordinator.ledger() == [record]
+
+
 def test_job_closed_twice_ends_once(chunks: int, run: SampleRun) -> None:
     run.posted()
     [entry] = run.updates()

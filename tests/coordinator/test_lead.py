@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 
 import msgpack
+import numpy as np
 import pytest
 import redis
 import torch
@@ -157,6 +158,50 @@ def test_leader_with_a_checkpoint_begins_a_new_epoch(redis_client, tmp_path):
     idle = [lambda: None] * 3
     coordinator = coordinator_of(redis_client, tmp_path, *idle, redis_client.flushall, seconds=2)
     assert coordinator.run() is None, "the coordinator was not paused after the loss"
+    assert coordinator.store.info().epoch == 1
+
+
+PARTS = ["head", "config", "model"]
+
+
+def evict(client, store, part):
+    """Delete one part of the run, as a server does that frees memory."""
+    version = store.info().version
+    client.delete({"head": store.keys.head, "config": store.keys.config}.get(part, f"{store.keys.model(version)}:0"))
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_run_that_lost_a_part_continues_from_its_checkpoint(redis_client, tmp_path, part):
+    coordinator = coordinator_of(redis_client, tmp_path, *[lambda: None] * 4, seconds=2)
+    coordinator.run()
+    assert (tmp_path / CHECKPOINT_FILENAME).exists()
+    evict(redis_client, coordinator.store, part)
+    successor = coordinator_of(redis_client, tmp_path, lambda: None, seconds=2)
+    assert successor.run() is None
+    assert successor.store.info().epoch == 1
+    assert [record["kind"] for record in successor.store.ledger()] == ["epoch"]
+
+
+@pytest.mark.parametrize("part", ["head", "model"])
+def test_lost_part_is_named_where_no_checkpoint_exists(redis_client, tmp_path, part):
+    coordinator = coordinator_of(redis_client, tmp_path)
+    coordinator.run()
+    evict(redis_client, coordinator.store, part)
+    kept = redis_client.keys()
+    with pytest.raises(RunLost, match=f"({part}|{part}:0:0 is not stored).*`fedqueue remove line`"):
+        coordinator_of(redis_client, tmp_path).run()
+    assert set(redis_client.keys()) == set(kept), "the rest was deleted"
+
+
+def test_leader_whose_head_is_lost_begins_a_new_epoch(redis_client, tmp_path):
+    """The commit of the next version notices it."""
+
+    def lose_head():
+        redis_client.delete(coordinator.store.keys.head)
+        coordinator.store.publish(1, np.zeros(8, np.uint8), np.zeros(0, np.uint8), [{"kind": "version"}], {}, [])
+
+    coordinator = coordinator_of(redis_client, tmp_path, *[lambda: None] * 4, lose_head, seconds=2)
+    assert coordinator.run() is None
     assert coordinator.store.info().epoch == 1
 
 

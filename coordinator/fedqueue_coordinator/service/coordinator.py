@@ -24,7 +24,7 @@ import structlog
 import torch
 
 from fedqueue.config.schema import Config
-from fedqueue.errors import Fenced, ServerUnavailable, StoreError, WireError
+from fedqueue.errors import BlobMissing, Fenced, RunLost, ServerUnavailable, StoreError, WireError
 from fedqueue.protocol.messages import Evaluation, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
@@ -32,6 +32,7 @@ from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import check_device
 from fedqueue.transport import rq_jobs
+from fedqueue.transport.connection import eviction_note
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.admission import unusable_reason
@@ -223,10 +224,16 @@ class Coordinator:
         store = self.store
         if self._reopen and store.has_ended() and self._checkpointer.path.exists():
             store.clear()
+        if store.has_remains():
+            self._delete_remains("its head or its configuration is missing")
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
-        self.federation = restore_federation(
-            self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
-        )
+        try:
+            self.federation = restore_federation(
+                self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
+            )
+        except BlobMissing as error:
+            self._delete_remains(str(error))
+            raise Fenced(str(error)) from error
         resumed = self._clock() - self.federation.run_counters.seconds
         self._zero = min(self._zero, resumed) if self._known else resumed  # the time of an outage counts
         self._known = True
@@ -245,6 +252,15 @@ class Coordinator:
         for client in store.alive_clients():
             if client in registrations:
                 self._handle(ClientJoined(client, registrations[client]))
+
+    def _delete_remains(self, missing: str) -> None:
+        """Delete what Redis has kept of a run that cannot be resumed; raises RunLost if there is no checkpoint."""
+        note = "; ".join(filter(None, [missing, eviction_note(self.store.redis)]))
+        if not self._checkpointer.path.exists() and self.store.has_configuration():
+            cause = f"{note}; `fedqueue remove {self.config.name}` deletes what is left of it"
+            raise RunLost(self.config.name, self._checkpointer.path, cause)
+        log.warning("Redis has lost a part of the run: deleting the rest", because=note)
+        self.store.clear()
 
     def _loop(self) -> None:
         """Read entries and handle them, until the run ends or is paused."""
@@ -520,7 +536,10 @@ class Coordinator:
         # Raises Fenced if Redis has lost the run and its ledger.
         self.store.renew_lead(self.config.dispatch.leader_lease_seconds)
         if identity and not identity.matches_history(ledger):
-            log.error("ledger in Redis does not match the committed versions; run `fedqueue audit`")
+            log.error(
+                "ledger in Redis does not match the committed versions; run `fedqueue audit`",
+                **_cause(eviction_note(self.store.redis)),
+            )
         return ledger
 
     def _final_version(self) -> tuple[int, Frame]:
@@ -538,3 +557,8 @@ class Coordinator:
             for entry in self.store.sweep():
                 self._take(entry)
         return federation.version, federation.model
+
+
+def _cause(because: str) -> dict[str, str]:
+    """The field of a log line that says why, where that is known."""
+    return {"because": because} if because else {}

@@ -95,8 +95,19 @@ class CoordinatorStore(Store):
     # The run as a whole
 
     def exists(self) -> bool:
-        """Whether Redis has this run with at least one version committed in the present epoch."""
-        return bool(self.redis.exists(self.keys.versions))
+        """Whether Redis has this run with at least one version committed in the present epoch.
+
+        A run whose head or configuration Redis has deleted to free memory cannot be resumed, so it does not exist.
+        """
+        return self.redis.exists(self.keys.versions, self.keys.head, self.keys.config) == 3
+
+    def has_configuration(self) -> bool:
+        """Whether Redis has the run's configuration, so that commands find the run."""
+        return bool(self.redis.exists(self.keys.config))
+
+    def has_remains(self) -> bool:
+        """Whether Redis has kept versions or records of a run that does not exist."""
+        return bool(self.redis.exists(self.keys.versions, self.keys.ledger)) and not self.exists()
 
     def has_ended(self) -> bool:
         """Whether Redis still has this run after its end."""
@@ -284,6 +295,8 @@ class CoordinatorStore(Store):
                 f"version {version} of run {self.run!r} was not committed within {STAGED_SECONDS} s; check the network"
             )
         if answer[0] == 0:
+            if self.has_remains():
+                raise Fenced(f"Redis has lost the head of run {self.run!r}")
             raise StoreError(f"version {version} does not follow the head of run {self.run!r}; restart the coordinator")
         return set(map(int, answer[1:]))
 
@@ -413,6 +426,7 @@ class CoordinatorStore(Store):
             [
                 self.token, job, pack_record(record), position, condition, f"{keys.payload_prefix}{job}:",
                 payload_chunks, keys.site_prefix, MOST_ATTEMPTS, MOST_CHUNKS, *counts_of(record),
+                record.get("client", ""),
             ],
         )  # fmt: skip
         self._require_lead(answer)

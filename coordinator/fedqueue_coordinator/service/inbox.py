@@ -9,7 +9,7 @@ publishes the name of the stream on the run's wakeup channel. Notifications are 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import redis
@@ -22,14 +22,16 @@ FIRST = "0-0"  # before the first entry of a stream
 MOST_WAKEUPS = 1000  # notifications that are received before the streams they name are read
 SWEPT = 500  # clients whose streams are read in one step of a sweep
 SUBSCRIBED_SECONDS = 5.0
+SILENT_SECONDS = 10.0  # without a notification, after which an entry without one means that the subscription is lost
 LONGEST_NAME = 512  # bytes of a stream's name
 
 
 class Inbox:
     """Reads each entry once. The entries of one read are in the order in which they were written."""
 
-    def __init__(self, client: redis.Redis, keys: Keys) -> None:
-        self._redis, self._keys = client, keys
+    def __init__(self, client: redis.Redis, keys: Keys, clock: Callable[[], float] = time.monotonic) -> None:
+        self._redis, self._keys, self._clock = client, keys, clock
+        self._heard = clock()  # time of the last notification
         self._wakeup: PubSub | None = None
         self._last: dict[str, str] = {}  # stream → ID of its last entry that was read
         self._more: set[str] = set()  # streams with more entries than the last read returned
@@ -54,7 +56,10 @@ class Inbox:
         """
         self._cursor, some = self._redis.sscan(self._keys.clients, self._cursor, count=SWEPT)
         named = {"", *clients, *(client.decode() for client in cast(list[bytes], some))}
-        return self._read([self._keys.updates(client) for client in sorted(named)], count)
+        entries = self._read([self._keys.updates(client) for client in sorted(named)], count)
+        if entries and self._clock() - self._heard > SILENT_SECONDS:
+            self.close()  # a proxy may drop a connection without closing it; the next `receive` subscribes again
+        return entries
 
     def unacknowledged(self) -> list[StreamEntry]:
         """Return every entry that no script has acknowledged, oldest first: the buffer, and new entries.
@@ -81,6 +86,7 @@ class Inbox:
         self.close()
         self._wakeup = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
         self._wakeup.subscribe(self._keys.wakeup)
+        self._heard = self._clock()
         self._wakeup.get_message(timeout=SUBSCRIBED_SECONDS)  # so that none is lost between this and the first read
 
     def _notified(self, block_seconds: float) -> set[str]:
@@ -91,6 +97,7 @@ class Inbox:
         for _ in range(MOST_WAKEUPS):
             message = self._wakeup.get_message(timeout=0.0 if named else max(0.0, deadline - time.monotonic()))
             if message is not None:
+                self._heard = self._clock()
                 name = cast(bytes, message["data"])[:LONGEST_NAME].decode(errors="replace")
                 named |= {name} if name.startswith(self._keys.updates_prefix) else set()
             elif named or time.monotonic() >= deadline:

@@ -21,6 +21,7 @@
 -- ARGV[10] most_chunks     numbers in the attempt's record
 -- ARGV[11] counted         field of counts to increase, or ''
 -- ARGV[12] kept            field of counts that becomes the record, or ''
+-- ARGV[13] client          of the job, for a job whose lease has ended and whose record Redis has deleted to free memory
 -- Returns 1; 0 if the condition is not met, or the job had ended before; -1 if another coordinator leads.
 local leader_key, job_key, attempt_key, jobs_key, ledger_key, stream_key, counts_key = unpack(KEYS)
 local token, job, record, entry, condition, payload_prefix, payload_chunks, site_prefix = unpack(ARGV, 1, 8)
@@ -29,6 +30,7 @@ local counted, kept = ARGV[11], ARGV[12]
 
 if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
 local client = redis.call('HGET', job_key, 'client')
+  or condition == 'lapsed' and redis.call('SISMEMBER', jobs_key, job) == 1 and ARGV[13]
 local attempt = redis.call('HMGET', attempt_key, 'number', 'posted', 'chunks', 'lease', 'holder')
 local number, posted, chunks, lease, holder = unpack(attempt, 1, 5)
 if condition == 'lapsed' then
