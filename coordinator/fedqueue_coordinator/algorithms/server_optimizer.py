@@ -46,7 +46,7 @@ class ServerOptimizer:
         """
         rate = next(self._rates)
         if self._infinite is None:
-            self._infinite = torch.nonzero(~torch.isfinite(self._model.parameters)).flatten()
+            self._infinite = _infinite_elements(self._model.parameters)
         if infinite := len(self._infinite):
             kept = self._model.parameters[self._infinite]
             step.delta[self._infinite] = 0.0
@@ -103,6 +103,13 @@ def try_out(config: ServerOptimizerConfig) -> None:
         problem = f"cannot step with a dense gradient only ({error})"
         hint = "name another optimizer, such as sgd, adam or adagrad"
         raise ConfigurationError("server_optimizer.name", config.name, problem, hint) from error
+
+
+def _infinite_elements(values: torch.Tensor) -> torch.Tensor:
+    """The indices of infinite elements, int64. A finite norm rules them out without the memory of a mask."""
+    if torch.isfinite(torch.linalg.vector_norm(values)):
+        return torch.empty(0, dtype=torch.int64)
+    return torch.nonzero(torch.isinf(values)).flatten()
 
 
 def _rates(config: ServerOptimizerConfig, version: int = 0) -> Iterator[float]:
