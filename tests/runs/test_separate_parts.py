@@ -50,7 +50,8 @@ def test_separate_parts_make_a_run_and_respect_retention(
     left = {key.decode(): client.ttl(key) for key in client.scan_iter("fedqueue:{toy}:*")}
     sites = [f"site:client-{i}" for i in range(4)]
     kinds = sorted(key.removeprefix("fedqueue:{toy}:") for key in left)
-    assert kinds == ["clients", "config", "head", "leader", "ledger", "model:12:0", "model:12:1", *sites, "versions"]
+    stored = ["clients", "config", "counts", "head", "leader", "ledger", "model:12:0", "model:12:1", *sites, "versions"]
+    assert kinds == stored
     assert all(0 < ttl <= 24 * 3600 for ttl in left.values()), left
     rq_left = [k for k in client.scan_iter("rq:*") if client.ttl(k) < 0 and k not in (b"rq:workers", b"rq:queues")]
     assert rq_left == []
