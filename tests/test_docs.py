@@ -29,7 +29,16 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 SCRIPTS = sorted((ROOT / "shared" / "fedqueue" / "transport" / "scripts").glob("*.lua"))
 COMMANDS: Any = typer.main.get_command(app)
 WORKER: Any = typer.main.get_command(worker_app)
-POLICY_KEYS = {"entrypoints", "max_epochs", "max_steps", "max_batch_size", "metrics", "min_examples", "require"}
+POLICY_KEYS = {
+    "entrypoints",
+    "max_epochs",
+    "max_steps",
+    "max_batch_size",
+    "metrics",
+    "min_examples",
+    "require",
+    "max_leak",
+}
 
 
 def load(path: Path) -> Any:

@@ -36,6 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fedqueue.local_update",
         "fedqueue.partition",
     ),
+    ("fedqueue.leak",),
     ("fedqueue.transport", "fedqueue_coordinator.algorithms"),
     ("fedqueue_coordinator.core",),
     ("fedqueue_coordinator.service", "fedqueue_coordinator.simulation", "fedqueue_worker"),

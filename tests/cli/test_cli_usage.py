@@ -20,8 +20,8 @@ from fedqueue_worker import cli as worker_cli
 from tests.support.command_line import CommandLine
 
 COMMANDS = (
-    "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "acl", "certs", "enroll",
-    "revoke", "init",
+    "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "leak", "acl", "certs",
+    "enroll", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
@@ -63,6 +63,7 @@ def test_missing_command_shows_help_and_is_a_usage_error(call: CommandLine) -> N
         ("audit", ["RUN", "--redis"]),
         ("remove", ["RUN", "--redis", "--output", "--yes", "egress"]),
         ("compare", ["--strategies", "--variant", "--tune", "--speeds", "Examples:"]),
+        ("leak", ["CONFIG.toml|RUN|DIR", "--output", "--at-most", "--updates", "--references", "--set", "Examples:"]),
         ("acl", ["--shared-worker", "--dir-per-user", "--print-urls"]),
         ("certs", ["DIR", "--host", "--days"]),
         ("enroll", ["CLIENT", "--config", "--rotate", "--public"]),

@@ -10,7 +10,7 @@ import typer
 
 from fedqueue.errors import ConfigurationError
 from fedqueue.exception_text import one_line
-from fedqueue.exit_codes import exit_at_once, run_app, stop_signals
+from fedqueue.exit_codes import DONE, FAILED, exit_at_once, run_app, stop_signals
 from fedqueue.logs import configure_logging, log_level, outlive_readers
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ within this site's policy.
 a process.
 
 - `fedqueue-worker federation.toml --max-jobs 1 --verbose` trains one job and shows every step of it.
+
+- `fedqueue-worker federation.toml --client north --leak leak` measures what an update of `north` would tell, without
+Redis; with `--policy`, it exits with 1 above `max_leak`.
 """
 
 
@@ -91,6 +94,14 @@ def worker(
         Path | None,
         typer.Option(metavar="FILE", help="This site's limits for jobs; default: security.policy.", show_default=False),
     ] = None,
+    leak: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            show_default=False,
+            help="Join no run: measure what the client's own update tells, and write leak.json and leak.png to DIR.",
+        ),
+    ] = None,
     processes: Annotated[
         int,
         typer.Option(metavar="N", min=1, help="Divide the clients among N processes, which share one import of torch."),
@@ -137,10 +148,17 @@ def worker(
     own = {"name": run, "training.device": device}
     settings = load_config(config, [*(set_ or []), *(f"{key}={value}" for key, value in own.items() if value)])
     candidates = choose_candidates(settings, client or [], partition or [])
+    security, folder = settings.security, config.resolve().parent
+    policy_path = policy or (Path(security.policy) if security.policy else None)
+    if leak:
+        from fedqueue_worker.leak import measure_own_leak
+        from fedqueue_worker.policy import ALLOW_ALL, load_policy
+
+        limits = load_policy(policy_path) if policy_path else ALLOW_ALL
+        raise typer.Exit(DONE if measure_own_leak(settings, folder, candidates, limits, leak) else FAILED)
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
-    folder = config.resolve().parent
     if processes > 1 or logs:
         from fedqueue_worker.prefork import fork, number_of_this_child, preload
 
@@ -158,8 +176,7 @@ def worker(
     from fedqueue_worker.process import Worker, new_token
 
     connection = connect(url, tls=settings.redis.tls)
-    security, token = settings.security, new_token()
-    policy_path = policy or (Path(security.policy) if security.policy else None)
+    token = new_token()
     site_policy = load_policy(policy_path) if policy_path else ALLOW_ALL
     identity = None
     if security.signatures == "required":

@@ -68,11 +68,14 @@ class JobRunner:
         compression: CompressionConfig = UNCOMPRESSED,
         aggregation: AggregationConfig | None = None,
         machine: TrainingConfig = THIS_MACHINE,
+        measured: TrainingConfig | None = None,
     ) -> None:
         """`compression` and `aggregation` are the run's; the latter decides which buffers are merged how.
 
-        `machine` has the settings of [training] that are this machine's own, such as its device.
+        `machine` has the settings of [training] that are this machine's own, such as its device. `measured` has those
+        that the policy's `max_leak` was measured with.
         """
+        self._measured = measured
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
@@ -169,6 +172,8 @@ class JobRunner:
                 on_progress()
 
         client, data = self._clients[order.client]
+        if self._measured:
+            self._policy.check_settings(order.training, self._measured.on_machine(order.training))
         order = order.model_copy(update={"training": order.training.on_machine(self._machine)})
         self._policy.check_job(order.training, self._task.num_examples(data))
         heartbeat = self._heartbeat

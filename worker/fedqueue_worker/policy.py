@@ -7,8 +7,12 @@
     metrics = ["loss"]                 # names of metrics that may leave; left out: all of them; []: no metric
     min_examples = 50                  # no training on fewer examples: an update would reveal much about each
     require = ["clip_norm"]            # settings of [training] that a job must carry, with a value other than 0
+    max_leak = { rows = 0.01 }         # what attacks on this site's own update may reach above their control
 
 A job beyond a limit is refused before any of its work is done. A metric that may not leave is removed from the update.
+
+`max_leak` is measured before the site registers, with the run's own settings (`fedqueue.leak.rehearsal`). A client
+above it is left out. A job with other settings is refused, because nothing was measured for them.
 
 A `fit` of the task's own is the site's own code, and need not follow [training]. Of the limits on its work, `max_steps`
 holds for it too: its calls of `progress()` are counted, or where it makes none the steps of torch's optimizers.
@@ -18,14 +22,17 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedqueue.config.client import Client
 from fedqueue.config.loading import toml_text
+from fedqueue.config.schema import Config
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.protocol.messages import Update
+from fedqueue.task import Task
 
 Limit = Annotated[int, Field(ge=1)]
 
@@ -42,6 +49,7 @@ class Policy(BaseModel):
     metrics: list[str] | None = None
     min_examples: Limit | None = None
     require: list[str] = []
+    max_leak: dict[Literal["labels", "rows", "membership", "membership_tpr"], Annotated[float, Field(ge=0, le=1)]] = {}
 
     def check_task(self, entrypoint: str) -> None:
         """Raises PolicyRefusal where the policy does not allow the task."""
@@ -75,6 +83,31 @@ class Policy(BaseModel):
         for name in self.require:
             if not getattr(training, name, None):
                 raise PolicyRefusal(f"require: the job sets no {name}, which this site requires")
+
+    def check_leak(self, config: Config, task: Task, client: Client, data: Any) -> None:
+        """Raises PolicyRefusal where the client's own update would tell more than `max_leak` allows.
+
+        `config` is the run's; `data` is what the task loaded for the client. Trains a few jobs, none of which leaves.
+        Raises TaskError where the data cannot be divided into rows to train on and rows to compare with.
+        """
+        if not self.max_leak:
+            return
+        from fedqueue.leak.measurement import above
+        from fedqueue.leak.rehearsal import rehearse
+
+        lines = above(rehearse(config, task, client, data, compare=False).measurements, self.max_leak)
+        if lines:
+            raise PolicyRefusal(f"max_leak: {'; '.join(lines)}")
+
+    def check_settings(self, training: TrainingConfig, measured: TrainingConfig) -> None:
+        """Raises PolicyRefusal where `max_leak` was measured with other settings than those of the job."""
+        if not self.max_leak:
+            return
+        for name, value in training:
+            if value != getattr(measured, name):
+                raise PolicyRefusal(
+                    f"max_leak: measured with {name} = {getattr(measured, name)}, the job asks for {value}"
+                )
 
     def check_batches(self, batches: int) -> None:
         """Raises PolicyRefusal where a job has trained on more batches than the policy allows."""

@@ -119,11 +119,11 @@ class Worker:
         runner = JobRunner(
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
-            run_config.aggregation, self.config.training,
+            run_config.aggregation, self.config.training, run_config.training,
         )  # fmt: skip
         heartbeat.start()
         try:
-            self._load(runner, heartbeat, run_config.seed)
+            self._load(runner, heartbeat, run_config)
             log.info("ready", run=info.run, clients=self.clients, pid=os.getpid())
             self._serve(runner, max_jobs, burst)
         finally:
@@ -195,12 +195,13 @@ class Worker:
             clients.append(client)
         return clients
 
-    def _load(self, runner: JobRunner, heartbeat: Heartbeat, seed: int) -> None:
+    def _load(self, runner: JobRunner, heartbeat: Heartbeat, run_config: Config) -> None:
         """Load the data of each client, then register those that are ready: a job would wait while others load."""
         registrations = []
         for client in map(self.config.clients.client, list(self.clients)):
             try:
-                data, examples = load_data(self.task, client, seed)
+                data, examples = load_data(self.task, client, run_config.seed)
+                self.policy.check_leak(self._on_this_machine(run_config), self.task, client, data)
                 registration = Registration(client=client.id, examples=examples)
             except BaseException as error:
                 if self._told_to_stop:  # the signal handler's SystemExit
@@ -215,6 +216,11 @@ class Worker:
             self.egress_log.log_registration(registration)
             heartbeat.register(registration)
 
+    def _on_this_machine(self, run_config: Config) -> Config:
+        """Return the run's configuration with this machine's device."""
+        training = run_config.training.on_machine(self.config.training)
+        return run_config.model_copy(update={"training": training})
+
     def _leave_out(self, client: str, error: BaseException, heartbeat: Heartbeat) -> None:
         """Report that the client's data cannot be loaded, and serve the others."""
         if isinstance(error, NoExamples):
@@ -222,12 +228,15 @@ class Worker:
             reason = NO_EXAMPLES
         else:
             log.error(
-                "client left out: its data cannot be loaded",
+                "client left out: the site's policy refuses it"
+                if isinstance(error, PolicyRefusal)
+                else "client left out: its data cannot be loaded",
                 client=client,
                 error=exception_text(error),
                 exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
             )
-            reason = exception_with_place(error)
+            refused = isinstance(error, PolicyRefusal) and str(error).startswith("max_leak")
+            reason = f"this site's policy: {error}" if refused else exception_with_place(error)
         unavailable = Unavailable(client=client, error=reason)
         self._failed_loads[client] = unavailable.error
         self.clients.remove(client)

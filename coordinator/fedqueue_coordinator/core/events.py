@@ -257,13 +257,18 @@ class Stop:
 Action = Dispatch | Load | Commit | Close | Acknowledge | Evaluate | Stop
 
 
+def order_seed(config: Config, number: int) -> int:
+    """Return the seed of the job with this number. It differs from job to job and from run to run."""
+    return (config.seed * 1_000_003 + number) % 2**53
+
+
 def make_order(config: Config, dispatch: Dispatch) -> Order:
-    """Make the order that the client's worker gets. Its seed differs from job to job and from run to run."""
+    """Make the order that the client's worker gets."""
     steps = {"local_steps": dispatch.steps} if dispatch.steps else {}
     return Order(
         run=config.name,
         job=dispatch.job,
         client=dispatch.client,
-        seed=(config.seed * 1_000_003 + dispatch.number) % 2**53,
+        seed=order_seed(config, dispatch.number),
         training=config.training.model_copy(update=steps),
     )

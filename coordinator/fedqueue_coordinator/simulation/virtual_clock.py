@@ -141,7 +141,8 @@ class Simulation:
 
     The sections [redis], [security] and [checkpoint] of `config` have no effect. Times such as stop.seconds are virtual
     seconds. The constructor seeds torch's global random generator with config.seed and builds the model.
-    `on_progress(federation, now)` is called after each event, with `now` in virtual seconds.
+    `on_progress(federation, now)` is called after each event, with `now` in virtual seconds. `on_payload(job, attempt,
+    payload)` is called with each update that the coordinator loads, as it was posted.
     """
 
     def __init__(
@@ -150,6 +151,7 @@ class Simulation:
         datasets: ClientDatasets,
         timing: TimingModel,
         on_progress: Callable[[Federation, float], None] = lambda federation, now: None,
+        on_payload: Callable[[str, int, Bytes], None] = lambda job, attempt, payload: None,
     ) -> None:
         self.config, self.datasets, self.timing = config, datasets, timing
         self.now = 0.0
@@ -157,7 +159,7 @@ class Simulation:
         self.ledger: list[LedgerRecord] = []
         self.trace: list[tuple[float, str, str]] = []
         """(virtual seconds, "begins" | "arrives" | "waits", job) in order, with which a real run can be driven."""
-        self._on_progress = on_progress
+        self._on_progress, self._on_payload = on_progress, on_payload
         require_test_data(config.stop.target, datasets.test_data)
         self._device = check_device(config.training.device)
         set_seed(config.seed)
@@ -287,6 +289,7 @@ class Simulation:
             case Load(arrived=arrived):
                 wire = self._jobs[arrived.job].wire
                 assert wire is not None
+                self._on_payload(arrived.job, arrived.attempt, wire)
                 delta = self.federation.uplink.decode(wire)
                 base = self._versions[arrived.base] if action.with_base else None
                 return UpdateLoaded(action, delta, base)

@@ -34,18 +34,24 @@ class Replay:
     """Differences from the ledger or the expected model; empty if the replay gives the same bits."""
 
 
+def no_follower(version: int, model: Frame) -> None:
+    """No-op, where no caller follows the versions of a replay."""
+
+
 def replay(
     config: Config,
     ledger: Sequence[Mapping[str, Any]],
     model: Frame,
     read_payload: Callable[[str, int], BlobBuffer],
-    expected: Frame,
+    expected: Frame | None,
     rounded: bool = False,
+    on_version: Callable[[int, Frame], None] = no_follower,
 ) -> Replay:
     """Repeat every merge of the ledger on `model`, version 0, in place, and compare the result with `expected`.
 
     `read_payload(job, attempt)` returns a payload as it was posted, or raises BlobMissing. With `rounded`, `expected`
     is the last version as it was published to workers; otherwise it has the exact float32 parameters.
+    `on_version(version, model)` is called with each version from 0 on; it may keep a copy of the model.
     """
     uplink = uplink_codec(config.compression, model.manifest)
     downlink = downlink_codec(config.compression, model.manifest)
@@ -60,6 +66,7 @@ def replay(
     last_use = {line["base"]: record["version"] for record in versions for line in record["merged"]}
     bases = {0: published(0)} if aggregator.needs_base else {}
     updates, problems = 0, []
+    on_version(0, model)
     for record in versions:
         for line in record["merged"]:
             try:
@@ -78,11 +85,12 @@ def replay(
             updates += 1
         optimizer.step(aggregator.finish(accumulator, model))
         accumulator.clear()
+        on_version(record["version"], model)
         if aggregator.needs_base:
             bases[record["version"]] = published(record["version"])
             bases = {v: frame for v, frame in bases.items() if last_use.get(v, -1) > record["version"]}
     end = published(versions[-1]["version"] if versions else 0) if rounded else model
-    if not np.array_equal(end.buffer, expected.buffer):
+    if expected is not None and not np.array_equal(end.buffer, expected.buffer):
         differing = int(np.count_nonzero(end.buffer != expected.buffer))
         problems.append(f"the model differs from the replay in {differing} of {model.buffer.nbytes} bytes")
     return Replay(updates, problems)
@@ -96,8 +104,21 @@ def replay_store(
     return replay(config, ledger, first, kept_payloads(config, store, manifest), head, rounded=True)
 
 
-def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
-    """Replay from the files that `keep_replay` wrote to `folder`; raises StoreError if one is missing or damaged."""
+@dataclass(frozen=True)
+class Archive:
+    """What `keep_replay` wrote to a folder."""
+
+    config: Config
+    first: Frame
+    """Version 0 as workers got it."""
+    head: Frame
+    """The last version, with the exact float32 parameters."""
+    read_payload: Callable[[str, int], BlobBuffer]
+    """(job, attempt) → payload as posted; raises BlobMissing."""
+
+
+def read_archive(folder: Path) -> Archive:
+    """Read the files that `keep_replay` wrote to `folder`; raises StoreError if one is missing or damaged."""
 
     def read(name: str) -> BlobBuffer:
         path = folder / name
@@ -113,4 +134,10 @@ def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
         first, head = Frame(manifest, read("version-0.bin")), Frame(manifest, read("head.bin"))
     except (OSError, ValueError, WireError) as error:
         raise StoreError(f"{folder} has a damaged file, so the run cannot be replayed: {error}") from None
-    return replay(config, ledger, first, lambda job, attempt: read(f"{job}.{attempt}.bin"), head)
+    return Archive(config, first, head, lambda job, attempt: read(f"{job}.{attempt}.bin"))
+
+
+def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
+    """Replay from the files that `keep_replay` wrote to `folder`; raises StoreError if one is missing or damaged."""
+    archive = read_archive(folder)
+    return replay(archive.config, ledger, archive.first, archive.read_payload, archive.head)

@@ -1,0 +1,108 @@
+"""One measured leak, the limits for it, and leak.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedqueue.errors import ConfigurationError
+
+ATTACKS = {
+    "labels": "class shares read from the last layer's bias: correlation with the true shares",
+    "rows": "rows read out of the first layer: share with a correlation above 0.95",
+    "membership": "was a row trained on in this update: AUC (0.5 is a guess)",
+    "membership_tpr": "the same: members found at 1 % false alarms",
+    "model": "was a row trained on at all, told from the model alone (RMIA): AUC (0.5 is a guess)",
+    "model_tpr": "the same: members found at 1 % false alarms",
+}
+"""Name of an attack → what its value is."""
+NOTHING = "none"
+"""The protection of an update as it is posted in float32."""
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one attack reached in one view, with one protection."""
+
+    attack: str
+    view: str
+    """"outsider" (the last model), "participant" (all models) or "coordinator" (what arrives from clients)."""
+    protection: str
+    value: float | None = None
+    """None where the attack is not applicable."""
+    control: float | None = None
+    """What the same attack reaches on rows that were never trained on; for `labels`, with the classes shuffled."""
+    interval: tuple[float, float] | None = None
+    """95 % bootstrap interval of the value."""
+    rows: int = 0
+    """Rows that the attack was tried on, summed over updates."""
+    updates: int = 0
+    """Updates, sums or models that were attacked."""
+    seconds: float = 0.0
+    not_applicable: str = ""
+    configured: bool = True
+    """Whether this is what the run does, and no protection to compare with."""
+
+    @property
+    def excess(self) -> float | None:
+        """How far the value is above its control."""
+        return None if self.value is None or self.control is None else self.value - self.control
+
+
+def parse_limits(texts: Iterable[str], key: str) -> dict[str, float]:
+    """Return attack → limit from ATTACK=NUMBER texts; raises ConfigurationError."""
+    limits = {}
+    for text in texts:
+        name, equals, number = text.partition("=")
+        try:
+            limits[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or name not in ATTACKS or not 0 <= limits[name] <= 1:
+            raise ConfigurationError(key, text, "no limit", f"write ATTACK=NUMBER, 0 to 1, with {', '.join(ATTACKS)}")
+    return limits
+
+
+def above(measurements: Iterable[Measurement], limits: Mapping[Any, float]) -> list[str]:
+    """Return a line for each measurement of what the run does whose value is above its control by more than its limit.
+
+    A limit is broken as well where its attack gave no number that could be compared.
+    """
+    lines = []
+    for m in measurements:
+        limit = limits.get(m.attack)
+        if limit is None or not m.configured or m.not_applicable:
+            continue
+        if m.excess is None or not math.isfinite(m.excess):
+            lines.append(f"{m.attack}: not measured, at most {limit:g} is allowed")
+        elif m.excess > limit:
+            lines.append(
+                f"{m.attack}: {m.value:.3f} for the {m.view}, {m.excess:.3f} above its control; "
+                f"at most {limit:g} is allowed"
+            )
+    return lines
+
+
+def leak_record(about: Mapping[str, Any], measurements: Sequence[Measurement]) -> dict[str, Any]:
+    """Return the content of leak.json: what was measured, the attacks in words, and every measurement."""
+    return {"format": FORMAT, **about, "attacks": ATTACKS, "measurements": [asdict(m) for m in measurements]}
+
+
+def table_rows(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
+    """Return (attack, view, protection, value, interval, control, rows, seconds) in words, for a table."""
+    rows: list[tuple[str, ...]] = []
+    for m in measurements:
+        value, interval, control = "–", "", ""
+        if m.value is not None and m.control is not None and m.interval is not None:
+            value, control = f"{m.value:.3f}", f"{m.control:.3f}"
+            interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}"
+        elif m.not_applicable:
+            interval = f"not applicable: {m.not_applicable}"
+        rows.append((m.attack, m.view, m.protection, value, interval, control, str(m.rows), f"{m.seconds:.1f}"))
+    return rows
+
+
+COLUMNS = ("attack", "view", "protection", "value", "95 % interval", "control", "rows", "s")

@@ -1,0 +1,95 @@
+"""A site measures its own update, and joins no run that leaks more than its policy allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedqueue import Client
+from fedqueue.config.training import TrainingConfig
+from fedqueue.errors import ConfigurationError, PolicyRefusal
+from fedqueue_worker import cli
+from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
+from tests.leak.test_attacks import configured
+from tests.support.command_line import CommandLine
+from tests.support.leaking_task import LeakingTask
+
+ROOT = Path(__file__).parents[2]
+CLIENT = Client("client-0", 0, 2)
+LEAKY, MIXED = {"batch_size": 1, "local_steps": 1}, {"batch_size": 40, "local_epochs": 1}
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path) -> CommandLine:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    entrypoint = f"{ROOT}/tests/support/leaking_task.py:LeakingTask"
+    (tmp_path / "federation.toml").write_text(
+        f'[task]\nentrypoint = "{entrypoint}"\n[clients]\ncount = 2\n[stop]\nversions = 1\n'
+        '[training]\nbatch_size = 1\nlocal_steps = 1\ndevice = "cpu"\n'
+    )
+    return CommandLine("fedqueue-worker", cli.main, monkeypatch, capsys)
+
+
+def test_site_measures_its_own_update_without_redis(call, tmp_path):
+    code, out, err = call("federation.toml", "--client", "client-1", "--leak", "mine")
+    assert code == 0, err
+    record = json.loads((tmp_path / "mine" / "leak.json").read_text())
+    assert (record["kind"], record["client"]) == ("site", "client-1")
+    rows = next(m for m in record["measurements"] if m["attack"] == "rows")
+    assert rows["value"] == 1.0
+    assert (tmp_path / "mine" / "leak.png").exists()
+    assert "nothing is sent" in err
+    assert "what an update tells" in out
+
+
+def test_site_above_its_limit_is_told_the_number(call, tmp_path):
+    (tmp_path / "policy.toml").write_text("max_leak = { rows = 0.01 }\n")
+    code, _, err = call("federation.toml", "--partition", "0/2", "--policy", "policy.toml", "--leak", "mine")
+    assert code == 1
+    assert "client-0 would not join: max_leak: rows: 1.000 for the coordinator" in err
+
+
+def test_leak_needs_a_client(call):
+    code, _, err = call("federation.toml", "--leak", "mine")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err == "fedqueue: --leak = 'mine': needs a client; name the site's own with --client ID\n"
+
+
+def refusal(limits, **training):
+    task = LeakingTask(rows=60)
+    with pytest.raises(PolicyRefusal) as caught:
+        Policy(max_leak=limits).check_leak(configured(**training), task, CLIENT, task.train_data(CLIENT))
+    return str(caught.value)
+
+
+def test_policy_refuses_a_run_that_leaks_more_than_it_allows():
+    line = refusal({"rows": 0.01}, **LEAKY)
+    assert line.startswith("max_leak: rows: 1.000 for the coordinator, ")
+    assert line.endswith("above its control; at most 0.01 is allowed")
+    assert "membership: " in refusal({"membership": 0.05}, **LEAKY)
+
+
+def test_policy_allows_a_run_that_leaks_less():
+    task = LeakingTask(rows=60)
+    data = task.train_data(CLIENT)
+    Policy(max_leak={"rows": 0.1}).check_leak(configured(**MIXED), task, CLIENT, data)
+    ALLOW_ALL.check_leak(configured(**LEAKY), task, CLIENT, object())  # measures nothing
+
+
+def test_job_with_other_settings_than_measured_is_refused():
+    limited = Policy(max_leak={"rows": 0.01})
+    measured = TrainingConfig(batch_size=32)
+    limited.check_settings(measured, measured)
+    ALLOW_ALL.check_settings(TrainingConfig(batch_size=1), measured)
+    with pytest.raises(PolicyRefusal, match="max_leak: measured with batch_size = 32, the job asks for 1"):
+        limited.check_settings(TrainingConfig(batch_size=1), measured)
+
+
+@pytest.mark.parametrize("text", ["{ lines = 0.1 }", "{ rows = 2.0 }", "{ model = 0.1 }", "0.1"])
+def test_invalid_limit_in_a_policy_names_the_key(tmp_path, text):
+    (tmp_path / "policy.toml").write_text(f"max_leak = {text}\n")
+    with pytest.raises(ConfigurationError, match=r"policy.toml: max_leak"):
+        load_policy(tmp_path / "policy.toml")
