@@ -79,6 +79,13 @@ def test_policy_allows_a_run_that_leaks_less():
     ALLOW_ALL.check_leak(configured(**LEAKY), task, CLIENT, object())  # measures nothing
 
 
+def test_measuring_keeps_to_the_other_limits():
+    task = LeakingTask(rows=60)
+    limited = Policy(max_leak={"rows": 0.1}, max_epochs=5)
+    with pytest.raises(PolicyRefusal, match="max_epochs: the job asks for 10000000, this site allows at most 5"):
+        limited.check_leak(configured(local_epochs=10**7), task, CLIENT, task.train_data(CLIENT))
+
+
 def test_job_with_other_settings_than_measured_is_refused():
     limited = Policy(max_leak={"rows": 0.01})
     measured = TrainingConfig(batch_size=32)

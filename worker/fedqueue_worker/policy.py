@@ -92,6 +92,7 @@ class Policy(BaseModel):
         """
         if not self.max_leak:
             return
+        self.check_job(config.training, task.num_examples(data))  # what is trained here keeps to the limits, too
         from fedqueue.leak.measurement import above
         from fedqueue.leak.rehearsal import rehearse
 
