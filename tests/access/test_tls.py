@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import socket
 import ssl
 import stat
 from collections.abc import Callable, Iterator
@@ -142,6 +143,16 @@ REFUSED = {
     ),
     "an expired client certificate": ("good", {"client": "expired"}, "redis.cert_file has expired"),
 }  # fmt: skip
+
+
+def test_port_that_ignores_the_handshake_is_named() -> None:
+    """A server without TLS waits for the end of a command, and sends nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"rediss://127.0.0.1:{listening.getsockname()[1]}"
+        client = connect(url, retries=0)
+        client.connection_pool.connection_kwargs["socket_connect_timeout"] = 0.2
+        with pytest.raises(ServerUnavailable, match=r"is it redis:// instead of rediss://\?"):
+            check(client, url)
 
 
 def test_plain_url_to_a_tls_port_names_tls(proxy: Any) -> None:

@@ -198,6 +198,7 @@ def test_leader_whose_head_is_lost_begins_a_new_epoch(redis_client, tmp_path):
 
     def lose_head():
         redis_client.delete(coordinator.store.keys.head)
+        redis_client.hset(coordinator.store.keys.head, "job_number", 9)  # as the next dispatch does
         coordinator.store.publish(1, np.zeros(8, np.uint8), np.zeros(0, np.uint8), [{"kind": "version"}], {}, [])
 
     coordinator = coordinator_of(redis_client, tmp_path, *[lambda: None] * 4, lose_head, seconds=2)

@@ -99,7 +99,11 @@ class CoordinatorStore(Store):
 
         A run whose head or configuration Redis has deleted to free memory cannot be resumed, so it does not exist.
         """
-        return self.redis.exists(self.keys.versions, self.keys.head, self.keys.config) == 3
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.exists(self.keys.versions, self.keys.config)
+        pipe.hexists(self.keys.head, "version")  # a dispatch writes the head's job number again
+        stored, has_head = pipe.execute()
+        return stored == 2 and bool(has_head)
 
     def has_configuration(self) -> bool:
         """Whether Redis has the run's configuration, so that commands find the run."""

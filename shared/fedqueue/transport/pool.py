@@ -66,10 +66,17 @@ class TlsConnection(_CopyFree, SSLConnection):
         super().__init__(*args, **kwargs)
 
     def _wrap_socket_with_ssl(self, sock: socket.socket) -> ssl.SSLSocket:
+        sock.settimeout(self.socket_connect_timeout)  # a server without TLS waits for the end of a line
         try:
-            return self._tls.context().wrap_socket(sock, server_hostname=self.host)
+            secure = self._tls.context().wrap_socket(sock, server_hostname=self.host)
+        except TimeoutError as error:
+            raise redis.TimeoutError(
+                "the server does not answer the TLS handshake: is it redis:// instead of rediss://?"
+            ) from error
         except ssl.SSLError as error:
             raise self._explained(error) from error
+        secure.settimeout(self.socket_timeout)
+        return secure
 
     def on_connect_check_health(self, check_health: bool = True) -> None:
         """redis-py's, with an explained error: a TLS 1.3 server rejects a client certificate after the handshake."""
