@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,6 +42,12 @@ def test_verbose_run_logs_debug_lines(
 @pytest.mark.parametrize("verbose", [True, False])
 def test_workers_of_a_verbose_run_are_verbose(folder: Path, monkeypatch: pytest.MonkeyPatch, verbose: bool) -> None:
     started: list[Sequence[str]] = []
-    monkeypatch.setattr(child_processes, "start", lambda command, log, environment: started.append(command))
+
+    def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> None:
+        log.parent.mkdir(exist_ok=True)
+        log.touch()
+        started.append(command)
+
+    monkeypatch.setattr(child_processes, "start", start)
     LocalWorkers(folder / "federation.toml", [], 2, ["c0"], "unix://absent", RunFolder(folder), verbose)
     assert ("--verbose" in started[0]) is verbose
