@@ -113,7 +113,7 @@ def test_every_page_of_the_site_is_in_a_table_of_contents() -> None:
 
 
 @pytest.mark.parametrize("name", ["ARCHITECTURE.md", "CONTRIBUTING.md", "TESTING.md"])
-def test_every_file_that_a_root_page_names_is_there(name: Any) -> None:
+def test_every_file_that_a_root_page_names_is_there(name: str) -> None:
     coordinator = ROOT / "coordinator" / "fedqueue_coordinator"
     for path in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|lua|md|toml))`", (ROOT / name).read_text()):
         if not re.search(r"NAME|SECTION|task_", path):

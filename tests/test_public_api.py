@@ -13,7 +13,7 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ class Line(fedqueue.Task):
 
 
 @pytest.fixture
-def cell() -> Any:
+def cell() -> dict[str, Any]:
     """Return a notebook's names after the cell LINE; the cell's class is in no file and in no module."""
     namespace = {"__name__": "__main__"}
     exec(compile(LINE, "<ipython-input-1>", "exec"), namespace)
@@ -163,7 +163,7 @@ def python(*words: str) -> subprocess.CompletedProcess[str]:
 # simulate
 
 
-def test_simulation_in_a_notebook_cell_returns_a_result(cell: Any) -> None:
+def test_simulation_in_a_notebook_cell_returns_a_result(cell: dict[str, Any]) -> None:
     async def in_a_running_loop() -> None:
         exec("result = fedqueue.simulate(Line, clients=3, versions=6, strategy='fedbuff', seed=3)", cell)
 
@@ -206,7 +206,9 @@ def test_simulation_with_a_folder_writes_what_a_run_writes(line: Any, own_folder
         pytest.param(lambda: tomllib.loads((DIGITS / "federation.toml").read_text()), id="dict"),
     ],
 )
-def test_every_form_of_a_configuration_is_the_same_run(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_form_of_a_configuration_is_the_same_run(
+    source: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(DIGITS)
     settings = {"versions": 2, "training": {"local_epochs": 1}, "options": {"model": "mlp", "scheme": "iid"}}
     result = fedqueue.simulate(source(), **settings)
@@ -237,7 +239,7 @@ def test_task_class_with_options_equals_an_instance(line: Any) -> None:
         ({"versions": 2, "clients": object()}, "type object has no form in TOML"),
     ],
 )
-def test_setting_that_is_not_accepted_is_named(line: Any, settings: Any, problem: Any) -> None:
+def test_setting_that_is_not_accepted_is_named(line: Any, settings: dict[str, Any], problem: str) -> None:
     with pytest.raises(fedqueue.ConfigurationError) as caught:
         fedqueue.simulate(line, **settings)
     assert problem in str(caught.value)
@@ -295,7 +297,7 @@ def test_values_become_toml_that_reads_back_as_the_same() -> None:
 # Where worker processes find a task
 
 
-def test_run_refuses_a_class_of_a_notebook_cell_with_advice(cell: Any, own_folder: Any) -> None:
+def test_run_refuses_a_class_of_a_notebook_cell_with_advice(cell: dict[str, Any], own_folder: Any) -> None:
     with pytest.raises(fedqueue.TaskError, match=r"%%writefile task.py.*fedqueue.simulate"):
         fedqueue.run(cell["Line"], versions=1)
     with pytest.raises(fedqueue.TaskError, match="a notebook or an interactive session"):
@@ -338,7 +340,7 @@ def test_run_refuses_an_instance_with_arguments(own_folder: Any, monkeypatch: py
 
 
 @pytest.mark.parametrize("function", ["run", "simulate"])
-def test_run_that_starts_while_a_task_is_imported_is_refused(own_folder: Any, function: Any) -> None:
+def test_run_that_starts_while_a_task_is_imported_is_refused(own_folder: Any, function: str) -> None:
     source = f"{LINE}\nfedqueue.{function}(Line, versions=1)\n"
     (own_folder / "unguarded.py").write_text(source)
     with pytest.raises(fedqueue.TaskError, match=r"starts a run while it is imported.*__main__"):

@@ -55,7 +55,7 @@ def test_clean_versions_pass_and_skipped_ones_are_counted(audit: Any, capsys: py
 
 @pytest.mark.parametrize("dependencies", [[], [UNKNOWN]])
 def test_audit_that_could_not_be_made_is_loud_and_does_not_fail(
-    audit: Any, capsys: pytest.CaptureFixture[str], dependencies: Any
+    audit: Any, capsys: pytest.CaptureFixture[str], dependencies: list[Any]
 ) -> None:
     assert audit.judge(dependencies) == 0
     assert "SKIPPED: NO DEPENDENCY WAS AUDITED" in capsys.readouterr().err
@@ -63,7 +63,7 @@ def test_audit_that_could_not_be_made_is_loud_and_does_not_fail(
 
 @pytest.mark.parametrize("said", ["", "Traceback\nConnectionError: no route"])
 def test_pip_audit_without_an_answer_is_a_loud_skip(
-    audit: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: Any
+    audit: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     done = subprocess.CompletedProcess([], 1, "", said)
     monkeypatch.setattr(audit.subprocess, "run", lambda *a, **k: done)

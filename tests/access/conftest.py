@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
@@ -37,7 +36,7 @@ def guarded(start_server: Callable[..., AclServer]) -> AclServer:
 
 
 @pytest.fixture
-def led(guarded: AclServer) -> Any:
+def led(guarded: AclServer) -> SampleRun:
     """Return a run led by its coordinator's Redis user, on an empty server, with job names as in a federation."""
     guarded.user("admin").flushall()
     guarded.denied()

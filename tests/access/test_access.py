@@ -32,13 +32,13 @@ def worker_store(server: AclServer, client: str, token: str = "worker-a", user: 
     return WorkerStore(server.user(user or f"worker-{client}"), "sample", token)
 
 
-def post(worker: WorkerStore, run: Any, claim: Any, value: float = 1.0) -> str:
+def post(worker: WorkerStore, run: SampleRun, claim: Any, value: float = 1.0) -> str:
     payload = run.payload(value)
     return worker.post(claim, run.update(payload), payload)
 
 
 @pytest.fixture
-def victim(guarded: AclServer, led: Any) -> Any:
+def victim(guarded: AclServer, led: SampleRun) -> Any:
     """Return client c1, with a posted update and a job in training; the attacker c0 serves its own client."""
     run = led
     worker = worker_store(guarded, "c1", "worker-b")
@@ -419,7 +419,7 @@ def test_script_of_another_version_is_not_reported_as_an_outage(
 
 
 def test_coordinators_user_may_remove_a_run_and_viewer_may_not(
-    guarded: Any, led: Any, monkeypatch: pytest.MonkeyPatch
+    guarded: AclServer, led: SampleRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     led.join("c0")
     led.dispatch(1)

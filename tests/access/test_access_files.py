@@ -119,7 +119,7 @@ def test_command_writes_folders_for_volumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("server", ["http://h", "h:6379", "redis://u:hunter2@h", "redis://", "sentinel://h/s", ""])
-def test_invalid_server_url_is_refused_without_credentials(tmp_path: Path, server: Any) -> None:
+def test_invalid_server_url_is_refused_without_credentials(tmp_path: Path, server: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^--server") as caught:
         write(tmp_path / "x", "north", server=server)
     assert "hunter2" not in str(caught.value)
@@ -138,7 +138,7 @@ def test_acl_clients_come_from_configuration_or_command_line(tmp_path: Path) -> 
     ("run", "clients", "key"),
     [("r", [], "--client"), ("r", ["a b"], "--client"), ("r*", ["a"], "RUN"), ("", ["a"], "RUN")],
 )
-def test_invalid_names_are_errors_that_name_the_key(run: Any, clients: Any, key: Any) -> None:
+def test_invalid_names_are_errors_that_name_the_key(run: str, clients: list[Any], key: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{key}"):
         chosen_clients(run, clients, [])
 

@@ -45,7 +45,7 @@ class Trainer:
             raise self._raises
 
 
-def work(server: AclServer, run: Any, trainer: Trainer) -> list[str]:
+def work(server: AclServer, run: SampleRun, trainer: Trainer) -> list[str]:
     """Run a worker of client c0, logged in as its Redis user, until its queue is empty; return the trained jobs."""
     name = f"fedqueue-{run.name}-{uuid.uuid4().hex[:12]}-{client_tag(run.name, 'c0')}"
     worker = TrainingWorker(trainer, server.user("worker-c0"), [run.keys.queue("c0")], name)
@@ -54,7 +54,7 @@ def work(server: AclServer, run: Any, trainer: Trainer) -> list[str]:
     return trainer.jobs
 
 
-def enqueue(run: Any, number: int) -> str:
+def enqueue(run: SampleRun, number: int) -> str:
     order = tagged(run, number, "c0")
     run.dispatch_order(order, number)
     return str(order.job)

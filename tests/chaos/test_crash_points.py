@@ -110,7 +110,7 @@ def check_every_death(client: redis.Redis, folder: Path, config: Config, names: 
 
 
 @pytest.mark.parametrize("mode", [pytest.param("fedbuff", marks=pytest.mark.slow), "fedasync", "fedavg"])
-def test_crash_at_any_point_of_a_commit_changes_no_bit(fake_client: redis.Redis, tmp_path: Path, mode: Any) -> None:
+def test_crash_at_any_point_of_a_commit_changes_no_bit(fake_client: redis.Redis, tmp_path: Path, mode: str) -> None:
     config = scripted_config(**MODES[mode])
     names = {"between blobs", "before commit.lua", "after commit.lua", "after load"}
     assert check_every_death(fake_client, tmp_path, config, names) >= 10
@@ -151,7 +151,7 @@ def test_crash_among_batched_updates_loses_none(fake_client: redis.Redis, tmp_pa
 
 @pytest.mark.parametrize("mode", FURTHER)
 def test_aggregation_state_survives_a_crash_around_a_commit(
-    fake_client: redis.Redis, tmp_path: Path, mode: Any
+    fake_client: redis.Redis, tmp_path: Path, mode: str
 ) -> None:
     config = scripted_config(**{**FURTHER[mode], "stop": {"versions": 2}})
     assert check_every_death(fake_client, tmp_path, config, {"before commit.lua", "after commit.lua"}) >= 4
@@ -162,7 +162,7 @@ def test_aggregation_state_survives_a_crash_around_a_commit(
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("mode", MODES)
 def test_crash_at_any_passage_of_any_point_changes_no_bit(
-    server_client: redis.Redis, tmp_path: Path, mode: Any
+    server_client: redis.Redis, tmp_path: Path, mode: str
 ) -> None:
     assert check_every_death(server_client, tmp_path, scripted_config(**MODES[mode])) >= 80
 

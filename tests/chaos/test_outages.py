@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -195,7 +194,7 @@ def test_read_only_replica_is_waited_for_until_it_is_promoted(tmp_path: Path) ->
 
 @pytest.mark.parametrize("direction", ["post", "fetch"])
 def test_connection_cut_in_the_middle_of_a_chunk_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: Any
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direction: str
 ) -> None:
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 1_000_000)
     server = TcpServer(tmp_path)

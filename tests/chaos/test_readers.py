@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 
 import fedqueue.tensors.blobs
 from fedqueue.errors import BlobMissing
+from tests.support.sample_run import SampleRun
 
 CHUNKS = 9
 NEWER = 20
@@ -20,7 +19,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_version_stays_until_its_slow_reader_is_done(run: Any) -> None:
+def test_version_stays_until_its_slow_reader_is_done(run: SampleRun) -> None:
     run.publish(1)
     worker = run.join()
     claim = worker.claim(run.dispatch(), 60)
@@ -41,7 +40,7 @@ def test_version_stays_until_its_slow_reader_is_done(run: Any) -> None:
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_version_that_nobody_holds_is_gone_with_the_next_commit(run: Any) -> None:
+def test_version_that_nobody_holds_is_gone_with_the_next_commit(run: SampleRun) -> None:
     """Without a claim, which pins the version, the next commit deletes it."""
     run.publish(1)
     run.publish(2)
@@ -50,7 +49,7 @@ def test_version_that_nobody_holds_is_gone_with_the_next_commit(run: Any) -> Non
 
 
 @pytest.mark.usefixtures("small_chunks")
-def test_slow_readers_keep_only_their_own_versions(run: Any) -> None:
+def test_slow_readers_keep_only_their_own_versions(run: SampleRun) -> None:
     claims = []
     for number in range(1, 5):
         worker = run.join(f"c{number}")

@@ -183,7 +183,7 @@ def test_update_changed_before_its_merge_is_rejected_alone(
 
 
 @pytest.mark.parametrize(("aggregator", "compiled"), [(fedbuff(2, constant()), 1), (CLIPPED, 0)])
-def test_coordinator_compiles_its_loop_before_the_first_update(aggregator: Any, compiled: Any) -> None:
+def test_coordinator_compiles_its_loop_before_the_first_update(aggregator: Any, compiled: int) -> None:
     """An aggregator that keeps updates as frames adds no encoded update, so no kernel is compiled for it."""
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -17,6 +16,7 @@ from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.leader_election import LeaseRenewal
 from tests.support.builders import EXAMPLES
+from tests.support.sample_run import SampleRun
 from tests.support.scripted_run import Killed, Workers, lead, scripted_config
 from tests.support.small_task import SmallTask
 
@@ -58,7 +58,7 @@ def test_update_posted_after_leaving_and_rejoining_is_merged(fake_client: redis.
     assert [r["job"] for r in result.ledger if r.get("job") == job.job] == []
 
 
-def test_kept_payload_survives_a_late_duplicate_of_its_post(run: Any) -> None:
+def test_kept_payload_survives_a_late_duplicate_of_its_post(run: SampleRun) -> None:
     worker = run.join()
     claim = run.posted()
     (entry,) = run.updates()

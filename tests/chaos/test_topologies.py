@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import redis
@@ -34,7 +33,7 @@ def cluster(tmp_path: Path) -> Iterator[redis.Redis]:
     server.stop()
 
 
-def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster: Any) -> None:
+def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster: redis.Redis) -> None:
     with pytest.raises(redis.ResponseError, match=r"(?i)slot"):
         cluster.eval("return redis.call('GET', KEYS[1])", 2, "a", "b")
     run = SampleRun(cluster)
@@ -92,7 +91,7 @@ def _knows_a_replica(sentinel: redis.Redis) -> bool:
         return False
 
 
-def test_run_goes_on_at_the_replica_that_sentinel_promotes(watched: Any) -> None:
+def test_run_goes_on_at_the_replica_that_sentinel_promotes(watched: tuple[str, TcpServer, TcpServer]) -> None:
     url, primary, replica = watched
     run = SampleRun(connect(url))
     worker = run.join()

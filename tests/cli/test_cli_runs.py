@@ -254,7 +254,9 @@ for words in (["acl", "sample", "--client", "c0"], ["certs", "tls"], ["enroll", 
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_commands_that_train_nothing_import_no_heavy_module(live: Any, server: Any, folder: Any) -> None:
+def test_commands_that_train_nothing_import_no_heavy_module(
+    live: SampleRun, server: EmbeddedServer, folder: Path
+) -> None:
     source = f"URL = {server.url!r}\n{LEAN}"
     done = subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -89,16 +89,16 @@ def options_of(command: Any) -> Any:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_option_has_a_help_text(command: Any) -> None:
+def test_every_option_has_a_help_text(command: str) -> None:
     assert all(text and text.endswith((".", ")")) for text in options_of(command).values()), options_of(command)
 
 
 @pytest.mark.parametrize("command", ["coordinator", "list", "status", "export", "audit", "remove"])
-def test_server_option_has_three_names(command: Any) -> None:
+def test_server_option_has_three_names(command: str) -> None:
     assert ("--redis", "--url", "-u") in options_of(command)
 
 
-def test_main_help_shows_examples_and_shell_completion(call: Any) -> None:
+def test_main_help_shows_examples_and_shell_completion(call: CommandLine) -> None:
     _, out, _ = call("--help")
     assert "Examples:" in out
     assert "--install-completion" in out
@@ -106,7 +106,7 @@ def test_main_help_shows_examples_and_shell_completion(call: Any) -> None:
 
 @pytest.mark.parametrize("program", ["fedqueue", "fedqueue-worker"])
 def test_shell_completion_is_offered(
-    program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The command is that of `eval "$(fedqueue --show-completion bash)"`."""
     monkeypatch.setattr(sys, "argv", [program])
@@ -129,7 +129,9 @@ def test_shell_completion_is_offered(
         (["acl", "r", "--show"], "fedqueue acl --print-urls"),
     ],
 )
-def test_former_name_is_an_error_that_gives_the_current_name(call: Any, former: Any, present: Any) -> None:
+def test_former_name_is_an_error_that_gives_the_current_name(
+    call: CommandLine, former: list[str], present: str
+) -> None:
     code, out, err = call(*former)
     assert (code, out) == (2, "")
     assert f"is now `{present}`" in err
@@ -159,7 +161,9 @@ def test_worker_command_passes_arguments_and_exit_code_on(tmp_path: Path) -> Non
     assert "absent.toml': cannot be read" in done.stderr
 
 
-def test_worker_command_without_a_worker_says_what_to_install(call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_command_without_a_worker_says_what_to_install(
+    call: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, out, err = call("worker", "federation.toml")
     assert (code, out) == (1, "")
@@ -171,26 +175,26 @@ def test_worker_command_without_a_worker_says_what_to_install(call: Any, monkeyp
 # Verbose and quiet
 
 
-def test_verbose_and_quiet_exclude_each_other(call: Any, path: Any) -> None:
+def test_verbose_and_quiet_exclude_each_other(call: CommandLine, path: Path) -> None:
     code, _, err = call("coordinator", path, "-v", "-q")
     assert code == 2
     assert "not together with --verbose" in err
 
 
-def test_version_option_prints_the_version_of_the_package(call: Any) -> None:
+def test_version_option_prints_the_version_of_the_package(call: CommandLine) -> None:
     assert call("--version") == (0, f"fedqueue {fedqueue.__version__}\n", "")
     assert metadata.version("fedqueue") == fedqueue.__version__
 
 
 @pytest.mark.parametrize("name", ["fedqueue", "fedqueue-worker"])
-def test_installed_command_calls_main_of_the_module(name: Any) -> None:
+def test_installed_command_calls_main_of_the_module(name: str) -> None:
     [script] = [e for e in metadata.entry_points(group="console_scripts") if e.name == name]
     assert script.load() in (cli.main, worker_cli.main)
 
 
 @pytest.mark.parametrize("package", ["fedqueue_coordinator", "fedqueue_worker"])
 def test_package_can_be_run_as_a_module(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: Any
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
     monkeypatch.setattr(sys, "argv", [package, "--help"])
     with pytest.raises(SystemExit) as ended:
@@ -223,7 +227,7 @@ def test_package_can_be_run_as_a_module(
     ],
 )
 def test_bad_configuration_is_one_line_and_exit_code_2(
-    call: Any, path: Any, command: Any, override: Any, line: Any
+    call: CommandLine, path: Path, command: str, override: str, line: str
 ) -> None:
     code, out, err = call(command, path, "--set", override)
     assert (code, out) == (2, "")
@@ -232,17 +236,17 @@ def test_bad_configuration_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.parametrize("command", ["run", "coordinator"])
-def test_missing_file_is_one_line_and_exit_code_2(call: Any, command: Any) -> None:
+def test_missing_file_is_one_line_and_exit_code_2(call: CommandLine, command: str) -> None:
     code, _, err = call(command, "absent.toml")
     assert (code, err) == (2, "fedqueue: CONFIG = 'absent.toml': cannot be read: No such file or directory\n")
 
 
-def test_missing_task_is_one_line_and_exit_code_2(call: Any, path: Any, tmp_path: Path) -> None:
+def test_missing_task_is_one_line_and_exit_code_2(call: CommandLine, path: Path, tmp_path: Path) -> None:
     code, _, err = call("run", path, "--quiet")
     assert (code, err) == (2, f"fedqueue: task.entrypoint: there is no file {tmp_path / 'task.py'}\n")
 
 
-def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call: Any, path: Any, tmp_path: Path) -> None:
+def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call: CommandLine, path: Path, tmp_path: Path) -> None:
     (tmp_path / "task.py").write_text(
         "from fedqueue import Task\nclass Absent(Task):\n"
         "    def __init__(self, depth=1):\n        if depth > 9: raise ValueError('too deep')\n"
@@ -253,26 +257,28 @@ def test_bad_option_of_the_task_is_one_line_and_exit_code_2(call: Any, path: Any
     assert err.count("\n") == 1
 
 
-def test_coordinator_without_a_server_says_how_to_name_one(call: Any, path: Any) -> None:
+def test_coordinator_without_a_server_says_how_to_name_one(call: CommandLine, path: Path) -> None:
     code, _, err = call("coordinator", path)
     assert (code, err) == (2, "fedqueue: redis.url: missing; set it, or pass --redis URL\n")
 
 
 @pytest.mark.parametrize("arguments", [["run", "--bogus"], ["walk"], ["run", "a", "b"], ["export", "run"], ["init"]])
-def test_wrong_usage_is_exit_code_2(call: Any, arguments: Any) -> None:
+def test_wrong_usage_is_exit_code_2(call: CommandLine, arguments: list[str]) -> None:
     code, out, err = call(*arguments)
     assert (code, out) == (2, "")
     assert "Usage: " in err
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "many"])
-def test_number_of_workers_is_at_least_one(call: Any, path: Any, workers: Any) -> None:
+def test_number_of_workers_is_at_least_one(call: CommandLine, path: Path, workers: str) -> None:
     code, _, err = call("run", path, "--workers", workers)
     assert code == 2
     assert "--workers" in err
 
 
-def test_unreachable_given_server_is_exit_code_1(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_given_server_is_exit_code_1(
+    call: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("FEDQUEUE_REDIS__URL", f"unix://u:hunter2@{tmp_path}/none.sock")
     for command in ("status", "list"):
         code, _, err = call(command)

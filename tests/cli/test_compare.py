@@ -98,7 +98,7 @@ def test_compare_runs_each_mode_with_each_seed(path: Path, tmp_path: Path) -> No
         ("def evaluate(self, model, data): raise OSError('no [disk]')", "evaluation failed: OSError: no [disk]"),
     ],
 )
-def test_failures_are_named_below_the_table(path: Any, tmp_path: Path, method: Any, reason: Any) -> None:
+def test_failures_are_named_below_the_table(path: Path, tmp_path: Path, method: str, reason: str) -> None:
     (tmp_path / "broken.py").write_text(
         f"from tests.support.toy_task import ToyTask\nclass Broken(ToyTask):\n    {method}\n"
     )
@@ -118,7 +118,7 @@ def test_client_without_an_update_is_named_below_the_table() -> None:
     assert lines == ["x: no update from b in at least one run", "y: a: why"]
 
 
-def test_comparison_does_not_touch_a_folder_of_others(path: Any, tmp_path: Path) -> None:
+def test_comparison_does_not_touch_a_folder_of_others(path: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     result = CliRunner().invoke(app, ["compare", str(path), "--seeds", "1", "--output", str(tmp_path)])
     assert isinstance(result.exception, ConfigurationError)
@@ -219,7 +219,7 @@ def test_task_without_test_data_cannot_be_compared(path: Path) -> None:
         ("compare.target={acc = 0.9}", "compare.target", "evaluate returned loss, accuracy"),
     ],
 )
-def test_target_that_tells_nothing_cannot_be_compared(path: Any, target: Any, key: Any, words: Any) -> None:
+def test_target_that_tells_nothing_cannot_be_compared(path: Path, target: str, key: str, words: str) -> None:
     with pytest.raises(ConfigurationError, match=words) as caught:
         setup_of(path, target).run(make_variants(["fedbuff"])[0], 0, {}, nothing)
     assert caught.value.key == key
@@ -269,11 +269,11 @@ def test_best_trial_reaches_the_target_most_often_then_soonest() -> None:
 
 
 def test_outcome_has_the_first_evaluation_at_the_target() -> None:
-    def version(number: Any, seconds: Any, *clients: Any) -> Any:
+    def version(number: Any, seconds: Any, *clients: Any) -> dict[str, Any]:
         merged = [{"client": client, "staleness": number} for client in clients]
         return {"kind": "version", "version": number, "seconds": seconds, "merged": merged}
 
-    def evaluation(number: Any, seconds: Any, accuracy: Any) -> Any:
+    def evaluation(number: Any, seconds: Any, accuracy: Any) -> dict[str, Any]:
         return {"kind": "evaluation", "version": number, "seconds": seconds, "metrics": {"accuracy": accuracy}}
 
     ledger = [

@@ -204,7 +204,7 @@ def test_metric_that_is_not_finite_is_shown_and_leaves_a_gap(federation: Federat
     assert sparkline([float("nan")]) == ""
 
 
-def test_evaluation_without_metrics_is_not_drawn(federation: Any) -> None:
+def test_evaluation_without_metrics_is_not_drawn(federation: Federation) -> None:
     shown, _ = view(terminal=False)
     federation.evaluated = Evaluated(1, {}, "the disk is full")
     shown.update(federation, 0.0)
@@ -222,7 +222,7 @@ def test_evaluation_without_metrics_is_not_drawn(federation: Any) -> None:
         ([1.0, -1.0], BARS[-1] + BARS[0]),
     ],
 )
-def test_sparkline_spans_the_lowest_to_the_highest_bar(values: Any, bars: Any) -> None:
+def test_sparkline_spans_the_lowest_to_the_highest_bar(values: list[Any], bars: Any) -> None:
     assert sparkline(values) == bars
 
 

@@ -24,11 +24,11 @@ from fedqueue_coordinator.operator.results import RESULT_FILENAMES, write_result
 NAN = float("nan")
 
 
-def line(job: Any, client: Any, at: Any, staleness: Any = 0) -> Any:
+def line(job: Any, client: Any, at: Any, staleness: int = 0) -> dict[str, Any]:
     return {"job": f"r-{job}", "client": client, "at": at, "staleness": staleness, "base": 0, "weight": 1.0}
 
 
-def ledger_of(clients: int, versions: int = 5, metrics: tuple[str, ...] = ("loss", "accuracy")) -> Any:
+def ledger_of(clients: int, versions: int = 5, metrics: tuple[str, ...] = ("loss", "accuracy")) -> list[Any]:
     records = []
     for v in range(1, versions + 1):
         merged = [line(v * clients + c, f"client-{c}", v - 0.5, (v + c) % 4) for c in range(clients)]
@@ -42,7 +42,7 @@ def ledger_of(clients: int, versions: int = 5, metrics: tuple[str, ...] = ("loss
     return records
 
 
-def drawn(tmp_path: Any, ledger: Any) -> Image.Image:
+def drawn(tmp_path: Path, ledger: Any) -> Image.Image:
     path = tmp_path / "report.png"
     summary = summarize("digits", "fedbuff", 0, "target accuracy >= 0.95 reached", ledger, {"closed": 1})
     with warnings.catch_warnings():
@@ -80,7 +80,7 @@ def test_report_of_any_run_has_content_in_each_quarter(tmp_path: Path, ledger: A
 
 
 @pytest.mark.parametrize("values", [(NAN, 2.0, NAN), (NAN, NAN, NAN), (float("inf"), 1.0, 0.5)])
-def test_report_has_gaps_where_a_metric_is_not_finite(tmp_path: Path, values: Any) -> None:
+def test_report_has_gaps_where_a_metric_is_not_finite(tmp_path: Path, values: tuple[Any, ...]) -> None:
     ledger = ledger_of(2, 3, metrics=("loss",))
     for record, value in zip([r for r in ledger if r["kind"] == "evaluation"], values, strict=True):
         record["metrics"] = {"loss": value}

@@ -26,14 +26,16 @@ def init(call: CommandLine, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
     return lambda folder: call("init", folder)
 
 
-def test_three_files_are_written_and_the_next_command_is_shown(init: Any, tmp_path: Path) -> None:
+def test_three_files_are_written_and_the_next_command_is_shown(
+    init: Callable[[str], tuple[object, str, str]], tmp_path: Path
+) -> None:
     code, out, err = init("mine")
     assert (code, err) == (0, "")
     assert out == "Try it:  fedqueue run mine/federation.toml\n"
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(SCAFFOLD_FILENAMES)
 
 
-def test_written_task_loads_and_learns(init: Any, tmp_path: Path) -> None:
+def test_written_task_loads_and_learns(init: Callable[[str], tuple[object, str, str]], tmp_path: Path) -> None:
     init("deep/er/mine")
     path = tmp_path / "deep/er/mine/federation.toml"
     config = load_config(path, environment={})
@@ -52,7 +54,7 @@ def test_written_task_loads_and_learns(init: Any, tmp_path: Path) -> None:
     assert set(config.stop.target) <= set(after)
 
 
-def test_client_with_its_own_data_is_supported(init: Any, tmp_path: Path) -> None:
+def test_client_with_its_own_data_is_supported(init: Callable[[str], tuple[object, str, str]], tmp_path: Path) -> None:
     init("mine")
     task = load_task("task.py:MyTask", {}, tmp_path / "mine")
     assert len(task.train_data(Client("guest")))
@@ -68,13 +70,15 @@ def test_folder_with_one_of_the_files_is_left_unchanged(init: Callable[..., Any]
     assert [(p.name, p.read_text()) for p in (tmp_path / "mine").iterdir()] == [(name, "precious")]
 
 
-def test_folder_with_other_files_is_accepted(init: Any, tmp_path: Path) -> None:
+def test_folder_with_other_files_is_accepted(init: Callable[[str], tuple[object, str, str]], tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     assert init(".")[0] == 0
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_every_option_in_the_configuration_is_explained(init: Any, tmp_path: Path) -> None:
+def test_every_option_in_the_configuration_is_explained(
+    init: Callable[[str], tuple[object, str, str]], tmp_path: Path
+) -> None:
     init("mine")
     text = (tmp_path / "mine" / "federation.toml").read_text()
     assert text.startswith("# ")
@@ -83,7 +87,7 @@ def test_every_option_in_the_configuration_is_explained(init: Any, tmp_path: Pat
 
 
 def test_commands_of_the_readme_are_complete(
-    call: Any, init: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: CommandLine, init: Callable[[str], tuple[object, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Signatures are required by default, so neither the coordinator nor a worker starts without keys."""
     init("mine")

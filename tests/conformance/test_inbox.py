@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fedqueue_coordinator.service import inbox
@@ -66,7 +64,7 @@ def test_read_finds_an_entry_older_than_the_subscription(run: SampleRun) -> None
     assert [e.kind for e in run.coordinator.receive(0.0)] == ["joined"]
 
 
-def test_repeated_sweep_finds_an_entry_of_any_client(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeated_sweep_finds_an_entry_of_any_client(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox, "SWEPT", 10)
     for i in range(700):
         run.client.sadd(run.keys.clients, f"c{i}")
@@ -76,7 +74,7 @@ def test_repeated_sweep_finds_an_entry_of_any_client(run: Any, monkeypatch: pyte
     assert found == ["c123"]
 
 
-def test_each_sweep_reads_the_streams_of_clients_with_a_job(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_sweep_reads_the_streams_of_clients_with_a_job(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inbox, "SWEPT", 1)
     for i in range(700):
         run.client.sadd(run.keys.clients, f"c{i}")

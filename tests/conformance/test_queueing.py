@@ -105,7 +105,7 @@ def detonate() -> None:
 
 
 class Bomb:
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[Any, ...]:
         return detonate, ()
 
 
@@ -124,7 +124,7 @@ def work(client: redis.Redis, recorder: Any = None, queues: tuple[Any, ...] = (Q
     return recorder.orders
 
 
-def plant(client: redis.Redis, job: Any = "planted", **fields: Any) -> None:
+def plant(client: redis.Redis, job: str = "planted", **fields: Any) -> None:
     """Write an RQ job record by hand, as somebody with access to Redis could, at the front of the queue."""
     good = {"data": msgpack.packb([TRAIN, None, [], {"order": {"job": job}}]), "origin": QUEUE, "status": "queued"}
     record = {**good, "timeout": -1, "created_at": "2026-01-01T00:00:00.000000Z", **fields}

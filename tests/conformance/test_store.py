@@ -34,7 +34,7 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     return request.param
 
 
-def other(run: SampleRun, owner: Any = "owner-b") -> CoordinatorStore:
+def other(run: SampleRun, owner: str = "owner-b") -> CoordinatorStore:
     return CoordinatorStore(run.client, run.name, owner)
 
 
@@ -787,7 +787,7 @@ def test_late_post_cannot_change_a_kept_payload(chunks: int, run: SampleRun) -> 
 # Epochs: the coordinator restores a run that Redis has lost from a checkpoint
 
 
-def new_epoch(run: SampleRun, version: Any = 5) -> None:
+def new_epoch(run: SampleRun, version: int = 5) -> None:
     """Delete everything in Redis and let the running coordinator start epoch 1 from its checkpoint."""
     run.client.flushdb()
     assert run.coordinator.lead(60)
@@ -963,7 +963,7 @@ def test_ledger_is_read_in_the_order_of_writing(run: SampleRun) -> None:
 # Counts
 
 
-def test_counts_are_what_the_ledger_adds_up_to(run: Any) -> None:
+def test_counts_are_what_the_ledger_adds_up_to(run: SampleRun) -> None:
     run.join()
     run.publish(0)
     run.coordinator.close(run.dispatch(1), {"kind": "abandoned", "client": "c0", "reason": "failed", "error": "why"}, 1)
@@ -979,7 +979,7 @@ def test_counts_are_what_the_ledger_adds_up_to(run: Any) -> None:
     assert counts.evaluation is None
 
 
-def test_restored_ledger_restores_the_counts(run: Any) -> None:
+def test_restored_ledger_restores_the_counts(run: SampleRun) -> None:
     ledger = [
         {"kind": "version", "version": 1, "merged": [{"client": "c0"}, {"client": "c1"}, {"client": "c0"}]},
         {"kind": "rejected", "client": "c0", "reason": "stale"},

@@ -15,6 +15,7 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.transport import line_speed
 from fedqueue.transport.connection import connect
 from fedqueue.transport.transfer import PAYLOAD_SECONDS, Download, Upload
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_worker.retrying_store import RetryingStore
 from tests.support.sample_run import SampleRun
 
@@ -28,18 +29,18 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(line_speed, bound, PIECE)
 
 
-def begin(run: Any, lease: Any = 60.0) -> Any:
+def begin(run: SampleRun, lease: float = 60.0) -> tuple[Any, ...]:
     """Return the worker of c0, and its claim of a new job."""
     worker = run.join()
     return worker, worker.claim(run.dispatch(lease=lease), lease)
 
 
-def stored(run: Any, claim: Any) -> Any:
+def stored(run: SampleRun, claim: Any) -> Any:
     prefix = run.keys.payload(claim.job, claim.attempt)
     return b"".join(run.client.get(f"{prefix}:{i}") or b"" for i in range(3))
 
 
-def numbered(run: Any) -> Any:
+def numbered(run: SampleRun) -> Any:
     """Return a payload whose bytes differ."""
     payload = run.payload()
     payload[:] = np.arange(payload.nbytes)
@@ -54,7 +55,7 @@ def finish(transfer: Upload | Download) -> None:
 # Uploads
 
 
-def test_pieces_add_up_to_the_payload_that_is_posted(run: Any) -> None:
+def test_pieces_add_up_to_the_payload_that_is_posted(run: SampleRun) -> None:
     worker, claim = begin(run)
     payload = numbered(run)
     upload = worker.upload(claim, payload)
@@ -65,7 +66,7 @@ def test_pieces_add_up_to_the_payload_that_is_posted(run: Any) -> None:
     assert [entry.attempt for entry in run.updates()] == [1]
 
 
-def test_upload_continues_after_the_bytes_that_arrived(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_upload_continues_after_the_bytes_that_arrived(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reply to a piece is lost, and later one of the requests."""
     worker, claim = begin(run)
     payload, sent = numbered(run), []
@@ -92,7 +93,7 @@ def test_upload_continues_after_the_bytes_that_arrived(run: Any, monkeypatch: py
     assert stored(run, claim) == payload.tobytes()
 
 
-def test_upload_sends_again_what_redis_has_lost(run: Any) -> None:
+def test_upload_sends_again_what_redis_has_lost(run: SampleRun) -> None:
     worker, claim = begin(run)
     payload = numbered(run)
     upload = worker.upload(claim, payload)
@@ -104,7 +105,7 @@ def test_upload_sends_again_what_redis_has_lost(run: Any) -> None:
     assert stored(run, claim) == payload.tobytes()
 
 
-def test_repeated_piece_that_arrives_late_changes_nothing(run: Any) -> None:
+def test_repeated_piece_that_arrives_late_changes_nothing(run: SampleRun) -> None:
     worker, claim = begin(run)
     payload = numbered(run)
     late = worker.upload(claim, payload)
@@ -118,7 +119,7 @@ def test_repeated_piece_that_arrives_late_changes_nothing(run: Any) -> None:
     assert run.client.ttl(run.keys.payload(claim.job, claim.attempt) + ":0") == -1
 
 
-def test_each_piece_renews_the_lease_and_every_expiry(run: Any) -> None:
+def test_each_piece_renews_the_lease_and_every_expiry(run: SampleRun) -> None:
     worker, claim = begin(run, lease=0.0)
     assert run.coordinator.find_expired() == [claim.job]
     upload = worker.upload(claim, numbered(run), lambda: 60.0)
@@ -131,7 +132,7 @@ def test_each_piece_renews_the_lease_and_every_expiry(run: Any) -> None:
     assert all(PAYLOAD_SECONDS - 5 < run.client.ttl(f"{prefix}:{i}") <= PAYLOAD_SECONDS for i in range(2))
 
 
-def test_attempts_do_not_mix_their_pieces(run: Any) -> None:
+def test_attempts_do_not_mix_their_pieces(run: SampleRun) -> None:
     worker, first = begin(run)
     payload = numbered(run)
     early = worker.upload(first, payload)
@@ -147,7 +148,7 @@ def test_attempts_do_not_mix_their_pieces(run: Any) -> None:
     assert stored(run, second) == other.tobytes()
 
 
-def test_upload_of_a_closed_job_ends_and_leaves_nothing(run: Any) -> None:
+def test_upload_of_a_closed_job_ends_and_leaves_nothing(run: SampleRun) -> None:
     worker, claim = begin(run, lease=0.0)
     payload = numbered(run)
     upload = worker.upload(claim, payload)
@@ -159,7 +160,7 @@ def test_upload_of_a_closed_job_ends_and_leaves_nothing(run: Any) -> None:
     assert run.coordinator.refused() == {"closed": 1}
 
 
-def test_small_payload_travels_with_its_post(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_payload_travels_with_its_post(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     worker, claim = begin(run)
     worker.uplink.piece = 1000
     monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 1000)
@@ -174,7 +175,7 @@ def test_small_payload_travels_with_its_post(run: Any, monkeypatch: pytest.Monke
 # Downloads
 
 
-def test_download_continues_with_the_missing_piece(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_download_continues_with_the_missing_piece(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run.publish(1)
     worker, claim = begin(run)
     download = worker.download(claim.version, into := np.zeros(72, np.uint8))
@@ -195,7 +196,7 @@ def test_download_continues_with_the_missing_piece(run: Any, monkeypatch: pytest
     np.testing.assert_array_equal(into, run.payload(1.0))
 
 
-def test_outage_between_pieces_is_waited_for(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outage_between_pieces_is_waited_for(run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     run.publish(1)
     worker, claim = begin(run)
     read_span, calls = worker.read_span, itertools.count()
@@ -216,7 +217,7 @@ def test_outage_between_pieces_is_waited_for(run: Any, monkeypatch: pytest.Monke
 
 @pytest.mark.server
 def test_bytes_of_a_large_piece_are_progress_in_both_directions(
-    server: Any, server_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+    server: EmbeddedServer, server_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = SampleRun(connect(server.url))
     worker, claim = begin(run)
@@ -236,7 +237,7 @@ def test_bytes_of_a_large_piece_are_progress_in_both_directions(
 # A worker that dies in a transfer
 
 
-def test_lease_of_a_replaced_worker_process_has_ended(run: Any) -> None:
+def test_lease_of_a_replaced_worker_process_has_ended(run: SampleRun) -> None:
     """The job's lease is long, because it was in a transfer; the next process serves the client sooner than that."""
     _, claim = begin(run, lease=600.0)
     assert run.coordinator.find_expired() == []
@@ -247,7 +248,7 @@ def test_lease_of_a_replaced_worker_process_has_ended(run: Any) -> None:
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 3, if_lapsed=True)
 
 
-def test_job_that_waits_in_the_queue_stays_with_the_client(run: Any) -> None:
+def test_job_that_waits_in_the_queue_stays_with_the_client(run: SampleRun) -> None:
     run.join()
     job = run.dispatch(lease=600.0)
     run.client.hset(run.keys.site("c0"), "alive", 0)

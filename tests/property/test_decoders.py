@@ -89,12 +89,12 @@ SLOW = {"order", "registration", "ending", "evaluation", "seal", "descriptor", "
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in DECODERS])
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_bomb_takes_neither_time_nor_memory(name: Any, bomb: Any) -> None:
+def test_bomb_takes_neither_time_nor_memory(name: Any, bomb: str) -> None:
     check(name, BOMBS[bomb])
 
 
 @pytest.mark.parametrize("broken", ["raises", "grows", "hangs"])
-def test_check_notices_a_decoder_that_breaks_a_bound(monkeypatch: pytest.MonkeyPatch, broken: Any) -> None:
+def test_check_notices_a_decoder_that_breaks_a_bound(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     ticks = iter([0.0, 99.0])
     if broken == "hangs":
         monkeypatch.setattr(decoders.time, "process_time", lambda: next(ticks))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from fedqueue.config.loading import load_config
 from fedqueue.task import load_task
 from tests.support.ledger_checks import check_agreement
-from tests.support.programs import descendants, read_results, worker_pids
+from tests.support.programs import Program, descendants, read_results, worker_pids
 from tests.support.retrace import retrace
 from tests.support.waiting import alive, wait_until, wait_until_ended
 
@@ -23,7 +24,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def test_run_leaves_results_that_agree_and_no_process(config: Any, start: Any, tmp_path: Path) -> None:
+def test_run_leaves_results_that_agree_and_no_process(
+    config: Path, start: Callable[..., Program], tmp_path: Path
+) -> None:
     program = start("fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", "--seed", 3)
     offspring = wait_until(
         lambda: len(found := descendants(program.pid)) >= 4 and found, "a server, two workers, their parent"
@@ -47,7 +50,7 @@ def test_run_leaves_results_that_agree_and_no_process(config: Any, start: Any, t
     assert "report:" in program.text
 
 
-def test_compressed_digits_reach_95_percent_despite_a_kill(start: Any, tmp_path: Path) -> None:
+def test_compressed_digits_reach_95_percent_despite_a_kill(start: Callable[..., Program], tmp_path: Path) -> None:
     """Uses int8 uplink and bfloat16 downlink; the audit replays every merge of encoded payloads to the same bits."""
     program = start(
         "fedqueue_coordinator", "run", EXAMPLES / "digits" / "federation.toml", "--output", "out",
@@ -71,7 +74,9 @@ def test_compressed_digits_reach_95_percent_despite_a_kill(start: Any, tmp_path:
     assert f"({summary['updates_merged']} updates)" in audit.text
 
 
-def test_ctrl_c_keeps_the_model_so_far_and_leaves_no_process(config: Any, fork: Any, tmp_path: Path) -> None:
+def test_ctrl_c_keeps_the_model_so_far_and_leaves_no_process(
+    config: Path, fork: Callable[..., Program], tmp_path: Path
+) -> None:
     program = fork(
         "fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", "--set", "stop.versions=1000000"
     )
@@ -89,7 +94,9 @@ def test_ctrl_c_keeps_the_model_so_far_and_leaves_no_process(config: Any, fork: 
     assert not any(map(alive, offspring))
 
 
-def test_workers_and_server_end_when_the_runner_is_killed(config: Any, start: Any, tmp_path: Path) -> None:
+def test_workers_and_server_end_when_the_runner_is_killed(
+    config: Path, start: Callable[..., Program], tmp_path: Path
+) -> None:
     program = start("fedqueue_coordinator", "run", config, "--output", "out", "--set", "stop.versions=1000000")
     workers = worker_pids(tmp_path / "out", 4)
     offspring = descendants(program.pid)
@@ -99,7 +106,9 @@ def test_workers_and_server_end_when_the_runner_is_killed(config: Any, start: An
     wait_until_ended(offspring)
 
 
-def test_local_run_fails_when_the_task_raises_everywhere(config: Any, fork: Any, tmp_path: Path) -> None:
+def test_local_run_fails_when_the_task_raises_everywhere(
+    config: Path, fork: Callable[..., Program], tmp_path: Path
+) -> None:
     program = fork(
         "fedqueue_coordinator", "run", config, "--output", "out", "--workers", 2, "--set", "task.options.raises='*'",
         "--set", "dispatch.max_client_failures=2", "--set", "dispatch.backoff_seconds=0.1",
@@ -115,7 +124,7 @@ def test_local_run_fails_when_the_task_raises_everywhere(config: Any, fork: Any,
 
 
 @pytest.mark.parametrize("mode", ["fedasync", "fedavg"])
-def test_every_mode_trains(config: Any, fork: Any, tmp_path: Path, mode: Any) -> None:
+def test_every_mode_trains(config: Path, fork: Callable[..., Program], tmp_path: Path, mode: str) -> None:
     program = fork(
         "fedqueue_coordinator", "run", config, "--output", "out", "--workers", 2, "--quiet",
         "--set", f"aggregation.strategy={mode}",
@@ -131,7 +140,9 @@ def test_every_mode_trains(config: Any, fork: Any, tmp_path: Path, mode: Any) ->
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_run_that_died_or_was_interrupted_goes_on_with_resume(config: Any, fork: Any, tmp_path: Path, how: Any) -> None:
+def test_run_that_died_or_was_interrupted_goes_on_with_resume(
+    config: Path, fork: Callable[..., Program], tmp_path: Path, how: Any
+) -> None:
     endless = ("--set", "stop.versions=1000000")
     first = fork("fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", *endless)
     wait_until(lambda: "accuracy" in first.text and "version 0 " not in first.text.splitlines()[-1], "a version")

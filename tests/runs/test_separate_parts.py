@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,16 @@ from fedqueue.protocol.signed_envelope import SignedEnvelope
 from fedqueue.transport.connection import connect
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from tests.support.ledger_checks import check_agreement
-from tests.support.programs import read_results
+from tests.support.programs import Program, read_results
 from tests.support.waiting import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
 
 def test_separate_parts_make_a_run_and_respect_retention(
-    config: Any, start: Any, tmp_path: Path, redis_server: Any
+    config: Path, start: Callable[..., Program], tmp_path: Path, redis_server: EmbeddedServer
 ) -> None:
     """Three workers accept every job; the policy of a fourth site refuses all of them."""
     (tmp_path / "policy.toml").write_text("min_examples = 97  # there are 96")
@@ -75,7 +77,7 @@ def check_refusals(summary: Any, ledger: Any, egress_log: Any) -> None:
 
 
 def test_next_coordinator_resumes_after_a_stop_and_key_rotation(
-    config: Any, fork: Any, tmp_path: Path, redis_server: Any
+    config: Path, fork: Callable[..., Program], tmp_path: Path, redis_server: EmbeddedServer
 ) -> None:
     """Between the coordinators, a client's key and the coordinator's key are rotated; the worker is not restarted."""
     # Batches are slow, so that a heartbeat finds the new key before the run ends.
@@ -120,7 +122,7 @@ def test_next_coordinator_resumes_after_a_stop_and_key_rotation(
 
 
 def test_killed_worker_loses_only_its_job_and_is_replaced(
-    config: Any, fork: Any, tmp_path: Path, redis_server: Any
+    config: Path, fork: Callable[..., Program], tmp_path: Path, redis_server: EmbeddedServer
 ) -> None:
     settings = ("--set", "clients.count=2", "--set", "task.options.batch_seconds=0.03", "--set", "stop.versions=30")
     url = ("--redis", redis_server.url)
@@ -141,7 +143,11 @@ def test_killed_worker_loses_only_its_job_and_is_replaced(
 
 
 def test_worker_told_to_stop_hands_its_job_back_at_once(
-    config: Any, start: Any, fork: Any, tmp_path: Path, redis_server: Any
+    config: Path,
+    start: Callable[..., Program],
+    fork: Callable[..., Program],
+    tmp_path: Path,
+    redis_server: EmbeddedServer,
 ) -> None:
     settings = ("--set", "task.options.batch_seconds=0.5", "--set", "training.local_epochs=100")
     url = ("--redis", redis_server.url)
@@ -168,7 +174,9 @@ def test_worker_told_to_stop_hands_its_job_back_at_once(
     assert coordinator.wait() == 130, coordinator.text
 
 
-def test_once_ends_after_a_job_and_clients_are_exclusive(config: Any, fork: Any, redis_server: Any) -> None:
+def test_once_ends_after_a_job_and_clients_are_exclusive(
+    config: Path, fork: Callable[..., Program], redis_server: EmbeddedServer
+) -> None:
     url = ("--redis", redis_server.url)
     coordinator = fork("fedqueue_coordinator", "coordinator", config, *url, "--set", "stop.versions=1000")
     lasting = fork("fedqueue_worker", config, *url, "--client", "client-2")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import msgpack
 import pytest
@@ -35,7 +34,7 @@ def verdict(scene: Scene, keys: str = "keys") -> Check:
     return signed
 
 
-def test_unchanged_signed_data_passes_and_is_counted(scene: Any) -> None:
+def test_unchanged_signed_data_passes_and_is_counted(scene: Scene) -> None:
     signed = verdict(scene)
     assert signed.problems == []
     assert signed.invariant.endswith("(descriptor 1, version 2, history 1, totals 1, order 1, payload 2)")
@@ -51,7 +50,7 @@ def change_model(scene: Scene, version: int = 2) -> None:
     scene.redis.setrange(f"{scene.keys.model(version)}:0", 3, b"x")
 
 
-def change_ledger(scene: Any) -> None:
+def change_ledger(scene: Scene) -> None:
     records = scene.store.ledger()
     records[0]["merged"][0]["client"] = "c1"
     scene.redis.delete(scene.keys.ledger)
@@ -59,12 +58,12 @@ def change_ledger(scene: Any) -> None:
         scene.redis.xadd(scene.keys.ledger, {"record": msgpack.packb(record)})
 
 
-def change_order(scene: Any) -> None:
+def change_order(scene: Scene) -> None:
     [job] = scene.redis.smembers(scene.keys.jobs)
     scene.redis.hset(scene.keys.job(job.decode()), "order", b"x")
 
 
-def change_payload(scene: Any) -> None:
+def change_payload(scene: Scene) -> None:
     line = scene.store.ledger()[0]["merged"][0]
     scene.redis.setrange(f"{scene.keys.kept_payload(line['job'], line['attempt'])}:0", 0, b"x")
 

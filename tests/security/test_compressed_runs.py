@@ -38,12 +38,12 @@ class Compressed(Scene):
         self.uplink = uplink_codec(self.config.compression, self.manifest)
         self.downlink = downlink_codec(self.config.compression, self.manifest)
 
-    def wire(self, value: float = 1.0, seed: Any = 0) -> NDArray[Any]:
+    def wire(self, value: float = 1.0, seed: int = 0) -> NDArray[Any]:
         frame = Frame(self.manifest)
         frame.parameters.copy_(frame.parameters.new_tensor([value / (i + 3) for i in range(8)]))
         return self.uplink.encode(frame, seed)
 
-    def post(self, site: Site, value: float = 1.0, wire: NDArray[Any] = None, **fields: Any) -> Frame:
+    def post(self, site: Site, value: float = 1.0, wire: NDArray[Any] | None = None, **fields: Any) -> Frame:
         """Post an update of the site's job."""
         claim = site.store.claim(site.job, 3600, site.client)
         base = Frame(self.manifest)

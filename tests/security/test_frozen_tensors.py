@@ -48,11 +48,11 @@ class Published:
 
 
 @pytest.fixture
-def published(redis_client: redis.Redis, tmp_path: Path) -> Any:
+def published(redis_client: redis.Redis, tmp_path: Path) -> Published:
     return Published(redis_client, tmp_path)
 
 
-def fetch(published: Any) -> Any:
+def fetch(published: Published) -> Any:
     published.site.enter(published.store.info())
     frozen = np.empty(published.manifest.frozen_nbytes, np.uint8)
     download = published.worker.download_frozen(frozen)
@@ -62,23 +62,23 @@ def fetch(published: Any) -> Any:
     return frozen
 
 
-def test_worker_fetches_the_frozen_tensors_bit_for_bit(published: Any) -> None:
+def test_worker_fetches_the_frozen_tensors_bit_for_bit(published: Published) -> None:
     assert fetch(published).tobytes() == published.frame.frozen.tobytes()
 
 
-def test_worker_refuses_other_frozen_tensors(published: Any) -> None:
+def test_worker_refuses_other_frozen_tensors(published: Published) -> None:
     published.tamper()
     with pytest.raises(SignatureError, match="frozen tensors in Redis are not those that the coordinator signed"):
         fetch(published)
 
 
-def test_worker_reports_missing_frozen_tensors(published: Any) -> None:
+def test_worker_reports_missing_frozen_tensors(published: Published) -> None:
     published.redis.delete(f"{published.store.keys.frozen}:0")
     with pytest.raises(BlobMissing):
         fetch(published)
 
 
-def test_successor_refuses_other_frozen_tensors(published: Any) -> None:
+def test_successor_refuses_other_frozen_tensors(published: Published) -> None:
     successor, info = load_coordinator_identity(published.keys, RUN), published.store.info()
     successor.resume(info, published.store.read_frozen(published.manifest.frozen_nbytes))
     published.tamper()
@@ -86,14 +86,14 @@ def test_successor_refuses_other_frozen_tensors(published: Any) -> None:
         successor.resume(info, published.store.read_frozen(published.manifest.frozen_nbytes))
 
 
-def test_descriptor_of_a_later_term_names_the_same_tensors(published: Any) -> None:
+def test_descriptor_of_a_later_term_names_the_same_tensors(published: Published) -> None:
     fetch(published)
     info = published.store.info()
     published.store.set_descriptor(published.identity.resume(info, published.frame.frozen))
     assert fetch(published).tobytes() == published.frame.frozen.tobytes()
 
 
-def test_audit_and_export_find_other_frozen_tensors(published: Any) -> None:
+def test_audit_and_export_find_other_frozen_tensors(published: Published) -> None:
     store, info, frozen = published.store, published.store.info(), published.frame.frozen
     assert verify_signatures(store, info, [], published.keys).problems == []
     assert verify_model(store, info, 0, published.frame.buffer, published.keys, frozen=frozen) == ""

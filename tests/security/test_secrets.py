@@ -69,7 +69,7 @@ def test_error_in_a_setting_does_not_show_a_password(path: Path, environment: di
     assert PASSWORD not in str(caught.value)
 
 
-def test_warning_about_a_variable_does_not_show_its_value(path: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_warning_about_a_variable_does_not_show_its_value(path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert not load_config(path, (), {"FEDQUEUE_REDIS_URL": f"redis://:{PASSWORD}@host"}).redis.url
     assert "FEDQUEUE_REDIS__URL" in caplog.text
     assert PASSWORD not in caplog.text
@@ -82,7 +82,7 @@ def test_private_key_is_not_in_its_repr() -> None:
 
 @pytest.mark.slow
 @pytest.mark.server
-def test_run_writes_prints_and_sends_no_secret(path: Any, tmp_path: Path) -> None:
+def test_run_writes_prints_and_sends_no_secret(path: Path, tmp_path: Path) -> None:
     """Runs against a server with a password; reads process arguments during the run, and files afterwards."""
     server = EmbeddedServer(tmp_path / "redis")
     try:

@@ -60,7 +60,7 @@ def sent(values: Any, name: str, seed: int = 1, lossless: str = "none", **fields
     return codec.decode(codec.encode(frame, seed)).whole().parameters.numpy().astype(np.float64)
 
 
-def worst(name: str, values: NDArray[Any], block: int = 16, k: Any = 0.3) -> NDArray[Any]:
+def worst(name: str, values: NDArray[Any], block: int = 16, k: float = 0.3) -> NDArray[Any]:
     """Return the documented error bound of each element, as float64."""
     x = np.abs(np.asarray(values, np.float64))
     match name:
@@ -273,7 +273,7 @@ def test_fused_add_equals_decode_scale_and_add_in_float32(
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("float16", torch.float16), ("bfloat16", torch.bfloat16)])
-def test_every_sixteen_bit_float_is_widened_exactly(name: str, dtype: Any) -> None:
+def test_every_sixteen_bit_float_is_widened_exactly(name: str, dtype: torch.dtype) -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     into = torch.zeros(2**16)
     ENCODINGS[name](CompressionConfig()).add(bits.view(np.uint8), into, 1.0, True)

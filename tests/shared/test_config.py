@@ -128,7 +128,7 @@ def test_invalid_toml_is_an_error(tmp_path: Path, content: bytes) -> None:
 
 
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
-def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path: Path, ending: Any) -> None:
+def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path: Path, ending: bytes) -> None:
     path = tmp_path / "federation.toml"
     text = 'name = "size"\n[task]\nentrypoint = "task.py:T"\n[stop]\nversions = 1\n'
     path.write_bytes(b"\xef\xbb\xbf" + text.encode().replace(b"\n", ending))
@@ -136,7 +136,7 @@ def test_byte_order_mark_of_windows_editors_is_ignored(tmp_path: Path, ending: A
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
-def test_utf_16_of_powershell_is_named(tmp_path: Path, encoding: Any) -> None:
+def test_utf_16_of_powershell_is_named(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "federation.toml"
     path.write_bytes(("\ufeff" + 'name = "x"').encode(encoding))
     with pytest.raises(ConfigurationError, match=r"federation\.toml'.*UTF-16.*save it as UTF-8"):
@@ -184,7 +184,7 @@ def value_of(configuration: Config, key: str) -> typing.Any:
 
 
 def test_every_key_that_may_be_none_takes_a_word() -> None:
-    def keys(section: Any, path: Any = "") -> Iterator[Any]:
+    def keys(section: Any, path: str = "") -> Iterator[str]:
         for name, field in section.model_fields.items():
             if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
                 yield from keys(field.annotation, f"{path}{name}.")
@@ -196,7 +196,7 @@ def test_every_key_that_may_be_none_takes_a_word() -> None:
 
 
 @pytest.mark.parametrize(("key", "word"), WORDS)
-def test_word_and_omitted_key_both_mean_none(path: Any, key: Any, word: Any) -> None:
+def test_word_and_omitted_key_both_mean_none(path: Path, key: Any, word: Any) -> None:
     assert value_of(parse_config(tree_with(key, word)), key) is None
     assert value_of(parse_config(tree_with("seed", 0)), key) == NOT_NONE.get(key)
     others = ["stop.target={loss = 0.1}"]
@@ -227,7 +227,7 @@ def test_sentinel_value_is_an_error_that_says_what_to_write(key: Any, word: Any)
 
 
 @pytest.mark.parametrize("old", RENAMED)
-def test_renamed_key_is_an_error_that_names_the_current_key(path: Any, old: Any) -> None:
+def test_renamed_key_is_an_error_that_names_the_current_key(path: Path, old: Any) -> None:
     section = old.rpartition(".")[0]
     present = f"{section}.{RENAMED[old]}"
     assert value_of(parse_config(tree_with("seed", 0)), section)
@@ -251,7 +251,7 @@ def test_only_the_new_names_of_renamed_keys_are_accepted() -> None:
         assert present in type(section).model_fields
 
 
-def test_key_below_a_renamed_key_is_named_with_its_current_path(path: Any) -> None:
+def test_key_below_a_renamed_key_is_named_with_its_current_path(path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"write --set dispatch\.fedcompass\.min_steps$"):
         load_config(path, ["dispatch.compass.min_steps=3"], {})
 
@@ -262,7 +262,7 @@ def test_renamed_key_is_reported_before_other_errors() -> None:
 
 
 @pytest.mark.parametrize(("old", "present"), [("free", "async"), ("compass", "fedcompass")])
-def test_renamed_value_is_an_error_that_names_the_current_value(old: Any, present: Any) -> None:
+def test_renamed_value_is_an_error_that_names_the_current_value(old: str, present: str) -> None:
     caught = error(dispatch={"schedule": old})
     assert str(caught) == f"dispatch.schedule = {old!r}: the value was renamed; write {present!r}"
     assert config(dispatch={"schedule": present}).dispatch.schedule == present
@@ -306,7 +306,7 @@ def test_unknown_key_of_a_subsection_is_named_with_its_path() -> None:
 
 
 @pytest.mark.parametrize("missing", ["task", "stop"])
-def test_missing_section_is_named(missing: Any) -> None:
+def test_missing_section_is_named(missing: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"^{missing}: missing; add a section \[{missing}\]$"):
         parse_config({key: value for key, value in MINIMAL.items() if key != missing})
 
@@ -375,7 +375,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("key", "value", "problem"), REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
-def test_invalid_value_error_names_the_key_and_the_problem(key: Any, value: Any, problem: Any) -> None:
+def test_invalid_value_error_names_the_key_and_the_problem(key: str, value: Any, problem: str) -> None:
     tree: dict = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}}
     node = tree
     *path, last = key.split(".")
@@ -466,7 +466,7 @@ def test_client_without_a_partition_has_its_own_data() -> None:
     ],
 )
 def test_strategy_determines_the_updates_per_version(
-    strategy: Any, fields: Any, buffer: Any, barrier: Any, concurrency: Any, minimum: Any
+    strategy: str, fields: dict[str, Any], buffer: int, barrier: bool, concurrency: int, minimum: int
 ) -> None:
     c = config(aggregation={"strategy": strategy, **fields})
     assert (c.buffer_size, c.barrier, c.concurrency, c.minimum_clients) == (buffer, barrier, concurrency, minimum)
@@ -486,7 +486,7 @@ def test_concurrency_and_minimum_can_be_set() -> None:
         ({"strategy": "fedavg"}, False),
     ],
 )
-def test_only_model_mixing_keeps_base_versions(aggregation: Any, keeps: Any) -> None:
+def test_only_model_mixing_keeps_base_versions(aggregation: dict[str, Any], keeps: bool) -> None:
     assert config(aggregation=aggregation).keeps_bases is keeps
 
 

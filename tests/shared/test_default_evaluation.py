@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, UserDict, namedtuple
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,7 @@ def with_loss(function: Any) -> Any:
     return Mine()
 
 
-def zero_loss(model: Any, batch: Any) -> Any:
+def zero_loss(model: Any, batch: Any) -> torch.Tensor:
     model(batch[0])
     return torch.zeros(())
 
@@ -60,7 +61,7 @@ def scored(*shape: Any) -> Any:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
 @pytest.mark.parametrize("shape", [(50, 3), (50, 3, 7), (50, 3, 4, 5)])
-def test_accuracy_compares_the_classes_of_dimension_1(shape: Any, dtype: Any) -> None:
+def test_accuracy_compares_the_classes_of_dimension_1(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     scores = scored(*shape)
     labels = torch.randint(0, 3, (shape[0], *shape[2:]), dtype=dtype)
     best = torch.stack(scores.unbind(1), -1).max(-1).indices  # the classes moved to the last dimension
@@ -121,7 +122,7 @@ def test_one_batch_without_accuracy_leaves_it_out() -> None:
         lambda model, batch: model.weight.sum(),
     ],
 )
-def test_accuracy_is_that_of_the_scores_of_the_loss(loss: Any) -> None:
+def test_accuracy_is_that_of_the_scores_of_the_loss(loss: Callable[..., Any]) -> None:
     assert list(metrics(scored(8, 3), torch.zeros(8).long(), loss)) == ["loss"]
 
 
@@ -171,10 +172,10 @@ def test_stream_of_examples_is_evaluated() -> None:
 
 def test_dict_batches_are_evaluated_by_their_loss() -> None:
     class Rows(Dataset):
-        def __len__(self) -> Any:
+        def __len__(self) -> int:
             return 600
 
-        def __getitem__(self, i: Any) -> Any:
+        def __getitem__(self, i: Any) -> dict[str, Any]:
             return {"text": "unused", "values": torch.tensor([float(i)]), "labels": torch.tensor(i)}
 
     task = with_loss(lambda model, batch: batch["values"].mean() + model.weight.sum())
@@ -242,7 +243,7 @@ class Movable:
     def __init__(self, tensor: Any) -> None:
         self.tensor = tensor
 
-    def to(self, device: Any) -> Any:
+    def to(self, device: Any) -> Movable:
         return Movable(self.tensor.to(device))
 
 
@@ -272,7 +273,7 @@ x = torch.zeros(3, 2)
         (torch.nn.utils.rnn.pack_sequence([x]), lambda b: b.data),
     ],
 )
-def test_batch_is_moved_and_keeps_its_type(batch: Any, tensor: Any) -> None:
+def test_batch_is_moved_and_keeps_its_type(batch: Any, tensor: Callable[..., Any]) -> None:
     moved = to_device(batch, META)
     assert type(moved) is type(batch)
     assert tensor(moved).device == META
@@ -295,7 +296,7 @@ def test_value_without_a_tensor_stays_as_it_is(value: Any) -> None:
         (torch.tensor(1.0), 1),
     ],
 )
-def test_rows_are_those_of_the_first_tensor(batch: Any, rows: Any) -> None:
+def test_rows_are_those_of_the_first_tensor(batch: Any, rows: int) -> None:
     assert rows_in(batch) == rows
 
 

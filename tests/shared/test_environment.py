@@ -32,7 +32,7 @@ def load(environment: Any) -> Any:
     return override_config({"task": {"entrypoint": "task.py:T"}, "stop": {"versions": 3}}, [], environment)
 
 
-def test_variables_of_a_kubernetes_service_are_ignored(caplog: Any) -> None:
+def test_variables_of_a_kubernetes_service_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
     assert load(KUBERNETES) == load({})
     assert not caplog.records
 
@@ -50,7 +50,9 @@ def test_name_and_seed_need_no_section() -> None:
         ("FEDQUEUE_SEEDS", "FEDQUEUE_SEED"),
     ],
 )
-def test_variable_that_looks_like_a_setting_is_named_once(caplog: Any, variable: Any, meant: Any) -> None:
+def test_variable_that_looks_like_a_setting_is_named_once(
+    caplog: pytest.LogCaptureFixture, variable: str, meant: str
+) -> None:
     with caplog.at_level(logging.WARNING):
         assert load({variable: "1"}) == load({})
         load({variable: "1"})
@@ -60,7 +62,7 @@ def test_variable_that_looks_like_a_setting_is_named_once(caplog: Any, variable:
 
 
 @pytest.mark.parametrize("variable", ["FEDQUEUE_A__B", "FEDQUEUE_STOP__VERSION", "FEDQUEUE_STOP__VERSIONS"])
-def test_error_names_the_variable(variable: Any) -> None:
+def test_error_names_the_variable(variable: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         load({variable: "many"})
     assert caught.value.key == variable

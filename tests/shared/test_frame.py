@@ -146,7 +146,7 @@ def test_float64_buffers_stay_float64() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_finite_16_bit_float_round_trips(dtype: Any) -> None:
+def test_every_finite_16_bit_float_round_trips(dtype: torch.dtype) -> None:
     everything = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     model = nn.Module()
     model.register_parameter("w", nn.Parameter(everything[everything.isfinite()]))
@@ -312,7 +312,7 @@ def test_inconsistent_rule_or_name_is_refused(rows: list[list[Any]]) -> None:
 
 
 @pytest.mark.parametrize("rows", BAD.values(), ids=BAD.keys())
-def test_inconsistent_manifest_is_refused(rows: Any) -> None:
+def test_inconsistent_manifest_is_refused(rows: dict[str, Any] | int | list[Any]) -> None:
     with pytest.raises(WireError, match=r"^manifest: "):
         Manifest.unpack(msgpack.packb(with_plain_fields(rows)))
 

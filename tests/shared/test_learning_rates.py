@@ -17,7 +17,7 @@ from tests.support.builders import make_frame, same_bits
 from tests.support.federation_run import Died, start
 
 
-def rates(count: Any, name: Any = "off", rate: Any = 0.5, made: Any = 0, **options: Any) -> Any:
+def rates(count: Any, name: str = "off", rate: float = 0.5, made: int = 0, **options: Any) -> Any:
     schedule = ScheduleConfig(name=name, schedule_options=options)
     return list(itertools.islice(learning_rates(rate, schedule, "server_optimizer.schedule", made), count))
 
@@ -39,14 +39,14 @@ CLOSED_FORMS = {
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
-def test_learning_rate_matches_the_closed_form(name: Any) -> None:
+def test_learning_rate_matches_the_closed_form(name: str) -> None:
     schedule, options, exact = CLOSED_FORMS[name]
     assert rates(12, schedule, **options) == pytest.approx([exact(t) for t in range(12)], rel=1e-9)
 
 
 @pytest.mark.parametrize("name", CLOSED_FORMS)
 @given(made=st.integers(0, 30))
-def test_restored_schedule_continues_with_the_same_bits(name: Any, made: Any) -> None:
+def test_restored_schedule_continues_with_the_same_bits(name: str, made: Any) -> None:
     schedule, options, _ = CLOSED_FORMS[name]
     assert rates(5, schedule, made=made, **options) == rates(made + 5, schedule, **options)[made:]
 
@@ -80,6 +80,6 @@ def test_scheduled_rates_apply_across_a_crash() -> None:
         ("inverse_sqrt", {"rise": 3}, "takes warmup"),
     ],
 )
-def test_unknown_schedule_or_invalid_options_are_refused(name: Any, options: Any, says: Any) -> None:
+def test_unknown_schedule_or_invalid_options_are_refused(name: str, options: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         rates(1, name, **options)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from fedqueue.transport.line_speed import FIRST_PIECE, LEAST_PIECE, MOST_PIECE, PIECE_SECONDS, LineSpeed
@@ -25,7 +23,7 @@ def move(speed: LineSpeed, clock: Clock, bytes_per_second: float, latency: float
 
 
 @pytest.mark.parametrize("bytes_per_second", [100_000, 250_000, 1_000_000, 10_000_000])
-def test_piece_becomes_what_the_line_moves_in_two_seconds(bytes_per_second: Any) -> None:
+def test_piece_becomes_what_the_line_moves_in_two_seconds(bytes_per_second: int) -> None:
     clock = Clock()
     speed = LineSpeed(clock)
     for _ in range(8):

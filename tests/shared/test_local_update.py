@@ -24,17 +24,17 @@ NORTH = Client("north", 1, 3)
 class Own(Task):
     """A task whose `fit` is given by the test."""
 
-    def __init__(self, fit: Any, rows: Any = 8) -> None:
+    def __init__(self, fit: Any, rows: int = 8) -> None:
         self._fit, self.rows = fit, rows
 
     def fit(self, model: Any, data: Any, config: Any, progress: Any) -> Any:
         return self._fit(model, progress)
 
-    def train_data(self, client: Any) -> Any:
+    def train_data(self, client: Any) -> TensorDataset:
         return TensorDataset(torch.zeros(self.rows, 2))
 
 
-def job(task: Any, report: Any = lambda: None, version: Any = 5, seed: Any = 3, module: Any = None) -> Any:
+def job(task: Any, report: Any = lambda: None, version: int = 5, seed: int = 3, module: Any = None) -> tuple[Any, ...]:
     """Train one job of client north; return its update's header and its progress."""
     module = module or torch.nn.Linear(2, 1)
     manifest = Manifest.from_module(module)
@@ -46,7 +46,7 @@ def job(task: Any, report: Any = lambda: None, version: Any = 5, seed: Any = 3, 
 
 
 def steps(count: Any, optimizer: Any = torch.optim.SGD, **options: Any) -> Any:
-    def fit(model: Any, progress: Any) -> Any:
+    def fit(model: Any, progress: Any) -> TrainResult:
         made = optimizer(model.parameters(), lr=0.1, **options)
         for _ in range(count):
 
@@ -74,14 +74,14 @@ def test_fit_is_told_the_client_and_the_base_version() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "options"), [(torch.optim.SGD, {}), (torch.optim.Adam, {}), (torch.optim.LBFGS, {"max_iter": 2})]
 )
-def test_each_step_of_an_optimizer_is_progress(optimizer: Any, options: Any) -> None:
+def test_each_step_of_an_optimizer_is_progress(optimizer: Any, options: dict[str, Any]) -> None:
     reports = []
     _, progress = job(Own(steps(3, optimizer, **options)), lambda: reports.append(1))
     assert (len(reports), progress.batches) == (3, 3)
 
 
 def test_batches_are_the_calls_where_fit_makes_any() -> None:
-    def fit(model: Any, progress: Any) -> Any:
+    def fit(model: Any, progress: Any) -> int:
         steps(4)(model, progress)
         progress()
         return 8
@@ -119,7 +119,7 @@ def test_step_in_another_thread_is_progress_and_cannot_end_it() -> None:
         reports.append(1)
         raise JobClosed("lost")
 
-    def fit(model: Any, progress: Any) -> Any:
+    def fit(model: Any, progress: Any) -> int:
         def work() -> None:
             try:
                 steps(3)(model, progress)
@@ -155,7 +155,7 @@ def test_number_of_examples_alone_is_accepted(returned: Any) -> None:
         (TrainResult(24), r"num_examples = 24, and the client has 8: count each example once"),
     ],
 )
-def test_other_result_of_fit_is_an_error_with_the_remedy(returned: Any, says: Any) -> None:
+def test_other_result_of_fit_is_an_error_with_the_remedy(returned: Any, says: str) -> None:
     with pytest.raises(TaskError, match=says):
         job(Own(lambda model, progress: returned))
 
@@ -163,7 +163,7 @@ def test_other_result_of_fit_is_an_error_with_the_remedy(returned: Any, says: An
 # Seeds
 
 
-def draws() -> Any:
+def draws() -> tuple[Any, ...]:
     return random.random(), np.random.random(), torch.rand(1).item()
 
 
@@ -179,10 +179,10 @@ def test_every_global_generator_follows_the_orders_seed() -> None:
 
 def test_random_data_differs_by_client_and_is_the_same_again() -> None:
     class Drawn(Task):
-        def train_data(self, client: Any) -> Any:
+        def train_data(self, client: Any) -> list[Any]:
             return [draws()]
 
-    def data(client: Any, seed: Any = 7) -> Any:
+    def data(client: Any, seed: int = 7) -> Any:
         return load_data(Drawn(), Client(client), seed)[0]
 
     assert data("a") == data("a")

@@ -46,7 +46,7 @@ def test_missing_field_is_named(kind: type[Any]) -> None:
 
 @pytest.mark.parametrize("kind", GOOD)
 @pytest.mark.parametrize("value", [None, 5, [], "text", [["examples", 1]]])
-def test_non_map_value_is_refused(kind: type[Any], value: Any) -> None:
+def test_non_map_value_is_refused(kind: type[Any], value: int | list[Any] | str | None) -> None:
     with pytest.raises(WireError, match=f"^{kind.__name__}: "):
         read(kind, pack(value))
 
@@ -117,7 +117,7 @@ def test_values_at_the_bounds_are_accepted() -> None:
         ("training", None),
     ],
 )
-def test_order_with_a_bad_name_or_setting_is_refused(field: str, value: Any) -> None:
+def test_order_with_a_bad_name_or_setting_is_refused(field: str, value: dict[str, Any] | int | str | None) -> None:
     with pytest.raises(WireError, match=f"^Order: {field}"):
         read(Order, pack({**ORDER, field: value}))
 

@@ -35,7 +35,7 @@ from fedqueue.metrics import as_metrics
         (torch.tensor(7), 7.0),
     ],
 )
-def test_number_of_any_kind_is_a_metric(value: Any, number: Any) -> None:
+def test_number_of_any_kind_is_a_metric(value: Any, number: float) -> None:
     [(name, metric)] = as_metrics({"mine": value}, "evaluate").items()
     assert (name, metric, type(metric)) == ("mine", number, float)
 
@@ -63,7 +63,7 @@ def test_nan_is_a_metric(value: Any) -> None:
         (object(), "object"),
     ],
 )
-def test_metric_that_is_no_number_is_named_with_its_type(value: Any, kind: Any) -> None:
+def test_metric_that_is_no_number_is_named_with_its_type(value: Any, kind: str) -> None:
     with pytest.raises(TaskError, match=f"^fit returned 'mine' as {kind}: expected a number"):
         as_metrics({"loss": 0.1, "mine": value}, "fit")
 

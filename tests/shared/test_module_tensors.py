@@ -199,12 +199,12 @@ def test_extra_state_of_one_tensor_is_a_buffer() -> None:
 
 
 class Extra(nn.Linear):
-    def get_extra_state(self) -> Any:
+    def get_extra_state(self) -> dict[str, Any]:
         return {"calls": 1}
 
 
 class OneWay(nn.Linear):
-    def get_extra_state(self) -> Any:
+    def get_extra_state(self) -> torch.Tensor:
         return torch.zeros(1)
 
 
@@ -213,7 +213,7 @@ class Counting(OneWay):
 
     calls = 0.0
 
-    def get_extra_state(self) -> Any:
+    def get_extra_state(self) -> torch.Tensor:
         return torch.tensor([self.calls], dtype=torch.float64)
 
     def set_extra_state(self, state: Any) -> None:
@@ -221,7 +221,7 @@ class Counting(OneWay):
 
 
 class Surplus(nn.Linear):
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         return {**super().state_dict(*args, **kwargs), "calibration": torch.ones(5)}
 
 
@@ -245,7 +245,7 @@ REFUSED = {
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, about lazy and quantized tensors
 @pytest.mark.parametrize(("make", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_module_that_cannot_be_federated_is_refused_in_one_line(make: Any, message: Any) -> None:
+def test_module_that_cannot_be_federated_is_refused_in_one_line(make: Callable[..., Any], message: str) -> None:
     model = make()
     with pytest.raises(ManifestMismatch, match=message) as refusal:
         Manifest.from_module(model)
@@ -301,7 +301,7 @@ def test_unfreezing_in_training_is_refused() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_unchanged_tensors_keep_the_bits_of_the_version(dtype: Any) -> None:
+def test_unchanged_tensors_keep_the_bits_of_the_version(dtype: torch.dtype) -> None:
     """The version is finer than the grid of a narrow module, and infinite in places."""
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).to(dtype)
     base = frame_of_module(model)
@@ -316,7 +316,7 @@ def test_unchanged_tensors_keep_the_bits_of_the_version(dtype: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_delta_is_against_what_the_module_held(dtype: Any) -> None:
+def test_delta_is_against_what_the_module_held(dtype: torch.dtype) -> None:
     """The oracle subtracts the module's own tensors before and after training, in float64."""
     model = nn.Linear(50, 20).to(dtype)
     base = frame_of_module(model)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -73,7 +72,7 @@ def test_file_whose_name_has_a_dot_is_imported_again_by_name(tmp_path: Path, nam
 
 
 @pytest.mark.parametrize("name", ["random.py", "json.py", "queue.py", "torch.py"])
-def test_file_named_as_a_module_of_python_hides_nothing(tmp_path: Path, name: Any) -> None:
+def test_file_named_as_a_module_of_python_hides_nothing(tmp_path: Path, name: str) -> None:
     module, _ = import_entrypoint(f"{name}:Mine", folder(tmp_path, "one", name), "task")
     assert module.double(2) == 4
     assert random.Random is sys.modules["random"].Random
@@ -106,7 +105,7 @@ if __name__ == "__main__":
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("name", ["task.py", "random.py", "task.v2.py"])
-def test_started_processes_import_the_users_file(tmp_path: Path, method: Any, name: Any) -> None:
+def test_started_processes_import_the_users_file(tmp_path: Path, method: str, name: str) -> None:
     script = tmp_path / "start.py"
     script.write_text(STARTS)
     made = folder(tmp_path, "one", name)

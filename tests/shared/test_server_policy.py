@@ -23,10 +23,10 @@ MANIFEST = Manifest.from_module(torch.nn.Linear(1000, 250))  # 1 MB
 class Server:
     """Answers INFO and PING."""
 
-    def __init__(self, policy: Any = "allkeys-lru", limit: Any = 0, evicted: Any = 0, error: Any = None) -> None:
+    def __init__(self, policy: str = "allkeys-lru", limit: int = 0, evicted: int = 0, error: Any = None) -> None:
         self.policy, self.limit, self.evicted, self.error = policy, limit, evicted, error
 
-    def info(self, section: Any) -> Any:
+    def info(self, section: Any) -> dict[str, Any]:
         if self.error:
             raise self.error
         if section == "memory":
@@ -56,7 +56,7 @@ class Server:
         ("Connection refused\n  twice", "Connection refused twice"),
     ],
 )
-def test_refusal_says_what_to_do(answer: Any, meaning: Any) -> None:
+def test_refusal_says_what_to_do(answer: str, meaning: str) -> None:
     assert meaning in refusal(redis.RedisError(answer))
     with pytest.raises(ServerUnavailable, match="no Redis at redis://h: "):
         check(Server(error=redis.RedisError(answer)), "redis://h")
@@ -68,7 +68,7 @@ def test_server_with_too_little_memory_for_the_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lfu", "volatile-lru", "volatile-ttl"])
-def test_server_that_may_delete_keys_is_warned_of(policy: Any) -> None:
+def test_server_that_may_delete_keys_is_warned_of(policy: str) -> None:
     with structlog.testing.capture_logs() as logs:
         check_memory_policy(Server(policy, limit=50_000_000), CONFIG, MANIFEST)
     [warning] = logs
@@ -86,7 +86,7 @@ def test_server_that_may_delete_keys_is_warned_of(policy: Any) -> None:
     ],
     ids=["noeviction", "unlimited", "no-right"],
 )
-def test_other_servers_are_not_warned_of(server: Any) -> None:
+def test_other_servers_are_not_warned_of(server: Server) -> None:
     with structlog.testing.capture_logs() as logs:
         check_memory_policy(server, CONFIG, MANIFEST)
     assert not logs

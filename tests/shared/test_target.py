@@ -84,7 +84,7 @@ def test_stated_direction_wins_over_the_name() -> None:
         {"mse": {"below": "low"}},
     ],
 )
-def test_malformed_target_is_refused(target: Any) -> None:
+def test_malformed_target_is_refused(target: dict[str, Any] | float | list[str]) -> None:
     with pytest.raises(ConfigurationError, match=r"^stop\.target"):
         goals(target)
 
@@ -105,7 +105,7 @@ def test_target_is_refused_where_nothing_is_evaluated() -> None:
 
 
 @pytest.mark.parametrize(("clients", "barrier", "refused"), [(4, True, True), (8, True, False), (4, False, False)])
-def test_round_needs_a_client_for_each_update(clients: Any, barrier: Any, refused: Any) -> None:
+def test_round_needs_a_client_for_each_update(clients: int, barrier: bool, refused: bool) -> None:
     tree = {
         "task": TASK,
         "stop": {"versions": 5},

@@ -41,7 +41,7 @@ class Squares(Task):
         return 0.5 * ((model(x) - y) ** 2).mean()
 
 
-def points(*pairs: tuple[Any, ...]) -> Any:
+def points(*pairs: tuple[Any, ...]) -> TensorDataset:
     return TensorDataset(*(torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True)))
 
 
@@ -233,7 +233,7 @@ def test_unknown_device_is_an_error_that_names_the_key() -> None:
     ("name", "cls"),
     [("sgd", "SGD"), ("Adam", "Adam"), ("ADAMW", "AdamW"), ("adagrad", "Adagrad"), ("rmsprop", "RMSprop")],
 )
-def test_optimizer_is_found_by_its_name_in_any_case(name: Any, cls: Any) -> None:
+def test_optimizer_is_found_by_its_name_in_any_case(name: str, cls: str) -> None:
     made = make_optimizer(name, Weight().parameters(), 0.25, {"weight_decay": 0.5})
     assert type(made) is getattr(torch.optim, cls)
     assert (made.defaults["lr"], made.defaults["weight_decay"]) == (0.25, 0.5)
@@ -242,7 +242,7 @@ def test_optimizer_is_found_by_its_name_in_any_case(name: Any, cls: Any) -> None
 @pytest.mark.parametrize(
     ("section", "key"), [("training", "training.optimizer"), ("server_optimizer", "server_optimizer.name")]
 )
-def test_unknown_optimizer_error_names_the_key_and_the_choices(section: Any, key: Any) -> None:
+def test_unknown_optimizer_error_names_the_key_and_the_choices(section: str, key: str) -> None:
     with pytest.raises(
         ConfigurationError, match=rf"^{key} = 'sdg': not an optimizer of torch\.optim; known: .*adam, .*sgd"
     ) as caught:
@@ -251,7 +251,7 @@ def test_unknown_optimizer_error_names_the_key_and_the_choices(section: Any, key
 
 
 @pytest.mark.parametrize("options", [{"momentun": 0.9}, {"momentum": -1.0}])
-def test_refused_optimizer_options_are_an_error_with_the_key(options: Any) -> None:
+def test_refused_optimizer_options_are_an_error_with_the_key(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"training\.optimizer_options = \{'moment.*: torch\.optim\.sgd: "):
         make_optimizer("sgd", Weight().parameters(), 0.1, options)
 
@@ -272,7 +272,7 @@ class Singly(torch.utils.data.Dataset):
 class Doubled(TensorDataset):
     """A TensorDataset whose examples differ from its tensors."""
 
-    def __getitem__(self, i: Any) -> Any:
+    def __getitem__(self, i: Any) -> tuple[Any, ...]:
         x, y = super().__getitem__(i)
         return 2 * x, y
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,11 +41,11 @@ class Slopes(Task):
         return -model(x).mean()
 
 
-def rows(*values: Any) -> Any:
+def rows(*values: Any) -> TensorDataset:
     return TensorDataset(torch.tensor(values, dtype=torch.float64))
 
 
-def trained(data: Any, task: Any = None, progress: Any = None, **settings: Any) -> Any:
+def trained(data: Any, task: Any = None, progress: Any = None, **settings: Any) -> tuple[Any, ...]:
     """Return w after the training, the result and the task."""
     config = TrainingConfig(**{"device": "cpu", "learning_rate": 1.0, "batch_size": 1, **settings})
     model, task = Line(), task or Slopes()
@@ -99,7 +100,7 @@ WORDS = TensorDataset(torch.tensor([0, 1, 1, 4]))
     [{}, {"proximal_mu": 0.1}, {"max_grad_norm": 0.1}, {"accumulate_batches": 2}, {"optimizer": "adagrad"},
      {"optimizer_options": {"momentum": 0.9}}],
 )  # fmt: skip
-def test_sparse_gradients_train_with(settings: Any) -> None:
+def test_sparse_gradients_train_with(settings: dict[str, Any]) -> None:
     task = Words()
     model = task.model()
     before = model.weight.detach().clone()
@@ -109,7 +110,7 @@ def test_sparse_gradients_train_with(settings: Any) -> None:
 
 
 @pytest.mark.parametrize("settings", [{"optimizer": "adam"}, {"optimizer_options": {"weight_decay": 0.1}}])
-def test_optimizer_that_refuses_sparse_gradients_is_named(settings: Any) -> None:
+def test_optimizer_that_refuses_sparse_gradients_is_named(settings: dict[str, Any]) -> None:
     task = Words()
     with pytest.raises(TaskError, match=r"training\.optimizer = '(adam|sgd)': .*sparse gradients: use sgd without"):
         train(task, task.model(), WORDS, TrainingConfig(device="cpu", **settings), Progress())
@@ -156,7 +157,7 @@ def test_kept_state_gets_the_rate_of_the_new_job() -> None:
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("bfloat16", torch.bfloat16), ("float16", torch.float16)])
-def test_mixed_precision_computes_in_the_smaller_dtype(precision: Any, dtype: Any) -> None:
+def test_mixed_precision_computes_in_the_smaller_dtype(precision: str, dtype: torch.dtype) -> None:
     seen = []
 
     class Wide(Task):
@@ -196,7 +197,7 @@ def test_steps_on_a_stream_count_what_was_seen() -> None:
 
 
 @pytest.mark.parametrize("settings", [{"local_steps": 3}, {"local_epochs": 2}])
-def test_stream_without_rows_is_an_error(settings: Any) -> None:
+def test_stream_without_rows_is_an_error(settings: dict[str, Any]) -> None:
     with pytest.raises(TaskError, match="no examples"):
         trained(Stream(), **settings)
 
@@ -216,8 +217,8 @@ def test_drop_last_leaves_out_the_short_batch() -> None:
 
 
 @pytest.mark.parametrize("assigned", [False, True])
-def test_collate_fn_of_the_task_makes_the_batches(assigned: Any) -> None:
-    def padded(examples: Any) -> Any:
+def test_collate_fn_of_the_task_makes_the_batches(assigned: bool) -> None:
+    def padded(examples: Any) -> tuple[Any, ...]:
         return (torch.nn.utils.rnn.pad_sequence([row for (row,) in examples], batch_first=True),)
 
     class Padded(Slopes):
@@ -245,7 +246,7 @@ def test_float64_rows_get_a_hint() -> None:
 
 
 @pytest.mark.parametrize(("loss", "shown"), [(lambda out: out, r"shape \(2, 1\)"), (lambda out: 0.5, "float")])
-def test_loss_that_is_no_scalar_is_refused(loss: Any, shown: Any) -> None:
+def test_loss_that_is_no_scalar_is_refused(loss: Callable[..., Any], shown: str) -> None:
     class Odd(Task):
         def loss(self, model: Any, batch: Any) -> Any:
             return loss(model(batch[0]))
@@ -257,7 +258,7 @@ def test_loss_that_is_no_scalar_is_refused(loss: Any, shown: Any) -> None:
 # A last batch of one row
 
 
-def normed(rows: Any, client: Any, **settings: Any) -> Any:
+def normed(rows: Any, client: Any, **settings: Any) -> tuple[Any, ...]:
     model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
     data = TensorDataset(torch.randn(rows, 3), torch.zeros(rows).long())
     config = TrainingConfig(**{"device": "cpu", "batch_size": 4, **settings})
@@ -274,7 +275,7 @@ def test_last_batch_of_one_row_is_left_out_before_batch_norm() -> None:
 
 
 @pytest.mark.parametrize(("rows", "batch_size"), [(1, 4), (3, 1)])
-def test_client_without_a_batch_for_batch_norm_is_an_error(rows: Any, batch_size: Any) -> None:
+def test_client_without_a_batch_for_batch_norm_is_an_error(rows: int, batch_size: int) -> None:
     with pytest.raises(TaskError, match=r"BatchNorm layers need batches of two rows"):
         normed(rows, "too few", batch_size=batch_size)
 
@@ -300,7 +301,7 @@ def test_one_row_is_trained_where_batch_norm_takes_it() -> None:
         ({"local_schedule": {"name": "steplr"}}, r"training\.local_schedule\.schedule_options = "),
     ],
 )
-def test_setting_that_cannot_train_is_refused_beforehand(settings: Any, says: Any) -> None:
+def test_setting_that_cannot_train_is_refused_beforehand(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigurationError, match=says):
         check_training(TrainingConfig(**settings), CPU)
 
@@ -312,7 +313,7 @@ def test_setting_that_cannot_train_is_refused_beforehand(settings: Any, says: An
         ("sgd", {"momentum": 0.9, "nesterov": True, "foreach": "none"}), ("rprop", {"etas": [0.5, 1.2]}),
     ],
 )  # fmt: skip
-def test_options_may_be_lists_booleans_and_none(optimizer: Any, options: Any) -> None:
+def test_options_may_be_lists_booleans_and_none(optimizer: str, options: dict[str, Any]) -> None:
     config = TrainingConfig(optimizer=optimizer, optimizer_options=options)
     check_training(config, CPU, torch.nn.Linear(2, 2))
     assert TrainingConfig.model_validate(config.model_dump()) == config
