@@ -155,7 +155,7 @@ def test_port_that_ignores_the_handshake_is_named() -> None:
             check(client, url)
 
 
-def test_plain_url_to_a_tls_port_names_tls(proxy: Any) -> None:
+def test_plain_url_to_a_tls_port_names_tls(proxy: Callable[..., Any]) -> None:
     url = proxy().url.replace("rediss", "redis")
     with pytest.raises(ServerUnavailable, match="if this port expects TLS, write rediss:// into the URL"):
         check(connect(url, retries=0), url)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.support.federation_run import make_arrived, start
 VERSION, MAX_STALENESS = 5, 3
 
 
-def verdict(base=VERSION, body=None, **header):
+def verdict(base: int = VERSION, body: bytes | None = None, **header: Any) -> RejectionReason | str:
     """Return the reason for rejecting a header at version 5, of a client with 10 examples; "" if it is admitted."""
     event = make_arrived("1-0", "run-00000001", "c0", base, make_header(**header) if body is None else body)
     try:
@@ -31,40 +32,40 @@ def verdict(base=VERSION, body=None, **header):
 
 
 @pytest.mark.parametrize("base", [5, 4, 2])
-def test_update_at_the_maximum_staleness_is_admitted(base):
+def test_update_at_the_maximum_staleness_is_admitted(base: int) -> None:
     assert verdict(base) == ""
 
 
 @pytest.mark.parametrize("base", [1, 0])
-def test_update_beyond_the_maximum_staleness_is_rejected(base):
+def test_update_beyond_the_maximum_staleness_is_rejected(base: int) -> None:
     assert verdict(base) == RejectionReason.STALE
 
 
 @pytest.mark.parametrize("base", [6, -1])
-def test_nonexistent_base_is_rejected(base):
+def test_nonexistent_base_is_rejected(base: int) -> None:
     assert verdict(base) == RejectionReason.WRONG_BASE
 
 
 @pytest.mark.parametrize("examples", [1, EXAMPLES])
-def test_registered_number_of_examples_is_admitted(examples):
+def test_registered_number_of_examples_is_admitted(examples: int) -> None:
     assert verdict(examples=examples) == ""
 
 
-def test_more_examples_than_registered_are_rejected():
+def test_more_examples_than_registered_are_rejected() -> None:
     assert verdict(examples=EXAMPLES + 1) == RejectionReason.TOO_MANY_EXAMPLES
 
 
-def test_update_from_zero_examples_is_rejected():
+def test_update_from_zero_examples_is_rejected() -> None:
     assert verdict(examples=0) == RejectionReason.NO_EXAMPLES
 
 
 @pytest.mark.parametrize("nbytes", [0, MANIFEST.nbytes - 8, MANIFEST.nbytes + 8, 2**52])
-def test_wrong_payload_size_is_rejected(nbytes):
+def test_wrong_payload_size_is_rejected(nbytes: int) -> None:
     assert verdict(nbytes=nbytes) == RejectionReason.WRONG_SIZE
 
 
 @pytest.mark.parametrize("chunks", [0, 2, 2**20])
-def test_wrong_number_of_chunks_is_rejected(chunks):
+def test_wrong_number_of_chunks_is_rejected(chunks: int) -> None:
     assert verdict(chunks=chunks) == RejectionReason.WRONG_SIZE
 
 
@@ -85,25 +86,25 @@ def test_wrong_number_of_chunks_is_rejected(chunks):
         bytes(65 * 1024),
     ],
 )
-def test_header_outside_the_protocol_is_malformed(body):
+def test_header_outside_the_protocol_is_malformed(body: bytes) -> None:
     assert verdict(body=body) == RejectionReason.MALFORMED
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
-def test_update_whose_loss_is_not_finite_is_admitted(loss):
+def test_update_whose_loss_is_not_finite_is_admitted(loss: float) -> None:
     assert verdict(metrics={"loss": loss}) == ""
 
 
 # The payload
 
 
-def test_norm_of_an_admitted_update_is_that_of_its_parameters():
+def test_norm_of_an_admitted_update_is_that_of_its_parameters() -> None:
     assert admit_delta(make_frame([3.0, -4.0], mean=100.0, variance=100.0), make_frame()) == pytest.approx(5.0)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 3e38])
 @pytest.mark.parametrize("index", range(4))
-def test_non_finite_value_is_found_at_any_position(index, value):
+def test_non_finite_value_is_found_at_any_position(index: int, value: float) -> None:
     """A value whose square overflows is treated as non-finite, because no training produces such a value."""
     frame = make_frame()
     frame.floats[index] = value
@@ -111,7 +112,7 @@ def test_non_finite_value_is_found_at_any_position(index, value):
         admit_delta(frame, make_frame())
 
 
-def test_infinities_of_both_signs_do_not_cancel():
+def test_infinities_of_both_signs_do_not_cancel() -> None:
     with pytest.raises(Inadmissible, match=RejectionReason.NON_FINITE):
         admit_delta(make_frame([math.inf, -math.inf]), make_frame())
 
@@ -141,7 +142,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fault", BAD)
-def test_bad_update_is_rejected_and_the_run_continues(fault, mode):
+def test_bad_update_is_rejected_and_the_run_continues(fault: str, mode: str) -> None:
     reason, posted = BAD[fault]
     run = start("c0", "c1", clients={"count": 2}, aggregation=MODES[mode])
     job = run.job_of("c0")
@@ -165,12 +166,12 @@ def test_bad_update_is_rejected_and_the_run_continues(fault, mode):
 
 
 @pytest.mark.parametrize("fault", ["malformed", "wrong size", "too many examples"])
-def test_payload_of_a_rejected_header_is_never_requested(fault):
+def test_payload_of_a_rejected_header_is_never_requested(fault: str) -> None:
     run = start("c0")
     assert not of_kind(run.post("c0", **BAD[fault][1]), Load)
 
 
-def test_rejection_leaves_the_buffer_as_it_was():
+def test_rejection_leaves_the_buffer_as_it_was() -> None:
     run = start("c0", "c1", "c2", aggregation={"strategy": "fedbuff", "buffer_size": 2})
     run.post("c0", 2.0)
     run.post("c1", NOT_FINITE)
@@ -179,7 +180,7 @@ def test_rejection_leaves_the_buffer_as_it_was():
     assert run.x == 3.0
 
 
-def test_stale_client_gets_a_new_job_without_backoff():
+def test_stale_client_gets_a_new_job_without_backoff() -> None:
     aggregation = {"strategy": "fedasync", "mixing": "delta", "max_staleness": 1}
     run = start("c0", "c1", aggregation=aggregation, admission={"max_rejections": 1})
     for _ in range(2):
@@ -192,7 +193,7 @@ def test_stale_client_gets_a_new_job_without_backoff():
     assert run.federation.next_deadline() is None
 
 
-def test_update_without_an_open_job_changes_no_slot():
+def test_update_without_an_open_job_changes_no_slot() -> None:
     run = start("c0", "c1")
     before = dict(run.federation.open_jobs)
     for job, client in (("run-99999999", "c0"), (run.job_of("c1"), "c0"), (run.job_of("c0"), "stranger")):
@@ -204,7 +205,7 @@ def test_update_without_an_open_job_changes_no_slot():
 
 
 @pytest.mark.parametrize("buffer_size", [1, 2])
-def test_second_update_of_the_same_job_is_not_merged(buffer_size):
+def test_second_update_of_the_same_job_is_not_merged(buffer_size: int) -> None:
     """The first update may be in the buffer, or merged already."""
     run = start("c0", aggregation={"strategy": "fedbuff", "buffer_size": buffer_size})
     job = run.job_of("c0")
@@ -215,7 +216,7 @@ def test_second_update_of_the_same_job_is_not_merged(buffer_size):
     assert (run.x, run.federation.buffered) == (x, buffered)
 
 
-def test_update_after_leaving_must_match_the_registration():
+def test_update_after_leaving_must_match_the_registration() -> None:
     run = start("c0", aggregation={"strategy": "fedasync"})
     job = run.job_of("c0")
     run.alive.clear()
@@ -224,7 +225,7 @@ def test_update_after_leaving_must_match_the_registration():
     assert run.rejections == ["too_many_examples"]
 
 
-def test_update_after_the_end_is_acknowledged_and_not_merged():
+def test_update_after_the_end_is_acknowledged_and_not_merged() -> None:
     run = start("c0", "c1")
     job = run.job_of("c0")
     run.stop()
@@ -233,7 +234,7 @@ def test_update_after_the_end_is_acknowledged_and_not_merged():
     assert (run.federation.version, run.x) == (0, 0.0)
 
 
-def test_buffered_updates_are_rejected_when_the_run_ends():
+def test_buffered_updates_are_rejected_when_the_run_ends() -> None:
     run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 3})
     run.post("c0", 1.0)
     run.stop()
@@ -246,7 +247,7 @@ def test_buffered_updates_are_rejected_when_the_run_ends():
 BACKOFF = {"backoff_seconds": 1.0, "max_client_failures": 3}
 
 
-def test_backoff_doubles_with_each_rejection():
+def test_backoff_doubles_with_each_rejection() -> None:
     run = start("c0", "c1", dispatch=BACKOFF, admission={"max_rejections": 3})
     run.post("c0", NOT_FINITE)
     assert run.has_job("c0")  # the client got a new job when its update arrived, before the payload was read
@@ -259,7 +260,7 @@ def test_backoff_doubles_with_each_rejection():
 
 
 @pytest.mark.parametrize("fault", BAD)
-def test_client_is_excluded_after_repeated_rejections(fault):
+def test_client_is_excluded_after_repeated_rejections(fault: str) -> None:
     _, posted = BAD[fault]
     run = start("c0", "c1", dispatch=BACKOFF, admission={"max_rejections": 3})
     for _ in range(10):
@@ -275,7 +276,7 @@ def test_client_is_excluded_after_repeated_rejections(fault):
     assert run.federation.version == 1
 
 
-def test_merged_update_clears_earlier_failures():
+def test_merged_update_clears_earlier_failures() -> None:
     run = start("c0", dispatch={"backoff_seconds": 1.0}, admission={"max_rejections": 2})
     for _ in range(5):
         run.post("c0", NOT_FINITE)
@@ -286,7 +287,7 @@ def test_merged_update_clears_earlier_failures():
     assert run.federation.version == 5
 
 
-def test_excluded_client_is_selected_again_after_a_success():
+def test_excluded_client_is_selected_again_after_a_success() -> None:
     """The client got a job before the update that excluded it was read; the update of that job is merged."""
     run = start("c0", "c1", admission={"max_rejections": 1})
     run.post("c0", NOT_FINITE)
@@ -296,7 +297,7 @@ def test_excluded_client_is_selected_again_after_a_success():
     assert run.has_job("c0")
 
 
-def test_run_fails_when_every_client_is_excluded():
+def test_run_fails_when_every_client_is_excluded() -> None:
     run = start("c0", "c1", dispatch=BACKOFF, admission={"max_rejections": 3})
     for client in ("c0", "c1") * 5:
         if run.has_job(client):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedqueue.config.aggregation import STRATEGIES, ServerOptimizerConfig
 from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import BUFFER, COUNTER, PARAMETER, Manifest, TensorSpec
-from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.aggregator import Aggregator, Contribution
 from fedqueue_coordinator.algorithms.registry import AGGREGATORS, make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from tests.support import oracle
@@ -19,7 +22,7 @@ from tests.support.builders import make_config, make_frame
 FUNCTIONS = sorted(oracle.STALENESS)
 
 
-def merge(aggregator, model, *contributions):
+def merge(aggregator: Aggregator, model: Frame, *contributions: Contribution) -> list[float]:
     """Make one version from `contributions`, with SGD at learning rate 1; return the weights of the contributions."""
     accumulator = aggregator.init(model.manifest)
     weights = [aggregator.add(accumulator, contribution, model) for contribution in contributions]
@@ -27,19 +30,19 @@ def merge(aggregator, model, *contributions):
     return weights
 
 
-def fedasync(**options):
+def fedasync(**options: Any) -> Aggregator:
     return make_aggregator(make_config(aggregation={"strategy": "fedasync", **options}))
 
 
-def fedbuff(**options):
+def fedbuff(**options: Any) -> Aggregator:
     return make_aggregator(make_config(aggregation={"strategy": "fedbuff", **options}))
 
 
-def fedavg(cohort=2):
+def fedavg(cohort: int = 2) -> Aggregator:
     return make_aggregator(make_config(aggregation={"strategy": "fedavg", "cohort_size": cohort}))
 
 
-def numbers(seed, *shape):
+def numbers(seed: int, *shape: int) -> NDArray[Any]:
     """Return reproducible float32 values, as float64."""
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32).astype(np.float64)
 
@@ -49,7 +52,7 @@ def numbers(seed, *shape):
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("mixing", ["model", "delta"])
-def test_fedasync_follows_the_formula(mixing, function):
+def test_fedasync_follows_the_formula(mixing: str, function: str) -> None:
     aggregator = fedasync(alpha=0.6, mixing=mixing, staleness={"function": function})
     model = make_frame(numbers(0, 2))
     x, history = model.parameters.numpy().astype(np.float64), [model.copy()]
@@ -68,7 +71,7 @@ def test_fedasync_follows_the_formula(mixing, function):
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("by_examples", [False, True])
 @pytest.mark.parametrize("normalize", ["count", "weights"])
-def test_fedbuff_follows_the_formula(normalize, by_examples, function):
+def test_fedbuff_follows_the_formula(normalize: str, by_examples: bool, function: str) -> None:
     aggregator = fedbuff(
         buffer_size=3, normalize=normalize, weight_by_examples=by_examples, staleness={"function": function}
     )
@@ -86,7 +89,7 @@ def test_fedbuff_follows_the_formula(normalize, by_examples, function):
         np.testing.assert_allclose(model.parameters.numpy(), x, rtol=1e-5, atol=1e-6)
 
 
-def test_fedavg_is_the_example_weighted_mean_of_models():
+def test_fedavg_is_the_example_weighted_mean_of_models() -> None:
     model = make_frame(numbers(0, 2))
     x = model.parameters.numpy().astype(np.float64)
     for version in range(4):
@@ -103,7 +106,7 @@ def test_fedavg_is_the_example_weighted_mean_of_models():
 
 @pytest.mark.parametrize("normalize", ["count", "weights"])
 @pytest.mark.parametrize("by_examples", [False, True])
-def test_running_statistics_follow_the_convex_mixture(normalize, by_examples):
+def test_running_statistics_follow_the_convex_mixture(normalize: str, by_examples: bool) -> None:
     aggregator = fedbuff(buffer_size=2, normalize=normalize, weight_by_examples=by_examples)
     model = make_frame(mean=3.0, variance=2.0)
     taus, examples, means, variances = [0, 3], [4, 12], [1.0, -7.0], [0.5, 9.0]
@@ -129,20 +132,20 @@ def test_running_statistics_follow_the_convex_mixture(normalize, by_examples):
 # By hand
 
 
-def test_fedasync_mixes_the_clients_model_in():
+def test_fedasync_mixes_the_clients_model_in() -> None:
     model = make_frame(4.0)
     merge(fedasync(alpha=0.25), model, Contribution(make_frame(8.0), 10, 0))
     assert model.parameters.tolist() == [6.0, 6.0]  # 3/4 · 4 + 1/4 · (4 + 8)
 
 
-def test_fedasync_interpolates_towards_a_stale_clients_model():
+def test_fedasync_interpolates_towards_a_stale_clients_model() -> None:
     model = make_frame(4.0)
     stale = Contribution(make_frame(2.0), 10, 3, base=make_frame(0.0))
     merge(fedasync(alpha=1.0), model, stale)  # s(3) = 1/2
     assert model.parameters.tolist() == [3.0, 3.0]  # 1/2 · 4 + 1/2 · (0 + 2)
 
 
-def test_fedasync_by_delta_ignores_the_base():
+def test_fedasync_by_delta_ignores_the_base() -> None:
     model = make_frame(4.0)
     aggregator = fedasync(alpha=1.0, mixing="delta")
     merge(aggregator, model, Contribution(make_frame(2.0), 10, 3))
@@ -159,7 +162,7 @@ def test_fedasync_by_delta_ignores_the_base():
         ("weights", True, (8 * 1 + 4 * 6 / 2) / 4),
     ],
 )
-def test_fedbuff_divisor_follows_normalize(normalize, by_examples, expected):
+def test_fedbuff_divisor_follows_normalize(normalize: str, by_examples: bool, expected: float) -> None:
     """One update has Δ = 8, staleness 0 and 1 example; the other has Δ = 4, staleness 3 (weight 1/2) and 6 examples."""
     model = make_frame(0.0)
     aggregator = fedbuff(buffer_size=2, normalize=normalize, weight_by_examples=by_examples)
@@ -167,13 +170,13 @@ def test_fedbuff_divisor_follows_normalize(normalize, by_examples, expected):
     assert model.parameters[0].item() == pytest.approx(expected)
 
 
-def test_fedavg_ignores_staleness_and_the_configured_weights():
+def test_fedavg_ignores_staleness_and_the_configured_weights() -> None:
     model = make_frame(0.0)
     merge(fedavg(), model, Contribution(make_frame(8.0), 1, 0), Contribution(make_frame(4.0), 3, 5))
     assert model.parameters.tolist() == [5.0, 5.0]
 
 
-def test_accumulator_is_reset_after_each_version():
+def test_accumulator_is_reset_after_each_version() -> None:
     aggregator, model = fedbuff(buffer_size=2), make_frame(0.0)
     accumulator, server = aggregator.init(model.manifest), ServerOptimizer(ServerOptimizerConfig(), model)
     for expected in (3.0, 6.0):
@@ -184,7 +187,7 @@ def test_accumulator_is_reset_after_each_version():
         assert model.parameters.tolist() == [expected, expected]
 
 
-def test_merging_leaves_the_update_unchanged():
+def test_merging_leaves_the_update_unchanged() -> None:
     update, base, model = make_frame([1.0, 2.0], 3.0, 4.0, 5), make_frame(1.0), make_frame(2.0)
     before = [frame.buffer.copy() for frame in (update, base)]
     merge(fedasync(), model, Contribution(update, 10, 1, base))
@@ -194,14 +197,14 @@ def test_merging_leaves_the_update_unchanged():
 # Buffers and counters
 
 
-def test_fresh_buffers_become_the_mean_of_the_clients():
+def test_fresh_buffers_become_the_mean_of_the_clients() -> None:
     model = make_frame(mean=50.0, variance=100.0)
     updates = [make_frame(mean=1.0, variance=2.0), make_frame(mean=3.0, variance=6.0)]
     merge(fedbuff(buffer_size=2), model, *[Contribution(update, 10, 0) for update in updates])
     assert model.buffers.tolist() == [2.0, 4.0]
 
 
-def test_batchnorm_statistics_are_averaged_not_overwritten():
+def test_batchnorm_statistics_are_averaged_not_overwritten() -> None:
     """Known fault of other systems: the last client's running statistics replaced those of all others."""
     outcomes = []
     for variances in ((1.0, 3.0), (3.0, 1.0)):
@@ -211,14 +214,14 @@ def test_batchnorm_statistics_are_averaged_not_overwritten():
     assert outcomes == [2.0, 2.0]
 
 
-def test_stale_statistics_are_mixed_with_the_current_value():
+def test_stale_statistics_are_mixed_with_the_current_value() -> None:
     model = make_frame(variance=8.0)
     merge(fedasync(alpha=0.5), model, Contribution(make_frame(variance=4.0), 10, 3, base=make_frame()))
     assert model.buffers[1].item() == 7.0  # 3/4 · 8 + 1/4 · 4
 
 
 @pytest.mark.parametrize("mode", [{"buffer_size": 1}, {"buffer_size": 1, "normalize": "weights"}])
-def test_near_zero_variance_does_not_round_below_zero(mode):
+def test_near_zero_variance_does_not_round_below_zero(mode: dict[str, Any]) -> None:
     model = make_frame(variance=1.0)
     for large in (1e4, 123456.7, 3e30):
         model.buffers[1] = large
@@ -226,7 +229,7 @@ def test_near_zero_variance_does_not_round_below_zero(mode):
         assert 0 < model.buffers[1].item() <= 1.1e-9
 
 
-def test_counters_are_the_maximum_of_model_and_clients():
+def test_counters_are_the_maximum_of_model_and_clients() -> None:
     for steps, expected in (((3, 9, 5), 9), ((1, 2, 1), 7)):
         model = make_frame(steps=7)
         merge(fedbuff(buffer_size=3), model, *[Contribution(make_frame(steps=n), 10, 0) for n in steps])
@@ -236,14 +239,14 @@ def test_counters_are_the_maximum_of_model_and_clients():
 # Known faults of other systems
 
 
-def test_buffer_sum_is_divided():
+def test_buffer_sum_is_divided() -> None:
     model = make_frame(0.0)
     merge(fedbuff(buffer_size=4), model, *[Contribution(make_frame(8.0), 10, 0)] * 4)
     assert model.parameters.tolist() == [8.0, 8.0]
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_staleness_weight_does_not_accumulate_in_alpha(function):
+def test_staleness_weight_does_not_accumulate_in_alpha(function: str) -> None:
     """Known fault of other systems: after enough stale updates the mixing weight was almost 0."""
     aggregator = fedasync(alpha=0.6, mixing="delta", staleness={"function": function})
     model = make_frame(0.0)
@@ -254,7 +257,7 @@ def test_staleness_weight_does_not_accumulate_in_alpha(function):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_fresh_update_is_not_damped(function):
+def test_fresh_update_is_not_damped(function: str) -> None:
     """Known fault of other systems: 1 / (1 + τ + 1), or a sigmoid, gave a fresh update the weight 0.5."""
     aggregator = fedbuff(buffer_size=1, staleness={"function": function})
     model = make_frame(0.0)
@@ -263,7 +266,7 @@ def test_fresh_update_is_not_damped(function):
 
 
 @pytest.mark.parametrize("by_examples", [False, True])
-def test_buffer_of_very_stale_updates_still_has_a_mean(by_examples):
+def test_buffer_of_very_stale_updates_still_has_a_mean(by_examples: bool) -> None:
     """e^−1000 is 0 in float64, so without a minimum weight the mean would be 0 / 0."""
     staleness = {"function": "exponential", "a": 10.0}
     aggregator = fedbuff(buffer_size=2, normalize="weights", weight_by_examples=by_examples, staleness=staleness)
@@ -273,7 +276,7 @@ def test_buffer_of_very_stale_updates_still_has_a_mean(by_examples):
     assert model.buffers.tolist() == [0.0, 1.0]
 
 
-def test_every_mode_of_the_configuration_has_an_aggregator():
+def test_every_mode_of_the_configuration_has_an_aggregator() -> None:
     for mode in STRATEGIES:
         assert make_aggregator(make_config(aggregation={"strategy": mode})).name == mode
     assert set(AGGREGATORS) == set(STRATEGIES)
@@ -292,7 +295,7 @@ LONG = Manifest(
 
 @pytest.mark.parametrize("name", [*DENSE, *SPARSE])
 @pytest.mark.parametrize("aggregator", [fedasync(alpha=0.6, mixing="delta"), fedbuff(buffer_size=3), fedavg(3)])
-def test_encoded_merge_equals_the_mean_of_decoded_updates(aggregator, name):
+def test_encoded_merge_equals_the_mean_of_decoded_updates(aggregator: Aggregator, name: str) -> None:
     """The 300,000 parameters span three pieces; the oracle sums whole vectors in float64."""
     assert aggregator.takes_pieces
     codec = uplink_codec(CompressionConfig(uplink=name, topk_ratio=0.1), LONG)

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import torch
 
 from fedqueue.errors import RunNotFound
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.operator.audit.audit import audit, ok
 from fedqueue_coordinator.operator.audit.audit_input import AuditInput, read_audit_input
-from fedqueue_coordinator.operator.audit.replay import replay
+from fedqueue_coordinator.operator.audit.replay import Replay, replay
 from fedqueue_coordinator.operator.audit.signatures import Signatures
 from fedqueue_coordinator.operator.reports.audit import show_audit
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
@@ -58,7 +62,7 @@ def problems(audit_input: AuditInput) -> dict[str, list[str]]:
     return found
 
 
-def test_correct_ledger_passes_the_audit():
+def test_correct_ledger_passes_the_audit() -> None:
     assert ok(audit(RIGHT)), problems(RIGHT)
 
 
@@ -76,13 +80,13 @@ def test_correct_ledger_passes_the_audit():
         ("I4", lambda b: b.ledger[0].update(token=3), "version 2 of epoch 0: token 2 after 3"),
     ],
 )
-def test_each_violation_is_found_and_named(name, change, says):
+def test_each_violation_is_found_and_named(name: str, change: Callable[..., Any], says: str) -> None:
     audit_input = deepcopy(RIGHT)
     change(audit_input)
     assert says in problems(audit_input)[name]
 
 
-def test_audit_counts_jobs_from_the_start_of_an_epoch():
+def test_audit_counts_jobs_from_the_start_of_an_epoch() -> None:
     ledger = [version(1, job(1)), lost(job(2))]
     epoch = {"kind": "epoch", "epoch": 1, "version": 1, "job_number": 2, "seconds": 1.0}
     audit_input = replace(
@@ -95,19 +99,19 @@ def test_audit_counts_jobs_from_the_start_of_an_epoch():
     )
 
 
-def test_rejected_entry_without_a_job_ends_no_job():
+def test_rejected_entry_without_a_job_ends_no_job() -> None:
     refused = {"kind": "rejected", "job": "", "client": "c", "reason": "forged"}  # for example a registration
     audit_input = replace(RIGHT, ledger=[*RIGHT.ledger, refused, refused])
     assert ok(audit(audit_input)), problems(audit_input)
 
 
-def test_rejected_forgery_does_not_end_the_job():
+def test_rejected_forgery_does_not_end_the_job() -> None:
     forged = {"kind": "rejected", "job": job(1), "client": "c", "reason": "unknown_job"}
     assert ok(audit(replace(RIGHT, ledger=[*RIGHT.ledger, forged])))
 
 
 @pytest.fixture
-def run():
+def run() -> tuple[Any, ...]:
     """Return two versions of FedAsync over the small model: configuration, ledger, payloads and the last model."""
     config = make_config(aggregation={"strategy": "fedasync", "alpha": 0.5, "mixing": "model"})
     payloads = {job(n): make_frame([float(n), -1.0], mean=n, variance=2.0, steps=n) for n in (1, 2)}
@@ -122,10 +126,15 @@ def run():
     return config, ledger, payloads, make_frame(first.tolist()), x2
 
 
-def replayed(run, ledger=None, payloads=None, end: Frame | None = None):
+def replayed(
+    run: tuple[Any, ...],
+    ledger: list[dict[str, Any]] | None = None,
+    payloads: dict[str, Any] | None = None,
+    end: Frame | None = None,
+) -> Replay:
     config, recorded, kept, first, _ = run
 
-    def read(name, attempt):
+    def read(name: Any, attempt: Any) -> Any:
         return (payloads or kept)[name].buffer
 
     if end is None:
@@ -134,7 +143,7 @@ def replayed(run, ledger=None, payloads=None, end: Frame | None = None):
     return replay(config, ledger or recorded, first.copy(), read, end)
 
 
-def test_replay_matches_the_formula_and_is_deterministic(run):
+def test_replay_matches_the_formula_and_is_deterministic(run: tuple[Any, ...]) -> None:
     config, ledger, kept, first, expected = run
     end = first.copy()
     replay(config, ledger, end, lambda n, a: kept[n].buffer, end)
@@ -143,7 +152,7 @@ def test_replay_matches_the_formula_and_is_deterministic(run):
     assert replayed(run).updates == 2
 
 
-def test_replay_detects_a_changed_payload_weight_or_model(run):
+def test_replay_detects_a_changed_payload_weight_or_model(run: tuple[Any, ...]) -> None:
     _, ledger, kept, _, _ = run
     other = {**kept, job(2): make_frame([2.0, -1.0001], mean=2, variance=2.0, steps=2)}
     assert "the model differs from the replay" in replayed(run, payloads=other).problems[0]
@@ -153,21 +162,21 @@ def test_replay_detects_a_changed_payload_weight_or_model(run):
     assert replayed(run, end=Frame(MANIFEST)).problems
 
 
-def test_audit_of_an_unknown_run_is_a_clear_error(tmp_path, monkeypatch):
+def test_audit_of_an_unknown_run_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("fedqueue_coordinator.operator.audit.audit_input.reachable_servers", lambda url: [])
     with pytest.raises(RunNotFound):
         read_audit_input("nothing", "")
 
 
-def test_audit_reads_the_results_of_a_folder(tmp_path):
+def test_audit_reads_the_results_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "ledger.jsonl").write_text("\n".join(json.dumps(r) for r in [version(1, job(1)), lost(job(2))]))
     (tmp_path / "summary.json").write_text(json.dumps({"run": "run", "jobs_dispatched": 3, "versions": 1}))
     audit_input = read_audit_input(str(tmp_path), "")
     assert problems(audit_input)["I1"] == ["job run-00000003 was dispatched and has vanished"]
 
 
-def test_audit_does_not_run_code_named_in_redis(fake_client, monkeypatch):
+def test_audit_does_not_run_code_named_in_redis(fake_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> None:
     """A Redis writer must not choose the code that an auditor imports. Here the named file does not exist."""
     config = make_config(aggregation={"strategy": "nowhere.to_be:found"}, ledger={"keep_payloads": True})
     store = CoordinatorStore(fake_client, config.name, "me")
@@ -179,7 +188,9 @@ def test_audit_does_not_run_code_named_in_redis(fake_client, monkeypatch):
     assert "audit the folder of the run's results" in replayed_.skipped
 
 
-def test_what_was_not_checked_is_said_with_its_reason(capsys, monkeypatch):
+def test_what_was_not_checked_is_said_with_its_reason(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     show_audit("run", audit(replace(RIGHT, posted_entries=None, signatures=Signatures({"version": 2}, [], "orders"))))
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,7 +64,7 @@ def version() -> Frame:
     return frame
 
 
-def update(model: Frame, change=lambda module: None) -> Frame:
+def update(model: Frame, change: Callable[..., Any] = lambda module: None) -> Frame:
     """The update of a client that trains on `model` and changes the module as `change` does."""
     module = Zoo()
     model.write(module)
@@ -73,7 +75,7 @@ def update(model: Frame, change=lambda module: None) -> Frame:
     return made
 
 
-def merge(model: Frame, updates: list[Frame], staleness: int = 0, **aggregation) -> Frame:
+def merge(model: Frame, updates: list[Frame], staleness: int = 0, **aggregation: Any) -> Frame:
     """The next version, made as a coordinator makes it."""
     config = make_config(aggregation={**NAMES, "buffer_size": len(updates), **aggregation}, clients={"count": 5})
     aggregator = make_aggregator(config)
@@ -93,7 +95,7 @@ def tail(frame: Frame) -> bytes:
 
 @pytest.mark.parametrize("staleness", [0, 3])
 @pytest.mark.parametrize("aggregation", EVERY_STRATEGY.values(), ids=EVERY_STRATEGY.keys())
-def test_unchanged_buffers_keep_their_bits_in_every_strategy(aggregation, staleness):
+def test_unchanged_buffers_keep_their_bits_in_every_strategy(aggregation: dict[str, Any], staleness: int) -> None:
     model = version()
     count = 1 if aggregation["strategy"] == "fedasync" else aggregation.get("buffer_size", 3)
     for _ in range(5):
@@ -103,12 +105,12 @@ def test_unchanged_buffers_keep_their_bits_in_every_strategy(aggregation, stalen
     assert model.parameters.isfinite().all()
 
 
-def test_latest_takes_the_last_update_that_changed_the_tensor():
-    def first(module):
+def test_latest_takes_the_last_update_that_changed_the_tensor() -> None:
+    def first(module: Any) -> None:
         module.stamp[1] = 7.0
         module.ptr[0] = 4
 
-    def second(module):
+    def second(module: Any) -> None:
         module.stamp[1] = 9.0
 
     model = version()
@@ -117,7 +119,7 @@ def test_latest_takes_the_last_update_that_changed_the_tensor():
     assert state["ptr"].tolist() == [4, -4]
 
 
-def test_latest_of_a_stale_client_does_not_undo_anothers_change():
+def test_latest_of_a_stale_client_does_not_undo_anothers_change() -> None:
     """The client trained from version 0, left the pointer alone, and arrives after one that moved it."""
     model = version()
     idle = update(model)
@@ -126,8 +128,8 @@ def test_latest_of_a_stale_client_does_not_undo_anothers_change():
     assert after.state_dict()["ptr"].tolist() == [4, -3]
 
 
-def test_latest_may_fall_and_counters_may_not():
-    def down(module):
+def test_latest_may_fall_and_counters_may_not() -> None:
+    def down(module: Any) -> None:
         module.ptr.fill_(-9)
         module.seen_count.fill_(1)
 
@@ -137,8 +139,8 @@ def test_latest_may_fall_and_counters_may_not():
     assert state["seen_count"].item() == 5
 
 
-def test_max_takes_the_largest_value_of_each_element():
-    def change(value):
+def test_max_takes_the_largest_value_of_each_element() -> None:
+    def change(value: Any) -> Callable[..., Any]:
         return lambda module: module.peak.__setitem__(0, value)
 
     model = version()
@@ -148,7 +150,7 @@ def test_max_takes_the_largest_value_of_each_element():
 
 
 @pytest.mark.parametrize("name", ["average", "wide_average"])
-def test_mean_is_the_weighted_mean_in_the_buffers_dtype(name):
+def test_mean_is_the_weighted_mean_in_the_buffers_dtype(name: str) -> None:
     """The oracle is Σ s(τ) x_i / K + (1 − Σ s(τ) / K) x in float64."""
     values = [0.3, 1.7, 2.9]
     model = version()
@@ -161,13 +163,13 @@ def test_mean_is_the_weighted_mean_in_the_buffers_dtype(name):
     assert math.isinf(float(state[name][1]))
 
 
-def test_robust_rule_takes_a_tensor_that_most_updates_agree_on():
+def test_robust_rule_takes_a_tensor_that_most_updates_agree_on() -> None:
     """One of five replaces the buffer by a huge value; three move the pointer alike; two move another alone."""
 
-    def honest(module):
+    def honest(module: Any) -> None:
         module.ptr[0] = 8
 
-    def hostile(module):
+    def hostile(module: Any) -> None:
         module.ptr[0] = 10**9
         module.stamp[1] = 1e200
 
@@ -181,8 +183,8 @@ def test_robust_rule_takes_a_tensor_that_most_updates_agree_on():
 # Admission
 
 
-def change(name, index, value):
-    def act(module):
+def change(name: str, index: int, value: float) -> Callable[..., Any]:
+    def act(module: Any) -> None:
         getattr(module, name)[index] = value
 
     return act
@@ -195,18 +197,18 @@ def change(name, index, value):
         ("average", 2, 3e38), ("wide_average", 0, math.nan), ("peak", 0, math.inf),
     ],
 )  # fmt: skip
-def test_buffer_that_has_become_infinite_is_named(name, index, value):
+def test_buffer_that_has_become_infinite_is_named(name: str, index: int, value: float) -> None:
     model = version()
     with pytest.raises(Inadmissible, match=f"non_finite: the buffer {name} has become NaN, infinite or too large"):
         admit_delta(update(model, change(name, index, value)), model)
 
 
-def test_changed_buffer_beside_an_infinite_element_is_admitted():
+def test_changed_buffer_beside_an_infinite_element_is_admitted() -> None:
     model = version()
     admit_delta(update(model, change("mask", 3, -1.0)), model)
 
 
-def test_first_bad_parameter_is_named():
+def test_first_bad_parameter_is_named() -> None:
     model = version()
     with pytest.raises(Inadmissible, match=r"non_finite: layer\.bias has NaN or infinity"):
         admit_delta(update(model, lambda module: module.layer.bias.fill_(math.nan)), model)
@@ -225,7 +227,7 @@ def test_first_bad_parameter_is_named():
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("strategy", ["fedasync", "fedbuff"])
-def test_infinite_parameter_stays_under_every_server_optimizer(server, strategy):
+def test_infinite_parameter_stays_under_every_server_optimizer(server: dict[str, Any], strategy: str) -> None:
     module = nn.Linear(3, 1)
     with torch.no_grad():
         module.weight.copy_(torch.tensor([[-torch.inf, 1.0, torch.finfo(torch.float32).min]]))

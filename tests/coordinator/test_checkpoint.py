@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,42 +33,42 @@ def same(a: Checkpoint, b: Checkpoint) -> bool:
     return equal and replace(a, model=b.model, frozen=b.frozen) == b
 
 
-def test_checkpoint_round_trips(tmp_path):
+def test_checkpoint_round_trips(tmp_path: Path) -> None:
     path = tmp_path / "new" / "checkpoint.safetensors"
     save_checkpoint(path, CHECKPOINT)
     assert same(load_checkpoint(path), CHECKPOINT)
 
 
-def test_empty_checkpoint_round_trips(tmp_path):
+def test_empty_checkpoint_round_trips(tmp_path: Path) -> None:
     bare = replace(CHECKPOINT, frozen=np.empty(0, np.uint8), optimizer_state=b"", ledger=[], unfinished={})
     save_checkpoint(tmp_path / "c", bare)
     assert same(load_checkpoint(tmp_path / "c"), bare)
 
 
-def test_missing_file_reads_as_no_checkpoint(tmp_path):
+def test_missing_file_reads_as_no_checkpoint(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "none") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"not safetensors", b"\xff" * 100])
-def test_invalid_checkpoint_error_names_the_file(tmp_path, content):
+def test_invalid_checkpoint_error_names_the_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "checkpoint.safetensors"
     path.write_bytes(content)
     with pytest.raises(StoreError, match=r"checkpoint\.safetensors"):
         load_checkpoint(path)
 
 
-def test_safetensors_file_of_another_kind_is_refused(tmp_path):
+def test_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     safetensors.numpy.save_file({"model": np.zeros(3)}, path)
     with pytest.raises(StoreError, match="no checkpoint of this version"):
         load_checkpoint(path)
 
 
-def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+def test_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint.safetensors"
     save_checkpoint(path, CHECKPOINT)
 
-    def die(*arguments):
+    def die(*arguments: Any) -> None:
         raise OSError("disk full")
 
     monkeypatch.setattr("fedqueue_coordinator.service.checkpoint.os.fsync", die)
@@ -76,7 +78,7 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert load_checkpoint(path).version == 7
 
 
-def test_checkpoints_are_periodic_and_deleted_at_the_end(tmp_path):
+def test_checkpoints_are_periodic_and_deleted_at_the_end(tmp_path: Path) -> None:
     checkpointer = Checkpointer(tmp_path / "c", seconds=30)
     assert not checkpointer.due(29.9)
     assert checkpointer.due(30)

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedqueue_coordinator.core.events import Close, Commit, Dispatch
 from tests.support.builders import of_kind, same_bits
-from tests.support.federation_run import start
+from tests.support.federation_run import Run, start
 
 FIVE = ("a", "b", "c", "d", "e")
 ROUND = {"strategy": "fedavg", "cohort_size": 3}
 
 
-def start_round(**dispatch):
+def start_round(**dispatch: Any) -> Run:
     return start(*FIVE, aggregation=ROUND, clients={"count": 5}, dispatch=dispatch)
 
 
-def training(run):
+def training(run: Run) -> list[str]:
     return sorted(client for client in run.alive if run.has_job(client))
 
 
-def lateness(run):
+def lateness(run: Run) -> list[Any]:
     return [(r["client"], r["reason"]) for r in run.ledger if r["kind"] == "abandoned"]
 
 
 @pytest.mark.parametrize(("factor", "asked"), [(1.0, 3), (1.3, 4), (1.6, 5), (3.0, 5)])
-def test_over_selection_multiplies_the_cohort_and_rounds_up(factor, asked):
+def test_over_selection_multiplies_the_cohort_and_rounds_up(factor: float, asked: int) -> None:
     assert len(start_round(over_selection=factor).jobs) == asked
 
 
-def test_round_closes_with_its_cohort_and_withdraws_late_jobs():
+def test_round_closes_with_its_cohort_and_withdraws_late_jobs() -> None:
     run = start_round(over_selection=1.3)
     first = training(run)
     for client in first[:2]:
@@ -43,7 +45,7 @@ def test_round_closes_with_its_cohort_and_withdraws_late_jobs():
     assert len(run.jobs) == 4  # the jobs of the next round, which may include the late client
 
 
-def test_late_client_is_not_penalized():
+def test_late_client_is_not_penalized() -> None:
     run = start_round(over_selection=1.3, max_client_failures=1)
     late = training(run)[3]
     for _ in range(12):
@@ -57,7 +59,7 @@ def test_late_client_is_not_penalized():
     assert run.has_job(late)
 
 
-def test_update_read_after_its_round_closed_is_late():
+def test_update_read_after_its_round_closed_is_late() -> None:
     """The update is posted before its round closes, and read after. Reading ends the job without a merge."""
     run = start_round(over_selection=1.3)
     first = training(run)
@@ -74,7 +76,7 @@ def test_update_read_after_its_round_closed_is_late():
     assert (run.federation.version, run.x) == (2, 2.0)
 
 
-def test_payload_loaded_after_its_round_closed_is_late():
+def test_payload_loaded_after_its_round_closed_is_late() -> None:
     run = start_round(over_selection=1.3)
     run.holds_loads = True
     for client in training(run):
@@ -86,7 +88,7 @@ def test_payload_loaded_after_its_round_closed_is_late():
     assert all(line["staleness"] == 0 for line in run.merged)
 
 
-def test_deadline_closes_the_round_with_the_arrived_updates():
+def test_deadline_closes_the_round_with_the_arrived_updates() -> None:
     run = start_round(round_deadline_seconds=10.0)
     first, second, third = training(run)
     run.tick(4.0)
@@ -101,7 +103,7 @@ def test_deadline_closes_the_round_with_the_arrived_updates():
     assert len(run.jobs) == 3
 
 
-def test_empty_round_past_its_deadline_closes_with_one_update():
+def test_empty_round_past_its_deadline_closes_with_one_update() -> None:
     run = start_round(round_deadline_seconds=10.0)
     assert run.federation.next_deadline() is None  # without an update the round cannot close
     run.tick(25.0)
@@ -112,7 +114,7 @@ def test_empty_round_past_its_deadline_closes_with_one_update():
     assert [reason for _, reason in lateness(run)] == ["late", "late"]
 
 
-def test_each_round_has_a_deadline_of_its_own():
+def test_each_round_has_a_deadline_of_its_own() -> None:
     run = start_round(round_deadline_seconds=10.0)
     run.tick(8.0)
     for client in training(run):
@@ -126,7 +128,7 @@ def test_each_round_has_a_deadline_of_its_own():
     assert run.federation.version == 2
 
 
-def test_successor_keeps_the_round_deadline():
+def test_successor_keeps_the_round_deadline() -> None:
     run = start_round(round_deadline_seconds=10.0)
     run.tick(8.0)
     for client in training(run):
@@ -137,7 +139,7 @@ def test_successor_keeps_the_round_deadline():
     assert run.federation.next_deadline() == 18.0
 
 
-def test_over_selection_without_late_clients_changes_no_bit():
+def test_over_selection_without_late_clients_changes_no_bit() -> None:
     """The same three of four selected clients arrive, so the fourth does not change the merged versions."""
     models = []
     for factor in (1.0, 1.3):
@@ -148,7 +150,7 @@ def test_over_selection_without_late_clients_changes_no_bit():
     assert same_bits(*models)
 
 
-def test_async_run_ignores_over_selection_and_deadline():
+def test_async_run_ignores_over_selection_and_deadline() -> None:
     run = start(
         *FIVE, clients={"count": 5}, dispatch={"over_selection": 2.0, "round_deadline_seconds": 1.0, "concurrency": 2}
     )

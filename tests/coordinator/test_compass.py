@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,13 +14,13 @@ from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.core.events import Dispatch
 from fedqueue_coordinator.core.fedcompass import FedCompass
 from tests.support.builders import make_config, of_kind
-from tests.support.federation_run import start
+from tests.support.federation_run import Run, start
 
 CONFIG = FedCompassConfig(min_steps=20, max_steps=100, latest_factor=1.5)
 GROUPED = {"strategy": "fedbuff", "staleness": {"function": "constant"}}
 
 
-def compass_of(**seconds):
+def compass_of(**seconds: Any) -> FedCompass:
     """Return a FedCompass that knows the seconds per step of each client."""
     return FedCompass(CONFIG, dict(seconds))
 
@@ -27,7 +28,7 @@ def compass_of(**seconds):
 # The arithmetic
 
 
-def test_first_job_has_minimum_steps_and_measures_the_speed():
+def test_first_job_has_minimum_steps_and_measures_the_speed() -> None:
     fedcompass = compass_of()
     assert fedcompass.assign("a", 10.0) == 20
     assert fedcompass.arrived("a", 14.0)  # in no group
@@ -36,14 +37,14 @@ def test_first_job_has_minimum_steps_and_measures_the_speed():
     assert fedcompass.groups[0].expected == 14.0 + 100 * 0.2
 
 
-def test_first_client_gets_maximum_steps_and_its_own_group():
+def test_first_client_gets_maximum_steps_and_its_own_group() -> None:
     fedcompass = compass_of(a=0.1)
     assert fedcompass.assign("a", 5.0) == 100
     (group,) = fedcompass.groups
     assert (group.expected, group.latest) == (15.0, 20.0)
 
 
-def test_client_joins_a_group_with_feasible_steps():
+def test_client_joins_a_group_with_feasible_steps() -> None:
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)  # arrives at 10
     assert fedcompass.assign("b", 1.0) == 30  # ⌊9 / 0.3⌋
@@ -51,7 +52,7 @@ def test_client_joins_a_group_with_feasible_steps():
     assert group.training == {"a", "b"}
 
 
-def test_client_joins_the_group_that_allows_the_most_steps():
+def test_client_joins_the_group_that_allows_the_most_steps() -> None:
     fedcompass = compass_of(a=0.1, b=0.2, c=0.21)
     fedcompass.assign("b", 0.0)  # arrives at 20
     fedcompass.assign("a", 0.0)  # 200 steps would end at 20, over the maximum: it opens its own group, at 10
@@ -59,7 +60,7 @@ def test_client_joins_the_group_that_allows_the_most_steps():
     assert fedcompass.assign("c", 0.0) == 95  # ⌊20 / 0.21⌋, and not ⌊10 / 0.21⌋
 
 
-def test_fast_client_without_a_group_opens_an_aligned_one():
+def test_fast_client_without_a_group_opens_an_aligned_one() -> None:
     fedcompass = compass_of(slow=1.0, fast=0.2)
     fedcompass.assign("slow", 0.0)  # in its own group: 100 steps, expected at 100, at the latest at 150
     # at 240 the group's latest, 150, and 100 steps of its fastest, 100 s more, are 10 s away: 50 steps of 0.2 s
@@ -70,14 +71,14 @@ def test_fast_client_without_a_group_opens_an_aligned_one():
     assert fedcompass.groups[1].expected == pytest.approx(250.0)
 
 
-def test_client_too_slow_for_any_group_gets_minimum_steps():
+def test_client_too_slow_for_any_group_gets_minimum_steps() -> None:
     fedcompass = compass_of(fast=0.01, slow=1.0)
     fedcompass.assign("fast", 0.0)
     assert fedcompass.assign("slow", 0.0) == 20
     assert [group.expected for group in fedcompass.groups] == [1.0, 20.0]
 
 
-def test_speed_is_averaged_with_the_previous_estimate():
+def test_speed_is_averaged_with_the_previous_estimate() -> None:
     seconds = {"a": 0.1}
     fedcompass = FedCompass(CONFIG, seconds)
     fedcompass.assign("a", 0.0)
@@ -85,7 +86,7 @@ def test_speed_is_averaged_with_the_previous_estimate():
     assert seconds["a"] == pytest.approx(0.1 + 0.9 * 0.1)
 
 
-def test_group_ends_when_all_members_have_arrived():
+def test_group_ends_when_all_members_have_arrived() -> None:
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)
     fedcompass.assign("b", 0.0)
@@ -98,7 +99,7 @@ def test_group_ends_when_all_members_have_arrived():
     assert not fedcompass.waits("a")
 
 
-def test_group_closes_at_its_latest_arrival():
+def test_group_closes_at_its_latest_arrival() -> None:
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)
     fedcompass.assign("b", 0.0)
@@ -111,7 +112,7 @@ def test_group_closes_at_its_latest_arrival():
     assert fedcompass.next_deadline() is None
 
 
-def test_group_that_loses_its_last_missing_member_ends():
+def test_group_that_loses_its_last_missing_member_ends() -> None:
     fedcompass = compass_of(a=0.1, b=0.3)
     fedcompass.assign("a", 0.0)
     fedcompass.assign("b", 0.0)
@@ -121,7 +122,7 @@ def test_group_that_loses_its_last_missing_member_ends():
 
 
 @given(st.lists(st.floats(0.001, 10.0), min_size=1, max_size=8), st.lists(st.integers(0, 7), max_size=40))
-def test_steps_are_bounded_and_arrivals_of_a_group_coincide(speeds, order):
+def test_steps_are_bounded_and_arrivals_of_a_group_coincide(speeds: list[float], order: list[Any]) -> None:
     """The speeds, and the order in which clients join and leave, are arbitrary."""
     fedcompass = FedCompass(CONFIG, {f"c{i}": seconds for i, seconds in enumerate(speeds)})
     now, out = 0.0, {}
@@ -146,16 +147,16 @@ def test_steps_are_bounded_and_arrivals_of_a_group_coincide(speeds, order):
 # In a federation
 
 
-def grouped(*clients, **fedcompass):
+def grouped(*clients: str, **fedcompass: Any) -> Run:
     dispatch = {"schedule": "fedcompass", "fedcompass": {"min_steps": 10, "max_steps": 40, **fedcompass}}
     return start(*clients, aggregation=GROUPED, clients={"count": len(clients)}, dispatch=dispatch)
 
 
-def steps_of(actions):
+def steps_of(actions: Any) -> dict[str, Any]:
     return {action.client: action.steps for action in of_kind(actions, Dispatch)}
 
 
-def test_federation_learns_speeds_and_then_merges_in_groups():
+def test_federation_learns_speeds_and_then_merges_in_groups() -> None:
     """Client a takes 1 s per step and b 2 s. The 40 steps of a and the 20 of b end together and make one version."""
     run = grouped("a", "b")
     assert steps_of(run.actions) == {"a": 10, "b": 10}
@@ -178,7 +179,7 @@ def test_federation_learns_speeds_and_then_merges_in_groups():
     assert steps_of(actions) == {"a": 40, "b": 20}
 
 
-def test_federation_closes_a_group_at_its_latest_arrival():
+def test_federation_closes_a_group_at_its_latest_arrival() -> None:
     run = grouped("a", "b", latest_factor=1.5)
     run.now = 10.0
     run.post("a", 1.0)
@@ -198,7 +199,7 @@ def test_federation_closes_a_group_at_its_latest_arrival():
 
 
 @pytest.mark.parametrize("how", ["lapse", "leave", "reject", "fail"])
-def test_group_continues_without_a_lost_member(how):
+def test_group_continues_without_a_lost_member(how: str) -> None:
     run = grouped("a", "b")
     run.now = 10.0
     run.post("a", 1.0)
@@ -219,7 +220,7 @@ def test_group_continues_without_a_lost_member(how):
     assert run.has_job("a")
 
 
-def test_each_version_records_the_speeds_that_are_new():
+def test_each_version_records_the_speeds_that_are_new() -> None:
     run = grouped("a", "b")
     run.now = 10.0
     run.post("a", 1.0)
@@ -228,7 +229,7 @@ def test_each_version_records_the_speeds_that_are_new():
     assert [record["step_seconds"] for record in run.ledger] == [{"a": 1.0}, {"b": 2.0}]
 
 
-def test_successor_keeps_the_speeds_and_starts_new_groups():
+def test_successor_keeps_the_speeds_and_starts_new_groups() -> None:
     run = grouped("a", "b")
     run.now = 10.0
     run.post("a", 1.0)
@@ -247,11 +248,11 @@ def test_successor_keeps_the_speeds_and_starts_new_groups():
 @pytest.mark.parametrize(
     "aggregation", [{"strategy": "fedavg"}, {"strategy": "fedasync"}, {"strategy": "fedbuff", "barrier": True}]
 )
-def test_fedcompass_requires_asynchronous_buffering(aggregation):
+def test_fedcompass_requires_asynchronous_buffering(aggregation: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"dispatch.schedule is 'fedcompass'"):
         make_config(aggregation=aggregation, dispatch={"schedule": "fedcompass"})
 
 
-def test_minimum_steps_must_not_exceed_maximum_steps():
+def test_minimum_steps_must_not_exceed_maximum_steps() -> None:
     with pytest.raises(ConfigurationError, match="max_steps is 10, below min_steps, 20"):
         make_config(dispatch={"fedcompass": {"max_steps": 10}})

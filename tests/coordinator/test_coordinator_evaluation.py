@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import redis
@@ -20,13 +22,13 @@ from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
 class Line(Task):
-    def model(self):
+    def model(self) -> Any:
         return torch.nn.Linear(2, 1)
 
-    def test_data(self):
+    def test_data(self) -> None:
         return [0]
 
-    def evaluate(self, model, data):
+    def evaluate(self, model: Any, data: list[int]) -> dict[str, Any]:
         return {"acc": 0.25, "auc": math.nan}
 
 
@@ -47,7 +49,9 @@ class Scripted(CoordinatorStore):
         super().report(kind, body)
 
 
-def coordinator_of(client, folder, *steps, target=None, misses=0):
+def coordinator_of(
+    client: redis.Redis, folder: Path, *steps: Callable[..., Any], target: dict[str, Any] | None = None, misses: int = 0
+) -> Coordinator:
     """Return a coordinator of a run without clients; the coordinator is paused after the steps."""
     stop = {"target": target} if target else {"versions": 9}
     config = parse_config({"name": "line", "task": {"entrypoint": "task.py:Line"}, "stop": stop})
@@ -59,7 +63,7 @@ def coordinator_of(client, folder, *steps, target=None, misses=0):
     return coordinator
 
 
-def test_nan_of_an_evaluation_is_in_the_ledger(fake_client, tmp_path):
+def test_nan_of_an_evaluation_is_in_the_ledger(fake_client: redis.Redis, tmp_path: Path) -> None:
     coordinator = coordinator_of(fake_client, tmp_path)
     coordinator.run()
     (record,) = coordinator.store.ledger()
@@ -68,14 +72,14 @@ def test_nan_of_an_evaluation_is_in_the_ledger(fake_client, tmp_path):
     assert "error" not in record
 
 
-def test_evaluation_that_redis_missed_is_reported_again(fake_client, tmp_path):
+def test_evaluation_that_redis_missed_is_reported_again(fake_client: redis.Redis, tmp_path: Path) -> None:
     coordinator = coordinator_of(fake_client, tmp_path, misses=2)
     coordinator.run()
     assert coordinator.federation.evaluated.metrics["acc"] == 0.25
     assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation"]
 
 
-def test_run_continues_once_its_unusable_target_is_corrected(fake_client, tmp_path):
+def test_run_continues_once_its_unusable_target_is_corrected(fake_client: redis.Redis, tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"^stop.target: accuracy is not measured: .* returned acc, auc"):
         coordinator_of(fake_client, tmp_path, target={"accuracy": 0.9}).run()
     corrected = coordinator_of(fake_client, tmp_path, target={"acc": 0.9})
@@ -84,7 +88,7 @@ def test_run_continues_once_its_unusable_target_is_corrected(fake_client, tmp_pa
     assert corrected.federation.evaluated.metrics["acc"] == 0.25
 
 
-def test_run_that_failed_in_its_evaluations_stays_in_redis(fake_client, tmp_path):
+def test_run_that_failed_in_its_evaluations_stays_in_redis(fake_client: redis.Redis, tmp_path: Path) -> None:
     def fail() -> None:
         stop = Stop("the evaluation failed 5 times in a row", failed=True, resumable=True)
         coordinator._perform(coordinator.federation.stop(stop, 3.0))

@@ -13,7 +13,7 @@ from tests.support.federation_run import start
 # Backoff
 
 
-def test_backoff_doubles_with_each_consecutive_failure():
+def test_backoff_doubles_with_each_consecutive_failure() -> None:
     backoff = Backoff(first_seconds=1.0, max_failures=5)
     now, ends = 0.0, []
     for _ in range(4):
@@ -29,7 +29,7 @@ def test_backoff_doubles_with_each_consecutive_failure():
     assert ends == [1.0, 2.0, 4.0, 8.0]
 
 
-def test_success_resets_the_backoff():
+def test_success_resets_the_backoff() -> None:
     backoff = Backoff(1.0, 5)
     backoff.failed("a", 0.0)
     backoff.failed("a", 0.0)
@@ -39,7 +39,7 @@ def test_success_resets_the_backoff():
     assert backoff.next_end() == 101.0
 
 
-def test_success_ends_an_exclusion():
+def test_success_ends_an_exclusion() -> None:
     backoff = Backoff(1.0, max_failures=5, max_rejections=1)
     backoff.rejected("a", 0.0)
     assert backoff.set_aside("a")
@@ -47,7 +47,7 @@ def test_success_ends_an_exclusion():
     assert backoff.allows("a")
 
 
-def test_longer_of_two_backoffs_applies():
+def test_longer_of_two_backoffs_applies() -> None:
     backoff = Backoff(1.0, 5)
     backoff.failed("a", 0.0)
     backoff.failed("a", 0.5)
@@ -57,7 +57,7 @@ def test_longer_of_two_backoffs_applies():
     assert backoff.allows("a")
 
 
-def test_client_with_too_many_failures_is_excluded():
+def test_client_with_too_many_failures_is_excluded() -> None:
     backoff = Backoff(1.0, 2)
     backoff.failed("a", 0.0)
     assert not backoff.set_aside("a")
@@ -72,7 +72,7 @@ def test_client_with_too_many_failures_is_excluded():
 # In a run
 
 
-def test_concurrency_sets_the_number_of_open_jobs():
+def test_concurrency_sets_the_number_of_open_jobs() -> None:
     run = start("c0", "c1", "c2", "c3", dispatch={"concurrency": 2})
     assert len(run.jobs) == 2
     for _ in range(10):
@@ -80,24 +80,24 @@ def test_concurrency_sets_the_number_of_open_jobs():
         assert len(run.jobs) == 2
 
 
-def test_default_concurrency_is_one_job_per_client():
+def test_default_concurrency_is_one_job_per_client() -> None:
     run = start("c0", "c1", "c2", "c3")
     assert sorted(run.jobs.values()) == ["c0", "c1", "c2", "c3"]
     run.join("c0")
     assert sorted(run.jobs.values()) == ["c0", "c1", "c2", "c3"]
 
 
-def test_clients_beyond_the_configured_count_wait_for_a_slot():
+def test_clients_beyond_the_configured_count_wait_for_a_slot() -> None:
     run = start("c0", "c1", "c2", clients={"count": 2})
     assert len(run.jobs) == 2
 
 
-def test_slot_is_filled_before_the_payload_is_loaded():
+def test_slot_is_filled_before_the_payload_is_loaded() -> None:
     run = start("c0", "c1")
     assert [type(action).__name__ for action in run.post("c0", 1.0)] == ["Dispatch", "Load", "Commit"]
 
 
-def test_training_starts_at_the_minimum_number_of_clients():
+def test_training_starts_at_the_minimum_number_of_clients() -> None:
     run = start("c0", clients={"count": 4, "min_available": 3})
     assert not run.jobs
     run.join("c1")
@@ -106,14 +106,14 @@ def test_training_starts_at_the_minimum_number_of_clients():
     assert len(run.jobs) == 3
 
 
-def test_started_training_continues_below_the_minimum():
+def test_started_training_continues_below_the_minimum() -> None:
     run = start("c0", "c1", clients={"count": 4, "min_available": 2})
     run.leave("c1")
     run.post("c0", 1.0)
     assert run.has_job("c0")
 
 
-def test_every_client_is_eventually_selected():
+def test_every_client_is_eventually_selected() -> None:
     run = start("c0", "c1", "c2", "c3", dispatch={"concurrency": 1})
     for _ in range(200):
         (client,) = run.jobs.values()
@@ -123,7 +123,7 @@ def test_every_client_is_eventually_selected():
     assert min(counts.values()) > 25
 
 
-def test_job_names_have_the_run_and_an_increasing_number():
+def test_job_names_have_the_run_and_an_increasing_number() -> None:
     run = start("c0", name="heart")
     run.post("c0", 1.0)
     dispatched = of_kind(run.actions, Dispatch)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +19,11 @@ from fedqueue_coordinator.operator.access.certificates import write_certificates
 from fedqueue_coordinator.operator.access.enrolment import enroll, enroll_missing, revoke
 
 
-def ids(path):
+def ids(path: Any) -> Any:
     return [key.id for key in read_public_keys(path)]
 
 
-def test_site_gets_only_its_key_and_coordinators_public_key(tmp_path):
+def test_site_gets_only_its_key_and_coordinators_public_key(tmp_path: Path) -> None:
     site = enroll(tmp_path, "north")
     assert sorted(f.name for f in site.iterdir()) == ["coordinator.pub", "north.key"]
     assert (site / "north.key").stat().st_mode & 0o777 == 0o600
@@ -30,7 +33,7 @@ def test_site_gets_only_its_key_and_coordinators_public_key(tmp_path):
     assert load_site_identity(site, "run", "session").clients == ["north"]
 
 
-def test_enrolling_more_sites_keeps_the_coordinators_key(tmp_path):
+def test_enrolling_more_sites_keeps_the_coordinators_key(tmp_path: Path) -> None:
     enroll(tmp_path, "north")
     before = (tmp_path / "coordinator.key").read_bytes()
     assert enroll_missing(tmp_path, ["north", "south"]) == ["south"]
@@ -38,19 +41,19 @@ def test_enrolling_more_sites_keeps_the_coordinators_key(tmp_path):
     assert (tmp_path / "coordinator.key").read_bytes() == before
 
 
-def test_rotation_keeps_only_the_previous_key(tmp_path):
+def test_rotation_keeps_only_the_previous_key(tmp_path: Path) -> None:
     keys = [read_signing_key(enroll(tmp_path, "north", rotate=i > 0) / "north.key").public.id for i in range(3)]
     assert ids(tmp_path / "clients" / "north.pub") == [keys[2], keys[1]]
     revoke(tmp_path, "north", previous=True)
     assert ids(tmp_path / "clients" / "north.pub") == [keys[2]]
 
 
-def test_rotated_key_is_valid_before_the_site_has_it(tmp_path, monkeypatch):
+def test_rotated_key_is_valid_before_the_site_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker signs with a new key once the file exists. A crash during enrollment leaves no client without a key."""
     known, save = [], SigningKey.save
     public_file = tmp_path / "clients" / "c0.pub"
 
-    def saved(self, path):
+    def saved(self: Any, path: Any) -> None:
         known.append(public_file.exists() and self.public in read_public_keys(public_file))
         save(self, path)
 
@@ -61,7 +64,7 @@ def test_rotated_key_is_valid_before_the_site_has_it(tmp_path, monkeypatch):
     assert known == [False, True]
 
 
-def test_key_made_by_the_site_needs_no_private_copy(tmp_path):
+def test_key_made_by_the_site_needs_no_private_copy(tmp_path: Path) -> None:
     own = SigningKey.generate()
     write_public_keys(tmp_path / "sent.pub", [own.public])
     site = enroll(tmp_path / "keys", "north", public=tmp_path / "sent.pub")
@@ -69,7 +72,7 @@ def test_key_made_by_the_site_needs_no_private_copy(tmp_path):
     assert ids(tmp_path / "keys" / "clients" / "north.pub") == [own.public.id]
 
 
-def test_revoked_client_returns_only_when_enrolled_by_name(tmp_path):
+def test_revoked_client_returns_only_when_enrolled_by_name(tmp_path: Path) -> None:
     enroll(tmp_path, "north")
     revoke(tmp_path, "north")
     identity = load_coordinator_identity(tmp_path, "run")
@@ -102,14 +105,16 @@ def test_revoked_client_returns_only_when_enrolled_by_name(tmp_path):
         ),
     ],
 )
-def test_enrollment_error_names_the_problem_and_the_remedy(tmp_path, act, message):
+def test_enrollment_error_names_the_problem_and_the_remedy(
+    tmp_path: Path, act: Callable[..., Any], message: str
+) -> None:
     enroll(tmp_path, "north")
     with pytest.raises(ConfigurationError) as caught:
         act(tmp_path)
     assert message in str(caught.value)
 
 
-def test_damaged_public_key_affects_its_client_only(tmp_path):
+def test_damaged_public_key_affects_its_client_only(tmp_path: Path) -> None:
     enroll(tmp_path, "north")
     identity = load_coordinator_identity(tmp_path, "run")
     (tmp_path / "clients" / "north.pub").write_text("ed25519 nonsense\n")
@@ -117,7 +122,7 @@ def test_damaged_public_key_affects_its_client_only(tmp_path):
         identity.open("update", "north", [], b"")
 
 
-def test_key_files_have_fixed_modes_under_any_umask(tmp_path):
+def test_key_files_have_fixed_modes_under_any_umask(tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     before = os.umask(0)
     try:
@@ -132,7 +137,7 @@ def test_key_files_have_fixed_modes_under_any_umask(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["coordinator.pub", ".", "clients", "sites/north", "sites/north/coordinator.pub"])
-def test_public_keys_that_anybody_may_replace_are_refused(tmp_path, place):
+def test_public_keys_that_anybody_may_replace_are_refused(tmp_path: Path, place: str) -> None:
     site = enroll(tmp_path, "north")
     opened = tmp_path / place
     opened.chmod(opened.stat().st_mode | 0o002)
@@ -142,14 +147,14 @@ def test_public_keys_that_anybody_may_replace_are_refused(tmp_path, place):
         load(*arguments)
 
 
-def test_client_whose_key_anybody_may_replace_is_refused(tmp_path):
+def test_client_whose_key_anybody_may_replace_is_refused(tmp_path: Path) -> None:
     enroll(tmp_path, "north")
     (tmp_path / "clients" / "north.pub").chmod(0o666)
     with pytest.raises(NotEnrolled, match="any user of this machine may write there"):
         load_coordinator_identity(tmp_path, "run").open("update", "north", [], b"")
 
 
-def test_folder_with_the_sticky_bit_may_have_keys(tmp_path):
+def test_folder_with_the_sticky_bit_may_have_keys(tmp_path: Path) -> None:
     site = enroll(tmp_path, "north")
     site.chmod(0o1777)
     assert load_site_identity(site, "run", "session").clients == ["north"]
@@ -157,7 +162,7 @@ def test_folder_with_the_sticky_bit_may_have_keys(tmp_path):
 
 @pytest.mark.parametrize("foreign", ["server.key", "north.pem", "ca.pem", "ca.key"])
 @pytest.mark.parametrize("own_authority", [True, False])
-def test_certs_replace_no_file_from_elsewhere(tmp_path, foreign, own_authority):
+def test_certs_replace_no_file_from_elsewhere(tmp_path: Path, foreign: str, own_authority: bool) -> None:
     if own_authority:
         write_certificates(tmp_path, ["localhost"], ["south"], 1)
         (tmp_path / foreign).with_suffix(".pem").unlink(missing_ok=True)
@@ -168,7 +173,7 @@ def test_certs_replace_no_file_from_elsewhere(tmp_path, foreign, own_authority):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_certs_renew_what_their_own_authority_issued(tmp_path):
+def test_certs_renew_what_their_own_authority_issued(tmp_path: Path) -> None:
     write_certificates(tmp_path, ["localhost"], ["north"], 1)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_certificates(tmp_path, ["localhost"], ["north"], 1)
@@ -177,13 +182,13 @@ def test_certs_renew_what_their_own_authority_issued(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ca", "server", "../x", "a/b", ""])
-def test_certs_refuse_a_client_name_of_another_file(tmp_path, name):
+def test_certs_refuse_a_client_name_of_another_file(tmp_path: Path, name: str) -> None:
     with pytest.raises(ConfigurationError, match="--client"):
         write_certificates(tmp_path, ["localhost"], [name], 1)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_keys_of_a_local_run_outlive_their_files(tmp_path):
+def test_keys_of_a_local_run_outlive_their_files(tmp_path: Path) -> None:
     enroll(tmp_path, "north")
     identities = [load_coordinator_identity(tmp_path, "run", revocable) for revocable in (True, False)]
     assert [identity.is_enrolled("north") for identity in identities] == [True, True]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from fedqueue_coordinator.core.evaluation import evaluate, load_test_data, requi
 from fedqueue_coordinator.core.events import Commit, Evaluate, Evaluated
 from fedqueue_coordinator.service.evaluator import Evaluator
 from tests.support.builders import of_kind
-from tests.support.federation_run import start
+from tests.support.federation_run import Run, start
 
 CPU = torch.device("cpu")
 
@@ -25,30 +26,30 @@ CPU = torch.device("cpu")
 class WeightTask(Task):
     """A task whose metric is the single weight of the model."""
 
-    def __init__(self, metrics=None):
+    def __init__(self, metrics: Any = None) -> None:
         self.metrics = metrics
 
-    def model(self):
+    def model(self) -> Any:
         return torch.nn.Linear(1, 1, bias=False)
 
-    def evaluate(self, model, data):
+    def evaluate(self, model: Any, data: int | None) -> dict[str, Any]:
         if isinstance(self.metrics, BaseException):
             raise self.metrics
         return self.metrics or {"weight": model.weight.item(), "data": data}
 
 
-def weighing(value):
+def weighing(value: float) -> Frame:
     frame = Frame(Manifest.from_module(WeightTask().model()))
     frame.parameters.fill_(value)
     return frame
 
 
-def test_task_evaluates_the_given_version():
+def test_task_evaluates_the_given_version() -> None:
     result = evaluate(WeightTask(), 7, weighing(2.5), CPU)
     assert (result.metrics, result.error) == ({"weight": 2.5, "data": 7.0}, "")
 
 
-def test_metrics_that_are_not_finite_are_kept():
+def test_metrics_that_are_not_finite_are_kept() -> None:
     metrics = {"loss": float("nan"), "perplexity": float("inf"), "accuracy": torch.tensor(0.5)}
     result = read(Evaluation, evaluate(WeightTask(metrics), None, weighing(0.0), CPU).pack())
     assert list(result.metrics) == list(metrics)
@@ -67,17 +68,17 @@ def test_metrics_that_are_not_finite_are_kept():
         ({"seconds": 1.0}, "TaskError: evaluate returned the metric 'seconds'"),
     ],
 )
-def test_failed_evaluation_is_reported_as_an_error(metrics, error):
+def test_failed_evaluation_is_reported_as_an_error(metrics: Any, error: str) -> None:
     result = evaluate(WeightTask(metrics), None, weighing(0.0), CPU)
     assert result.metrics == {}
     assert result.error.startswith(error)
 
 
-def test_model_may_change_while_its_snapshot_is_evaluated():
+def test_model_may_change_while_its_snapshot_is_evaluated() -> None:
     merged, results = threading.Event(), []
 
     class Waiting(WeightTask):
-        def evaluate(self, model, data):
+        def evaluate(self, model: Any, data: Any) -> Any:
             assert merged.wait(30)
             return super().evaluate(model, data)
 
@@ -94,7 +95,7 @@ def test_model_may_change_while_its_snapshot_is_evaluated():
     assert (version, snapshot.parameters.item()) == (3, 1.0)
 
 
-def test_evaluations_are_reported_in_order():
+def test_evaluations_are_reported_in_order() -> None:
     results = []
     evaluator = Evaluator(WeightTask(), 0, CPU, results.append)
     for version in (1, 2, 3):
@@ -104,7 +105,7 @@ def test_evaluations_are_reported_in_order():
     assert [(r.version, r.metrics["weight"]) for r in results] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-def test_keyboard_interrupt_of_a_task_is_a_failed_evaluation():
+def test_keyboard_interrupt_of_a_task_is_a_failed_evaluation() -> None:
     results = []
     evaluator = Evaluator(WeightTask(KeyboardInterrupt()), 0, CPU, results.append)
     evaluator.start(4, weighing(1.0))
@@ -114,11 +115,11 @@ def test_keyboard_interrupt_of_a_task_is_a_failed_evaluation():
     assert evaluator.snapshot is None
 
 
-def test_evaluate_has_eval_mode_and_no_gradients():
+def test_evaluate_has_eval_mode_and_no_gradients() -> None:
     seen = []
 
     class Looking(WeightTask):
-        def evaluate(self, model, data):
+        def evaluate(self, model: Any, data: Any) -> Any:
             seen.append((model.training, torch.is_grad_enabled()))
             return super().evaluate(model, data)
 
@@ -127,9 +128,9 @@ def test_evaluate_has_eval_mode_and_no_gradients():
     assert torch.is_grad_enabled()
 
 
-def test_state_left_by_an_evaluation_does_not_reach_the_next():
+def test_state_left_by_an_evaluation_does_not_reach_the_next() -> None:
     class Counting(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
             self.register_buffer("changed", torch.zeros(1), persistent=False)
@@ -140,10 +141,10 @@ def test_state_left_by_an_evaluation_does_not_reach_the_next():
 
         module = Counting()
 
-        def model(self):
+        def model(self) -> Any:
             return self.module
 
-        def evaluate(self, model, data):
+        def evaluate(self, model: Any, data: Any) -> dict[str, Any]:
             model.train()
             model.changed += 1
             model.assigned = model.assigned + 1
@@ -156,16 +157,16 @@ def test_state_left_by_an_evaluation_does_not_reach_the_next():
     assert Keeping.module.training
 
 
-def test_test_data_that_raises_is_an_error_with_its_place():
+def test_test_data_that_raises_is_an_error_with_its_place() -> None:
     class Missing(Task):
-        def test_data(self):
+        def test_data(self) -> None:
             raise FileNotFoundError("test.csv")
 
     with pytest.raises(TaskError, match=r"test_data\(\) raised FileNotFoundError: test.csv; in test_data \(test_eval"):
         load_test_data(Missing())
 
 
-def test_target_without_test_data_is_refused():
+def test_target_without_test_data_is_refused() -> None:
     require_test_data({}, None)
     require_test_data({"accuracy": 0.9}, [1])
     with pytest.raises(ConfigurationError, match="nothing measures accuracy"):
@@ -175,15 +176,15 @@ def test_target_without_test_data_is_refused():
 # Schedule of evaluations
 
 
-def evaluations(actions):
+def evaluations(actions: list[Any]) -> list[Any]:
     return [action.version for action in of_kind(actions, Evaluate)]
 
 
-def evaluated(run, version):
+def evaluated(run: Run, version: int) -> list[Any]:
     return evaluations(run.tell(Evaluated(version, {"loss": 1.0})))
 
 
-def test_first_version_is_evaluated_and_then_every_nth():
+def test_first_version_is_evaluated_and_then_every_nth() -> None:
     run = start("c0", evaluates=True, evaluation={"every_versions": 3})
     assert evaluations(run.actions) == [0]
     evaluated(run, 0)
@@ -193,7 +194,7 @@ def test_first_version_is_evaluated_and_then_every_nth():
     assert evaluations(run.actions) == [0, 3, 6]
 
 
-def test_evaluations_run_one_at_a_time_on_the_newest_version():
+def test_evaluations_run_one_at_a_time_on_the_newest_version() -> None:
     run = start("c0", evaluates=True, evaluation={"every_versions": 1})
     for _ in range(5):
         run.post("c0", 1.0)
@@ -201,7 +202,7 @@ def test_evaluations_run_one_at_a_time_on_the_newest_version():
     assert evaluated(run, 0) == [5]
 
 
-def test_evaluation_by_time_waits_for_a_new_version():
+def test_evaluation_by_time_waits_for_a_new_version() -> None:
     run = start("c0", evaluates=True, evaluation={"every_versions": "off", "every_seconds": 10.0})
     assert run.federation.next_deadline() == 10.0
     assert evaluations(run.tick(10.0)) == [0]
@@ -212,7 +213,7 @@ def test_evaluation_by_time_waits_for_a_new_version():
     assert evaluations(run.actions) == [0, 1]
 
 
-def test_evaluation_by_time_is_due_an_interval_after_the_last():
+def test_evaluation_by_time_is_due_an_interval_after_the_last() -> None:
     run = start("c0", evaluates=True, evaluation={"every_versions": "off", "every_seconds": 10.0})
     run.tick(10.0)
     evaluated(run, 0)
@@ -222,7 +223,7 @@ def test_evaluation_by_time_is_due_an_interval_after_the_last():
     assert evaluations(run.tick(0.1)) == [1]
 
 
-def test_due_evaluation_precedes_the_next_merge():
+def test_due_evaluation_precedes_the_next_merge() -> None:
     """The evaluation is due when the header of an update arrives; a later event merges the update."""
     run = start("c0", evaluates=True, evaluation={"every_versions": "off", "every_seconds": 10.0})
     run.now = 10.0
@@ -231,7 +232,7 @@ def test_due_evaluation_precedes_the_next_merge():
     assert [(type(action), action.version) for action in wanted] == [(Evaluate, 0), (Commit, 1)]
 
 
-def test_successor_evaluates_its_first_version():
+def test_successor_evaluates_its_first_version() -> None:
     run = start("c0", "c1", evaluates=True, aggregation={"strategy": "fedbuff", "buffer_size": 2})
     run.post("c0", 1.0)
     run.restart()  # `Run` checks that the label is the version
@@ -240,7 +241,7 @@ def test_successor_evaluates_its_first_version():
     assert evaluated(run, 0) == [1]
 
 
-def test_task_without_test_data_is_never_evaluated():
+def test_task_without_test_data_is_never_evaluated() -> None:
     run = start("c0", evaluation={"every_versions": 1, "every_seconds": 1.0})
     run.post("c0", 1.0)
     run.tick(100.0)
@@ -248,7 +249,7 @@ def test_task_without_test_data_is_never_evaluated():
     assert run.federation.next_deadline() is None  # a deadline that no evaluation moves would make the loop busy-wait
 
 
-def test_evaluation_that_failed_is_repeated_after_a_pause():
+def test_evaluation_that_failed_is_repeated_after_a_pause() -> None:
     run = start("c0", evaluates=True)
     evaluated(run, 0)
     run.post("c0", 1.0)
@@ -261,20 +262,20 @@ def test_evaluation_that_failed_is_repeated_after_a_pause():
         assert evaluations(run.tick(0.1)) == [version + 1]
 
 
-def test_newest_evaluation_is_kept():
+def test_newest_evaluation_is_kept() -> None:
     run = start("c0", evaluates=True)
     evaluated(run, 0)
     assert run.federation.evaluated == Evaluated(0, {"loss": 1.0})
 
 
-def test_evaluated_model_draws_what_the_workers_model_draws():
+def test_evaluated_model_draws_what_the_workers_model_draws() -> None:
     class Projected(WeightTask):
-        def model(self):
+        def model(self) -> Any:
             module = super().model()
             module.register_buffer("projection", torch.rand(3), persistent=False)
             return module
 
-        def evaluate(self, model, data):
+        def evaluate(self, model: Any, data: Any) -> dict[str, Any]:
             return {"first": float(model.projection[0])}
 
     drawn = [evaluate(Projected(), None, weighing(0.0), CPU, seed).metrics["first"] for seed in (7, 7, 8)]

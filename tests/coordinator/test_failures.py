@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedqueue.protocol.messages import NO_EXAMPLES
@@ -9,19 +11,19 @@ from fedqueue_coordinator.core.events import ClientUnavailable, Stop
 from fedqueue_coordinator.core.failures import MAX_KINDS, OTHER, Failures
 from fedqueue_coordinator.core.run_summary import NO_UPDATE_IN_TIME, NO_WORKER, summarize
 from tests.support.builders import of_kind
-from tests.support.federation_run import start
+from tests.support.federation_run import Run, start
 
 BARRIER = {"strategy": "fedavg"}
 
 
-def unavailable(run, client, error="OSError: no disk"):
+def unavailable(run: Run, client: str, error: str = "OSError: no disk") -> list[Any]:
     return run.tell(ClientUnavailable("1-0", client, error))
 
 
 # Kinds
 
 
-def test_failures_of_other_clients_and_numbers_are_one_kind():
+def test_failures_of_other_clients_and_numbers_are_one_kind() -> None:
     failures = Failures()
     for number in range(1000):
         failures.abandoned(f"c{number}", "failed", f"OSError: /data/c{number}.csv line {number} at 0x7f{number:x}")
@@ -29,7 +31,7 @@ def test_failures_of_other_clients_and_numbers_are_one_kind():
     assert (kind.client, kind.count, len(kind.clients)) == ("c0", 1000, 1000)
 
 
-def test_another_type_text_or_reason_is_another_kind():
+def test_another_type_text_or_reason_is_another_kind() -> None:
     failures = Failures()
     failures.abandoned("a", "failed", "ValueError: x")
     failures.abandoned("a", "failed", "KeyError: x")
@@ -38,7 +40,7 @@ def test_another_type_text_or_reason_is_another_kind():
     assert len(failures.kinds) == 4
 
 
-def test_endless_kinds_are_counted_as_other_failures():
+def test_endless_kinds_are_counted_as_other_failures() -> None:
     failures = Failures()
     for number in range(MAX_KINDS + 20):
         failures.abandoned("a", "failed", "x" * number)
@@ -47,14 +49,14 @@ def test_endless_kinds_are_counted_as_other_failures():
 
 
 @pytest.mark.parametrize("reason", ["returned", "run_ended", "epoch_lost"])
-def test_normal_endings_are_no_failures(reason):
+def test_normal_endings_are_no_failures(reason: str) -> None:
     failures = Failures()
     failures.abandoned("a", reason, "")
     failures.rejected("a", "run_ended", "")
     assert not failures.kinds
 
 
-def test_federation_notes_every_way_to_fail():
+def test_federation_notes_every_way_to_fail() -> None:
     run = start("c0", "c1", "c2", "c3", dispatch={"max_client_failures": 1})
     run.end("c0", "failed", "ValueError: no")
     run.post("c1", float("nan"))
@@ -71,7 +73,7 @@ def test_federation_notes_every_way_to_fail():
 # Clients that cannot load their data
 
 
-def test_unavailable_client_is_recorded_and_left_out():
+def test_unavailable_client_is_recorded_and_left_out() -> None:
     run = start("c0", "c1")
     job = run.job_of("c1")
     unavailable(run, "c1")
@@ -82,7 +84,7 @@ def test_unavailable_client_is_recorded_and_left_out():
     assert run.endings[job] == "returned"
 
 
-def test_unavailable_client_may_join_later():
+def test_unavailable_client_may_join_later() -> None:
     run = start("c0")
     unavailable(run, "c1")
     run.join("c1")
@@ -90,7 +92,7 @@ def test_unavailable_client_may_join_later():
     assert run.has_job("c1")
 
 
-def test_report_on_a_client_served_elsewhere_is_recorded():
+def test_report_on_a_client_served_elsewhere_is_recorded() -> None:
     run = start("c0")
     run.tell(ClientUnavailable("1-0", "c0", "OSError: no disk", served=True))
     assert list(run.federation.clients) == ["c0"]
@@ -100,7 +102,7 @@ def test_report_on_a_client_served_elsewhere_is_recorded():
 # Waiting
 
 
-def test_barrier_names_the_clients_that_it_waits_for():
+def test_barrier_names_the_clients_that_it_waits_for() -> None:
     run = start("client-0", aggregation=BARRIER)
     waits = run.federation.waiting_for(0.0)
     assert waits == "1 of 4 clients alive, waiting for 4 (missing: client-1, client-2, client-3)"
@@ -108,24 +110,24 @@ def test_barrier_names_the_clients_that_it_waits_for():
     assert run.federation.waiting_for(0.0).endswith("; client-2 cannot load its data: OSError: no disk")
 
 
-def test_run_with_a_job_under_way_waits_for_nothing():
+def test_run_with_a_job_under_way_waits_for_nothing() -> None:
     run = start("client-0")
     assert run.federation.waiting_for(0.0) == ""
 
 
-def test_run_without_a_client_says_so():
+def test_run_without_a_client_says_so() -> None:
     run = start("client-0")
     run.leave("client-0")
     assert run.federation.waiting_for(0.0).startswith("no client is alive, waiting for a worker (missing: client-0")
 
 
-def test_rest_after_a_failure_is_waited_for():
+def test_rest_after_a_failure_is_waited_for() -> None:
     run = start("client-0")
     run.end("client-0", "failed", "E")
     assert run.federation.waiting_for(0.0) == "the clients rest after failures, until 1.0 s"
 
 
-def test_run_does_not_wait_for_clients_set_aside():
+def test_run_does_not_wait_for_clients_set_aside() -> None:
     run = start("client-0", "client-1", dispatch={"max_client_failures": 1})
     run.leave("client-1")
     run.end("client-0", "failed", "E")
@@ -134,7 +136,7 @@ def test_run_does_not_wait_for_clients_set_aside():
     assert run.federation.dead_end({"client-1", "client-2", "client-3"}).startswith("no client is left that can train")
 
 
-def test_barrier_that_can_never_be_complete_is_a_dead_end():
+def test_barrier_that_can_never_be_complete_is_a_dead_end() -> None:
     run = start("client-0", aggregation=BARRIER)
     assert run.federation.dead_end(set()) == ""
     unavailable(run, "client-2", "OSError: no disk")
@@ -144,7 +146,7 @@ def test_barrier_that_can_never_be_complete_is_a_dead_end():
     )
 
 
-def test_buffered_run_goes_on_without_a_client():
+def test_buffered_run_goes_on_without_a_client() -> None:
     run = start("client-0", aggregation={"strategy": "fedbuff", "buffer_size": 2})
     assert run.federation.dead_end({"client-1", "client-2", "client-3"}) == ""
 
@@ -152,21 +154,21 @@ def test_buffered_run_goes_on_without_a_client():
 # The end
 
 
-def test_limit_without_a_merged_update_is_a_failure():
+def test_limit_without_a_merged_update_is_a_failure() -> None:
     run = start("c0", stop={"seconds": 5.0})
     run.end("c0", "failed", "ValueError: no")
     [stop] = of_kind(run.tick(5.0), Stop)
     assert stop == Stop("seconds: 5; no update was merged: c0: training failed: ValueError: no", failed=True)
 
 
-def test_run_whose_clients_are_all_set_aside_names_the_cause():
+def test_run_whose_clients_are_all_set_aside_names_the_cause() -> None:
     run = start("c0", dispatch={"max_client_failures": 1})
     [stop] = of_kind(run.end("c0", "failed", "ValueError: no"), Stop)
     assert stop.failed
     assert stop.because.endswith("was set aside: c0: training failed: ValueError: no")
 
 
-def test_summary_says_why_each_client_contributed_nothing():
+def test_summary_says_why_each_client_contributed_nothing() -> None:
     run = start("a", "b", "c", "d")
     run.post("a", 1.0)
     run.end("b", "failed", "ValueError: no")
@@ -186,7 +188,7 @@ def test_summary_says_why_each_client_contributed_nothing():
     ]
 
 
-def test_metric_that_is_not_finite_is_told_once_for_each_name():
+def test_metric_that_is_not_finite_is_told_once_for_each_name() -> None:
     failures, nan = Failures(), float("nan")
     for version in range(3):
         failures.evaluated(version, {"loss": 0.1, "auc": nan}, "")
@@ -199,7 +201,7 @@ def test_metric_that_is_not_finite_is_told_once_for_each_name():
     assert failures.most_frequent is None  # no reason why nothing was merged
 
 
-def test_failed_evaluation_is_told_once_for_each_kind():
+def test_failed_evaluation_is_told_once_for_each_kind() -> None:
     failures = Failures()
     for version in (4, 5):
         failures.evaluated(version, {}, "OSError: stale; in evaluate (task.py:20)")
@@ -214,7 +216,7 @@ def test_failed_evaluation_is_told_once_for_each_kind():
 # Clients without examples
 
 
-def test_cohort_does_not_wait_for_a_client_without_examples():
+def test_cohort_does_not_wait_for_a_client_without_examples() -> None:
     run = start(aggregation=BARRIER, clients={"count": 3})
     run.join("client-0", "client-2")
     assert not run.federation.open_jobs
@@ -225,7 +227,7 @@ def test_cohort_does_not_wait_for_a_client_without_examples():
     assert (kind.client, kind.what, kind.text) == ("client-1", "takes no part", "it has no examples")
 
 
-def test_configured_minimum_of_clients_stays_what_it_is():
+def test_configured_minimum_of_clients_stays_what_it_is() -> None:
     run = start(aggregation=BARRIER, clients={"count": 3, "min_available": 3})
     unavailable(run, "client-1", NO_EXAMPLES)
     run.join("client-0", "client-2")

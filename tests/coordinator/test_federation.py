@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from fedqueue.protocol.keys import client_tag
 from fedqueue.protocol.stream_entry import StreamEntry
@@ -27,7 +30,7 @@ from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.reasons import LapseCause, RejectionReason
 from tests.support import oracle
 from tests.support.builders import EXAMPLES, MANIFEST, make_config, make_frame, make_header, of_kind, same_bits
-from tests.support.federation_run import Died, start
+from tests.support.federation_run import Died, Run, start
 
 FUNCTIONS = sorted(oracle.STALENESS)
 FEDASYNC = {"strategy": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}}
@@ -38,7 +41,7 @@ FEDAVG = {"strategy": "fedavg", "cohort_size": 2}
 # The path of an update
 
 
-def test_update_frees_its_slot_and_becomes_a_version():
+def test_update_frees_its_slot_and_becomes_a_version() -> None:
     run = start("c0", "c1", clients={"count": 1})  # one slot for two clients
     (first,) = run.jobs
     client = run.jobs[first]
@@ -50,7 +53,7 @@ def test_update_frees_its_slot_and_becomes_a_version():
     assert (commit.version, run.x) == (1, 1.0)
 
 
-def test_version_record_lists_the_merged_updates():
+def test_version_record_lists_the_merged_updates() -> None:
     run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 2, "weight_by_examples": True})
     jobs = run.job_of("c0"), run.job_of("c1")
     run.now = 1.5
@@ -69,7 +72,7 @@ def test_version_record_lists_the_merged_updates():
     }  # fmt: skip
 
 
-def test_totals_count_committed_updates():
+def test_totals_count_committed_updates() -> None:
     run = start("c0", "c1", aggregation=FEDBUFF)
     for client in ("c0", "c1", "c1", "c1", "c0"):
         run.now += 1.0
@@ -82,7 +85,7 @@ def test_totals_count_committed_updates():
     assert set(run.federation.unfinished) == set(run.jobs)
 
 
-def test_staleness_is_measured_at_the_merge():
+def test_staleness_is_measured_at_the_merge() -> None:
     """Two versions are made after the dispatch and the download; the staleness at the merge determines the weight."""
     run = start("c0", "c1", aggregation={"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"})
     run.post("c1", 0.0)
@@ -94,7 +97,7 @@ def test_staleness_is_measured_at_the_merge():
     assert run.x == 3.0
 
 
-def test_weights_of_loading_updates_are_set_at_their_merge():
+def test_weights_of_loading_updates_are_set_at_their_merge() -> None:
     run = start("c0", "c1", aggregation={"strategy": "fedasync", "alpha": 0.5, "staleness": {"function": "constant"}})
     run.holds_loads = True
     run.post("c0", 8.0)
@@ -112,13 +115,13 @@ ARRIVALS = [("c0", 0), ("c1", 0), ("c2", 0), ("c1", 1), ("c0", 2), ("c2", 0), ("
 """Client and base version: one that exists by then, also where only every second update makes a version."""
 
 
-def deltas():
+def deltas() -> NDArray[Any]:
     return np.random.default_rng(5).normal(size=(len(ARRIVALS), 2)).astype(np.float32).astype(np.float64)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("mixing", ["model", "delta"])
-def test_fedasync_through_the_federation_follows_the_formula(mixing, function):
+def test_fedasync_through_the_federation_follows_the_formula(mixing: str, function: str) -> None:
     aggregation = {"strategy": "fedasync", "alpha": 0.6, "mixing": mixing, "staleness": {"function": function}}
     run = start("c0", "c1", "c2", aggregation=aggregation)
     xs = [np.zeros(2)]
@@ -145,7 +148,9 @@ def test_fedasync_through_the_federation_follows_the_formula(mixing, function):
     ],
     ids=["sgd", "momentum", "adam", "adamw", "adagrad"],
 )
-def test_fedbuff_and_the_server_optimizer_follow_the_formulas(server, rule, by_examples, normalize):
+def test_fedbuff_and_the_server_optimizer_follow_the_formulas(
+    server: dict[str, Any], rule: Callable[..., Any] | type[Any], by_examples: bool, normalize: str
+) -> None:
     aggregation = {"strategy": "fedbuff", "buffer_size": 2, "normalize": normalize, "weight_by_examples": by_examples}
     run = start("c0", "c1", "c2", aggregation=aggregation, server_optimizer=server)
     x, optimizer, s = np.zeros(2), rule(), oracle.STALENESS["polynomial"]
@@ -162,7 +167,7 @@ def test_fedbuff_and_the_server_optimizer_follow_the_formulas(server, rule, by_e
 # Equivalences, bit for bit
 
 
-def rounds(aggregation, server, count=4):
+def rounds(aggregation: dict[str, Any], server: dict[str, Any], count: int = 4) -> Run:
     """Run rounds with three of four clients, in the same arrival order for every strategy."""
     run = start("c0", "c1", "c2", "c3", aggregation=aggregation, server_optimizer=server)
     generator = np.random.default_rng(3)
@@ -180,7 +185,7 @@ SERVERS = [{}, {"name": "adam", "learning_rate": 0.1}, {"learning_rate": 0.5, "o
 
 @pytest.mark.parametrize("server", SERVERS, ids=["sgd", "adam", "momentum"])
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_synchronous_fedbuff_of_a_whole_cohort_equals_fedavg(function, server):
+def test_synchronous_fedbuff_of_a_whole_cohort_equals_fedavg(function: str, server: dict[str, Any]) -> None:
     fedavg = rounds({"strategy": "fedavg", "cohort_size": 3, "staleness": {"function": function}}, server)
     fedbuff = rounds(
         {
@@ -196,7 +201,7 @@ def test_synchronous_fedbuff_of_a_whole_cohort_equals_fedavg(function, server):
 
 
 @pytest.mark.parametrize("server", SERVERS, ids=["sgd", "adam", "momentum"])
-def test_fedbuff_of_size_one_equals_fedasync_by_delta(server):
+def test_fedbuff_of_size_one_equals_fedasync_by_delta(server: dict[str, Any]) -> None:
     constant = {"staleness": {"function": "constant"}}
     runs = []
     for mode in ({"strategy": "fedbuff", "buffer_size": 1}, {"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"}):
@@ -207,7 +212,7 @@ def test_fedbuff_of_size_one_equals_fedasync_by_delta(server):
     assert all(same_bits(runs[0].versions[v], runs[1].versions[v]) for v in range(len(ARRIVALS) + 1))
 
 
-def test_arrival_order_alone_determines_the_version():
+def test_arrival_order_alone_determines_the_version() -> None:
     models = []
     for clients, pause in ((("c0", "c1", "c2"), 0.0), (("c2", "c0", "c1"), 7.0)):
         run = start(*clients, aggregation={"strategy": "fedbuff", "buffer_size": 2})
@@ -221,7 +226,7 @@ def test_arrival_order_alone_determines_the_version():
 # Known faults of other systems
 
 
-def test_delta_is_relative_to_the_downloaded_version():
+def test_delta_is_relative_to_the_downloaded_version() -> None:
     run = start("c0", "c1", aggregation=FEDASYNC)
     run.post("c1", 8.0)
     assert run.x == 4.0
@@ -230,21 +235,21 @@ def test_delta_is_relative_to_the_downloaded_version():
     assert run.x == 3.0  # 1/2 · 4 + 1/2 · (0 + 2); from the current model it would be 5
 
 
-def test_federation_divides_the_summed_buffer():
+def test_federation_divides_the_summed_buffer() -> None:
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", 2.0)
     run.post("c1", 4.0)
     assert run.x == 3.0
 
 
-def test_federation_averages_batchnorm_statistics():
+def test_federation_averages_batchnorm_statistics() -> None:
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", make_frame(mean=2.0, variance=1.0))
     run.post("c1", make_frame(mean=6.0, variance=3.0))
     assert run.federation.model.buffers.tolist() == [4.0, 2.0]
 
 
-def test_staleness_does_not_accumulate_into_alpha():
+def test_staleness_does_not_accumulate_into_alpha() -> None:
     run = start("c0", "c1", aggregation={"strategy": "fedasync", "alpha": 0.8, "mixing": "delta"})
     for _ in range(20):
         run.post("c0", 0.0, base=max(0, run.federation.version - 3))
@@ -254,7 +259,7 @@ def test_staleness_does_not_accumulate_into_alpha():
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_fresh_update_has_its_full_weight(function):
+def test_fresh_update_has_its_full_weight(function: str) -> None:
     staleness = {"function": function}
     run = start("c0", aggregation={"strategy": "fedbuff", "buffer_size": 1, "staleness": staleness})
     run.post("c0", 4.0)
@@ -262,7 +267,7 @@ def test_fresh_update_has_its_full_weight(function):
 
 
 @pytest.mark.parametrize("aggregation", [FEDASYNC, FEDBUFF, FEDAVG], ids=["fedasync", "fedbuff", "fedavg"])
-def test_silent_client_does_not_leak_its_slot(aggregation):
+def test_silent_client_does_not_leak_its_slot(aggregation: dict[str, Any]) -> None:
     run = start("c0", "c1", "c2", clients={"count": 3}, aggregation=aggregation, dispatch={"concurrency": 2})
     for _ in range(10):
         assert len(run.jobs) == 2
@@ -272,7 +277,7 @@ def test_silent_client_does_not_leak_its_slot(aggregation):
     assert run.federation.abandoned == {"lapsed": 10}
 
 
-def test_variance_stays_positive_at_any_staleness():
+def test_variance_stays_positive_at_any_staleness() -> None:
     run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 2, "staleness": {"function": "hinge"}})
     for variance in (100.0, 1e-6, 50.0, 1e-8, 1e-8, 1e-8):
         for client, base in (("c0", 0), ("c1", run.federation.version)):
@@ -280,7 +285,7 @@ def test_variance_stays_positive_at_any_staleness():
         assert run.federation.model.buffers[1] > 0
 
 
-def test_counters_never_decrease():
+def test_counters_never_decrease() -> None:
     run = start("c0", "c1", aggregation={"strategy": "fedasync"})
     for steps, expected in ((5, 5), (3, 5), (9, 9)):
         run.post("c0", make_frame(steps=steps))
@@ -290,7 +295,7 @@ def test_counters_never_decrease():
 # Slots
 
 
-def test_slot_of_an_expired_job_goes_to_another_client():
+def test_slot_of_an_expired_job_goes_to_another_client() -> None:
     for seed in range(8):
         run = start("c0", "c1", "c2", dispatch={"concurrency": 1}, seed=seed)
         silent = next(iter(run.jobs.values()))
@@ -298,14 +303,14 @@ def test_slot_of_an_expired_job_goes_to_another_client():
         assert dispatch.client != silent
 
 
-def test_only_client_gets_a_new_job_after_its_lease_expired():
+def test_only_client_gets_a_new_job_after_its_lease_expired() -> None:
     run = start("c0")
     (dispatch,) = run.lapse("c0")
     assert dispatch.client == "c0"
 
 
 @pytest.mark.parametrize("reason", ["returned", "failed"])
-def test_ended_job_is_abandoned_and_frees_its_slot(reason):
+def test_ended_job_is_abandoned_and_frees_its_slot(reason: str) -> None:
     run = start("c0", "c1", dispatch={"concurrency": 1})
     client = next(iter(run.jobs.values()))
     job = run.job_of(client)
@@ -315,7 +320,7 @@ def test_ended_job_is_abandoned_and_frees_its_slot(reason):
     assert dispatch.client != client
 
 
-def test_failed_client_backs_off_and_returning_one_does_not():
+def test_failed_client_backs_off_and_returning_one_does_not() -> None:
     run = start("c0", "c1")
     run.end("c0", "returned")
     assert run.has_job("c0")
@@ -326,7 +331,7 @@ def test_failed_client_backs_off_and_returning_one_does_not():
     assert run.has_job("c1")
 
 
-def test_run_fails_when_the_task_raises_at_every_client():
+def test_run_fails_when_the_task_raises_at_every_client() -> None:
     run = start("c0", "c1", dispatch={"max_client_failures": 2})
     for client in ("c0", "c1"):
         run.end(client)
@@ -337,7 +342,7 @@ def test_run_fails_when_the_task_raises_at_every_client():
     assert run.federation.abandoned == {"failed": 4}
 
 
-def test_leaving_client_has_its_queued_job_withdrawn():
+def test_leaving_client_has_its_queued_job_withdrawn() -> None:
     run = start("c0", "c1", "c2", dispatch={"concurrency": 1})
     client = next(iter(run.jobs.values()))
     job = run.job_of(client)
@@ -347,7 +352,7 @@ def test_leaving_client_has_its_queued_job_withdrawn():
     assert dispatch.client != client
 
 
-def test_ending_of_a_withdrawn_job_is_only_acknowledged():
+def test_ending_of_a_withdrawn_job_is_only_acknowledged() -> None:
     run = start("c0")
     job = run.job_of("c0")
     run.leave("c0")
@@ -357,7 +362,7 @@ def test_ending_of_a_withdrawn_job_is_only_acknowledged():
     assert run.has_job("c0")  # and has no backoff
 
 
-def test_update_posted_before_a_leave_is_merged():
+def test_update_posted_before_a_leave_is_merged() -> None:
     run = start("c0", "c1")
     job = run.job_of("c0")
     run.post("c0", 2.0, unread=True)
@@ -369,7 +374,7 @@ def test_update_posted_before_a_leave_is_merged():
     assert run.x == 2.0
 
 
-def test_leave_that_ends_the_run_discards_a_posted_update():
+def test_leave_that_ends_the_run_discards_a_posted_update() -> None:
     run = start("c0", "c1", stop={"seconds": 5.0})
     job = run.job_of("c0")
     run.post("c0", 2.0, unread=True)
@@ -381,7 +386,7 @@ def test_leave_that_ends_the_run_discards_a_posted_update():
     assert (run.x, run.unacknowledged) == (0.0, {})
 
 
-def test_client_that_left_gets_no_job_until_it_returns():
+def test_client_that_left_gets_no_job_until_it_returns() -> None:
     run = start("c0", "c1")
     run.leave("c0")
     for _ in range(3):
@@ -391,7 +396,7 @@ def test_client_that_left_gets_no_job_until_it_returns():
     assert run.has_job("c0")
 
 
-def test_update_posted_before_its_client_left_is_merged():
+def test_update_posted_before_its_client_left_is_merged() -> None:
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", 2.0)
     run.leave("c0")
@@ -400,7 +405,7 @@ def test_update_posted_before_its_client_left_is_merged():
 
 
 @pytest.mark.parametrize("aggregation", [FEDASYNC, FEDAVG], ids=["fedasync", "fedavg"])
-def test_silent_client_keeps_its_slot_until_the_lease_expires(aggregation):
+def test_silent_client_keeps_its_slot_until_the_lease_expires(aggregation: dict[str, Any]) -> None:
     run = start("c0", "c1", "c2", clients={"count": 2}, aggregation=aggregation)
     silent, _ = run.jobs.values()
     job = run.job_of(silent)
@@ -410,21 +415,21 @@ def test_silent_client_keeps_its_slot_until_the_lease_expires(aggregation):
     assert dispatch.client != silent
 
 
-def test_update_of_a_client_that_fell_silent_is_merged():
+def test_update_of_a_client_that_fell_silent_is_merged() -> None:
     run = start("c0", "c1")
     run.vanish("c0")
     run.post("c0", 2.0)
     assert (run.x, run.has_job("c0")) == (2.0, False)
 
 
-def test_client_returning_within_its_lease_keeps_its_job():
+def test_client_returning_within_its_lease_keeps_its_job() -> None:
     run = start("c0")
     run.vanish("c0")
     assert run.join("c0") == []
     assert list(run.jobs.values()) == ["c0"]
 
 
-def test_training_resumes_when_a_client_returns():
+def test_training_resumes_when_a_client_returns() -> None:
     run = start("c0", "c1")
     run.leave("c0")
     run.leave("c1")
@@ -436,7 +441,7 @@ def test_training_resumes_when_a_client_returns():
     assert run.federation.version == 1
 
 
-def test_jobs_of_a_new_epoch_have_distinct_names():
+def test_jobs_of_a_new_epoch_have_distinct_names() -> None:
     federation = Federation(make_config(), make_frame(), version=3, job_number=7, epoch=2, evaluates=False)
     assert federation.handle(ClientJoined("c0", 10), 0.0) == [
         Dispatch(f"run-e2-00000008-{client_tag('run', 'c0')}", 8, "c0")
@@ -446,7 +451,7 @@ def test_jobs_of_a_new_epoch_have_distinct_names():
 # Synchronous rounds
 
 
-def test_fedavg_waits_for_the_whole_cohort_before_it_starts():
+def test_fedavg_waits_for_the_whole_cohort_before_it_starts() -> None:
     run = start("c0", aggregation={"strategy": "fedavg", "cohort_size": 3})
     assert not run.jobs
     run.join("c1")
@@ -455,14 +460,14 @@ def test_fedavg_waits_for_the_whole_cohort_before_it_starts():
     assert len(run.jobs) == 3
 
 
-def test_fedavg_of_every_client_waits_for_every_client():
+def test_fedavg_of_every_client_waits_for_every_client() -> None:
     run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg"})
     assert not run.jobs
     run.join("c3")
     assert len(run.jobs) == 4
 
 
-def test_no_job_for_the_next_version_precedes_the_commit():
+def test_no_job_for_the_next_version_precedes_the_commit() -> None:
     run = start("c0", "c1", "c2", "c3", aggregation={"strategy": "fedavg", "cohort_size": 3})
     first = sorted(run.jobs.values())
     for client in first[:2]:
@@ -472,7 +477,7 @@ def test_no_job_for_the_next_version_precedes_the_commit():
     assert all(line["staleness"] == 0 for line in run.merged)
 
 
-def test_client_is_at_most_once_in_a_cohort():
+def test_client_is_at_most_once_in_a_cohort() -> None:
     run = start("c0", "c1", aggregation=FEDAVG)
     run.post("c0", 1.0)
     run.tick(100)
@@ -481,7 +486,7 @@ def test_client_is_at_most_once_in_a_cohort():
     assert not run.has_job("c0")
 
 
-def test_lost_client_of_a_cohort_is_replaced():
+def test_lost_client_of_a_cohort_is_replaced() -> None:
     run = start("c0", "c1", "c2", aggregation=FEDAVG)
     first, second = run.jobs.values()
     (third,) = {"c0", "c1", "c2"} - {first, second}
@@ -494,7 +499,7 @@ def test_lost_client_of_a_cohort_is_replaced():
 
 
 @pytest.mark.parametrize("how", ["leave", "reject", "fail"])
-def test_freed_slot_of_a_round_goes_to_another_client(how):
+def test_freed_slot_of_a_round_goes_to_another_client(how: str) -> None:
     run = start("c0", "c1", "c2", aggregation=FEDAVG)
     first, second = run.jobs.values()
     (third,) = {"c0", "c1", "c2"} - {first, second}
@@ -509,7 +514,7 @@ def test_freed_slot_of_a_round_goes_to_another_client(how):
     assert len(run.jobs) == 2
 
 
-def test_short_cohort_closes_and_divides_by_its_size():
+def test_short_cohort_closes_and_divides_by_its_size() -> None:
     run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg", "cohort_size": 3})
     run.post("c0", 2.0)
     run.leave("c1")
@@ -523,7 +528,7 @@ def test_short_cohort_closes_and_divides_by_its_size():
 
 
 @pytest.mark.parametrize("normalize", ["count", "weights"])
-def test_short_synchronous_buffer_divides_by_its_size(normalize):
+def test_short_synchronous_buffer_divides_by_its_size(normalize: str) -> None:
     aggregation = {"strategy": "fedbuff", "buffer_size": 3, "barrier": True, "normalize": normalize}
     run = start("c0", "c1", "c2", aggregation=aggregation)
     run.post("c0", 2.0)
@@ -533,7 +538,7 @@ def test_short_synchronous_buffer_divides_by_its_size(normalize):
     assert (run.federation.version, run.x) == (1, 4.0)
 
 
-def test_short_cohort_waits_for_a_client_in_backoff():
+def test_short_cohort_waits_for_a_client_in_backoff() -> None:
     run = start("c0", "c1", aggregation=FEDAVG)
     run.post("c0", 2.0)
     run.end("c1", "failed")
@@ -544,7 +549,7 @@ def test_short_cohort_waits_for_a_client_in_backoff():
     assert (run.federation.version, run.x) == (1, 3.0)
 
 
-def test_short_cohort_does_not_wait_for_an_excluded_client():
+def test_short_cohort_does_not_wait_for_an_excluded_client() -> None:
     run = start("c0", "c1", aggregation=FEDAVG, dispatch={"max_client_failures": 1})
     run.post("c0", 2.0)
     run.end("c1", "failed")
@@ -552,7 +557,7 @@ def test_short_cohort_does_not_wait_for_an_excluded_client():
     assert (run.federation.version, run.x) == (1, 2.0)
 
 
-def test_short_cohort_waits_for_a_payload_in_flight():
+def test_short_cohort_waits_for_a_payload_in_flight() -> None:
     run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg", "cohort_size": 3})
     run.post("c0", 2.0)
     run.holds_loads = True
@@ -565,7 +570,7 @@ def test_short_cohort_waits_for_a_payload_in_flight():
     assert (run.federation.version, run.x) == (1, 3.0)
 
 
-def test_round_without_updates_makes_no_version():
+def test_round_without_updates_makes_no_version() -> None:
     run = start("c0", "c1", aggregation=FEDAVG)
     run.leave("c0")
     run.leave("c1")
@@ -573,7 +578,7 @@ def test_round_without_updates_makes_no_version():
     assert run.federation.version == 0
 
 
-def test_client_that_joins_late_takes_part_in_the_next_round():
+def test_client_that_joins_late_takes_part_in_the_next_round() -> None:
     run = start(
         "c0", "c1", clients={"count": 3, "min_available": 2}, aggregation={"strategy": "fedavg", "cohort_size": 3}
     )
@@ -596,7 +601,7 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_successor_reaches_the_bits_of_the_uninterrupted_run(settings):
+def test_successor_reaches_the_bits_of_the_uninterrupted_run(settings: str) -> None:
     models = []
     for dies in (False, True):
         run = start("c0", "c1", "c2", **SETTINGS[settings])
@@ -615,7 +620,7 @@ def test_successor_reaches_the_bits_of_the_uninterrupted_run(settings):
     assert same_bits(*models)
 
 
-def test_successor_gives_no_second_job_to_a_client_that_has_one():
+def test_successor_gives_no_second_job_to_a_client_that_has_one() -> None:
     """The client's earlier update is in the buffer. One of its two jobs without a ledger record is still open."""
     run = start("c0", aggregation=FEDBUFF)
     run.post("c0", 1.0)
@@ -625,7 +630,7 @@ def test_successor_gives_no_second_job_to_a_client_that_has_one():
     assert Counter(run.federation.open_jobs.values()) == {"c0": 1}
 
 
-def test_successor_closes_no_round_before_clients_reconnect():
+def test_successor_closes_no_round_before_clients_reconnect() -> None:
     """A client may still get the slot of a job whose lease expired just before the crash."""
     run = start("c0", "c1", "c2", aggregation=FEDAVG)
     first, second = run.jobs.values()
@@ -642,7 +647,7 @@ def test_successor_closes_no_round_before_clients_reconnect():
     assert run.x == 3.0
 
 
-def test_successor_continues_the_job_and_update_counts():
+def test_successor_continues_the_job_and_update_counts() -> None:
     run = start("c0", "c1")
     run.post("c0", 1.0)
     run.post("c1", 1.0)
@@ -653,7 +658,7 @@ def test_successor_continues_the_job_and_update_counts():
     assert run.federation.job_number == 5
 
 
-def test_successor_does_not_wait_for_min_clients_again():
+def test_successor_does_not_wait_for_min_clients_again() -> None:
     run = start("c0", "c1", "c2", aggregation={"strategy": "fedavg", "cohort_size": 3})
     run.leave("c0")
     run.leave("c1")
@@ -664,7 +669,7 @@ def test_successor_does_not_wait_for_min_clients_again():
     assert run.has_job("c2")
 
 
-def test_unwritten_commit_is_repeated_by_the_successor():
+def test_unwritten_commit_is_repeated_by_the_successor() -> None:
     run = start("c0", "c1", aggregation=FEDBUFF)
     run.post("c0", 2.0)
     run.dies_before = 2  # the crash follows a dispatch and a load, and precedes the commit
@@ -676,7 +681,7 @@ def test_unwritten_commit_is_repeated_by_the_successor():
     assert len(run.merged) == 2
 
 
-def test_update_of_another_shape_does_not_stop_the_run():
+def test_update_of_another_shape_does_not_stop_the_run() -> None:
     run = start("c0", "c1")
     run.post("c0", 1.0, body=make_header(nbytes=MANIFEST.nbytes + 8))
     run.post("c1", 1.0)
@@ -686,7 +691,7 @@ def test_update_of_another_shape_does_not_stop_the_run():
 # Events reported by the service
 
 
-def test_job_stays_open_when_another_worker_takes_the_client():
+def test_job_stays_open_when_another_worker_takes_the_client() -> None:
     run = start("c0", "c1")
     job = run.job_of("c0")
     assert run.tell(ClientLeft("c0", served=True)) == []
@@ -694,13 +699,13 @@ def test_job_stays_open_when_another_worker_takes_the_client():
     assert "c0" not in run.federation.clients
 
 
-def test_expired_lease_of_an_unknown_job_changes_nothing():
+def test_expired_lease_of_an_unknown_job_changes_nothing() -> None:
     run = start("c0")
     assert run.tell(LeaseExpired("run-00000099", LapseCause.PROCESS_DIED)) == []
     assert run.has_job("c0")
 
 
-def test_close_after_an_expired_lease_is_conditional():
+def test_close_after_an_expired_lease_is_conditional() -> None:
     run = start("c0", "c1")
     job = run.job_of("c0")
     (close,) = run.federation.handle(LeaseExpired(job, LapseCause.PROCESS_DIED), run.now)
@@ -710,7 +715,7 @@ def test_close_after_an_expired_lease_is_conditional():
 
 
 @pytest.mark.parametrize("stopped", [False, True])
-def test_invalid_entry_is_acknowledged_with_its_reason(stopped):
+def test_invalid_entry_is_acknowledged_with_its_reason(stopped: bool) -> None:
     run = start("c0")
     if stopped:
         run.stop()
@@ -721,7 +726,7 @@ def test_invalid_entry_is_acknowledged_with_its_reason(stopped):
 
 
 @pytest.mark.parametrize(("strategy", "at_once"), [("fedavg", True), ("fedasync", False)])
-def test_only_a_synchronous_version_is_published_immediately(strategy, at_once):
+def test_only_a_synchronous_version_is_published_immediately(strategy: str, at_once: bool) -> None:
     run = start("c0", aggregation={"strategy": strategy, **({"cohort_size": 1} if at_once else {})})
     run.post("c0", 1.0)
     (commit,) = of_kind(run.actions, Commit)
@@ -731,7 +736,7 @@ def test_only_a_synchronous_version_is_published_immediately(strategy, at_once):
 # Lapses
 
 
-def test_client_whose_training_hangs_each_time_is_set_aside():
+def test_client_whose_training_hangs_each_time_is_set_aside() -> None:
     run = start("c0", "c1", dispatch={"max_client_failures": 2, "backoff_seconds": 1.0})
     run.lapse("c0", LapseCause.NO_PROGRESS)
     assert not run.has_job("c0"), "it rests"
@@ -743,13 +748,13 @@ def test_client_whose_training_hangs_each_time_is_set_aside():
 
 
 @pytest.mark.parametrize("cause", [LapseCause.PROCESS_DIED, LapseCause.SLOW_TRANSFER, LapseCause.NOT_BEGUN])
-def test_lapse_for_another_cause_is_no_failure_of_the_client(cause):
+def test_lapse_for_another_cause_is_no_failure_of_the_client(cause: LapseCause) -> None:
     run = start("c0", dispatch={"max_client_failures": 1})
     run.lapse("c0", cause)
     assert run.has_job("c0")
 
 
-def test_lapse_is_recorded_with_its_cause():
+def test_lapse_is_recorded_with_its_cause() -> None:
     run = start("c0")
     job = run.job_of("c0")
     run.tell(LeaseExpired(job, LapseCause.SLOW_TRANSFER, "slow_transfer: no byte moved"))

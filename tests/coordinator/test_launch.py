@@ -8,6 +8,7 @@ import shutil
 import socket
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,7 +55,7 @@ def texts(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("name", ["keys/coordinator.key", "logs/mine.log", "egress/old.jsonl", "redis/x.aof", "a.txt"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_folder_with_files_of_others_is_refused_unchanged(folder, name, overwrite):
+def test_folder_with_files_of_others_is_refused_unchanged(folder: RunFolder, name: str, overwrite: bool) -> None:
     (folder.path / name).parent.mkdir(parents=True)
     (folder.path / name).write_text("mine")
     with pytest.raises(ConfigurationError, match=f"no run of fedqueue made.*{name.partition('/')[0]}") as error:
@@ -64,14 +65,14 @@ def test_folder_with_files_of_others_is_refused_unchanged(folder, name, overwrit
     assert [p for p in folder.path.rglob("*") if p.is_file()] == [folder.path / name]
 
 
-def test_hidden_files_are_no_obstacle(folder):
+def test_hidden_files_are_no_obstacle(folder: RunFolder) -> None:
     folder.path.mkdir(parents=True)
     (folder.path / ".gitignore").write_text("*")
     (folder.path / "lost+found").mkdir()
     assert finish(folder, "new") == folder.path
 
 
-def test_foreign_files_in_a_runs_folder_stay(folder):
+def test_foreign_files_in_a_runs_folder_stay(folder: RunFolder) -> None:
     finish(folder, "old")
     mine = [folder.path / name for name in ("keys/coordinator.key", "egress/c.jsonl", "redis/a.aof", "notes.txt")]
     for path in mine:
@@ -84,17 +85,17 @@ def test_foreign_files_in_a_runs_folder_stay(folder):
 
 
 @pytest.mark.parametrize("deep", [Path("runs/toy"), Path("runs/toy/deeper")])
-def test_folder_that_cannot_be_made_is_one_error(tmp_path, deep):
+def test_folder_that_cannot_be_made_is_one_error(tmp_path: Path, deep: Path) -> None:
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "toy").write_text("a file in the way")
     with pytest.raises(ConfigurationError, match=r"--output.*cannot be written \((File exists|Not a directory)\)"):
         begin(RunFolder(tmp_path / deep))
 
 
-def test_folder_that_became_read_only_is_one_error(folder, monkeypatch):
+def test_folder_that_became_read_only_is_one_error(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     begin(folder, LEADER, version=1)
 
-    def refuse(*arguments, **how):
+    def refuse(*arguments: Any, **how: Any) -> None:
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(Path, "write_text", refuse)
@@ -106,7 +107,7 @@ def test_folder_that_became_read_only_is_one_error(folder, monkeypatch):
 # Results
 
 
-def test_former_results_stay_until_new_ones_are_complete(folder):
+def test_former_results_stay_until_new_ones_are_complete(folder: RunFolder) -> None:
     finish(folder, "old")
     begin(folder)
     assert texts(folder.path) == {"old"}
@@ -118,13 +119,13 @@ def test_former_results_stay_until_new_ones_are_complete(folder):
     assert not folder.unfinished.exists()
 
 
-def test_results_of_a_failed_run_are_replaced(folder):
+def test_results_of_a_failed_run_are_replaced(folder: RunFolder) -> None:
     assert finish(folder, "interrupted", complete=False) == folder.path
     assert finish(folder, "failed", complete=False) == folder.path
     assert texts(folder.path) == {"failed"}
 
 
-def test_former_replay_and_report_go_with_their_results(folder):
+def test_former_replay_and_report_go_with_their_results(folder: RunFolder) -> None:
     finish(folder, "old")
     (folder.path / "replay").mkdir()
     (folder.path / "replay" / "head.bin").write_bytes(b"old")
@@ -136,7 +137,7 @@ def test_former_replay_and_report_go_with_their_results(folder):
     assert not (folder.path / "replay").exists()
 
 
-def test_results_of_another_configuration_are_refused(folder):
+def test_results_of_another_configuration_are_refused(folder: RunFolder) -> None:
     finish(folder, "old")
     with pytest.raises(ConfigurationError, match=r"results of /somewhere/fed.*--overwrite"):
         finish(folder, "new", OTHER)
@@ -152,7 +153,7 @@ def test_results_of_another_configuration_are_refused(folder):
 # Unfinished runs
 
 
-def test_unfinished_run_is_refused_resumed_or_overwritten(folder):
+def test_unfinished_run_is_refused_resumed_or_overwritten(folder: RunFolder) -> None:
     begin(folder, version=642)
     (folder.redis / "aof").mkdir(parents=True)
     with pytest.raises(ConfigurationError, match=r"was interrupted at version 642; .*--resume .*, or .* --overwrite"):
@@ -163,14 +164,14 @@ def test_unfinished_run_is_refused_resumed_or_overwritten(folder):
     assert not folder.redis.exists()
 
 
-def test_run_that_died_before_version_1_is_no_obstacle(folder):
+def test_run_that_died_before_version_1_is_no_obstacle(folder: RunFolder) -> None:
     with folder.opened(LAUNCH):
         folder.redis.mkdir()
     begin(folder)
     assert not folder.redis.exists()
 
 
-def test_run_that_could_not_begin_leaves_nothing(folder):
+def test_run_that_could_not_begin_leaves_nothing(folder: RunFolder) -> None:
     begin(folder)
     assert not folder.path.exists()
     finish(folder, "old")
@@ -178,21 +179,21 @@ def test_run_that_could_not_begin_leaves_nothing(folder):
     assert not folder.unfinished.exists()
 
 
-def test_failed_run_says_so(folder):
+def test_failed_run_says_so(folder: RunFolder) -> None:
     begin(folder, version=7)
     folder.note_end(7, "failed")
     with pytest.raises(ConfigurationError, match="holds a run that failed at version 7"):
         begin(folder)
 
 
-def test_version_is_noted_at_most_once_a_second(folder):
+def test_version_is_noted_at_most_once_a_second(folder: RunFolder) -> None:
     with folder.opened(LAUNCH):
         for version, now, noted in ((0, 0.0, 0), (1, 0.1, 1), (2, 0.2, 1), (9, 1.2, 9), (10, 1.3, 9)):
             folder.note(version, now)
             assert folder.version() == noted
 
 
-def test_folder_in_use_is_refused_to_a_second_run(folder):
+def test_folder_in_use_is_refused_to_a_second_run(folder: RunFolder) -> None:
     with folder.opened(LAUNCH):
         for how in ({}, {"overwrite": True}, {"resume": True}):
             with pytest.raises(RunExists, match=r"'toy' is still active in .*toy; wait"):
@@ -202,7 +203,7 @@ def test_folder_in_use_is_refused_to_a_second_run(folder):
     begin(folder)
 
 
-def test_leader_and_standby_share_a_folder(folder):
+def test_leader_and_standby_share_a_folder(folder: RunFolder) -> None:
     with folder.opened(LEADER, shared=True):
         folder.note(5, 0.0)
         checkpoint = folder.unfinished / "checkpoint.safetensors"
@@ -220,13 +221,13 @@ def test_leader_and_standby_share_a_folder(folder):
 # Resuming
 
 
-def test_unfinished_run_is_resumed_with_its_settings(folder):
+def test_unfinished_run_is_resumed_with_its_settings(folder: RunFolder) -> None:
     begin(folder, version=1)
     launch = read_launch(folder.path, ["stop.versions=9", "training.local_epochs = 4"])
     assert launch == replace(LAUNCH, overrides=["training.local_epochs = 4", "stop.versions=9"])
 
 
-def test_settings_are_kept_only_once_the_run_continues(folder):
+def test_settings_are_kept_only_once_the_run_continues(folder: RunFolder) -> None:
     begin(folder, version=3)
     refused = read_launch(folder.path, ["training.learning_rate=0.5"])
     begin(folder, refused, resume=True)
@@ -236,7 +237,7 @@ def test_settings_are_kept_only_once_the_run_continues(folder):
     assert read_launch(folder.path, []) == refused
 
 
-def test_ended_run_and_other_folders_cannot_be_resumed(folder):
+def test_ended_run_and_other_folders_cannot_be_resumed(folder: RunFolder) -> None:
     folder.path.mkdir(parents=True)
     with pytest.raises(ConfigurationError, match=r"holds no launch\.json"):
         read_launch(folder.path, [])
@@ -252,7 +253,7 @@ def test_ended_run_and_other_folders_cannot_be_resumed(folder):
 # Folders of sockets
 
 
-def test_socket_folder_avoids_a_long_path(tmp_path):
+def test_socket_folder_avoids_a_long_path(tmp_path: Path) -> None:
     long = tmp_path / ("x" * 110)
     long.mkdir()
     made = Path(make_socket_folder([str(long), "/tmp"]))
@@ -298,7 +299,7 @@ def test_only_dead_private_socket_folders_are_removed(tmp_path: Path, monkeypatc
 # A folder that is deleted, moved or damaged meanwhile
 
 
-def test_deleted_folder_is_made_again_during_the_run(folder):
+def test_deleted_folder_is_made_again_during_the_run(folder: RunFolder) -> None:
     secret = folder.unfinished / "keys" / "a.key"
     with folder.opened(LAUNCH):
         secret.parent.mkdir()
@@ -319,7 +320,7 @@ def read_or_none(folder: RunFolder) -> Launch | None:
     return Launch.read(folder.unfinished / "launch.json")
 
 
-def test_folder_deleted_at_the_end_has_results_and_marker(folder):
+def test_folder_deleted_at_the_end_has_results_and_marker(folder: RunFolder) -> None:
     with folder.opened(LAUNCH):
         shutil.rmtree(folder.path)
         assert folder.reclaim()
@@ -330,7 +331,7 @@ def test_folder_deleted_at_the_end_has_results_and_marker(folder):
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_folder_of_a_second_run_in_its_place_is_left_to_it(folder, ended):
+def test_folder_of_a_second_run_in_its_place_is_left_to_it(folder: RunFolder, ended: bool) -> None:
     second = RunFolder(folder.path)
     with folder.opened(LAUNCH):
         folder.note(1, 0.0)
@@ -346,13 +347,13 @@ def test_folder_of_a_second_run_in_its_place_is_left_to_it(folder, ended):
                 assert second.version() == 0
 
 
-def test_crash_between_two_files_leaves_no_mixed_results(folder, monkeypatch):
+def test_crash_between_two_files_leaves_no_mixed_results(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     finish(folder, "old")
     names = [*RESULT_FILENAMES]
     for crash_at in range(len(names)):
         moved = []
 
-        def replace_or_die(self, target, moved=moved, crash_at=crash_at):
+        def replace_or_die(self: Any, target: Any, moved: Any = moved, crash_at: Any = crash_at) -> None:
             if target.parent == folder.path and target.name in names:
                 if len(moved) == crash_at:
                     raise KeyboardInterrupt
@@ -367,20 +368,20 @@ def test_crash_between_two_files_leaves_no_mixed_results(folder, monkeypatch):
         assert not (folder.path / "summary.json").exists()
 
 
-def test_missing_configuration_is_named_with_the_remedy(folder):
+def test_missing_configuration_is_named_with_the_remedy(folder: RunFolder) -> None:
     begin(folder, version=3)
     with pytest.raises(ConfigurationError, match=r"no longer there.*fedqueue run CONFIG.toml --resume"):
         require_config(read_launch(folder.path, []), folder.path)
 
 
-def test_moved_configuration_is_taken_from_its_new_place(folder, tmp_path):
+def test_moved_configuration_is_taken_from_its_new_place(folder: RunFolder, tmp_path: Path) -> None:
     begin(folder, version=3)
     moved = tmp_path / "moved.toml"
     moved.touch()
     assert read_launch(folder.path, [], moved) == replace(LAUNCH, config=moved)
 
 
-def test_configuration_inside_a_renamed_folder_is_found(folder):
+def test_configuration_inside_a_renamed_folder_is_found(folder: RunFolder) -> None:
     begin(folder, replace(LAUNCH, config=folder.path / "launch.toml"), version=3)
     (folder.path / "launch.toml").touch()
     renamed = folder.path.rename(folder.path.with_name("renamed"))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import msgpack
 import numpy as np
@@ -19,6 +21,7 @@ from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME, load_ch
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.leader_election import acquire_leadership
+from tests.support.sample_run import SampleRun
 
 
 class Losing(CoordinatorStore):
@@ -46,25 +49,27 @@ class Patient:
         return self.left <= 0
 
 
-def take(run, store, checkpoint, known=False, standby=True, waits=100):
+def take(
+    run: SampleRun, store: Any, checkpoint: Any, known: bool = False, standby: bool = True, waits: int = 100
+) -> Any:
     patient = Patient(waits)
     return acquire_leadership(store, run.config, checkpoint, known, standby, patient.stopped, patient.sleep)
 
 
-def test_standby_does_not_recreate_a_lost_run(run, tmp_path):
+def test_standby_does_not_recreate_a_lost_run(run: SampleRun, tmp_path: Path) -> None:
     run.coordinator.release_lead()
     standby = Losing(run.client, run.name, "standby")
     assert not take(run, standby, tmp_path / CHECKPOINT_FILENAME)
     assert CoordinatorStore(run.client, run.name, "another").lead(60), "the standby did not release the lease"
 
 
-def test_standby_with_a_checkpoint_leads_a_lost_run(run, tmp_path):
+def test_standby_with_a_checkpoint_leads_a_lost_run(run: SampleRun, tmp_path: Path) -> None:
     run.coordinator.release_lead()
     (tmp_path / CHECKPOINT_FILENAME).touch()
     assert take(run, Losing(run.client, run.name, "standby"), tmp_path / CHECKPOINT_FILENAME)
 
 
-def test_last_leader_comes_before_an_older_checkpoint(run, tmp_path):
+def test_last_leader_comes_before_an_older_checkpoint(run: SampleRun, tmp_path: Path) -> None:
     """Each has a checkpoint on its own disk; the standby has waited behind the leader for three leases."""
     checkpoint = tmp_path / CHECKPOINT_FILENAME
     checkpoint.touch()
@@ -81,7 +86,7 @@ def test_last_leader_comes_before_an_older_checkpoint(run, tmp_path):
     assert run.client.hget(run.keys.leader, "owner") == b"owner-a"
 
 
-def test_standby_leads_if_the_last_leader_stays_away(run, tmp_path):
+def test_standby_leads_if_the_last_leader_stays_away(run: SampleRun, tmp_path: Path) -> None:
     (tmp_path / CHECKPOINT_FILENAME).touch()
     run.client.flushall()
     standby = CoordinatorStore(run.client, run.name, "standby")
@@ -90,20 +95,22 @@ def test_standby_leads_if_the_last_leader_stays_away(run, tmp_path):
 
 
 @pytest.mark.parametrize(("known", "leads"), [(False, True), (True, False)])
-def test_coordinator_leads_on_an_empty_server_if_run_is_new(run, tmp_path, known, leads):
+def test_coordinator_leads_on_an_empty_server_if_run_is_new(
+    run: SampleRun, tmp_path: Path, known: bool, leads: bool
+) -> None:
     run.client.flushall()
     fresh = CoordinatorStore(run.client, run.name, "fresh")
     assert take(run, fresh, tmp_path / CHECKPOINT_FILENAME, known, standby=False, waits=1) == leads
 
 
-def test_fresh_standby_waits_one_lease_on_an_empty_server(run, tmp_path):
+def test_fresh_standby_waits_one_lease_on_an_empty_server(run: SampleRun, tmp_path: Path) -> None:
     run.client.flushall()
     fresh = CoordinatorStore(run.client, run.name, "fresh")
     assert not take(run, fresh, tmp_path / CHECKPOINT_FILENAME, waits=15)
     assert take(run, fresh, tmp_path / CHECKPOINT_FILENAME, waits=25)
 
 
-def test_lost_run_and_led_run_are_distinct_errors(run, tmp_path):
+def test_lost_run_and_led_run_are_distinct_errors(run: SampleRun, tmp_path: Path) -> None:
     another = CoordinatorStore(run.client, run.name, "another")
     with pytest.raises(RunExists, match="is led by another coordinator"):
         take(run, another, tmp_path / CHECKPOINT_FILENAME, standby=False)
@@ -113,7 +120,7 @@ def test_lost_run_and_led_run_are_distinct_errors(run, tmp_path):
 
 
 class Line(Task):
-    def model(self):
+    def model(self) -> Any:
         return torch.nn.Linear(2, 1)
 
 
@@ -127,7 +134,16 @@ class Scripted(CoordinatorStore):
         return []
 
 
-def coordinator_of(client, folder, *steps, seconds="off", store_class=Scripted, on_wait=None, reopen=False, **sections):
+def coordinator_of(
+    client: Any,
+    folder: Any,
+    *steps: Any,
+    seconds: str = "off",
+    store_class: Any = Scripted,
+    on_wait: Any = None,
+    reopen: bool = False,
+    **sections: Any,
+) -> Coordinator:
     """Return a coordinator of a run without clients; the coordinator is paused after the steps."""
     config = parse_config(
         {
@@ -148,13 +164,13 @@ def coordinator_of(client, folder, *steps, seconds="off", store_class=Scripted, 
     return coordinator
 
 
-def test_leader_without_a_checkpoint_reports_a_lost_run(redis_client, tmp_path):
+def test_leader_without_a_checkpoint_reports_a_lost_run(redis_client: redis.Redis, tmp_path: Path) -> None:
     coordinator = coordinator_of(redis_client, tmp_path, redis_client.flushall)
     with pytest.raises(RunLost):
         coordinator.run()
 
 
-def test_leader_with_a_checkpoint_begins_a_new_epoch(redis_client, tmp_path):
+def test_leader_with_a_checkpoint_begins_a_new_epoch(redis_client: redis.Redis, tmp_path: Path) -> None:
     idle = [lambda: None] * 3
     coordinator = coordinator_of(redis_client, tmp_path, *idle, redis_client.flushall, seconds=2)
     assert coordinator.run() is None, "the coordinator was not paused after the loss"
@@ -164,14 +180,16 @@ def test_leader_with_a_checkpoint_begins_a_new_epoch(redis_client, tmp_path):
 PARTS = ["head", "config", "model"]
 
 
-def evict(client, store, part):
+def evict(client: Any, store: Any, part: Any) -> None:
     """Delete one part of the run, as a server does that frees memory."""
     version = store.info().version
     client.delete({"head": store.keys.head, "config": store.keys.config}.get(part, f"{store.keys.model(version)}:0"))
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_run_that_lost_a_part_continues_from_its_checkpoint(redis_client, tmp_path, part):
+def test_run_that_lost_a_part_continues_from_its_checkpoint(
+    redis_client: redis.Redis, tmp_path: Path, part: str
+) -> None:
     coordinator = coordinator_of(redis_client, tmp_path, *[lambda: None] * 4, seconds=2)
     coordinator.run()
     assert (tmp_path / CHECKPOINT_FILENAME).exists()
@@ -183,7 +201,7 @@ def test_run_that_lost_a_part_continues_from_its_checkpoint(redis_client, tmp_pa
 
 
 @pytest.mark.parametrize("part", ["head", "model"])
-def test_lost_part_is_named_where_no_checkpoint_exists(redis_client, tmp_path, part):
+def test_lost_part_is_named_where_no_checkpoint_exists(redis_client: redis.Redis, tmp_path: Path, part: str) -> None:
     coordinator = coordinator_of(redis_client, tmp_path)
     coordinator.run()
     evict(redis_client, coordinator.store, part)
@@ -193,10 +211,10 @@ def test_lost_part_is_named_where_no_checkpoint_exists(redis_client, tmp_path, p
     assert set(redis_client.keys()) == set(kept), "the rest was deleted"
 
 
-def test_leader_whose_head_is_lost_begins_a_new_epoch(redis_client, tmp_path):
+def test_leader_whose_head_is_lost_begins_a_new_epoch(redis_client: redis.Redis, tmp_path: Path) -> None:
     """The commit of the next version notices it."""
 
-    def lose_head():
+    def lose_head() -> None:
         redis_client.delete(coordinator.store.keys.head)
         redis_client.hset(coordinator.store.keys.head, "job_number", 9)  # as the next dispatch does
         coordinator.store.publish(1, np.zeros(8, np.uint8), np.zeros(0, np.uint8), [{"kind": "version"}], {}, [])
@@ -206,13 +224,13 @@ def test_leader_whose_head_is_lost_begins_a_new_epoch(redis_client, tmp_path):
     assert coordinator.store.info().epoch == 1
 
 
-def test_checkpoint_is_kept_when_redis_loses_the_run(redis_client, tmp_path):
+def test_checkpoint_is_kept_when_redis_loses_the_run(redis_client: redis.Redis, tmp_path: Path) -> None:
     """Redis loses its data after the coordinator has renewed its lease, before the ledger is read."""
 
     class Forgetful(Scripted):
         reads = 0
 
-        def ledger(self):
+        def ledger(self) -> Any:
             self.reads += 1
             if self.reads == 2:
                 self.redis.flushall()
@@ -232,7 +250,7 @@ def test_checkpoint_is_kept_when_redis_loses_the_run(redis_client, tmp_path):
 
 
 @pytest.mark.parametrize("end", [Coordinator.interrupt, Coordinator.fail])
-def test_ended_run_is_reopened_from_its_checkpoint(redis_client, tmp_path, end):
+def test_ended_run_is_reopened_from_its_checkpoint(redis_client: redis.Redis, tmp_path: Path, end: Any) -> None:
     first = coordinator_of(redis_client, tmp_path)
     first.store.steps = [lambda: end(first, "enough")]
     assert first.run().failed == (end is Coordinator.fail)
@@ -247,12 +265,12 @@ def test_ended_run_is_reopened_from_its_checkpoint(redis_client, tmp_path, end):
     assert redis_client.ttl(reopened.store.keys.config) == -1
 
 
-def test_stop_seconds_hold_during_an_outage(redis_client, tmp_path):
+def test_stop_seconds_hold_during_an_outage(redis_client: redis.Redis, tmp_path: Path) -> None:
     """The disk of Redis is full, and the clock rises by one second with each look."""
     waits = []
 
     class Full(Scripted):
-        def receive(self, block_seconds, count=32):
+        def receive(self, block_seconds: Any, count: int = 32) -> None:
             raise redis.ResponseError("MISCONF Errors writing to the AOF file: No space left on device")
 
     coordinator = coordinator_of(
@@ -263,7 +281,7 @@ def test_stop_seconds_hold_during_an_outage(redis_client, tmp_path):
     assert waits
 
 
-def test_resumed_settings_that_differ_are_named_alone(redis_client, tmp_path):
+def test_resumed_settings_that_differ_are_named_alone(redis_client: redis.Redis, tmp_path: Path) -> None:
     assert coordinator_of(redis_client, tmp_path).run() is None
     changed = coordinator_of(redis_client, tmp_path, training={"learning_rate": 0.5}, seed=7)
     with pytest.raises(ConfigurationError) as caught:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fedqueue_coordinator.service.lease_watch import LeaseWatch
 
 
-def test_client_is_checked_once_at_its_time():
+def test_client_is_checked_once_at_its_time() -> None:
     watch = LeaseWatch()
     watch.set("a", 2.0)
     watch.set("b", 1.0)
@@ -15,7 +15,7 @@ def test_client_is_checked_once_at_its_time():
     assert watch.due(9.0) == []
 
 
-def test_renewed_client_is_checked_at_its_later_time_only():
+def test_renewed_client_is_checked_at_its_later_time_only() -> None:
     watch = LeaseWatch()
     watch.set("a", 1.0)
     watch.set("a", 3.0)
@@ -23,7 +23,7 @@ def test_renewed_client_is_checked_at_its_later_time_only():
     assert watch.due(3.0) == ["a"]
 
 
-def test_client_that_left_is_checked_no_longer():
+def test_client_that_left_is_checked_no_longer() -> None:
     watch = LeaseWatch()
     watch.set("a", 1.0)
     watch.discard("a")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,13 @@ def resident() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / (4 * LENGTH)
 
 
-def configured(mode, server, **aggregation):
+def configured(mode: Any, server: Any, **aggregation: Any) -> Any:
     tree = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}, "clients": {"count": 20}}
     aggregation = {"strategy": mode, "buffer_size": K, **aggregation}
     return parse_config({**tree, "aggregation": aggregation, "server_optimizer": server})
 
 
-def robust(rule):
+def robust(rule: Any) -> dict[str, Any]:
     return {"robust": {"rule": rule, "byzantine": 0}}
 
 
@@ -69,7 +70,9 @@ MOMENTUM = {"name": "sgd", "optimizer_options": {"momentum": 0.9}}
     ],
     ids=str,
 )
-def test_aggregation_memory_matches_its_docstring(mode, aggregation, server, while_buffered, afterwards):
+def test_aggregation_memory_matches_its_docstring(
+    mode: Any, aggregation: Any, server: Any, while_buffered: Any, afterwards: Any
+) -> None:
     settings = configured(mode, server, **aggregation)
     aggregator, model = make_aggregator(settings), Frame(MANIFEST)
     model.parameters.fill_(1.0)
@@ -91,7 +94,7 @@ def test_aggregation_memory_matches_its_docstring(mode, aggregation, server, whi
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize(("bounds", "vectors"), [({"norm_factor": 3.0}, 0), ({"min_cosine": 0.0}, 2)], ids=str)
-def test_filter_memory_matches_its_docstring(bounds, vectors):
+def test_filter_memory_matches_its_docstring(bounds: dict[str, Any], vectors: int) -> None:
     frame = Frame(MANIFEST)
     frame.parameters.fill_(1.0)
     before = resident()
@@ -113,7 +116,7 @@ print("torch._dynamo" in sys.modules)
 """
 
 
-def test_coordinator_with_default_settings_imports_no_compiler():
+def test_coordinator_with_default_settings_imports_no_compiler() -> None:
     """The compiler takes 70 MB and a second to import, and constructing any torch optimizer imports it."""
     told = subprocess.run([sys.executable, "-c", WITHOUT_A_COMPILER], capture_output=True, text=True, check=True)
     assert told.stdout.strip() == "False"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -14,15 +15,15 @@ from tests.support.builders import make_config
 from tests.support.federation_run import make_arrived, start
 
 
-def limit(accepted=(), **admission):
+def limit(accepted: list[float] = (), **admission: Any) -> NormLimit:
     return NormLimit(make_config(admission=admission).admission, accepted)
 
 
-def test_default_settings_reject_no_norm():
+def test_default_settings_reject_no_norm() -> None:
     assert limit().limit == math.inf
 
 
-def test_fixed_limit_is_the_largest_norm_that_is_merged():
+def test_fixed_limit_is_the_largest_norm_that_is_merged() -> None:
     run = start("c0", admission={"max_norm": 5.0})
     run.post("c0", [3.0, 4.0])  # norm 5
     run.tick(60)
@@ -32,7 +33,7 @@ def test_fixed_limit_is_the_largest_norm_that_is_merged():
     assert "at most 5 is merged" in run.ledger[-1]["detail"]
 
 
-def test_quantile_of_norms_applies_once_enough_are_accepted():
+def test_quantile_of_norms_applies_once_enough_are_accepted() -> None:
     norms = [float(n) for n in range(1, MIN_NORMS_FOR_QUANTILE + 1)]
     some = limit(norms[:-1], norm_quantile=0.5, norm_slack=2.0)
     assert some.limit == math.inf
@@ -44,12 +45,12 @@ def test_quantile_of_norms_applies_once_enough_are_accepted():
     assert some.limit == 12.0, "a rejected update moved the limit"
 
 
-def test_smaller_norm_limit_applies_and_old_norms_expire():
+def test_smaller_norm_limit_applies_and_old_norms_expire() -> None:
     assert limit([10.0] * 10, norm_quantile=1.0, norm_slack=3.0, max_norm=7.0).limit == 7.0
     assert limit([100.0] * 10 + [1.0] * 10, norm_quantile=1.0, norm_slack=1.0, norm_window=10).limit == 1.0
 
 
-def test_poisoning_client_is_excluded_and_the_run_continues():
+def test_poisoning_client_is_excluded_and_the_run_continues() -> None:
     run = start("good", "bad", admission={"norm_quantile": 0.5, "norm_slack": 3.0, "max_rejections": 2})
     for _ in range(MIN_NORMS_FOR_QUANTILE):
         run.post("good", 1.0)
@@ -66,7 +67,7 @@ def test_poisoning_client_is_excluded_and_the_run_continues():
 
 
 @pytest.mark.parametrize("reason", ["forged", "foreign"])
-def test_forgeable_faults_do_not_exclude_a_client(reason):
+def test_forgeable_faults_do_not_exclude_a_client(reason: str) -> None:
     run = start("c0", admission={"max_rejections": 1})
     for _ in range(3):
         arrived = make_arrived("9-9", run.job_of("c0"), "c0", 0, b"", (reason, "a lie"))
@@ -82,7 +83,7 @@ def test_forgeable_faults_do_not_exclude_a_client(reason):
     assert (backoff.allows("c0"), backoff.rested(1.0), backoff.set_aside("c0")) == (False, ["c0"], False)
 
 
-def test_job_refused_by_the_site_causes_backoff():
+def test_job_refused_by_the_site_causes_backoff() -> None:
     run = start("c0", "c1", dispatch={"backoff_seconds": 10.0, "max_client_failures": 2})
     run.end("c0", "refused", "max_epochs: the job asks for 9, at most 5 are agreed to")
     assert run.federation.abandoned["refused"] == 1
@@ -94,7 +95,7 @@ def test_job_refused_by_the_site_causes_backoff():
     assert run.federation.stopped is None
 
 
-def test_successor_keeps_the_norm_limit():
+def test_successor_keeps_the_norm_limit() -> None:
     run = start("c0", admission={"norm_quantile": 0.5, "norm_slack": 2.0})
     for i in range(MIN_NORMS_FOR_QUANTILE):
         run.post("c0", [float(i + 1), 0.0])

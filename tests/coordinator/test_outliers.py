@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,7 @@ from fedqueue_coordinator.core.events import Close, Dispatch
 from fedqueue_coordinator.core.outliers import OutlierFilter
 from fedqueue_coordinator.core.reasons import RejectionReason
 from tests.support.builders import make_config, of_kind, same_bits
-from tests.support.federation_run import Died, start
+from tests.support.federation_run import Died, Run, start
 
 FILTER = {"norm_factor": 3.0, "min_cosine": -0.2, "warmup": 3, "window": 4, "strikes": 2, "quarantine_seconds": 30}
 AGGREGATION = {
@@ -22,14 +24,14 @@ AGGREGATION = {
 }  # fmt: skip
 
 
-def merged(outliers, *deltas):
+def merged(outliers: OutlierFilter, *deltas: list[float]) -> None:
     """Merge each delta as a version of its own."""
     for delta in deltas:
         outliers.admitted(torch.tensor(delta), float(np.linalg.norm(delta)))
         outliers.committed(["c"])
 
 
-def verdict(outliers, delta):
+def verdict(outliers: OutlierFilter, delta: list[float]) -> RejectionReason | str:
     try:
         outliers.judge(torch.tensor(delta), float(np.linalg.norm(delta)))
     except Inadmissible as inadmissible:
@@ -37,13 +39,13 @@ def verdict(outliers, delta):
     return ""
 
 
-def warm(**settings):
+def warm(**settings: Any) -> OutlierFilter:
     outliers = OutlierFilter(FilterConfig(**{**FILTER, **settings}), 2)
     merged(outliers, [1.0, 0.0], [0.0, 2.0], [3.0, 0.0])
     return outliers
 
 
-def test_norm_is_compared_with_the_recent_median():
+def test_norm_is_compared_with_the_recent_median() -> None:
     outliers = warm(min_cosine="off")  # the median of 1, 2 and 3 is 2
     assert verdict(outliers, [6.0, 0.0]) == ""
     assert verdict(outliers, [6.01, 0.0]) == RejectionReason.OUTLIER_NORM
@@ -52,7 +54,7 @@ def test_norm_is_compared_with_the_recent_median():
     assert verdict(outliers, [12.1, 0.0]) == RejectionReason.OUTLIER_NORM
 
 
-def test_direction_is_compared_with_the_running_mean():
+def test_direction_is_compared_with_the_running_mean() -> None:
     outliers = warm(norm_factor="off", momentum=0.5)
     mean = 0.5 * (0.5 * (0.5 * np.array([1.0, 0.0])) + 0.5 * np.array([0.0, 1.0])) + 0.5 * np.array([1.0, 0.0])
     for delta in ([1.0, 0.0], [0.0, -1.0], [-1.0, 0.0], [-0.4, 1.0], [1.0, -3.0], [-100.0, -100.0]):
@@ -61,14 +63,14 @@ def test_direction_is_compared_with_the_running_mean():
 
 
 @given(st.floats(0.125, 8.0))
-def test_mean_direction_ignores_the_length_of_updates(scale):
+def test_mean_direction_ignores_the_length_of_updates(scale: float) -> None:
     first, second = warm(), warm()
     merged(first, [0.0, 1.0])
     merged(second, [0.0, scale])
     torch.testing.assert_close(first.state["direction"], second.state["direction"])
 
 
-def test_filter_admits_everything_during_its_warm_up():
+def test_filter_admits_everything_during_its_warm_up() -> None:
     outliers = OutlierFilter(FilterConfig(**FILTER), 2)
     merged(outliers, [1.0, 0.0], [1.0, 0.0])
     assert verdict(outliers, [-900.0, 0.0]) == ""
@@ -77,18 +79,18 @@ def test_filter_admits_everything_during_its_warm_up():
     assert verdict(outliers, [-1.0, 0.0]) == RejectionReason.OUTLIER_DIRECTION
 
 
-def test_disabled_filter_admits_everything_without_state():
+def test_disabled_filter_admits_everything_without_state() -> None:
     outliers = OutlierFilter(FilterConfig(warmup=1), 2)
     merged(outliers, [1.0, 0.0], [1.0, 0.0])
     assert verdict(outliers, [-1e9, 0.0]) == ""
     assert outliers.state == {}
 
 
-def test_zero_update_has_no_direction():
+def test_zero_update_has_no_direction() -> None:
     assert verdict(warm(), [0.0, 0.0]) == ""
 
 
-def test_estimates_change_only_when_a_version_is_made():
+def test_estimates_change_only_when_a_version_is_made() -> None:
     outliers = warm()
     before = {name: value.clone() for name, value in outliers.state.items()}
     outliers.admitted(torch.tensor([0.0, -9.0]), 9.0)
@@ -97,7 +99,7 @@ def test_estimates_change_only_when_a_version_is_made():
     assert not outliers.state["direction"].equal(before["direction"])
 
 
-def test_restored_filter_has_the_same_estimates():
+def test_restored_filter_has_the_same_estimates() -> None:
     outliers = warm()
     successor = OutlierFilter(FilterConfig(**FILTER), 2)
     successor.restore({name: value.clone() for name, value in outliers.state.items()})
@@ -109,14 +111,14 @@ def test_restored_filter_has_the_same_estimates():
 # In a run
 
 
-def warmed_up(**sections):
+def warmed_up(**sections: Any) -> Run:
     run = start("client-0", "client-1", "client-2", "client-3", aggregation=AGGREGATION, **sections)
     for client in ("client-0", "client-1", "client-2"):
         run.post(client, [1.0, 0.5])
     return run
 
 
-def test_outlier_is_rejected_without_excluding_its_client():
+def test_outlier_is_rejected_without_excluding_its_client() -> None:
     run = warmed_up()
     (close,) = of_kind(run.post("client-3", [500.0, 0.0]), Close)
     assert (close.record["reason"], close.record["client"]) == (RejectionReason.OUTLIER_NORM, "client-3")
@@ -125,7 +127,7 @@ def test_outlier_is_rejected_without_excluding_its_client():
     assert run.x == 3.0
 
 
-def test_consecutive_strikes_quarantine_a_client_for_a_while():
+def test_consecutive_strikes_quarantine_a_client_for_a_while() -> None:
     run = warmed_up()
     run.post("client-3", [500.0, 0.0])
     run.post("client-3", [-1.0, -1.0])
@@ -139,7 +141,7 @@ def test_consecutive_strikes_quarantine_a_client_for_a_while():
     assert [d.client for d in of_kind(run.tick(1.0), Dispatch)] == ["client-3"]
 
 
-def test_merged_update_resets_the_strikes():
+def test_merged_update_resets_the_strikes() -> None:
     run = warmed_up()
     for delta in ([500.0, 0.0], [1.0, 0.5], [500.0, 0.0], [1.0, 0.5]):
         run.post("client-3", delta)
@@ -148,7 +150,7 @@ def test_merged_update_resets_the_strikes():
     assert run.has_job("client-3")
 
 
-def test_quarantine_and_strikes_survive_a_coordinator_crash():
+def test_quarantine_and_strikes_survive_a_coordinator_crash() -> None:
     run = warmed_up()
     run.tick(5.0)
     run.post("client-3", [500.0, 0.0])
@@ -165,7 +167,7 @@ def test_quarantine_and_strikes_survive_a_coordinator_crash():
 
 
 @pytest.mark.parametrize("dies_before", range(1, 16))
-def test_filter_decisions_are_the_same_after_any_crash(dies_before):
+def test_filter_decisions_are_the_same_after_any_crash(dies_before: int) -> None:
     posts = [("client-3", [500.0, 0.0]), ("client-0", [1.0, 1.0]), ("client-1", [-2.0, -1.0]), ("client-2", [0.5, 1.0])]
     whole, broken = warmed_up(), warmed_up()
     broken.dies_before = dies_before
@@ -180,7 +182,7 @@ def test_filter_decisions_are_the_same_after_any_crash(dies_before):
     assert whole.federation.optimizer_state == broken.federation.optimizer_state
 
 
-def test_filter_is_off_by_default():
+def test_filter_is_off_by_default() -> None:
     run = start("client-0", aggregation={**AGGREGATION, "filter": {}})
     for delta in (1.0, -1e6, 1e6):
         run.post("client-0", delta)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fakeredis
 import numpy as np
 import pytest
+import redis
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ def blob(number: int, nbytes: int = 40) -> np.ndarray:
 
 
 @pytest.fixture
-def blobs(redis_client, monkeypatch):
+def blobs(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(read_ahead, "LEAST", 1)
     blobs = Store(redis_client, "run")
     for number in range(4):
@@ -38,7 +39,7 @@ def expected(*numbers: int) -> list[tuple[str, int]]:
     return [(f"blob-{number}", 40) for number in numbers]
 
 
-def test_expected_blobs_are_prefetched_in_order(blobs):
+def test_expected_blobs_are_prefetched_in_order(blobs: Store) -> None:
     ahead = ReadAhead(blobs)
     ahead.expect(expected(1, 2))
     ahead._coming[1].result()
@@ -50,7 +51,7 @@ def test_expected_blobs_are_prefetched_in_order(blobs):
     np.testing.assert_array_equal(read(ahead, 2), blob(2))
 
 
-def test_prefetched_blob_that_is_not_read_is_skipped(blobs):
+def test_prefetched_blob_that_is_not_read_is_skipped(blobs: Store) -> None:
     ahead = ReadAhead(blobs)
     ahead.expect(expected(0, 1, 2))
     np.testing.assert_array_equal(read(ahead, 2), blob(2))
@@ -59,7 +60,7 @@ def test_prefetched_blob_that_is_not_read_is_skipped(blobs):
     np.testing.assert_array_equal(read(ahead, 1), blob(1))
 
 
-def test_failed_prefetch_is_reported_when_the_blob_is_read(blobs):
+def test_failed_prefetch_is_reported_when_the_blob_is_read(blobs: Store) -> None:
     ahead = ReadAhead(blobs)
     blobs.redis.delete("blob-1:0")
     ahead.expect(expected(1, 2))
@@ -68,7 +69,7 @@ def test_failed_prefetch_is_reported_when_the_blob_is_read(blobs):
     np.testing.assert_array_equal(read(ahead, 2), blob(2))
 
 
-def test_prefetch_skips_small_blobs_and_stops_after_a_chunk(blobs, monkeypatch):
+def test_prefetch_skips_small_blobs_and_stops_after_a_chunk(blobs: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(read_ahead, "LEAST", 41)
     ahead = ReadAhead(blobs)
     ahead.expect(expected(1))
@@ -83,7 +84,7 @@ def test_prefetch_skips_small_blobs_and_stops_after_a_chunk(blobs, monkeypatch):
 
 
 @given(data=st.data())
-def test_prefetch_in_any_order_reads_the_stored_bytes(data):
+def test_prefetch_in_any_order_reads_the_stored_bytes(data: st.DataObject) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for module, size in ((chunking, "CHUNK"), (read_ahead, "MOST_AHEAD")):
             patch.setattr(module, size, data.draw(st.integers(1, 50)))

@@ -121,7 +121,7 @@ def perform(run: Run, step: dict[str, Any], updates: list[Frame]) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(AGGREGATIONS))
-def test_recorded_order_gives_the_recorded_versions_and_ledger(name):
+def test_recorded_order_gives_the_recorded_versions_and_ledger(name: str) -> None:
     expected = json.loads((RECORDED / "expected.json").read_text(encoding="utf-8"))[name]
     found = merge_recorded_order(name)
     assert found["models"] == expected["models"]
@@ -131,7 +131,7 @@ def test_recorded_order_gives_the_recorded_versions_and_ledger(name):
 
 
 @pytest.mark.parametrize("name", sorted(AGGREGATIONS))
-def test_recorded_order_covers_every_kind_of_ending(name):
+def test_recorded_order_covers_every_kind_of_ending(name: str) -> None:
     """The recording has every kind of ending, so a change to any of them fails the test above."""
     ledger = json.loads((RECORDED / "expected.json").read_text(encoding="utf-8"))[name]["ledger"]
     merged = [update for record in ledger if record["kind"] == "version" for update in record["merged"]]

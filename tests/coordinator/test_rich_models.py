@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import redis
 import safetensors.torch
 import torch
 from torch import nn
@@ -105,39 +107,39 @@ def after_sixty_versions() -> tuple[dict[str, torch.Tensor], dict[str, torch.Ten
     return initial(config), result.state_dict()
 
 
-def test_frozen_tensors_keep_their_bits_under_weight_decay(after_sixty_versions):
+def test_frozen_tensors_keep_their_bits_under_weight_decay(after_sixty_versions: tuple[Any, ...]) -> None:
     first, last = after_sixty_versions
     for name in ("backbone.weight", "backbone.bias", "own"):
         assert torch.equal(first[name], last[name])
     assert not torch.equal(first["encode.weight"], last["encode.weight"])
 
 
-def test_constants_keep_their_bits_over_many_versions(after_sixty_versions):
+def test_constants_keep_their_bits_over_many_versions(after_sixty_versions: tuple[Any, ...]) -> None:
     first, last = after_sixty_versions
     for name in ("mask", "stamp"):
         assert torch.equal(first[name], last[name])
         assert last[name].dtype == first[name].dtype
 
 
-def test_vectors_of_spectral_norm_stay_unit_vectors(after_sixty_versions):
+def test_vectors_of_spectral_norm_stay_unit_vectors(after_sixty_versions: tuple[Any, ...]) -> None:
     _, last = after_sixty_versions
     for name in ("_u", "_v"):
         assert float(last[f"spectral.parametrizations.weight.0.{name}"].norm()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_ring_pointer_stays_in_its_ring(after_sixty_versions):
+def test_ring_pointer_stays_in_its_ring(after_sixty_versions: tuple[Any, ...]) -> None:
     """Three batches a job move a pointer of five slots, so it does not only rise."""
     _, last = after_sixty_versions
     assert 0 <= int(last["queue_ptr"]) < 5
     assert int(last["norm.num_batches_tracked"]) > 5
 
 
-def test_tied_names_have_equal_values(after_sixty_versions):
+def test_tied_names_have_equal_values(after_sixty_versions: tuple[Any, ...]) -> None:
     _, last = after_sixty_versions
     assert torch.equal(last["encode.weight"], last["decode.weight"])
 
 
-def test_saved_file_loads_into_the_task_model(tmp_path):
+def test_saved_file_loads_into_the_task_model(tmp_path: Path) -> None:
     config = rich_config(stop={"versions": 2})
     _, result = simulated(config)
     save_model(tmp_path / "m.safetensors", result.model)
@@ -161,7 +163,9 @@ def test_saved_file_loads_into_the_task_model(tmp_path):
     ],
     ids=["fedasync", "drift", "median", "int8", "topk-zstd", "randomk"],
 )
-def test_rich_model_has_the_same_bits_over_redis(redis_client, tmp_path, aggregation, compression):
+def test_rich_model_has_the_same_bits_over_redis(
+    redis_client: redis.Redis, tmp_path: Path, aggregation: dict[str, Any], compression: dict[str, Any]
+) -> None:
     config = rich_config(
         aggregation=aggregation, compression=compression, stop={"versions": 8}, ledger={"keep_payloads": True}
     )
@@ -180,7 +184,7 @@ def test_rich_model_has_the_same_bits_over_redis(redis_client, tmp_path, aggrega
     assert (again.updates, again.problems) == (len(merged(real)), [])
 
 
-def test_update_has_no_bytes_of_frozen_or_tied_tensors():
+def test_update_has_no_bytes_of_frozen_or_tied_tensors() -> None:
     config = rich_config(stop={"versions": 1})
     simulation, _ = simulated(config)
     manifest = simulation.federation.model.manifest
@@ -190,7 +194,7 @@ def test_update_has_no_bytes_of_frozen_or_tied_tensors():
     assert manifest.nbytes < 4 * manifest.parameters + 700
 
 
-def test_checkpoint_carries_the_frozen_tensors(tmp_path):
+def test_checkpoint_carries_the_frozen_tensors(tmp_path: Path) -> None:
     simulation, _ = simulated(rich_config(stop={"versions": 1}))
     model = simulation.federation.model
     save_checkpoint(tmp_path / "c", Checkpoint.from_federation(simulation.federation, []))
@@ -229,7 +233,7 @@ class Drip(Task):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
-def test_small_steps_add_up_and_untouched_weights_stay(dtype):
+def test_small_steps_add_up_and_untouched_weights_stay(dtype: torch.dtype) -> None:
     """At a server rate of 0.1 each version adds 0.1 · 2⁻⁷ to one weight: below the grid of bfloat16 and float16."""
     config = rich_config(
         aggregation={"strategy": "fedbuff", "buffer_size": 2}, stop={"versions": 20},
@@ -245,7 +249,9 @@ def test_small_steps_add_up_and_untouched_weights_stay(dtype):
     assert result.state_dict()["weight"].dtype == dtype
 
 
-def test_export_writes_frozen_and_tied_tensors(redis_client, tmp_path, monkeypatch):
+def test_export_writes_frozen_and_tied_tensors(
+    redis_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = rich_config(stop={"versions": 3})
     simulation, _ = simulated(config)
     store = Workers(redis_client, config.name, "owner")

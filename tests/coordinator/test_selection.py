@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -15,18 +16,20 @@ from fedqueue_coordinator.core.idle_pool import IdlePool, Place
 from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.selection import SELECTIONS, ClientStats, FairShare, draw, make_selection
 from tests.support.builders import make_config
-from tests.support.federation_run import start
+from tests.support.federation_run import Run, start
 
 CLIENTS = ("a", "b", "c", "d")
 ADDED = {"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"}
 
 
-def known(examples=(), last_merged=(), last_job=()):
+def known(
+    examples: dict[str, Any] = (), last_merged: dict[str, Any] = (), last_job: dict[str, Any] = ()
+) -> ClientStats:
     merged = dict(last_merged)
     return ClientStats(dict(examples), lambda client: merged.get(client, -1), dict(last_job))
 
 
-def select(name, stats, drawn):
+def select(name: str, stats: ClientStats, drawn: float) -> str:
     """Return the client that the selection chooses among all."""
     selection, idle = SELECTIONS[name], IdlePool()
     for client in CLIENTS:
@@ -38,47 +41,47 @@ def select(name, stats, drawn):
 
 
 @pytest.mark.parametrize("name", sorted(SELECTIONS))
-def test_selection_is_deterministic_by_seed_and_number(name):
+def test_selection_is_deterministic_by_seed_and_number(name: str) -> None:
     some = known({"a": 1, "b": 2, "c": 3, "d": 4}, {"a": 2}, {"a": 7})
     choices = [[select(name, some, draw(seed, number)) for number in range(50)] for seed in (7, 7)]
     assert choices[0] == choices[1]
     assert set(choices[0]) <= set(CLIENTS)
 
 
-def test_draws_are_uniform_and_differ_by_seed_and_number():
+def test_draws_are_uniform_and_differ_by_seed_and_number() -> None:
     draws = [draw(0, number) for number in range(4000)]
     assert 0 <= min(draws) < max(draws) < 1
     assert abs(sum(draws) / 4000 - 0.5) < 0.025  # five standard deviations
     assert draws[:50] != [draw(1, number) for number in range(50)]
 
 
-def test_uniform_selection_is_uniform():
+def test_uniform_selection_is_uniform() -> None:
     counts = Counter(select("uniform", known(), draw(0, number)) for number in range(4000))
     assert all(abs(counts[client] - 1000) < 150 for client in CLIENTS)  # five standard deviations
 
 
-def test_selection_by_examples_is_proportional():
+def test_selection_by_examples_is_proportional() -> None:
     some = known({"a": 10, "b": 0, "c": 30, "d": 60})
     counts = Counter(select("examples", some, draw(0, number)) for number in range(4000))
     for client, share in {"a": 0.1, "b": 0.0, "c": 0.3, "d": 0.6}.items():
         assert abs(counts[client] / 4000 - share) < 0.04  # five standard deviations
 
 
-def test_selection_by_examples_works_when_all_have_none():
+def test_selection_by_examples_works_when_all_have_none() -> None:
     assert select("examples", known(), 0.5) in CLIENTS
 
 
-def test_round_robin_selects_the_least_recently_used_client():
+def test_round_robin_selects_the_least_recently_used_client() -> None:
     assert select("round_robin", known(last_job={"a": 4, "b": 1, "c": 3, "d": 2}), 0.9) == "b"
     assert select("round_robin", known(last_job={"a": 4, "b": 1, "d": 2}), 0.9) == "c"
 
 
-def test_stalest_selects_the_least_recently_merged_client():
+def test_stalest_selects_the_least_recently_merged_client() -> None:
     some = known(last_merged={"a": 3, "b": 1, "c": 1, "d": 2})
     assert {select("stalest", some, draw(0, number)) for number in range(50)} == {"b", "c"}
 
 
-def test_unknown_selection_error_lists_the_known_ones():
+def test_unknown_selection_error_lists_the_known_ones() -> None:
     with pytest.raises(ConfigurationError, match=r"dispatch.selection.*uniform, round_robin, stalest, examples"):
         make_selection("fairest")
 
@@ -86,7 +89,7 @@ def test_unknown_selection_error_lists_the_known_ones():
 # In a run
 
 
-def served(run, count):
+def served(run: Run, count: int) -> list[str]:
     """Return the clients that got a job, in order, with a single slot."""
     order = []
     for _ in range(count):
@@ -96,14 +99,14 @@ def served(run, count):
     return order
 
 
-def test_round_robin_order_survives_a_crash():
+def test_round_robin_order_survives_a_crash() -> None:
     run = start(*CLIENTS, clients={"count": 4}, dispatch={"concurrency": 1, "selection": "round_robin"})
     first = served(run, 6)
     run.restart()
     assert first + served(run, 6) == [*"abcd"] * 3
 
 
-def test_round_robin_counts_a_job_without_an_update():
+def test_round_robin_counts_a_job_without_an_update() -> None:
     """The job of b was closed before the crash, so only the job's number is stored."""
     run = start(*CLIENTS, dispatch={"concurrency": 1, "selection": "round_robin"})
     served(run, 1)
@@ -113,7 +116,7 @@ def test_round_robin_counts_a_job_without_an_update():
     assert served(run, 4) == [*"cdab"]
 
 
-def test_stalest_skips_the_client_that_has_just_posted():
+def test_stalest_skips_the_client_that_has_just_posted() -> None:
     run = start(
         *CLIENTS,
         aggregation={"strategy": "fedbuff", "buffer_size": 3},
@@ -124,7 +127,7 @@ def test_stalest_skips_the_client_that_has_just_posted():
     assert all(first != second for first, second in itertools.pairwise(order))
 
 
-def test_selection_by_examples_favours_larger_clients():
+def test_selection_by_examples_favours_larger_clients() -> None:
     run = start(dispatch={"concurrency": 1, "selection": "examples"}, clients={"count": 2, "min_available": 2})
     run.join("a", examples=10)
     run.join("b", examples=90)
@@ -135,11 +138,11 @@ def test_selection_by_examples_favours_larger_clients():
 # The cap
 
 
-def windows(lines, size):
+def windows(lines: Any, size: Any) -> Any:
     return [Counter(lines[i : i + size]) for i in range(len(lines) - size + 1)]
 
 
-def test_client_at_its_share_cap_waits():
+def test_client_at_its_share_cap_waits() -> None:
     """Only a is fast. With a window of four versions and a cap of one half, a may have two of any four versions."""
     run = start("a", "b", aggregation=ADDED, clients={"count": 2}, dispatch={"max_share": 0.5, "share_window": 4})
     run.post("a", 1.0)
@@ -151,7 +154,7 @@ def test_client_at_its_share_cap_waits():
     assert run.has_job("a")  # the next version moves the first version of a out of the window
 
 
-def test_cap_is_waived_if_no_other_client_can_train():
+def test_cap_is_waived_if_no_other_client_can_train() -> None:
     run = start("a", "b", aggregation=ADDED, clients={"count": 2}, dispatch={"max_share": 0.5, "share_window": 2})
     run.post("a", 1.0)
     assert not run.has_job("a")
@@ -162,7 +165,7 @@ def test_cap_is_waived_if_no_other_client_can_train():
     assert run.federation.version == 3
 
 
-def test_no_client_waits_without_a_cap():
+def test_no_client_waits_without_a_cap() -> None:
     run = start("a", "b", aggregation=ADDED, clients={"count": 2})
     for _ in range(30):
         run.post("a", 1.0)
@@ -176,7 +179,9 @@ def test_no_client_waits_without_a_cap():
     st.sampled_from([0.25, 0.3, 0.4, 0.75]),
     st.booleans(),
 )
-def test_client_never_exceeds_its_share_in_any_window(picks, window, buffer_size, share, crashes):
+def test_client_never_exceeds_its_share_in_any_window(
+    picks: list[int], window: int, buffer_size: int, share: float, crashes: bool
+) -> None:
     """Any training client may post next, so the test includes the most unfair orders."""
     try:
         dispatch = {"max_share": share, "share_window": window}
@@ -196,19 +201,19 @@ def test_client_never_exceeds_its_share_in_any_window(picks, window, buffer_size
         assert max(counts.values()) <= limit
 
 
-def test_infeasible_share_is_an_error_with_the_feasible_one():
+def test_infeasible_share_is_an_error_with_the_feasible_one() -> None:
     with pytest.raises(ConfigurationError, match=r"max_share is 0.2: 4 clients .* at least 1/4"):
         make_config(dispatch={"max_share": 0.2})
 
 
-def test_ledger_records_the_share_of_each_client():
+def test_ledger_records_the_share_of_each_client() -> None:
     run = start("a", "b", aggregation=ADDED, clients={"count": 2}, dispatch={"share_window": 4})
     for client in "aabaab":
         run.post(client, 1.0)
     assert [line["share"] for line in run.merged] == [1.0, 1.0, 1 / 3, 3 / 4, 3 / 4, 2 / 4]
 
 
-def test_totals_keep_at_most_the_versions_of_the_window():
+def test_totals_keep_at_most_the_versions_of_the_window() -> None:
     config, run_counters = make_config(dispatch={"share_window": 3}), RunCounters()
     share = FairShare(config, run_counters)
     for version in range(1, 10):
@@ -220,7 +225,7 @@ def test_totals_keep_at_most_the_versions_of_the_window():
 @given(
     versions=st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), max_size=12), window=st.integers(1, 5)
 )
-def test_totals_are_restored_from_commit_and_ledger(versions, window):
+def test_totals_are_restored_from_commit_and_ledger(versions: list[Any], window: int) -> None:
     run_counters, ledger = RunCounters(), []
     for version, clients in enumerate(versions, 1):
         run_counters.commit(version, clients, window, version / 3)
@@ -229,7 +234,7 @@ def test_totals_are_restored_from_commit_and_ledger(versions, window):
     assert RunCounters.from_ledger(run_counters.committed(), ledger, window) == run_counters
 
 
-def test_commit_size_is_independent_of_the_client_count():
+def test_commit_size_is_independent_of_the_client_count() -> None:
     run_counters = RunCounters()
     for version in range(1, 1001):
         run_counters.commit(version, [f"client-{version}"], 100, 1.0)

@@ -45,16 +45,16 @@ RULES: dict[str, tuple[dict[str, Any], Callable[[], Any]]] = {
 STATEFUL = ["sgd with momentum", "adam", "adam with options", "adamw", "adagrad"]
 
 
-def step_of(delta, buffers=(0.0, 1.0), counter=0):
+def step_of(delta: list[float], buffers: tuple[Any, ...] = (0.0, 1.0), counter: int = 0) -> Step:
     return Step(torch.tensor(delta), torch.tensor(buffers), torch.tensor([counter]))
 
 
-def optimizer(name, model):
+def optimizer(name: str, model: Frame) -> ServerOptimizer:
     return ServerOptimizer(ServerOptimizerConfig(**RULES[name][0]), model)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_each_optimizer_follows_its_update_rule(name):
+def test_each_optimizer_follows_its_update_rule(name: str) -> None:
     model, rule = make_frame(START), RULES[name][1]()
     server = optimizer(name, model)
     x = np.array(START)
@@ -68,7 +68,7 @@ def test_each_optimizer_follows_its_update_rule(name):
     st.lists(st.tuples(*[st.floats(-1e6, 1e6, width=32)] * 3), min_size=1, max_size=20),
     st.floats(1e-3, 2.0),
 )
-def test_plain_step_has_the_bits_of_torch_sgd(rows, rate):
+def test_plain_step_has_the_bits_of_torch_sgd(rows: list[tuple[Any, ...]], rate: float) -> None:
     start, deltas = torch.tensor([row[0] for row in rows]), [torch.tensor([row[i] for row in rows]) for i in (1, 2)]
     parameter = torch.nn.Parameter(start.clone())
     sgd = torch.optim.SGD([parameter], lr=rate)
@@ -83,13 +83,13 @@ def test_plain_step_has_the_bits_of_torch_sgd(rows, rate):
     assert model.parameters.numpy().tobytes() == parameter.detach().numpy().tobytes()
 
 
-def test_sgd_at_rate_one_is_plain_addition():
+def test_sgd_at_rate_one_is_plain_addition() -> None:
     model = make_frame([1.0, 2.0])
     optimizer("sgd", model).step(step_of([0.5, -0.25]))
     assert model.parameters.tolist() == [1.5, 1.75]
 
 
-def test_momentum_matches_steps_by_hand():
+def test_momentum_matches_steps_by_hand() -> None:
     model = make_frame(0.0)
     server = optimizer("sgd with momentum", model)  # v ← 0.9 v + Δ, x ← x + 0.5 v
     for expected in (0.5, 0.5 + 0.95):
@@ -97,14 +97,14 @@ def test_momentum_matches_steps_by_hand():
         assert model.parameters[0].item() == pytest.approx(expected)
 
 
-def test_first_adam_step_has_the_size_of_the_learning_rate():
+def test_first_adam_step_has_the_size_of_the_learning_rate() -> None:
     model = make_frame(0.0)
     optimizer("adam", model).step(step_of([1000.0, -0.01]))
     assert model.parameters.tolist() == pytest.approx([0.1, -0.1], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_buffers_and_counters_are_set_and_not_optimized(name):
+def test_buffers_and_counters_are_set_and_not_optimized(name: str) -> None:
     model = make_frame(START)
     optimizer(name, model).step(step_of(DELTAS[0], buffers=(7.0, 0.125), counter=5))
     assert model.buffers.tolist() == [7.0, 0.125]
@@ -112,7 +112,7 @@ def test_buffers_and_counters_are_set_and_not_optimized(name):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_restored_optimizer_continues_with_the_same_bits(name):
+def test_restored_optimizer_continues_with_the_same_bits(name: str) -> None:
     model = make_frame(START)
     server = optimizer(name, model)
     for delta in DELTAS[:3]:
@@ -128,7 +128,7 @@ def test_restored_optimizer_continues_with_the_same_bits(name):
 
 
 @pytest.mark.parametrize("name", STATEFUL)
-def test_losing_the_optimizer_state_changes_the_result(name):
+def test_losing_the_optimizer_state_changes_the_result(name: str) -> None:
     """Without the state the result differs, which shows that the test above can fail."""
     model = make_frame(START)
     server = optimizer(name, model)
@@ -140,7 +140,7 @@ def test_losing_the_optimizer_state_changes_the_result(name):
     assert not same_bits(model, other)
 
 
-def test_optimizer_without_state_has_none_and_restores_it():
+def test_optimizer_without_state_has_none_and_restores_it() -> None:
     model = make_frame(START)
     server = optimizer("sgd", model)
     server.step(step_of(DELTAS[0]))
@@ -148,23 +148,23 @@ def test_optimizer_without_state_has_none_and_restores_it():
     server.restore({})
 
 
-def test_state_of_another_model_is_refused():
+def test_state_of_another_model_is_refused() -> None:
     state = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
     with pytest.raises(StoreError, match="does not fit"):
         optimizer("adam", make_frame()).restore(state)
 
 
-def test_unknown_optimizer_error_lists_the_known_ones():
+def test_unknown_optimizer_error_lists_the_known_ones() -> None:
     with pytest.raises(ConfigurationError, match=r"server_optimizer\.name = 'adm'.*adagrad, adam"):
         ServerOptimizer(ServerOptimizerConfig(name="adm"), make_frame())
 
 
-def test_unknown_option_is_refused():
+def test_unknown_option_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"server_optimizer\.optimizer_options"):
         ServerOptimizer(ServerOptimizerConfig(name="sgd", optimizer_options={"beta": 1.0}), make_frame())
 
 
 @pytest.mark.parametrize("name", ["lbfgs", "sparseadam"])
-def test_sparse_only_optimizer_is_refused_at_once(name):
+def test_sparse_only_optimizer_is_refused_at_once(name: str) -> None:
     with pytest.raises(ConfigurationError, match=r"server_optimizer\.name"):
         ServerOptimizer(ServerOptimizerConfig(name=name), make_frame())

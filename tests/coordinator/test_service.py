@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import redis
 import torch
 
 from fedqueue import Task
@@ -11,11 +15,11 @@ from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 
 
 class Line(Task):
-    def model(self):
+    def model(self) -> Any:
         return torch.nn.Linear(2, 1)
 
 
-def test_coordinator_merges_with_the_configured_threads(fake_client, tmp_path):
+def test_coordinator_merges_with_the_configured_threads(fake_client: redis.Redis, tmp_path: Path) -> None:
     tree = {"task": {"entrypoint": "task.py:Line"}, "stop": {"versions": 1}}
     threads = torch.get_num_threads()
     try:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
+import redis
 import torch
 from torch.utils.data import TensorDataset
 
@@ -47,7 +51,7 @@ class PointsTask(Task):
     def test_data(self) -> TensorDataset | None:
         return points(40, seed=0) if self.tested else None
 
-    def fit(self, model, data, config, progress):
+    def fit(self, model: Any, data: Any, config: Any, progress: Any) -> Any:
         if data.client == self.raises:
             progress()
             raise RuntimeError("the scanner is on fire")
@@ -59,7 +63,7 @@ def points(examples: int, seed: int) -> TensorDataset:
     return TensorDataset(x, (x[:, 0] > 0).long())
 
 
-def simulated_config(names=("a", "b"), **sections):
+def simulated_config(names: Any = ("a", "b"), **sections: Any) -> Any:
     tree = {
         "name": "simulated",
         "task": {"entrypoint": "task.py:PointsTask"},
@@ -72,20 +76,20 @@ def simulated_config(names=("a", "b"), **sections):
     return parse_config({**tree, **sections})
 
 
-def simulate(config, speeds=SECOND, task=None):
+def simulate(config: Any, speeds: Any = SECOND, task: Any = None) -> tuple[Any, ...]:
     simulation = Simulation(config, ClientDatasets(task or PointsTask()), speeds)
     return simulation, simulation.run()
 
 
-def merged(result):
+def merged(result: Any) -> Any:
     return [line for r in result.ledger if r["kind"] == "version" for line in r["merged"]]
 
 
-def rows(result, *names):
+def rows(result: Any, *names: Any) -> Any:
     return [tuple(line[name] for name in names) for line in merged(result)]
 
 
-def test_arrivals_and_staleness_match_results_by_hand():
+def test_arrivals_and_staleness_match_results_by_hand() -> None:
     """Client a takes 3 s and b 7.5 s: versions are made at 3, 6, 7.5 and 9 s, and b's first update has staleness 2."""
     _, result = simulate(simulated_config(clients={"slowdown": {"b": 2.5}}))
     assert rows(result, "client", "at", "base", "staleness", "training_seconds") == [
@@ -94,28 +98,28 @@ def test_arrivals_and_staleness_match_results_by_hand():
     assert result.stopped_because == "versions: 4 of 4"
 
 
-def test_base_is_the_newest_version_at_the_start_of_training():
+def test_base_is_the_newest_version_at_the_start_of_training() -> None:
     """An order takes 2 s to arrive: a's second order, sent at 5 s, trains from the version that b made at 6 s."""
     config = simulated_config(clients={"slowdown": {"b": 4 / 3}})
     _, result = simulate(config, TimingModel(batch_seconds=1.0, job_seconds=2.0))
     assert rows(result, "client", "at", "base")[:3] == [("a", 5.0, 0), ("b", 6.0, 0), ("a", 10.0, 2)]
 
 
-def test_barrier_waits_for_the_slowest():
+def test_barrier_waits_for_the_slowest() -> None:
     config = simulated_config(aggregation={"strategy": "fedavg"}, clients={"slowdown": {"b": 20}}, stop={"versions": 2})
     _, result = simulate(config)
     assert rows(result, "client", "at", "base") == [("a", 3.0, 0), ("b", 60.0, 0), ("a", 63.0, 1), ("b", 120.0, 1)]
 
 
-def test_stop_after_seconds_counts_virtual_seconds():
+def test_stop_after_seconds_counts_virtual_seconds() -> None:
     simulation, result = simulate(simulated_config(stop={"seconds": 100.0}, clients={"slowdown": {"a": 20, "b": 30}}))
     assert simulation.now == 100.0
     assert rows(result, "at") == [(60.0,), (90.0,)]
     assert [r["reason"] for r in result.ledger if r["kind"] == "abandoned"] == ["run_ended"] * 2
 
 
-def test_seed_determines_the_simulated_run():
-    def run(seed):
+def test_seed_determines_the_simulated_run() -> None:
+    def run(seed: Any) -> Any:
         config = simulated_config(
             seed=seed, aggregation={"strategy": "fedbuff", "buffer_size": 2}, stop={"versions": 5}
         )
@@ -128,20 +132,20 @@ def test_seed_determines_the_simulated_run():
     assert not same_bits(first.model, other.model)
 
 
-def test_datasets_can_be_reused_by_a_second_run():
+def test_datasets_can_be_reused_by_a_second_run() -> None:
     sites = ClientDatasets(PointsTask())
     runs = [Simulation(simulated_config(), sites, SECOND).run() for _ in range(2)]
     assert same_bits(runs[0].model, runs[1].model)
 
 
-def test_noise_has_median_one_and_the_configured_spread():
+def test_noise_has_median_one_and_the_configured_spread() -> None:
     speeds = TimingModel(batch_seconds=1.0, jitter=0.2)
     logs = np.log([speeds.training_seconds(1, 1.0, seed) for seed in range(4000)])
     assert abs(logs.mean()) < 0.02
     assert abs(logs.std() - 0.2) < 0.01
 
 
-def test_evaluations_match_their_versions_including_the_last():
+def test_evaluations_match_their_versions_including_the_last() -> None:
     task = PointsTask(tested=True)
     _, result = simulate(simulated_config(evaluation={"every_versions": 3}), task=task)
     evaluations = {r["version"]: r["metrics"] for r in result.ledger if r["kind"] == "evaluation"}
@@ -151,7 +155,7 @@ def test_evaluations_match_their_versions_including_the_last():
     assert evaluations[4] == pytest.approx(task.evaluate(model, task.test_data()))
 
 
-def test_run_stops_at_its_target_and_keeps_the_version():
+def test_run_stops_at_its_target_and_keeps_the_version() -> None:
     config = simulated_config(stop={"target": {"loss": 0.6}, "versions": 50})
     _, result = simulate(config, task=PointsTask(tested=True))
     assert result.stopped_because.startswith("target: loss")
@@ -161,14 +165,14 @@ def test_run_stops_at_its_target_and_keeps_the_version():
 
 
 @pytest.mark.parametrize("target", [{"accuracy": 0.01}, {"acc": 0.9}])
-def test_simulation_refuses_a_target_that_tells_nothing(target):
+def test_simulation_refuses_a_target_that_tells_nothing(target: dict[str, Any]) -> None:
     with pytest.raises(ConfigurationError, match=r"^stop\.target: "):
         simulate(simulated_config(stop={"target": target}), task=PointsTask(tested=True))
     with pytest.raises(ConfigurationError, match=r"^stop\.target: nothing measures"):
         simulate(simulated_config(stop={"target": target}), task=PointsTask())
 
 
-def test_raising_task_fails_its_client_but_not_the_run():
+def test_raising_task_fails_its_client_but_not_the_run() -> None:
     _, result = simulate(simulated_config(), task=PointsTask(raises="b"))
     assert {line["client"] for line in merged(result)} == {"a"}
     failures = [r for r in result.ledger if r["kind"] == "abandoned" and r["reason"] == "failed"]
@@ -177,13 +181,13 @@ def test_raising_task_fails_its_client_but_not_the_run():
     assert "the scanner is on fire" in failures[0]["error"]
 
 
-def test_run_fails_when_every_client_fails():
+def test_run_fails_when_every_client_fails() -> None:
     config = simulated_config(("a",), dispatch={"max_client_failures": 2})
     _, result = simulate(config, task=PointsTask(raises="a"))
     assert result.failed
 
 
-def test_run_that_cannot_continue_is_an_error():
+def test_run_that_cannot_continue_is_an_error() -> None:
     """The run waits for more clients than exist, which no valid file can configure."""
     config = simulated_config()
     config = config.model_copy(update={"clients": config.clients.model_copy(update={"min_available": 3})})
@@ -200,7 +204,7 @@ class Workers(CoordinatorStore):
     The workers use the real worker store, claims, fetches and posts, but no processes.
     """
 
-    def begin(self, config, task, trace):
+    def begin(self, config: Any, task: Any, trace: Any) -> None:
         self.config, self.task, self.trace = config, task, list(trace)
         self.worker = WorkerStore(self.redis, self.run, "worker")
         self.training, self.left = {}, {}
@@ -208,7 +212,7 @@ class Workers(CoordinatorStore):
         self.joined = False
         self.now = 0.0
 
-    def receive(self, block_seconds, count=32):
+    def receive(self, block_seconds: Any, count: int = 32) -> Any:
         if not self.joined:
             self._join()
             return super().receive(0.001, count)
@@ -223,14 +227,14 @@ class Workers(CoordinatorStore):
             break
         return super().receive(0.001, count)
 
-    def _join(self):
+    def _join(self) -> None:
         self.joined = True
         for client in self.config.clients.ids:
             assert self.worker.join([client], 3600) == client
             examples = len(self.task.train_data(self.config.clients.client(client)))
             assert self.worker.register(Registration(client=client, examples=examples))
 
-    def _train(self, job):
+    def _train(self, job: Any) -> None:
         model = self.task.model()
         manifest = Manifest.from_module(model, self.config.aggregation)
         order = read(Order, next(j.order for j in self.jobs() if j.job == job))
@@ -250,9 +254,9 @@ class Workers(CoordinatorStore):
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
-def test_client_without_examples_takes_no_part(strategy):
+def test_client_without_examples_takes_no_part(strategy: str) -> None:
     class Empty(PointsTask):
-        def train_data(self, client):
+        def train_data(self, client: Any) -> Any:
             return points(0, seed=1) if client.id == "b" else super().train_data(client)
 
     merging = {"strategy": strategy, "buffer_size": 2}
@@ -263,9 +267,9 @@ def test_client_without_examples_takes_no_part(strategy):
     assert (left_out["client"], left_out["error"]) == ("b", "no examples")
 
 
-def test_steps_are_the_time_of_a_fit_that_reports_no_batch():
+def test_steps_are_the_time_of_a_fit_that_reports_no_batch() -> None:
     class Silent(PointsTask):
-        def fit(self, model, data, config, progress):
+        def fit(self, model: Any, data: Any, config: Any, progress: Any) -> Any:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             for _ in range(5):
                 optimizer.zero_grad()
@@ -318,7 +322,13 @@ COMPASS = {"schedule": "fedcompass", "fedcompass": {"min_steps": 3, "max_steps":
     ],
 )
 @pytest.mark.server
-def test_simulation_and_coordinator_produce_the_same_bits(server_client, tmp_path, aggregation, dispatch, compression):
+def test_simulation_and_coordinator_produce_the_same_bits(
+    server_client: redis.Redis,
+    tmp_path: Path,
+    aggregation: dict[str, Any],
+    dispatch: dict[str, Any],
+    compression: dict[str, Any],
+) -> None:
     config = simulated_config(
         ("a", "b", "c"), aggregation=aggregation, clients={"slowdown": {"b": 2.5, "c": 1.3}}, stop={"versions": 8},
         server_optimizer={"name": "adam", "learning_rate": 0.05},
@@ -347,7 +357,7 @@ def test_simulation_and_coordinator_produce_the_same_bits(server_client, tmp_pat
 class AllAtOnce(Workers):
     """Workers that post every open job before the coordinator reads, which is more updates than a round merges."""
 
-    def receive(self, block_seconds, count=32):
+    def receive(self, block_seconds: Any, count: int = 32) -> Any:
         if not self.joined:
             self._join()
         for job in [job.job for job in self.jobs() if job.state == "open"]:
@@ -356,7 +366,7 @@ class AllAtOnce(Workers):
         return CoordinatorStore.receive(self, 0.001, count)
 
 
-def test_update_posted_as_its_round_closes_ends_once_as_late(redis_client, tmp_path):
+def test_update_posted_as_its_round_closes_ends_once_as_late(redis_client: redis.Redis, tmp_path: Path) -> None:
     config = simulated_config(
         ("a", "b", "c"), aggregation={"strategy": "fedavg", "cohort_size": 2}, stop={"versions": 3},
         dispatch={"leader_lease_seconds": 3600, "lease_seconds": 3600, "over_selection": 1.4},
@@ -376,22 +386,22 @@ def test_update_posted_as_its_round_closes_ends_once_as_late(redis_client, tmp_p
 class ModelTask(PointsTask):
     """A task whose model is what it was made with."""
 
-    def __init__(self, model):
+    def __init__(self, model: Any) -> None:
         super().__init__()
         self._model = model
 
-    def model(self):
+    def model(self) -> Any:
         return self._model
 
 
-def test_compiled_model_is_simulated():
+def test_compiled_model_is_simulated() -> None:
     config = simulated_config(("a", "b"), stop={"versions": 2})
     compiled = torch.compile(torch.nn.Linear(3, 2), backend="eager")
     assert Simulation(config, ClientDatasets(ModelTask(compiled)), SECOND).run().version == 2
 
 
 @pytest.mark.parametrize("model", [None, 3, torch.nn.Linear])
-def test_model_that_is_no_module_is_refused_by_its_type(model):
+def test_model_that_is_no_module_is_refused_by_its_type(model: Any) -> None:
     config = simulated_config(("a", "b"), stop={"versions": 2})
     with pytest.raises(
         TaskError, match=rf"ModelTask.model\(\) returned {type(model).__name__}; expected a torch.nn.Module"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -33,12 +35,12 @@ FUNCTIONS = sorted(STALENESS)
         (exponential(a=math.log(2)), 3, 1 / 8),
     ],
 )
-def test_weights_match_results_by_hand(function, tau, weight):
+def test_weights_match_results_by_hand(function: Callable[..., Any], tau: int, weight: float) -> None:
     assert function(tau) == pytest.approx(weight, rel=1e-15)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_staleness_defaults_agree_with_the_oracle(name):
+def test_staleness_defaults_agree_with_the_oracle(name: str) -> None:
     function = make_staleness(StalenessConfig(function=name))
     assert [function(tau) for tau in range(101)] == pytest.approx([STALENESS[name](tau) for tau in range(101)])
 
@@ -53,20 +55,20 @@ def test_staleness_defaults_agree_with_the_oracle(name):
         ("exponential", {"a": 0.7}),
     ],
 )
-def test_configured_function_uses_the_configured_parameters(name, options):
+def test_configured_function_uses_the_configured_parameters(name: str, options: dict[str, Any]) -> None:
     function = make_staleness(StalenessConfig(function=name, **options))
     assert [function(tau) for tau in range(30)] == pytest.approx([STALENESS[name](t, **options) for t in range(30)])
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("a", [None, 0.01, 3.0])
-def test_fresh_update_has_weight_one_exactly(name, a):
+def test_fresh_update_has_weight_one_exactly(name: str, a: float | None) -> None:
     assert make_staleness(StalenessConfig(function=name, a=a))(0) == 1.0
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
 @pytest.mark.parametrize("a", [None, 0.01, 1.0, 1e3, 1e308])
-def test_staleness_weight_is_positive_and_never_increases(name, a):
+def test_staleness_weight_is_positive_and_never_increases(name: str, a: float | None) -> None:
     function = make_staleness(StalenessConfig(function=name, a=a))
     weights = [function(tau) for tau in [*range(200), 10**6]]
     assert all(MIN_WEIGHT <= weight <= 1.0 for weight in weights)

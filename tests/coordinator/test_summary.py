@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from tests.support.federation_run import start
 LAPSED = "its worker was silent for dispatch.lease_seconds, or its training made no progress for dispatch.stall_seconds"
 
 
-def merged(client, staleness):
+def merged(client: Any, staleness: Any) -> dict[str, Any]:
     return {"client": client, "staleness": staleness}
 
 
@@ -31,7 +32,7 @@ LEDGER = [
 ]
 
 
-def test_summary_matches_results_by_hand():
+def test_summary_matches_results_by_hand() -> None:
     assert summarize("run", "fedbuff", 7, "versions: 2 of 2", LEDGER, {"closed": 2, "replayed": 0}) == {
         "run": "run",
         "strategy": "fedbuff",
@@ -65,18 +66,18 @@ def test_summary_matches_results_by_hand():
     }
 
 
-def test_summary_of_an_empty_run():
+def test_summary_of_an_empty_run() -> None:
     summary = summarize("run", "fedasync", 0, "interrupted", [], {})
     assert (summary["versions"], summary["updates_merged"], summary["updates_per_second"]) == (0, 0, 0.0)
     assert summary["staleness"] == {"mean": 0.0, "max": 0, "histogram": {}}
     assert (summary["metrics"], summary["history"], summary["clients"]) == ({}, [], {})
 
 
-def test_summary_reads_the_ledger_once():
+def test_summary_reads_the_ledger_once() -> None:
     assert summarize("run", "fedbuff", 0, "", iter(LEDGER), {}) == summarize("run", "fedbuff", 0, "", LEDGER, {})
 
 
-def test_summary_counts_match_the_federations_counts():
+def test_summary_counts_match_the_federations_counts() -> None:
     run = start("c0", "c1", "c2", aggregation={"strategy": "fedbuff", "buffer_size": 2})
     for round_ in range(5):
         run.now += 1.0
@@ -102,7 +103,7 @@ def test_summary_counts_match_the_federations_counts():
     )
 
 
-def test_summary_without_a_record_ends_when_the_run_stopped():
+def test_summary_without_a_record_ends_when_the_run_stopped() -> None:
     assert summarize("run", "fedbuff", 7, "seconds: 3", [], {}, seconds=11.04)["seconds"] == 11.04
     assert summarize("run", "fedbuff", 7, "versions: 2 of 2", LEDGER, {}, seconds=0.5)["seconds"] == 2.5
 
@@ -115,5 +116,5 @@ def test_summary_without_a_record_ends_when_the_run_stopped():
         (["loss", "accuracy", "auc"], ("f1", "auc"), "auc"),
     ],
 )
-def test_pictures_show_the_metric_of_the_target_first(metrics, target, first):
+def test_pictures_show_the_metric_of_the_target_first(metrics: list[str], target: tuple[Any, ...], first: str) -> None:
     assert main_metric(metrics, target) == first

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import structlog
@@ -11,22 +13,24 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fedqueue import Task
+from fedqueue.config.client import Client
 from fedqueue.errors import LoadFailed, TaskError
 from fedqueue.exception_text import exception_text, exception_with_place
 from fedqueue.metrics import as_metrics
 from fedqueue.protocol.messages import Ending, Unavailable, read
 from fedqueue_worker.process import Worker, new_token
+from tests.support.sample_run import SampleRun
 from tests.support.training_site import TrainingSite
 
 
 @pytest.fixture(autouse=True)
-def logs():
+def logs() -> Iterator[list[Any]]:
     with structlog.testing.capture_logs() as captured:
         yield captured
 
 
 @pytest.fixture(autouse=True)
-def _restored():
+def _restored() -> Iterator[None]:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
     yield
@@ -36,7 +40,7 @@ def _restored():
 
 
 class NoText(Exception):
-    def __str__(self):
+    def __str__(self) -> None:
         raise RuntimeError
 
 
@@ -52,16 +56,16 @@ NAMES = ["exit", "interrupt", "generator-exit", "surrogate", "no-text", "long"]
 
 
 @pytest.mark.parametrize(("error", "text"), RAISED, ids=NAMES)
-def test_exception_has_a_text_that_can_be_sent(error, text):
+def test_exception_has_a_text_that_can_be_sent(error: Any, text: str) -> None:
     assert exception_text(error) == text
     assert exception_text(error).encode()
 
 
 @pytest.mark.parametrize(("error", "text"), RAISED, ids=NAMES)
-def test_job_whose_training_raises_ends_as_failed(fake_run, error, text):
+def test_job_whose_training_raises_ends_as_failed(fake_run: SampleRun, error: Any, text: str) -> None:
     site = TrainingSite(fake_run)
 
-    def raising(progress):
+    def raising(progress: Any) -> None:
         raise error.with_traceback(None)
 
     site.task.during = raising
@@ -72,16 +76,16 @@ def test_job_whose_training_raises_ends_as_failed(fake_run, error, text):
     assert site.runner.without_update() == {"c0": f"failed: {ending.error}"}
 
 
-def test_accepted_update_is_a_contribution(fake_run):
+def test_accepted_update_is_a_contribution(fake_run: SampleRun) -> None:
     site = TrainingSite(fake_run)
     site.train()
     assert site.runner.without_update() == {}
 
 
-def test_traceback_of_a_failure_is_logged_once(fake_run, logs):
+def test_traceback_of_a_failure_is_logged_once(fake_run: SampleRun, logs: list[Any]) -> None:
     site = TrainingSite(fake_run)
 
-    def raising(progress):
+    def raising(progress: Any) -> None:
         raise ValueError("no")
 
     site.task.during = raising
@@ -91,7 +95,7 @@ def test_traceback_of_a_failure_is_logged_once(fake_run, logs):
     assert [bool(entry["exc_info"]) for entry in failures] == [True, False]
 
 
-def test_place_names_the_users_own_frame_first():
+def test_place_names_the_users_own_frame_first() -> None:
     library = {}
     exec(compile("def deep(n):\n    return deep(n - 1) if n else 1 / 0", "<library>", "exec"), library)
     with pytest.raises(ZeroDivisionError) as caught:
@@ -101,7 +105,7 @@ def test_place_names_the_users_own_frame_first():
     assert places[1:] == ["deep (<library>:2)"] * 2
 
 
-def test_error_that_fedqueue_raises_on_purpose_has_no_place():
+def test_error_that_fedqueue_raises_on_purpose_has_no_place() -> None:
     with pytest.raises(TaskError) as caught:
         as_metrics({"mine": "good"}, "fit")
     own = caught.value.with_traceback(caught.value.__traceback__.tb_next)  # without the frame of this test
@@ -113,30 +117,30 @@ def test_error_that_fedqueue_raises_on_purpose_has_no_place():
 
 
 class Rows(Task):
-    def __init__(self, broken, error):
+    def __init__(self, broken: set[Any], error: Any) -> None:
         self.broken, self.error, self.hook = broken, error, lambda: None
 
-    def model(self):
+    def model(self) -> Any:
         return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
 
-    def train_data(self, client):
+    def train_data(self, client: Client) -> TensorDataset:
         self.hook()
         if client.id in self.broken:
             raise self.error.with_traceback(None)
         return TensorDataset(torch.randn(10, 3), torch.randint(0, 2, (10,)))
 
 
-def serve(run, task, clients, **options):
+def serve(run: SampleRun, task: Rows, clients: list[str], **options: Any) -> tuple[Any, ...]:
     worker = Worker(run.config, task, run.worker(new_token()))
     return worker.run([[client] for client in clients], **options), worker
 
 
-def reports(run):
+def reports(run: SampleRun) -> list[Any]:
     return [(entry.kind, entry.client) for entry in run.coordinator.unacknowledged()]
 
 
 @pytest.mark.parametrize(("error", "text"), RAISED, ids=NAMES)
-def test_unloadable_client_is_reported_and_others_serve(fake_run, error, text):
+def test_unloadable_client_is_reported_and_others_serve(fake_run: SampleRun, error: Any, text: str) -> None:
     serve(fake_run, Rows({"client-1"}, error), ["client-0", "client-1", "client-2"], burst=True)
     [report] = [entry for entry in fake_run.coordinator.unacknowledged() if entry.kind == "unavailable"]
     unavailable = read(Unavailable, report.body)
@@ -145,7 +149,7 @@ def test_unloadable_client_is_reported_and_others_serve(fake_run, error, text):
     assert sorted(client for kind, client in reports(fake_run) if kind == "joined") == ["client-0", "client-2"]
 
 
-def test_no_client_is_registered_while_another_one_loads(fake_run):
+def test_no_client_is_registered_while_another_one_loads(fake_run: SampleRun) -> None:
     task = Rows(set(), None)
     seen = []
     task.hook = lambda: seen.append(reports(fake_run))
@@ -153,13 +157,13 @@ def test_no_client_is_registered_while_another_one_loads(fake_run):
     assert seen == [[], [], []]
 
 
-def test_worker_without_a_loaded_client_fails(fake_run):
+def test_worker_without_a_loaded_client_fails(fake_run: SampleRun) -> None:
     with pytest.raises(LoadFailed, match="client-0: OSError: no disk; in train_data"):
         serve(fake_run, Rows({"client-0"}, OSError("no disk")), ["client-0"])
     assert reports(fake_run) == [("unavailable", "client-0")]
 
 
-def test_exit_of_the_tasks_model_is_an_error_of_the_task(fake_run):
+def test_exit_of_the_tasks_model_is_an_error_of_the_task(fake_run: SampleRun) -> None:
     task = Rows(set(), None)
     task.model = lambda: sys.exit("bye")
     with pytest.raises(TaskError, match=r"Rows.model\(\): SystemExit: bye"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,32 +17,35 @@ import torch
 
 from fedqueue import Client, Task, TrainResult
 from fedqueue.config.compression import CompressionConfig
+from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
 from fedqueue.exception_text import exception_with_place
 from fedqueue.protocol.messages import Ending, Update, read
+from fedqueue.task import Progress
 from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue_worker import job_runner as job_runner_module
 from fedqueue_worker.egress_log import EgressLog
 from fedqueue_worker.job_runner import HandBack, JobRunner, slowed
+from tests.support.sample_run import SampleRun
 from tests.support.training_site import Doubling, TrainingSite
 
 
 @pytest.fixture(autouse=True)
-def logs():
+def logs() -> Iterator[list[Any]]:
     with structlog.testing.capture_logs() as captured:
         yield captured
 
 
 @pytest.fixture
-def site(fake_run):
+def site(fake_run: SampleRun) -> TrainingSite:
     return TrainingSite(fake_run)
 
 
 # The path of an update
 
 
-def test_job_becomes_an_update_whose_delta_is_local_minus_base(fake_run, site):
+def test_job_becomes_an_update_whose_delta_is_local_minus_base(fake_run: SampleRun, site: TrainingSite) -> None:
     fake_run.publish(1)  # every float is 1
     [entry] = site.train()
     assert (entry.kind, entry.client, entry.base, entry.attempt) == ("update", "c0", 1, 1)
@@ -50,7 +56,7 @@ def test_job_becomes_an_update_whose_delta_is_local_minus_base(fake_run, site):
     assert site.runner.jobs == 1
 
 
-def test_header_has_examples_size_metrics_and_seconds(fake_run, site):
+def test_header_has_examples_size_metrics_and_seconds(fake_run: SampleRun, site: TrainingSite) -> None:
     [entry] = site.train()
     update = read(Update, entry.body)
     assert (update.examples, update.nbytes, update.chunks) == (10, fake_run.manifest.nbytes, 1)
@@ -58,7 +64,7 @@ def test_header_has_examples_size_metrics_and_seconds(fake_run, site):
     assert 0 <= update.seconds < 60
 
 
-def test_task_gets_newest_version_client_data_and_settings(fake_run, site):
+def test_task_gets_newest_version_client_data_and_settings(fake_run: SampleRun, site: TrainingSite) -> None:
     fake_run.publish(1)
     site.train(number=7)
     [(state, data, config, seed)] = site.task.seen
@@ -69,7 +75,7 @@ def test_task_gets_newest_version_client_data_and_settings(fake_run, site):
     assert seed == 7
 
 
-def test_each_job_starts_from_its_base_version(fake_run, site):
+def test_each_job_starts_from_its_base_version(fake_run: SampleRun, site: TrainingSite) -> None:
     first, second = site.train(1)[0], site.train(2)[0]
     for entry in (first, second):
         assert fake_run.posted_frame(entry).parameters.unique().tolist() == [0.25]
@@ -78,7 +84,7 @@ def test_each_job_starts_from_its_base_version(fake_run, site):
         assert torch.equal(tensor, site.task.seen[1][0][name])
 
 
-def test_delta_equals_that_of_training_outside_a_worker(fake_run):
+def test_delta_equals_that_of_training_outside_a_worker(fake_run: SampleRun) -> None:
     """The delta plus the base equals, bit for bit, the model that the task's own loop trains from the base."""
 
     class Default(Task):
@@ -109,7 +115,7 @@ def test_delta_equals_that_of_training_outside_a_worker(fake_run):
 class Ramp(Doubling):
     """Adds 0, 1, 2, … to the parameters, so the last elements are the largest of every delta."""
 
-    def fit(self, model, data, config, progress):
+    def fit(self, model: Any, data: str, config: TrainingConfig, progress: Progress) -> TrainResult:
         with torch.no_grad():
             vector = torch.nn.utils.parameters_to_vector(model.parameters())
             torch.nn.utils.vector_to_parameters(vector + torch.arange(len(vector)), model.parameters())
@@ -117,13 +123,13 @@ class Ramp(Doubling):
         return TrainResult(10)
 
 
-def compressed_site(run, **compression):
+def compressed_site(run: SampleRun, **compression: Any) -> tuple[Any, ...]:
     config = CompressionConfig(**compression)
     site = TrainingSite(run, compression=config)
     site.runner._task = site.task = Ramp()
     codec = uplink_codec(config, run.manifest)
 
-    def decoded(entry):
+    def decoded(entry: Any) -> Any:
         wire = np.empty(read(Update, entry.body).nbytes, np.uint8)
         run.coordinator.read_blob(run.keys.payload(entry.job, entry.attempt), wire)
         return codec.decode(wire).whole().parameters.tolist()
@@ -134,14 +140,14 @@ def compressed_site(run, **compression):
 TOP = {"uplink": "topk", "topk_ratio": 0.15}  # 2 of 12 parameters
 
 
-def test_residual_is_added_to_the_clients_next_update(fake_run):
+def test_residual_is_added_to_the_clients_next_update(fake_run: SampleRun) -> None:
     site, decoded = compressed_site(fake_run, **TOP)
     first, second = decoded(site.train(1)[0]), decoded(site.train(2)[0])
     assert first == [0] * 10 + [10, 11]
     assert second == [0] * 8 + [2 * 8, 2 * 9, 0, 0], "the residual of elements 8 and 9 was not added"
 
 
-def test_restarted_worker_logs_zero_error_feedback(fake_run, logs):
+def test_restarted_worker_logs_zero_error_feedback(fake_run: SampleRun, logs: list[Any]) -> None:
     site, decoded = compressed_site(fake_run, **TOP)
     site.train(1)
     site.runner.load(Client("c0"), "the rows of c0")  # as for a client that is new to this worker
@@ -150,7 +156,7 @@ def test_restarted_worker_logs_zero_error_feedback(fake_run, logs):
     assert [line["client"] for line in logs if line["event"] == "error feedback begins at zero"] == ["c0"] * 3
 
 
-def test_refused_update_leaves_the_residual_unchanged(fake_run):
+def test_refused_update_leaves_the_residual_unchanged(fake_run: SampleRun) -> None:
     site, decoded = compressed_site(fake_run, **TOP)
     site.train(1)
     site.task.during = lambda progress: fake_run.coordinator.close("sample-00000002", {"kind": "abandoned"}, 1)
@@ -159,11 +165,11 @@ def test_refused_update_leaves_the_residual_unchanged(fake_run):
     assert decoded(site.train(3)[0]) == [0] * 8 + [2 * 8, 2 * 9, 0, 0]
 
 
-def test_replayed_update_counts_as_accepted(fake_run, monkeypatch):
+def test_replayed_update_counts_as_accepted(fake_run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     site, decoded = compressed_site(fake_run, **TOP)
     post = site.store.post
 
-    def post_twice(*args):
+    def post_twice(*args: Any) -> Any:
         assert post(*args) == ""
         return post(*args)  # as the retry of a command whose reply was lost: "replayed"
 
@@ -174,7 +180,7 @@ def test_replayed_update_counts_as_accepted(fake_run, monkeypatch):
     assert decoded(site.train(2)[0]) == [0] * 8 + [2 * 8, 2 * 9, 0, 0]
 
 
-def test_header_and_egress_log_have_the_encoded_size(fake_run, tmp_path):
+def test_header_and_egress_log_have_the_encoded_size(fake_run: SampleRun, tmp_path: Path) -> None:
     site, _ = compressed_site(fake_run, uplink="int8", uplink_lossless="zstd")
     site.runner._egress_log = EgressLog(tmp_path / "outbox.jsonl")
     [entry] = site.train()
@@ -186,7 +192,7 @@ def test_header_and_egress_log_have_the_encoded_size(fake_run, tmp_path):
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_base_stays_pinned_only_where_the_merge_needs_it(fake_run, keep):
+def test_base_stays_pinned_only_where_the_merge_needs_it(fake_run: SampleRun, keep: bool) -> None:
     site = TrainingSite(fake_run, keep_base=keep)
     pinned = []
     site.task.during = lambda progress: pinned.append(
@@ -196,7 +202,7 @@ def test_base_stays_pinned_only_where_the_merge_needs_it(fake_run, keep):
     assert pinned == [[b"1" if keep else None, b"0"]]
 
 
-def test_only_a_delta_and_counted_metrics_leave(fake_run, site):
+def test_only_a_delta_and_counted_metrics_leave(fake_run: SampleRun, site: TrainingSite) -> None:
     """I8: the test lists everything that a job adds to Redis."""
     before = set(fake_run.contents())
     [entry] = site.train()
@@ -219,8 +225,8 @@ def test_only_a_delta_and_counted_metrics_leave(fake_run, site):
 # Other endings
 
 
-def test_exception_in_the_task_ends_the_job_as_failed(fake_run, site):
-    def during(progress):
+def test_exception_in_the_task_ends_the_job_as_failed(fake_run: SampleRun, site: TrainingSite) -> None:
+    def during(progress: Any) -> None:
         row = {"age": 54, "name": "private"}
         raise LookupError(f"{len(row)} columns are missing")
 
@@ -235,7 +241,7 @@ def test_exception_in_the_task_ends_the_job_as_failed(fake_run, site):
     assert not [name for name in fake_run.names() if name.startswith("payload:")]
 
 
-def test_worker_continues_after_a_failed_job(fake_run, site):
+def test_worker_continues_after_a_failed_job(fake_run: SampleRun, site: TrainingSite) -> None:
     site.task.during = lambda progress: 1 / 0
     site.train(1)
     site.task.during = lambda progress: None
@@ -244,8 +250,8 @@ def test_worker_continues_after_a_failed_job(fake_run, site):
     assert fake_run.posted_frame(entry).parameters.unique().tolist() == [0.25]
 
 
-def test_hand_back_ends_the_job_as_returned(fake_run, site):
-    def during(progress):
+def test_hand_back_ends_the_job_as_returned(fake_run: SampleRun, site: TrainingSite) -> None:
+    def during(progress: Any) -> None:
         assert site.runner.interruptible
         raise HandBack
 
@@ -255,10 +261,12 @@ def test_hand_back_ends_the_job_as_returned(fake_run, site):
     assert not site.runner.interruptible
 
 
-def test_stop_during_a_claim_hands_the_job_back_untrained(fake_run, site, monkeypatch):
+def test_stop_during_a_claim_hands_the_job_back_untrained(
+    fake_run: SampleRun, site: TrainingSite, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claim = site.store.claim
 
-    def told_meanwhile(*arguments):
+    def told_meanwhile(*arguments: Any) -> Any:
         site.runner.told_to_stop = True  # by a signal whose handler must not raise here
         return claim(*arguments)
 
@@ -268,8 +276,10 @@ def test_stop_during_a_claim_hands_the_job_back_untrained(fake_run, site, monkey
     assert site.task.seen == []
 
 
-def test_stop_during_an_outage_abandons_the_claim(fake_run, site, monkeypatch, logs):
-    def absent(*arguments):
+def test_stop_during_an_outage_abandons_the_claim(
+    fake_run: SampleRun, site: TrainingSite, monkeypatch: pytest.MonkeyPatch, logs: list[Any]
+) -> None:
+    def absent(*arguments: Any) -> None:
         site.runner.told_to_stop = True
         raise redis.ConnectionError("gone")
 
@@ -279,8 +289,8 @@ def test_stop_during_an_outage_abandons_the_claim(fake_run, site, monkeypatch, l
     assert [entry["event"] for entry in logs] == ["job not begun"]
 
 
-def test_training_of_a_closed_job_is_dropped(fake_run, site, logs):
-    def during(progress):
+def test_training_of_a_closed_job_is_dropped(fake_run: SampleRun, site: TrainingSite, logs: list[Any]) -> None:
+    def during(progress: Any) -> None:
         fake_run.coordinator.close("sample-00000001", {"kind": "abandoned"}, 1)
         site.heartbeat.beat()
         progress()
@@ -292,8 +302,8 @@ def test_training_of_a_closed_job_is_dropped(fake_run, site, logs):
     assert not [name for name in fake_run.names() if name.startswith("payload:")]
 
 
-def test_late_update_is_refused_and_leaves_no_payload(fake_run, site, logs):
-    def during(progress):
+def test_late_update_is_refused_and_leaves_no_payload(fake_run: SampleRun, site: TrainingSite, logs: list[Any]) -> None:
+    def during(progress: Any) -> None:
         fake_run.coordinator.close("sample-00000001", {"kind": "abandoned"}, 1)
 
     site.task.during = during
@@ -304,7 +314,7 @@ def test_late_update_is_refused_and_leaves_no_payload(fake_run, site, logs):
     assert not [name for name in fake_run.names() if name.startswith("payload:")]
 
 
-def test_job_closed_before_its_claim_is_not_trained(fake_run, site, logs):
+def test_job_closed_before_its_claim_is_not_trained(fake_run: SampleRun, site: TrainingSite, logs: list[Any]) -> None:
     fake_run.dispatch()
     fake_run.coordinator.close("sample-00000001", {"kind": "abandoned"}, 1)
     site.runner.train(fake_run.order().model_dump())
@@ -312,7 +322,7 @@ def test_job_closed_before_its_claim_is_not_trained(fake_run, site, logs):
     assert [entry["event"] for entry in logs] == ["job not begun"]
 
 
-def test_job_of_a_deleted_version_is_dropped(fake_run, site):
+def test_job_of_a_deleted_version_is_dropped(fake_run: SampleRun, site: TrainingSite) -> None:
     blob = fake_run.client.get(fake_run.keys.model(0) + ":0")
     fake_run.client.delete(fake_run.keys.model(0) + ":0")
     assert [e.kind for e in site.train(1)] in ([], ["ended"])
@@ -321,7 +331,7 @@ def test_job_of_a_deleted_version_is_dropped(fake_run, site):
     assert [e.kind for e in site.train(2)] == ["update"]
 
 
-def test_heartbeat_renews_the_job_only_during_training(fake_run, site):
+def test_heartbeat_renews_the_job_only_during_training(fake_run: SampleRun, site: TrainingSite) -> None:
     during = []
     site.task.during = lambda progress: during.append(site.heartbeat._current)
     site.train()
@@ -329,10 +339,10 @@ def test_heartbeat_renews_the_job_only_during_training(fake_run, site):
     assert site.heartbeat._current is None
 
 
-def test_redis_error_of_the_progress_callback_ends_no_job(fake_run, site):
+def test_redis_error_of_the_progress_callback_ends_no_job(fake_run: SampleRun, site: TrainingSite) -> None:
     called = []
 
-    def show():
+    def show() -> None:
         called.append(site.heartbeat._current)
         raise redis.ConnectionError
 
@@ -343,38 +353,38 @@ def test_redis_error_of_the_progress_callback_ends_no_job(fake_run, site):
     )
 
 
-def test_commands_for_post_run_behind_the_post(fake_run, site):
+def test_commands_for_post_run_behind_the_post(fake_run: SampleRun, site: TrainingSite) -> None:
     [entry] = site.train(commands_for_post=lambda: [("SET", "beside", "the post")])
     assert entry.kind == "update"
     assert site.commands_sent
     assert fake_run.client.get("beside") == b"the post"
 
 
-def test_train_reports_that_no_commands_were_sent(fake_run, site):
+def test_train_reports_that_no_commands_were_sent(fake_run: SampleRun, site: TrainingSite) -> None:
     site.train()
     assert site.commands_sent is False
 
 
-def test_commands_for_post_run_behind_a_refused_post(fake_run, site):
+def test_commands_for_post_run_behind_a_refused_post(fake_run: SampleRun, site: TrainingSite) -> None:
     site.task.during = lambda progress: fake_run.coordinator.close("sample-00000001", {"kind": "abandoned"}, 1)
     assert site.train(commands_for_post=lambda: [("SET", "beside", "the post")]) == []
     assert site.commands_sent
     assert fake_run.client.exists("beside")
 
 
-def test_commands_for_post_do_not_run_where_training_fails(fake_run, site):
+def test_commands_for_post_do_not_run_where_training_fails(fake_run: SampleRun, site: TrainingSite) -> None:
     site.task.during = lambda progress: 1 / 0
     site.train(commands_for_post=lambda: [("SET", "beside", "the post")])
     assert site.commands_sent is False
     assert not fake_run.client.exists("beside")
 
 
-def test_stop_between_jobs_raises_nothing(site):
+def test_stop_between_jobs_raises_nothing(site: TrainingSite) -> None:
     site.runner.stop()
     assert site.runner.told_to_stop
 
 
-def test_stop_during_training_hands_the_job_back(fake_run, site):
+def test_stop_during_training_hands_the_job_back(fake_run: SampleRun, site: TrainingSite) -> None:
     site.task.during = lambda progress: site.runner.stop()
     [entry] = site.train()
     assert read(Ending, entry.body) == Ending(reason="returned")
@@ -385,7 +395,9 @@ def test_stop_during_training_hands_the_job_back(fake_run, site):
 
 
 @pytest.mark.parametrize("change", [{"client": "c1"}, {"run": "another"}])
-def test_order_for_another_client_or_run_is_refused(fake_run, site, change):
+def test_order_for_another_client_or_run_is_refused(
+    fake_run: SampleRun, site: TrainingSite, change: dict[str, Any]
+) -> None:
     fake_run.dispatch()
     with pytest.raises(WireError, match="not served here"):
         site.runner.train({**fake_run.order().model_dump(), **change})
@@ -395,7 +407,7 @@ def test_order_for_another_client_or_run_is_refused(fake_run, site, change):
 @pytest.mark.parametrize(
     "change", [{"code": "import os"}, {"job": "../x"}, {"training": {"local_epochs": 10**9, "x": 1}}]
 )
-def test_malformed_order_is_refused(fake_run, site, change):
+def test_malformed_order_is_refused(fake_run: SampleRun, site: TrainingSite, change: dict[str, Any]) -> None:
     with pytest.raises(WireError, match="Order: "):
         site.runner.train({**fake_run.order().model_dump(), **change})
     assert site.task.seen == []
@@ -405,7 +417,9 @@ def test_malformed_order_is_refused(fake_run, site, change):
 
 
 @pytest.mark.parametrize("value", ["text", [1, 2], None, {"a": 1}])
-def test_metric_that_is_not_a_number_fails_the_job(fake_run, site, value):
+def test_metric_that_is_not_a_number_fails_the_job(
+    fake_run: SampleRun, site: TrainingSite, value: dict[str, Any] | list[int] | str | None
+) -> None:
     site.task.metrics = {"rows": value}
     [entry] = site.train()
     ending = read(Ending, entry.body)
@@ -415,7 +429,7 @@ def test_metric_that_is_not_a_number_fails_the_job(fake_run, site, value):
     )
 
 
-def test_metric_that_is_not_finite_is_part_of_the_update(fake_run, site):
+def test_metric_that_is_not_finite_is_part_of_the_update(fake_run: SampleRun, site: TrainingSite) -> None:
     site.task.metrics = {"loss": float("nan"), "count": True}
     [entry] = site.train()
     metrics = read(Update, entry.body).metrics
@@ -423,8 +437,8 @@ def test_metric_that_is_not_finite_is_part_of_the_update(fake_run, site):
     assert metrics["count"] == 1.0
 
 
-def test_description_of_an_error_is_bounded():
-    def deep(n):
+def test_description_of_an_error_is_bounded() -> None:
+    def deep(n: Any) -> None:
         if n:
             deep(n - 1)
         raise ValueError("x" * 10_000)
@@ -442,18 +456,18 @@ def test_description_of_an_error_is_bounded():
 class Time:
     """A clock that only sleeping and training advance."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.now, self.slept = 0.0, []
 
-    def clock(self):
+    def clock(self) -> float:
         return self.now
 
-    def sleep(self, seconds):
+    def sleep(self, seconds: float) -> None:
         self.slept.append(seconds)
         self.now += seconds
 
 
-def test_slow_site_sleeps_in_proportion_to_each_batch():
+def test_slow_site_sleeps_in_proportion_to_each_batch() -> None:
     time, calls = Time(), []
     progress = job_runner_module._slow(lambda: calls.append(time.now), 20.0, time.clock, time.sleep)
     for seconds in (1.0, 3.0):
@@ -463,14 +477,14 @@ def test_slow_site_sleeps_in_proportion_to_each_batch():
     assert calls == [20.0, 80.0]
 
 
-def test_site_at_full_speed_never_sleeps():
-    def progress():
+def test_site_at_full_speed_never_sleeps() -> None:
+    def progress() -> Any:
         return None
 
     assert slowed(progress, 1.0) is progress
 
 
-def test_slowdown_is_set_per_client(fake_run, monkeypatch):
+def test_slowdown_is_set_per_client(fake_run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     factors = []
     monkeypatch.setattr(job_runner_module, "slowed", lambda progress, factor: factors.append(factor) or progress)
     TrainingSite(fake_run, slowdown={"c0": 20.0}).train(1)
@@ -478,7 +492,7 @@ def test_slowdown_is_set_per_client(fake_run, monkeypatch):
     assert factors == [20.0, 1.0]
 
 
-def test_slowdown_uses_the_clock_of_the_machine(monkeypatch):
+def test_slowdown_uses_the_clock_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     time = Time()
     monkeypatch.setattr(job_runner_module.time, "perf_counter", time.clock)
     monkeypatch.setattr(job_runner_module.time, "sleep", time.sleep)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from tests.support.sample_run import SampleRun
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -42,14 +46,14 @@ signatures = "off"
 
 
 @pytest.fixture
-def work(server, server_client, tmp_path):
+def work(server: EmbeddedServer, server_client: redis.Redis, tmp_path: Path) -> Any:
     """Run a worker of client-0 for one job; return the run and the finished process."""
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "federation.toml").write_text(CONFIG)
     sample = SampleRun(server_client)
     sample.dispatch(1, "client-0")
 
-    def start(*options):
+    def start(*options: Any) -> tuple[Any, ...]:
         command = [sys.executable, "-m", "fedqueue_worker", "federation.toml", "-u", server.url, "--client", "client-0"]
         done = subprocess.run(
             [*command, "--max-jobs", "1", *options],
@@ -65,13 +69,13 @@ def work(server, server_client, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
-def test_job_trains_with_loader_workers(work, method):
+def test_job_trains_with_loader_workers(work: Any, method: str) -> None:
     sample, done = work("--set", f"task.options.start={method}", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     assert len(sample.updates()) == 1, done.stderr
 
 
-def test_device_that_the_site_lacks_ends_the_worker(work):
+def test_device_that_the_site_lacks_ends_the_worker(work: Any) -> None:
     sample, done = work("--device", "cuda:99")
     assert (done.returncode, sample.updates()) == (2, [])
     assert "training.device = 'cuda:99'" in done.stderr.splitlines()[-1]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -18,16 +20,17 @@ from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue_worker.egress_log import EgressLog, open_egress_log
 from fedqueue_worker.job_runner import JobRunner
 from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
+from tests.support.sample_run import SampleRun
 from tests.support.training_site import TrainingSite
 
 
 @pytest.fixture(autouse=True)
-def logs():
+def logs() -> Iterator[Any]:
     with structlog.testing.capture_logs() as captured:
         yield captured
 
 
-def policy(tmp_path, text):
+def policy(tmp_path: Path, text: Any) -> Any:
     path = tmp_path / "policy.toml"
     path.write_text(text)
     return load_policy(path)
@@ -51,7 +54,9 @@ def policy(tmp_path, text):
         ("", {"local_epochs": 10**6}, 1, ""),
     ],
 )  # fmt: skip
-def test_refusal_names_the_request_and_the_limit(tmp_path, terms, training, examples, refused):
+def test_refusal_names_the_request_and_the_limit(
+    tmp_path: Path, terms: str, training: dict[str, Any], examples: int, refused: str
+) -> None:
     site_policy = policy(tmp_path, terms)
     if not refused:
         site_policy.check_job(TrainingConfig(**training), examples)
@@ -60,7 +65,7 @@ def test_refusal_names_the_request_and_the_limit(tmp_path, terms, training, exam
         site_policy.check_job(TrainingConfig(**training), examples)
 
 
-def test_only_allowed_entrypoints_may_run():
+def test_only_allowed_entrypoints_may_run() -> None:
     Policy(entrypoints=["task.py:A"]).check_task("task.py:A")
     ALLOW_ALL.check_task("any.py:Thing")
     with pytest.raises(PolicyRefusal, match=r"task 'task.py:B' is not allowed here; allowed entrypoints: task.py:A"):
@@ -77,25 +82,25 @@ def test_only_allowed_entrypoints_may_run():
         ("max_epochs", "is not TOML"),
     ],
 )
-def test_invalid_policy_is_an_error_that_names_the_key(tmp_path, text, line):
+def test_invalid_policy_is_an_error_that_names_the_key(tmp_path: Path, text: str, line: str) -> None:
     with pytest.raises(ConfigurationError) as caught:
         policy(tmp_path, text)
     assert line in str(caught.value)
 
 
 class AgreedSite(TrainingSite):
-    def __init__(self, run, agreed, egress_log):
+    def __init__(self, run: SampleRun, agreed: Any, egress_log: Any) -> None:
         super().__init__(run)
         self.task.num_examples = lambda data: 10
         self.runner = JobRunner(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, egress_log)
         self.runner.load(Client("c0"), "the rows of c0")
 
 
-def lines(path):
+def lines(path: Any) -> Any:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_job_beyond_a_limit_is_refused_untrained(fake_run, tmp_path):
+def test_job_beyond_a_limit_is_refused_untrained(fake_run: SampleRun, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     site = AgreedSite(fake_run, Policy(min_examples=11), EgressLog(path, "sample"))
     [entry] = site.train()
@@ -107,7 +112,7 @@ def test_job_beyond_a_limit_is_refused_untrained(fake_run, tmp_path):
     assert (line["what"], line["text"]) == ("refused", ending.error)
 
 
-def test_withheld_metrics_neither_leave_nor_are_logged(fake_run, tmp_path):
+def test_withheld_metrics_neither_leave_nor_are_logged(fake_run: SampleRun, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     site = AgreedSite(
         fake_run, Policy(metrics=["loss"]), EgressLog(path, "sample", lambda: datetime(2026, 1, 2, tzinfo=UTC))
@@ -125,7 +130,7 @@ def test_withheld_metrics_neither_leave_nor_are_logged(fake_run, tmp_path):
     ]  # fmt: skip
 
 
-def test_refused_post_gets_a_second_line(fake_run, tmp_path):
+def test_refused_post_gets_a_second_line(fake_run: SampleRun, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     site = AgreedSite(fake_run, ALLOW_ALL, EgressLog(path, "sample"))
     site.task.during = lambda progress: fake_run.client.delete(fake_run.keys.job("sample-00000001"))
@@ -133,14 +138,14 @@ def test_refused_post_gets_a_second_line(fake_run, tmp_path):
     assert [(line["what"], line.get("reason")) for line in lines(path)] == [("update", None), ("not taken", "closed")]
 
 
-def test_deleted_folder_of_the_egress_log_is_made_again(tmp_path):
+def test_deleted_folder_of_the_egress_log_is_made_again(tmp_path: Path) -> None:
     log = open_egress_log(str(tmp_path / "egress"), "sample", "t")
     shutil.rmtree(tmp_path / "egress")
     log.log_registration(Registration(client="c0", examples=5))
     assert '"client": "c0"' in (tmp_path / "egress" / "sample-t.jsonl").read_text()
 
 
-def test_no_update_leaves_if_the_egress_log_is_not_writable(fake_run):
+def test_no_update_leaves_if_the_egress_log_is_not_writable(fake_run: SampleRun) -> None:
     site = AgreedSite(fake_run, ALLOW_ALL, EgressLog(Path("/dev/null/x/out.jsonl"), "sample"))
     with pytest.raises(NotADirectoryError):
         site.train()

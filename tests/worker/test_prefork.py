@@ -7,6 +7,9 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,11 +51,11 @@ if number == 1:
 
 
 @pytest.fixture
-def family(tmp_path):
+def family(tmp_path: Path) -> Iterator[Any]:
     """Start a parent of three workers; return the parent, and the output of each child once all three have printed."""
     started = []
 
-    def start(until):
+    def start(until: Any) -> tuple[Any, ...]:
         parent = subprocess.Popen(
             [sys.executable, "-c", FAMILY, str(tmp_path / "logs"), until], stderr=subprocess.PIPE, text=True
         )
@@ -69,7 +72,7 @@ def family(tmp_path):
         parent.communicate()
 
 
-def test_children_differ_in_log_token_and_random_numbers(family):
+def test_children_differ_in_log_token_and_random_numbers(family: Any) -> None:
     parent, children = family("end")
     _, err = parent.communicate(timeout=60)
     assert [child[0] for child in children] == [0, 1, 2]
@@ -81,7 +84,7 @@ def test_children_differ_in_log_token_and_random_numbers(family):
     assert len(said) == 3
 
 
-def test_child_may_execute_the_command_again(family):
+def test_child_may_execute_the_command_again(family: Any) -> None:
     parent, children = family("fresh")
     assert [child[0] for child in children] == [0, 1, 2]
     parent.send_signal(signal.SIGTERM)
@@ -89,7 +92,7 @@ def test_child_may_execute_the_command_again(family):
     assert (parent.returncode, err) == (1, "")  # ended by the signal's default action
 
 
-def test_log_of_a_child_that_prints_much_is_bounded(family, tmp_path):
+def test_log_of_a_child_that_prints_much_is_bounded(family: Any, tmp_path: Path) -> None:
     parent, children = family("large")
     assert children[1][0] == 1
     logs = tmp_path / "logs"
@@ -100,7 +103,7 @@ def test_log_of_a_child_that_prints_much_is_bounded(family, tmp_path):
     assert parent.communicate(timeout=60)[1] == ""
 
 
-def test_killed_child_is_reported_and_sigterm_ends_the_others(family):
+def test_killed_child_is_reported_and_sigterm_ends_the_others(family: Any) -> None:
     parent, children = family("signal")
     pids = [child[1] for child in children]
     os.kill(pids[2], signal.SIGKILL)
@@ -114,7 +117,7 @@ def test_killed_child_is_reported_and_sigterm_ends_the_others(family):
     assert not any(map(alive, pids))
 
 
-def test_child_that_ignores_sigterm_is_killed(family):
+def test_child_that_ignores_sigterm_is_killed(family: Any) -> None:
     parent, children = family("killed")
     parent.send_signal(signal.SIGTERM)
     _, err = parent.communicate(timeout=60)
@@ -123,7 +126,7 @@ def test_child_that_ignores_sigterm_is_killed(family):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")
-def test_children_end_when_their_parent_is_killed(family):
+def test_children_end_when_their_parent_is_killed(family: Any) -> None:
     parent, children = family("signal")
     parent.kill()
     wait_until_ended([child[1] for child in children])

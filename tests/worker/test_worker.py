@@ -6,6 +6,8 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,13 +28,13 @@ from tests.support.sample_run import SampleRun
 
 
 @pytest.fixture(autouse=True)
-def logs():
+def logs() -> Iterator[Any]:
     with structlog.testing.capture_logs() as captured:
         yield captured
 
 
 @pytest.fixture(autouse=True)
-def _restored():
+def _restored() -> Iterator[None]:
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     threads = torch.get_num_threads()
     yield
@@ -42,48 +44,55 @@ def _restored():
 
 
 class Noise(Task):
-    def __init__(self):
+    def __init__(self) -> None:
         self.loaded = []
         self.while_loading = self.while_training = lambda: None
 
-    def model(self):
+    def model(self) -> Any:
         return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
 
-    def train_data(self, client):
+    def train_data(self, client: Any) -> TensorDataset:
         self.loaded.append(client)
         self.while_loading()
         return TensorDataset(torch.randn(10, 3), torch.randint(0, 2, (10,)))
 
-    def loss(self, model, batch):
+    def loss(self, model: Any, batch: Any) -> Any:
         self.while_training()
         return super().loss(model, batch)
 
 
 @pytest.fixture
-def task():
+def task() -> Noise:
     return Noise()
 
 
-def start(run, task, candidates=(("client-0",),), max_jobs=None, burst=False, config: Config | None = None):
+def start(
+    run: SampleRun,
+    task: Any,
+    candidates: Any = (("client-0",),),
+    max_jobs: Any = None,
+    burst: bool = False,
+    config: Config | None = None,
+) -> Any:
     return Worker(config or run.config, task, run.worker(new_token())).run(candidates, max_jobs, burst)
 
 
-def enqueue(run, number=1, client="client-0"):
+def enqueue(run: SampleRun, number: int = 1, client: str = "client-0") -> None:
     run.dispatch(number, client)
 
 
-def kinds(run):
+def kinds(run: SampleRun) -> Any:
     return [entry.kind for entry in run.coordinator.unacknowledged()]
 
 
-def terminate():
+def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 # Normal operation
 
 
-def test_worker_joins_registers_trains_and_leaves(fake_run, task):
+def test_worker_joins_registers_trains_and_leaves(fake_run: SampleRun, task: Noise) -> None:
     enqueue(fake_run)
     assert start(fake_run, task, max_jobs=1) == "max_jobs reached: 1"
     entries = fake_run.coordinator.unacknowledged()
@@ -95,12 +104,14 @@ def test_worker_joins_registers_trains_and_leaves(fake_run, task):
     assert [(c.id, c.partition, c.partitions) for c in task.loaded] == [("client-0", 0, 8)]
 
 
-def test_post_deletes_the_record_of_a_job_and_counts_it(fake_run, task, monkeypatch):
+def test_post_deletes_the_record_of_a_job_and_counts_it(
+    fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The post deletes the record, so RQ's later bookkeeping has nothing to delete."""
     left, counted = [], []
     original = worker_module.TrainingWorker.handle_job_success
 
-    def after_the_post(worker, job, **others):
+    def after_the_post(worker: Any, job: Any, **others: Any) -> None:
         left.extend(name for name in fake_run.contents() if job.id in name and name.startswith("rq:"))
         left.extend(fake_run.client.lrange(f"rq:queue:{job.origin}:intermediate", 0, -1))
         original(worker, job=job, **others)
@@ -112,7 +123,7 @@ def test_post_deletes_the_record_of_a_job_and_counts_it(fake_run, task, monkeypa
     assert (left, counted) == ([], [1])
 
 
-def test_worker_of_several_clients_trains_for_all(fake_run, task):
+def test_worker_of_several_clients_trains_for_all(fake_run: SampleRun, task: Noise) -> None:
     for number, client in ((1, "client-0"), (2, "client-3"), (3, "client-0")):
         enqueue(fake_run, number, client)
     task.while_training = lambda: terminate() if fake_run.updates()[2:] else None
@@ -126,7 +137,7 @@ def test_worker_of_several_clients_trains_for_all(fake_run, task):
     assert [e.client for e in entries if e.kind == "left"] == ["client-0", "client-3"]
 
 
-def test_max_jobs_ends_the_worker_after_that_many_jobs(fake_run, task):
+def test_max_jobs_ends_the_worker_after_that_many_jobs(fake_run: SampleRun, task: Noise) -> None:
     for number in (1, 2, 3):
         enqueue(fake_run, number)
     assert start(fake_run, task, max_jobs=2) == "max_jobs reached: 2"
@@ -135,12 +146,14 @@ def test_max_jobs_ends_the_worker_after_that_many_jobs(fake_run, task):
 
 
 @pytest.mark.timeout(30)
-def test_max_jobs_counts_across_restarts_of_rqs_loop(fake_run, task, monkeypatch):
+def test_max_jobs_counts_across_restarts_of_rqs_loop(
+    fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """RQ's loop ends after the first job, and the next loop must take one more job, not two."""
     original = worker_module.TrainingWorker.perform_job
     broken = []
 
-    def once_broken(*args):
+    def once_broken(*args: Any) -> None:
         original(*args)
         if not broken:
             broken.append(1)
@@ -155,13 +168,13 @@ def test_max_jobs_counts_across_restarts_of_rqs_loop(fake_run, task, monkeypatch
 
 
 @pytest.mark.timeout(30)
-def test_burst_ends_the_worker_if_no_job_is_waiting(fake_run, task):
+def test_burst_ends_the_worker_if_no_job_is_waiting(fake_run: SampleRun, task: Noise) -> None:
     assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
     assert kinds(fake_run) == ["joined", "left"]
 
 
 @pytest.mark.timeout(30)
-def test_burst_trains_waiting_jobs_first(fake_run, task):
+def test_burst_trains_waiting_jobs_first(fake_run: SampleRun, task: Noise) -> None:
     enqueue(fake_run, 1)
     enqueue(fake_run, 2)
     assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
@@ -169,21 +182,21 @@ def test_burst_trains_waiting_jobs_first(fake_run, task):
 
 
 @pytest.mark.timeout(30)
-def test_burst_ends_a_worker_that_rq_has_suspended(fake_run, task):
+def test_burst_ends_a_worker_that_rq_has_suspended(fake_run: SampleRun, task: Noise) -> None:
     enqueue(fake_run)
     rq.suspension.suspend(fake_run.client)
     assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
     assert kinds(fake_run) == ["joined", "left"]
 
 
-def test_worker_uses_the_threads_of_its_own_configuration(fake_run, task):
+def test_worker_uses_the_threads_of_its_own_configuration(fake_run: SampleRun, task: Noise) -> None:
     enqueue(fake_run)
     config = fake_run.config.model_copy(update={"training": fake_run.config.training.model_copy(update={"threads": 2})})
     start(fake_run, task, max_jobs=1, config=config)
     assert torch.get_num_threads() == 2
 
 
-def test_worker_stops_when_the_run_ends(fake_run, task):
+def test_worker_stops_when_the_run_ends(fake_run: SampleRun, task: Noise) -> None:
     run = SampleRun(fake_run.client, "short", dispatch={"lease_seconds": 0.03})
     task.while_training = lambda: run.coordinator.end("target reached", 60, 1)
     enqueue(run)
@@ -193,20 +206,20 @@ def test_worker_stops_when_the_run_ends(fake_run, task):
 # Joining
 
 
-def test_worker_claims_a_free_partition(fake_run, task):
+def test_worker_claims_a_free_partition(fake_run: SampleRun, task: Noise) -> None:
     fake_run.join("client-0", "another")
     enqueue(fake_run, 1, "client-1")
     start(fake_run, task, [fake_run.config.clients.ids], max_jobs=1)
     assert [c.id for c in task.loaded] == ["client-1"]
 
 
-def test_worker_of_two_partitions_claims_two_different_ones(fake_run, task):
+def test_worker_of_two_partitions_claims_two_different_ones(fake_run: SampleRun, task: Noise) -> None:
     enqueue(fake_run, 1, "client-1")
     start(fake_run, task, [fake_run.config.clients.ids] * 2, max_jobs=1)
     assert [c.id for c in task.loaded] == ["client-0", "client-1"]
 
 
-def test_taken_client_is_an_error_and_frees_the_others(fake_run, task):
+def test_taken_client_is_an_error_and_frees_the_others(fake_run: SampleRun, task: Noise) -> None:
     fake_run.join("client-1", "another")
     with pytest.raises(ClientTaken, match="client client-1 is served by another worker"):
         start(fake_run, task, [["client-0"], ["client-1"]])
@@ -214,30 +227,32 @@ def test_taken_client_is_an_error_and_frees_the_others(fake_run, task):
     assert task.loaded == []
 
 
-def test_no_free_partition_is_an_error_with_the_count(fake_run, task):
+def test_no_free_partition_is_an_error_with_the_count(fake_run: SampleRun, task: Noise) -> None:
     for i in range(8):
         fake_run.join(f"client-{i}", "another")
     with pytest.raises(ClientTaken, match="all 8 partitions are served by other workers"):
         start(fake_run, task, [fake_run.config.clients.ids])
 
 
-def test_task_with_another_model_is_an_error_before_loading(fake_run, task):
+def test_task_with_another_model_is_an_error_before_loading(fake_run: SampleRun, task: Noise) -> None:
     task.model = lambda: torch.nn.Linear(3, 3)
     with pytest.raises(ManifestMismatch, match="this worker's task does not fit run 'sample': model: "):
         start(fake_run, task)
     assert (kinds(fake_run), task.loaded) == ([], [])
 
 
-def test_worker_of_an_ended_run_returns_at_once(fake_run, task):
+def test_worker_of_an_ended_run_returns_at_once(fake_run: SampleRun, task: Noise) -> None:
     fake_run.coordinator.end("target reached", 60, 1)
     assert start(fake_run, task) == "the run has ended: target reached"
     assert task.loaded == []
 
 
-def test_worker_waits_for_its_coordinator_and_logs_it_once(fake_run, task, monkeypatch, logs):
+def test_worker_waits_for_its_coordinator_and_logs_it_once(
+    fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch, logs: Any
+) -> None:
     late = []
 
-    def sleep(seconds):
+    def sleep(seconds: Any) -> None:
         if sleep.calls == 2:
             late.append(SampleRun(fake_run.client, "late"))
             enqueue(late[0])
@@ -251,14 +266,14 @@ def test_worker_waits_for_its_coordinator_and_logs_it_once(fake_run, task, monke
     assert [entry["event"] for entry in logs].count("waiting for a coordinator to start the run") == 1
 
 
-def worker_store(client, run):
+def worker_store(client: Any, run: SampleRun) -> WorkerStore:
     return WorkerStore(client, run, new_token())
 
 
 # Stop requests
 
 
-def test_stop_during_training_hands_the_job_back(fake_run, task):
+def test_stop_during_training_hands_the_job_back(fake_run: SampleRun, task: Noise) -> None:
     task.while_training = terminate
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
@@ -269,8 +284,8 @@ def test_stop_during_training_hands_the_job_back(fake_run, task):
 
 
 @pytest.mark.timeout(30)
-def test_stop_during_an_outage_ends_the_worker(fake_run, task, logs):
-    def outage():
+def test_stop_during_an_outage_ends_the_worker(fake_run: SampleRun, task: Noise, logs: Any) -> None:
+    def outage() -> None:
         fake_run.client.connection_pool.connection_kwargs["server"].connected = False
         terminate()
 
@@ -280,7 +295,7 @@ def test_stop_during_an_outage_ends_the_worker(fake_run, task, logs):
     assert "job not handed back: its lease has to expire" in [entry["event"] for entry in logs]
 
 
-def test_stop_during_loading_releases_the_client_and_exits_0(fake_run, task):
+def test_stop_during_loading_releases_the_client_and_exits_0(fake_run: SampleRun, task: Noise) -> None:
     task.while_loading = terminate
     with pytest.raises(SystemExit) as ended:
         start(fake_run, task)
@@ -289,21 +304,23 @@ def test_stop_during_loading_releases_the_client_and_exits_0(fake_run, task):
     assert fake_run.coordinator.alive_clients() == []
 
 
-def test_stop_while_waiting_for_the_run_exits_0(fake_client, fake_run, task, monkeypatch):
+def test_stop_while_waiting_for_the_run_exits_0(
+    fake_client: redis.Redis, fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker_module.time, "sleep", lambda seconds: terminate())
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
     assert not ended.value.code
 
 
-def lost_signal(*args):
+def lost_signal(*args: Any) -> None:
     """Simulate SIGTERM inside a finalizer, where Python drops the exception that the handler raises."""
     with contextlib.suppress(BaseException):
         terminate()
 
 
 @pytest.mark.timeout(30)
-def test_lost_stop_during_loading_ends_before_the_first_job(fake_run, task):
+def test_lost_stop_during_loading_ends_before_the_first_job(fake_run: SampleRun, task: Noise) -> None:
     task.while_loading = lost_signal
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
@@ -312,7 +329,9 @@ def test_lost_stop_during_loading_ends_before_the_first_job(fake_run, task):
 
 
 @pytest.mark.timeout(30)
-def test_lost_stop_while_waiting_ends_at_the_next_poll(fake_client, fake_run, task, monkeypatch):
+def test_lost_stop_while_waiting_ends_at_the_next_poll(
+    fake_client: redis.Redis, fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(worker_module.time, "sleep", lost_signal)
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
@@ -320,7 +339,9 @@ def test_lost_stop_while_waiting_ends_at_the_next_poll(fake_client, fake_run, ta
 
 
 @pytest.mark.timeout(30)
-def test_stop_between_two_rq_loops_starts_no_further_loop(fake_run, task, monkeypatch, logs):
+def test_stop_between_two_rq_loops_starts_no_further_loop(
+    fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch, logs: Any
+) -> None:
     """The first loop ends in the middle of a job, so RQ's worker is still in the state busy."""
     monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", broken_off)
     monkeypatch.setattr(worker_module.RedisRetry, "wait", lost_signal)
@@ -329,7 +350,7 @@ def test_stop_between_two_rq_loops_starts_no_further_loop(fake_run, task, monkey
     assert [entry["event"] for entry in logs].count("RQ's loop was interrupted: restarting it") == 1
 
 
-def broken_off(*args):
+def broken_off(*args: Any) -> None:
     raise redis.ConnectionError("gone")
 
 
@@ -339,10 +360,10 @@ def broken_off(*args):
 class Queues:
     """Stands for RQ's queues: its first reads raise `errors`, the next ones find no job."""
 
-    def __init__(self, *errors):
+    def __init__(self, *errors: Any) -> None:
         self.errors = list(errors)
 
-    def dequeue_any(self, *args, **kwargs):
+    def dequeue_any(self, *args: Any, **kwargs: Any) -> None:
         if self.errors:
             raise self.errors.pop(0)
 
@@ -355,7 +376,14 @@ class Queues:
         (redis.exceptions.NoPermissionError("this user has no permissions to run 'blmove'"), "run `fedqueue acl`"),
     ],
 )
-def test_refused_command_ends_the_worker_in_one_line(fake_run, task, monkeypatch, caplog, refusal, says):
+def test_refused_command_ends_the_worker_in_one_line(
+    fake_run: SampleRun,
+    task: Noise,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    refusal: Any,
+    says: str,
+) -> None:
     monkeypatch.setattr("fedqueue_worker.rq_worker.queue_class", lambda queues: Queues(refusal, refusal))
     with caplog.at_level(logging.WARNING, "rq"), pytest.raises(ServerUnavailable, match=says):
         start(fake_run, task, burst=True)
@@ -364,7 +392,9 @@ def test_refused_command_ends_the_worker_in_one_line(fake_run, task, monkeypatch
 
 
 @pytest.mark.timeout(30)
-def test_outage_in_rqs_loop_is_named_without_a_traceback(fake_run, task, monkeypatch, caplog, logs):
+def test_outage_in_rqs_loop_is_named_without_a_traceback(
+    fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, logs: Any
+) -> None:
     replica = redis.exceptions.ReadOnlyError("You can't write against a read only replica.")
     first = Queues(replica, replica)
     monkeypatch.setattr("fedqueue_worker.rq_worker.queue_class", lambda queues: first)
@@ -376,8 +406,8 @@ def test_outage_in_rqs_loop_is_named_without_a_traceback(fake_run, task, monkeyp
     ]
 
 
-def test_error_during_loading_releases_the_client(fake_run, task):
-    def broken():
+def test_error_during_loading_releases_the_client(fake_run: SampleRun, task: Noise) -> None:
+    def broken() -> None:
         raise FileNotFoundError("no rows here")
 
     task.while_loading = broken
@@ -387,20 +417,20 @@ def test_error_during_loading_releases_the_client(fake_run, task):
     assert not fake_run.coordinator.alive_clients()
 
 
-def test_num_examples_may_be_a_numpy_integer(fake_run, task):
+def test_num_examples_may_be_a_numpy_integer(fake_run: SampleRun, task: Noise) -> None:
     task.num_examples = lambda data: np.int64(len(data))
     enqueue(fake_run)
     start(fake_run, task, max_jobs=1)
     assert fake_run.coordinator.registrations()["client-0"]["examples"] == 10
 
 
-def test_client_that_the_run_does_not_know_is_refused(fake_run, task):
+def test_client_that_the_run_does_not_know_is_refused(fake_run: SampleRun, task: Noise) -> None:
     with pytest.raises(ConfigurationError, match=r"did you mean 'client-0'.*--new-client"):
         start(fake_run, task, [["client_0"]])
     assert kinds(fake_run) == []
 
 
-def test_new_client_is_accepted_when_asked_for(fake_run, task):
+def test_new_client_is_accepted_when_asked_for(fake_run: SampleRun, task: Noise) -> None:
     worker = Worker(fake_run.config, task, fake_run.worker(new_token()))
     worker.run([["north"]], burst=True, new_clients=True)
     assert kinds(fake_run) == ["joined", "left"]

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
+import redis
 
+from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from tests.support.sample_run import SampleRun
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -37,17 +41,17 @@ signatures = "off"
 
 
 @pytest.fixture
-def sample(server_client):
+def sample(server_client: redis.Redis) -> SampleRun:
     return SampleRun(server_client)
 
 
 @pytest.fixture
-def work(server, sample, tmp_path):
+def work(server: EmbeddedServer, sample: SampleRun, tmp_path: Path) -> Any:
     """Run a worker of client-0 to its end; return the finished process."""
     (tmp_path / "task.py").write_text(TASK)
     (tmp_path / "federation.toml").write_text(CONFIG)
 
-    def start(*options):
+    def start(*options: Any) -> Any:
         command = [sys.executable, "-m", "fedqueue_worker", "federation.toml", "-u", server.url, "--client", "client-0"]
         return subprocess.run(
             [*command, *options], cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False
@@ -56,14 +60,14 @@ def work(server, sample, tmp_path):
     return start
 
 
-def test_burst_on_an_empty_queue_ends_with_0(work, sample):
+def test_burst_on_an_empty_queue_ends_with_0(work: Any, sample: SampleRun) -> None:
     done = work("--burst")
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == "fedqueue-worker: no job is waiting (burst)"
     assert [entry.kind for entry in sample.coordinator.unacknowledged()] == ["joined", "left"]
 
 
-def test_max_jobs_1_trains_one_of_two_jobs(work, sample):
+def test_max_jobs_1_trains_one_of_two_jobs(work: Any, sample: SampleRun) -> None:
     sample.dispatch(1, "client-0")
     sample.dispatch(2, "client-0")
     done = work("--max-jobs", "1", "-v")
@@ -73,14 +77,14 @@ def test_max_jobs_1_trains_one_of_two_jobs(work, sample):
     assert [entry.job for entry in sample.updates()] == ["sample-00000001"]
 
 
-def test_verbose_reaches_the_logs_of_forked_processes(work, sample, tmp_path):
+def test_verbose_reaches_the_logs_of_forked_processes(work: Any, sample: SampleRun, tmp_path: Path) -> None:
     sample.dispatch(1, "client-0")
     done = work("--max-jobs", "1", "--logs", "logs", "--verbose")
     assert done.returncode == 0, done.stderr
     assert "update posted" in (tmp_path / "logs" / "worker-0.log").read_text()
 
 
-def test_without_verbose_no_debug_line_is_logged(work, sample):
+def test_without_verbose_no_debug_line_is_logged(work: Any, sample: SampleRun) -> None:
     sample.dispatch(1, "client-0")
     done = work("--burst")
     assert "ready" in done.stderr
@@ -88,7 +92,7 @@ def test_without_verbose_no_debug_line_is_logged(work, sample):
     assert len(sample.updates()) == 1
 
 
-def test_quiet_worker_prints_nothing(work, sample):
+def test_quiet_worker_prints_nothing(work: Any, sample: SampleRun) -> None:
     sample.dispatch(1, "client-0")
     done = work("--burst", "-q")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
