@@ -77,7 +77,7 @@ def test_job_withdrawn_by_the_coordinator_is_not_trained(guarded: AclServer, led
     assert guarded.denied() == []
 
 
-PLANTED = {
+PLANTED: dict[str, dict[Any, Any]] = {
     "a compression bomb": {"data": zlib.compress(bytes(2**24))},
     "another function": {"data": msgpack.packb(["os.system", None, [], {}])},
     "a garbage date": {"created_at": "yesterday"},
@@ -89,7 +89,12 @@ PLANTED = {
 def test_invalid_job_is_dropped_and_the_next_one_trained(guarded: AclServer, led: SampleRun, what: str) -> None:
     admin, queue = guarded.user("admin"), led.keys.queue("c0")
     planted = tagged(led, 9, "c0").job
-    good = {"data": msgpack.packb([TRAIN, None, [], {}]), "origin": queue, "status": "queued", "timeout": -1}
+    good: dict[Any, Any] = {
+        "data": msgpack.packb([TRAIN, None, [], {}]),
+        "origin": queue,
+        "status": "queued",
+        "timeout": -1,
+    }
     admin.hset(f"rq:job:{planted}", mapping={**good, "created_at": "2026-01-01T00:00:00.000000Z", **PLANTED[what]})
     admin.lpush(f"rq:queue:{queue}", planted)
     job = enqueue(led, 1)

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import redis
-from click.testing import Result
 from cryptography import x509
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, ServerUnavailable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,7 +236,7 @@ def test_grid_is_every_combination() -> None:
     ]  # fmt: skip
 
 
-def chosen(path: Path, tune: str) -> dict[str, Any]:
+def chosen(path: Path, tune: str) -> Mapping[str, str]:
     """Return the setting that the trials chose for the comparison."""
     outcomes = list(compare(setup_of(path), make_variants(["fedbuff"]), 2, grid(parse_axes([tune])), nothing))
     assert [o.seed for o in outcomes if o.seed in TUNING_SEEDS] == [*TUNING_SEEDS] * (1 + tune.count(","))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from safetensors.torch import save_file
 
 from tests.support.command_line import CommandLine
 
-LEDGER = [{"kind": "version", "version": v, "seconds": 1.0, "merged": [], "token": 1} for v in (1, 2)]
+LEDGER: list[dict[str, Any]] = [
+    {"kind": "version", "version": v, "seconds": 1.0, "merged": [], "token": 1} for v in (1, 2)
+]
 
 
 @pytest.fixture

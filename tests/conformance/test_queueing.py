@@ -41,7 +41,8 @@ class Recorder:
     told_to_stop = False
 
     def __init__(self, raises: Any = None) -> None:
-        self.orders, self._raises = [], raises
+        self.orders: list[Any] = []
+        self._raises = raises
 
     def stop(self) -> None:
         self.told_to_stop = True
@@ -78,7 +79,8 @@ def _nothing_is_unpickled(monkeypatch: pytest.MonkeyPatch) -> None:
 def duration(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run each test with short jobs and with long jobs, which RQ's tools show from their first progress."""
     monkeypatch.setattr("fedqueue_worker.rq_worker.SHOWN_SECONDS", 60.0 if request.param == "short" else 0.0)
-    return request.param
+    kind: str = request.param
+    return kind
 
 
 @pytest.fixture
@@ -97,7 +99,7 @@ def test_pickle_bomb_runs_code_when_unpickled() -> None:
     assert EXPLODED.pop() == "boom"
 
 
-EXPLODED = []
+EXPLODED: list[Any] = []
 
 
 def detonate() -> None:
@@ -116,7 +118,7 @@ def make_worker(client: redis.Redis, recorder: Any, queues: tuple[Any, ...] = (Q
     return TrainingWorker(recorder, client, queues, "sample-worker")
 
 
-def work(client: redis.Redis, recorder: Any = None, queues: tuple[Any, ...] = (QUEUE,)) -> list[Any]:
+def work(client: redis.Redis, recorder: Recorder | None = None, queues: tuple[Any, ...] = (QUEUE,)) -> list[Any]:
     """Run a worker until its queues are empty; return the jobs that the worker trained."""
     recorder = recorder or Recorder()
     with structlog.testing.capture_logs():
@@ -133,7 +135,8 @@ def plant(client: redis.Redis, job: str = "planted", **fields: Any) -> None:
 
 
 def call(name: str, *args: str, instance: str | None = None, **kwargs: Any) -> bytes:
-    return msgpack.packb([name, instance, list(args), kwargs])
+    packed: bytes = msgpack.packb([name, instance, list(args), kwargs])
+    return packed
 
 
 # As RQ's own tools see it

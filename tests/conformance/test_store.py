@@ -31,7 +31,8 @@ def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> i
     """Return the number of chunks of a model of the sample run."""
     if request.param > 1:
         monkeypatch.setattr(fedqueue.tensors.blobs, "CHUNK", 20)  # a model has 72 bytes
-    return request.param
+    number: int = request.param
+    return number
 
 
 def other(run: SampleRun, owner: str = "owner-b") -> CoordinatorStore:

@@ -29,12 +29,12 @@ def job(number: int, epoch: int = 0) -> str:
     return f"run-{f'e{epoch}-' if epoch else ''}{number:08d}"
 
 
-def version(number: int, *jobs: str, token: int = 1) -> dict:
+def version(number: int, *jobs: str, token: int = 1) -> dict[str, Any]:
     merged = [{"job": j, "client": "c", "attempt": 1, "base": number - 1} for j in jobs]
     return {"kind": "version", "version": number, "seconds": float(number), "merged": merged, "token": token}
 
 
-def lost(name: str) -> dict:
+def lost(name: str) -> dict[str, Any]:
     return {"kind": "abandoned", "job": name, "client": "c", "reason": "lapsed", "error": ""}
 
 

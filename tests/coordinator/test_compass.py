@@ -125,7 +125,8 @@ def test_group_that_loses_its_last_missing_member_ends() -> None:
 def test_steps_are_bounded_and_arrivals_of_a_group_coincide(speeds: list[float], order: list[Any]) -> None:
     """The speeds, and the order in which clients join and leave, are arbitrary."""
     fedcompass = FedCompass(CONFIG, {f"c{i}": seconds for i, seconds in enumerate(speeds)})
-    now, out = 0.0, {}
+    now = 0.0
+    out: dict[Any, Any] = {}
     for i in order:
         client = f"c{i % len(speeds)}"
         if client in out:

@@ -25,7 +25,7 @@ class Line(Task):
     def model(self) -> Any:
         return torch.nn.Linear(2, 1)
 
-    def test_data(self) -> None:
+    def test_data(self) -> list[int]:
         return [0]
 
     def evaluate(self, model: Any, data: list[int]) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def test_failed_evaluation_is_reported_as_an_error(metrics: Any, error: str) -> 
 
 
 def test_model_may_change_while_its_snapshot_is_evaluated() -> None:
-    merged, results = threading.Event(), []
+    merged = threading.Event()
+    results: list[Any] = []
 
     class Waiting(WeightTask):
         def evaluate(self, model: Any, data: Any) -> Any:
@@ -96,7 +97,7 @@ def test_model_may_change_while_its_snapshot_is_evaluated() -> None:
 
 
 def test_evaluations_are_reported_in_order() -> None:
-    results = []
+    results: list[Any] = []
     evaluator = Evaluator(WeightTask(), 0, CPU, results.append)
     for version in (1, 2, 3):
         evaluator.start(version, weighing(version))
@@ -106,7 +107,7 @@ def test_evaluations_are_reported_in_order() -> None:
 
 
 def test_keyboard_interrupt_of_a_task_is_a_failed_evaluation() -> None:
-    results = []
+    results: list[Any] = []
     evaluator = Evaluator(WeightTask(KeyboardInterrupt()), 0, CPU, results.append)
     evaluator.start(4, weighing(1.0))
     evaluator.join()

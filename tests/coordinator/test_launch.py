@@ -351,7 +351,7 @@ def test_crash_between_two_files_leaves_no_mixed_results(folder: RunFolder, monk
     finish(folder, "old")
     names = [*RESULT_FILENAMES]
     for crash_at in range(len(names)):
-        moved = []
+        moved: list[Any] = []
 
         def replace_or_die(self: Any, target: Any, moved: Any = moved, crash_at: Any = crash_at) -> None:
             if target.parent == folder.path and target.name in names:
@@ -388,14 +388,14 @@ def test_configuration_inside_a_renamed_folder_is_found(folder: RunFolder) -> No
     assert read_launch(renamed, []).config == renamed / "launch.toml"
 
 
-def test_run_without_version_blocks_no_other_configuration(folder):
+def test_run_without_version_blocks_no_other_configuration(folder: RunFolder) -> None:
     with folder.opened(LAUNCH):
         (folder.path / "coordinator.log").touch()
     with folder.opened(OTHER):
         assert folder.launch() == OTHER
 
 
-def test_begun_run_blocks_another_configuration(folder):
+def test_begun_run_blocks_another_configuration(folder: RunFolder) -> None:
     begin(folder, version=1)
     with pytest.raises(ConfigurationError, match="has the results of"):
         begin(folder, OTHER)

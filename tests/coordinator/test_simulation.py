@@ -207,7 +207,8 @@ class Workers(CoordinatorStore):
     def begin(self, config: Any, task: Any, trace: Any) -> None:
         self.config, self.task, self.trace = config, task, list(trace)
         self.worker = WorkerStore(self.redis, self.run, "worker")
-        self.training, self.left = {}, {}
+        self.training: dict[Any, Any] = {}
+        self.left: dict[Any, Any] = {}
         self.feedback = None
         self.joined = False
         self.now = 0.0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from fedqueue.errors import ServerUnavailable
@@ -15,16 +18,16 @@ class Away:
 
     told = ""
 
-    def __init__(self, *arguments, **how):
+    def __init__(self, *arguments: Any, **how: Any) -> None:
         self.paused, self.interrupted = self.told == "pause", self.told == INTERRUPT
 
-    def run(self, standby):
+    def run(self, standby: Any) -> None:
         raise ServerUnavailable("stopped while waiting for Redis: it refuses connections")
 
 
 @pytest.fixture
-def lead(monkeypatch, tmp_path):
-    def run(told):
+def lead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    def run(told: Any) -> Any:
         monkeypatch.setattr(Away, "told", told)
         monkeypatch.setattr(module, "Coordinator", Away)
         monkeypatch.setattr(module, "CoordinatorStore", lambda *arguments: None)
@@ -34,16 +37,16 @@ def lead(monkeypatch, tmp_path):
     return run
 
 
-def test_sigterm_in_an_outage_is_an_orderly_end(lead):
+def test_sigterm_in_an_outage_is_an_orderly_end(lead: Any) -> None:
     assert lead("pause") is None
 
 
-def test_ctrl_c_in_an_outage_ends_as_interrupted(lead, capsys):
+def test_ctrl_c_in_an_outage_ends_as_interrupted(lead: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt):
         lead(INTERRUPT)
     assert "stopped while waiting for Redis" in capsys.readouterr().err
 
 
-def test_outage_that_waiting_cannot_end_is_a_failure(lead):
+def test_outage_that_waiting_cannot_end_is_a_failure(lead: Any) -> None:
     with pytest.raises(ServerUnavailable):
         lead("")

@@ -134,7 +134,8 @@ def test_sizes_are_bounded_before_anything_is_decoded(monkeypatch: pytest.Monkey
 
 def test_record_is_a_map_of_names() -> None:
     assert unpack_record(msgpack.packb({"kind": "version"})) == {"kind": "version"}
-    for value in ([], 5, None, {1: 2}, {b"kind": 1}):
+    values: tuple[object, ...] = ([], 5, None, {1: 2}, {b"kind": 1})
+    for value in values:
         with pytest.raises(WireError, match=r"map of names|map key"):
             unpack_record(msgpack.packb(value))
 

@@ -116,8 +116,8 @@ class FederationMachine(RuleBasedStateMachine):
             seed=seed,
         )
         self.run = Run(self.config, make_frame(1.0), evaluates=True)
-        self.bases = {}  # job → version that the job's worker has fetched
-        self.troubled = set()  # clients that may be in backoff
+        self.bases: dict[str, int] = {}  # job → version that the job's worker has fetched
+        self.troubled: set[str] = set()  # clients that may be in backoff
         self.evaluating = 0
         self.seen = 0  # number of actions
         self.run.join(first)

@@ -122,7 +122,8 @@ keys = st.tuples(st.integers(0, 3), st.sampled_from("abcdefgh"))
 
 @given(st.lists(st.tuples(st.booleans(), keys, st.integers(0, 5)), max_size=40), keys, st.floats(0, 40))
 def test_weighted_set_agrees_with_a_sorted_list(steps: Any, bound: Any, position: Any) -> None:
-    ordered, weights = WeightedSet(), {}
+    ordered: WeightedSet[Any] = WeightedSet()
+    weights: dict[Any, Any] = {}
     for adds, key, weight in steps:
         if key in weights:
             ordered.remove(key)
@@ -140,7 +141,7 @@ def test_weighted_set_agrees_with_a_sorted_list(steps: Any, bound: Any, position
 
 
 def test_removing_an_absent_key_is_an_error() -> None:
-    ordered = WeightedSet()
+    ordered: WeightedSet[Any] = WeightedSet()
     ordered.add((1, "a"), 1)
     with pytest.raises(KeyError):
         ordered.remove((1, "b"))

@@ -56,7 +56,8 @@ def test_model_without_a_signature_is_not_trained(scene: Scene, site: Site) -> N
 
 def test_old_model_under_a_new_number_is_not_trained(fake_client: redis.Redis, tmp_path: Path) -> None:
     scene = Scene(fake_client, tmp_path)
-    site, kept = scene.site("c0"), []
+    site = scene.site("c0")
+    kept: list[Any] = []
 
     def keep() -> None:
         kept.extend(scene.redis.get(f"{scene.keys.model(1)}:{i}") for i in range(2))

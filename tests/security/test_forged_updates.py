@@ -346,7 +346,7 @@ def test_worker_uses_its_new_key_without_a_restart(scene: Scene) -> None:
 
 def test_worker_with_a_new_key_registers_again(scene: Scene) -> None:
     site = scene.site("c0")
-    ends = []
+    ends: list[Any] = []
 
     def join() -> None:
         site.join()

@@ -19,7 +19,7 @@ from fedqueue.config.schema import Config, SecurityConfig
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError
 
-MINIMAL = {"task": {"entrypoint": "task.py:T"}, "stop": {"versions": 1}}
+MINIMAL: dict[str, Any] = {"task": {"entrypoint": "task.py:T"}, "stop": {"versions": 1}}
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ NOT_NONE = {"security.egress_log": "egress", "evaluation.every_versions": 1, "ch
 """The keys whose default is not the word."""
 
 
-def tree_with(key: str, value: object) -> dict:
-    tree: dict = {"task": {"entrypoint": "t.py:T"}, "stop": {"target": {"loss": 0.1}}}
+def tree_with(key: str, value: object) -> dict[str, Any]:
+    tree: dict[str, Any] = {"task": {"entrypoint": "t.py:T"}, "stop": {"target": {"loss": 0.1}}}
     if key == "evaluation.every_versions":
         tree["evaluation"] = {"every_seconds": 60.0}
     *path, last = key.split(".")
@@ -376,7 +376,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("key", "value", "problem"), REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
 def test_invalid_value_error_names_the_key_and_the_problem(key: str, value: Any, problem: str) -> None:
-    tree: dict = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}}
+    tree: dict[str, Any] = {"task": {"entrypoint": "t.py:T"}, "stop": {"versions": 1}}
     node = tree
     *path, last = key.split(".")
     for part in path:

@@ -110,7 +110,8 @@ def test_default_loss_says_which_dimension_has_the_classes() -> None:
 
 def test_one_batch_without_accuracy_leaves_it_out() -> None:
     labels = [torch.zeros(4).long(), torch.zeros(4)]
-    loader = DataLoader([(torch.zeros(4, 1), label) for label in labels], batch_size=None)
+    batches: Any = [(torch.zeros(4, 1), label) for label in labels]
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)
     assert list(with_loss(zero_loss).evaluate(Fixed(scored(4, 3)), loader)) == ["loss"]
 
 
@@ -160,7 +161,7 @@ def test_loss_is_the_mean_over_rows() -> None:
 
 
 def test_stream_of_examples_is_evaluated() -> None:
-    class Stream(IterableDataset):
+    class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter([(torch.ones(2) * i, torch.tensor(i % 2)) for i in range(5)])
 
@@ -171,7 +172,7 @@ def test_stream_of_examples_is_evaluated() -> None:
 
 
 def test_dict_batches_are_evaluated_by_their_loss() -> None:
-    class Rows(Dataset):
+    class Rows(Dataset[Any]):
         def __len__(self) -> int:
             return 600
 
@@ -228,7 +229,7 @@ class Graph:
     name: str = "g"
 
 
-class Output(OrderedDict):
+class Output(OrderedDict[str, Any]):
     """A mapping whose keys are attributes too and that refuses `update`, as ModelOutput of Hugging Face does."""
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -332,7 +333,8 @@ class Penalised(Task):
         with torch.set_grad_enabled(self.enabled or torch.is_grad_enabled()):
             rows = batch[0].requires_grad_()
             (gradient,) = torch.autograd.grad(model(rows).sum(), rows)
-            return gradient.pow(2).mean()
+            square: torch.Tensor = gradient.pow(2).mean()
+            return square
 
 
 def test_loss_that_needs_gradients_is_told_how_to_get_them() -> None:

@@ -14,7 +14,8 @@ from fedqueue import errors
 
 def drawn() -> dict[str, str]:
     """Return the parent of each class, as the docstring draws the tree."""
-    parents, path = {}, []
+    parents: dict[Any, Any] = {}
+    path: list[Any] = []
     for line in errors.__doc__.splitlines():
         match = re.match(r"    ([│├└─ ]*)([A-Z][A-Za-z]+)(?:\s|$)", line)
         if not match:

@@ -199,7 +199,7 @@ def test_client_without_rows_takes_no_part() -> None:
 
 
 def test_stream_has_no_known_number_of_examples() -> None:
-    class Stream(IterableDataset):
+    class Stream(IterableDataset[Any]):
         def __iter__(self) -> Any:
             return iter(())
 

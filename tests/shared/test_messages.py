@@ -16,7 +16,7 @@ from fedqueue.protocol.msgpack import MAX_MESSAGE, pack, unpack
 
 UPDATE = {"examples": 10, "encoding": "float32", "nbytes": 64, "chunks": 1, "metrics": {"loss": 0.5}, "seconds": 1.5}
 ORDER = {"run": "r", "job": "r-1", "client": "c", "seed": 3, "training": TrainingConfig().model_dump()}
-GOOD = {
+GOOD: dict[Any, dict[str, Any]] = {
     Update: UPDATE,
     Order: ORDER,
     Registration: {"client": "c", "examples": 0},
@@ -143,7 +143,7 @@ def test_value_of_an_unsupported_type_cannot_be_sent(value: Any) -> None:
 
 
 def test_endless_nesting_cannot_be_sent() -> None:
-    value: list = []
+    value: list[Any] = []
     value.append(value)
     with pytest.raises(WireError, match="cannot be sent"):
         pack(value)

@@ -148,7 +148,7 @@ class Fixed(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(1))
-        self.trained_in = []
+        self.trained_in: list[Any] = []
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.trained_in.append(self.training)
@@ -181,7 +181,7 @@ def test_evaluation_on_empty_data_is_an_error() -> None:
 def test_examples_are_counted_by_len() -> None:
     assert Task().num_examples([1, 2, 3]) == 3
     with pytest.raises(TaskError, match="generator has no len"):
-        Task().num_examples(x for x in ())
+        Task().num_examples(x for x in [0])
 
 
 def test_default_fit_trains_and_reports_the_number_of_examples() -> None:

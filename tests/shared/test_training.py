@@ -33,12 +33,13 @@ class Squares(Task):
     """A task with loss ½ (w·x − y)², whose gradient is (w·x − y)·x, averaged over the batch."""
 
     def __init__(self) -> None:
-        self.batches = []
+        self.batches: list[Any] = []
 
     def loss(self, model: Weight, batch: list[torch.Tensor]) -> torch.Tensor:
         x, y = batch
         self.batches.append(x.tolist())
-        return 0.5 * ((model(x) - y) ** 2).mean()
+        half_square: torch.Tensor = 0.5 * ((model(x) - y) ** 2).mean()
+        return half_square
 
 
 def points(*pairs: tuple[Any, ...]) -> TensorDataset:
@@ -150,7 +151,7 @@ def test_local_steps_on_empty_data_are_an_error() -> None:
 # Formats of batches
 
 
-class Dictionaries(Dataset):
+class Dictionaries(Dataset[Any]):
     def __len__(self) -> int:
         return 3
 
@@ -164,7 +165,7 @@ class Named(typing.NamedTuple):
     y: torch.Tensor
 
 
-class Rows(Dataset):
+class Rows(Dataset[Any]):
     def __init__(self, row: Any) -> None:
         self.row = row
 
@@ -256,7 +257,7 @@ def test_refused_optimizer_options_are_an_error_with_the_key(options: dict[str, 
         make_optimizer("sgd", Weight().parameters(), 0.1, options)
 
 
-class Singly(torch.utils.data.Dataset):
+class Singly(torch.utils.data.Dataset[Any]):
     """A dataset of the same examples, fetched one at a time."""
 
     def __init__(self, data: Any) -> None:

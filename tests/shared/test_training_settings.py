@@ -33,7 +33,7 @@ class Slopes(Task):
     """The loss is −w·x, so the gradient of a batch is minus the mean of its x."""
 
     def __init__(self) -> None:
-        self.seen = []
+        self.seen: list[Any] = []
 
     def loss(self, model: Any, batch: Any) -> Any:
         (x,) = batch
@@ -136,7 +136,7 @@ def test_rate_within_a_job_changes_from_step_to_step() -> None:
 
 
 def test_momentum_is_kept_between_jobs_where_the_key_says_so() -> None:
-    memory: dict = {}
+    memory: dict[str, Any] = {}
     settings = {"optimizer_options": {"momentum": 0.5}, "keep_optimizer_state": True}
     first = trained(rows(1.0), progress=Progress(memory=memory), **settings)[0]
     second = trained(rows(1.0), progress=Progress(memory=memory), **settings)[0]
@@ -145,7 +145,7 @@ def test_momentum_is_kept_between_jobs_where_the_key_says_so() -> None:
 
 
 def test_kept_state_gets_the_rate_of_the_new_job() -> None:
-    memory: dict = {}
+    memory: dict[str, Any] = {}
     trained(rows(1.0), progress=Progress(memory=memory), keep_optimizer_state=True, optimizer="adam")
     w = trained(
         rows(1.0), progress=Progress(memory=memory), keep_optimizer_state=True, optimizer="adam", learning_rate=1e-3
@@ -177,7 +177,7 @@ def test_mixed_precision_computes_in_the_smaller_dtype(precision: str, dtype: to
 # Data
 
 
-class Stream(IterableDataset):
+class Stream(IterableDataset[Any]):
     def __init__(self, *values: Any) -> None:
         self.values = values
 

@@ -96,7 +96,7 @@ def test_traceback_of_a_failure_is_logged_once(fake_run: SampleRun, logs: list[A
 
 
 def test_place_names_the_users_own_frame_first() -> None:
-    library = {}
+    library: dict[Any, Any] = {}
     exec(compile("def deep(n):\n    return deep(n - 1) if n else 1 / 0", "<library>", "exec"), library)
     with pytest.raises(ZeroDivisionError) as caught:
         library["deep"](9)

@@ -420,7 +420,8 @@ def test_malformed_order_is_refused(fake_run: SampleRun, site: TrainingSite, cha
 def test_metric_that_is_not_a_number_fails_the_job(
     fake_run: SampleRun, site: TrainingSite, value: dict[str, Any] | list[int] | str | None
 ) -> None:
-    site.task.metrics = {"rows": value}
+    metrics: Any = {"rows": value}
+    site.task.metrics = metrics
     [entry] = site.train()
     ending = read(Ending, entry.body)
     assert ending.reason == "failed"
@@ -457,7 +458,8 @@ class Time:
     """A clock that only sleeping and training advance."""
 
     def __init__(self) -> None:
-        self.now, self.slept = 0.0, []
+        self.now = 0.0
+        self.slept: list[float] = []
 
     def clock(self) -> float:
         return self.now

@@ -45,7 +45,7 @@ def _restored() -> Iterator[None]:
 
 class Noise(Task):
     def __init__(self) -> None:
-        self.loaded = []
+        self.loaded: list[Any] = []
         self.while_loading = self.while_training = lambda: None
 
     def model(self) -> Any:
@@ -108,7 +108,8 @@ def test_post_deletes_the_record_of_a_job_and_counts_it(
     fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The post deletes the record, so RQ's later bookkeeping has nothing to delete."""
-    left, counted = [], []
+    left: list[Any] = []
+    counted: list[Any] = []
     original = worker_module.TrainingWorker.handle_job_success
 
     def after_the_post(worker: Any, job: Any, **others: Any) -> None:
@@ -151,7 +152,7 @@ def test_max_jobs_counts_across_restarts_of_rqs_loop(
 ) -> None:
     """RQ's loop ends after the first job, and the next loop must take one more job, not two."""
     original = worker_module.TrainingWorker.perform_job
-    broken = []
+    broken: list[Any] = []
 
     def once_broken(*args: Any) -> None:
         original(*args)
@@ -417,8 +418,8 @@ def test_error_during_loading_releases_the_client(fake_run: SampleRun, task: Noi
     assert not fake_run.coordinator.alive_clients()
 
 
-def test_num_examples_may_be_a_numpy_integer(fake_run: SampleRun, task: Noise) -> None:
-    task.num_examples = lambda data: np.int64(len(data))
+def test_num_examples_may_be_a_numpy_integer(fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task, "num_examples", lambda data: np.int64(len(data)))
     enqueue(fake_run)
     start(fake_run, task, max_jobs=1)
     assert fake_run.coordinator.registrations()["client-0"]["examples"] == 10
