@@ -22,7 +22,7 @@ def results(folder: Path) -> Path:
     """Return a folder of complete results of two versions."""
     path = folder / "runs" / "toy"
     path.mkdir(parents=True)
-    summary = {"run": "toy", "versions": 2, "model_version": 2, "jobs_dispatched": 0, "failures": []}
+    summary = {"run": "toy", "versions": 2, "model_version": 2, "jobs_dispatched": 0, "metrics": {}, "failures": []}
     (path / "summary.json").write_text(json.dumps(summary))
     (path / "ledger.jsonl").write_text("".join(json.dumps(record) + "\n" for record in LEDGER))
     save_file({"weight": torch.zeros(64)}, path / "model.safetensors")
@@ -64,10 +64,7 @@ def test_audit_names_a_line_that_is_no_record(call: CommandLine, results: Path, 
 @pytest.mark.parametrize("content", [b"", b'{"run": "to', b"[]", b"\xff\xfe", b"{}"])
 def test_damaged_summary_is_named(call: CommandLine, results: Path, content: bytes) -> None:
     (results / "summary.json").write_bytes(content)
-    commands = [["audit", results], ["export", "toy", "-o", "m"]]
-    if content != b"{}":
-        commands.append(["status", "--run", "toy"])
-    for command in commands:
+    for command in (["audit", results], ["export", "toy", "-o", "m"], ["status", "--run", "toy"]):
         code, _, err = call(*command)
         assert code == 1
         assert "summary.json" in err

@@ -205,7 +205,7 @@ def _finished_status(run: str) -> dict[str, Any] | None:
     wanted = run or (next(iter(finished)) if len(finished) == 1 else "")
     if wanted not in finished:
         return None
-    summary = read_summary(finished[wanted])
+    summary = read_summary(finished[wanted], "metrics")
     shown = {key: value for key, value in summary.items() if key not in ("history", "run", "failures")}
     shown["metrics"] = {name: math.nan if value is None else value for name, value in summary["metrics"].items()}
     failures = _failure_lines(summary.get("failures", []))
