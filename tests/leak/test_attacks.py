@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from tests.support.leaking_task import LeakingTask, WordsTask, pictures
 CLIENT = Client("client-0", 0, 2)
 
 
-def configured(**training):
+def configured(**training: Any) -> Any:
     return parse_config(
         {
             "name": "leaking",
@@ -36,20 +37,20 @@ def configured(**training):
     )
 
 
-def measured(task=None, compare=False, **training):
+def measured(task: Any = None, compare: bool = False, **training: Any) -> tuple[Any, ...]:
     task, config = task or LeakingTask(), configured(**training)
     data, _ = load_data(task, CLIENT, config.seed)
     done = rehearse(config, task, CLIENT, data, compare=compare)
     return {(m.attack, m.protection): m for m in done.measurements}, done
 
 
-def test_labels_are_read_from_an_unprotected_update():
+def test_labels_are_read_from_an_unprotected_update() -> None:
     found, _ = measured(batch_size=8)
     assert found["labels", "none"].value > 0.8
     assert abs(found["labels", "none"].control) < 0.2
 
 
-def test_a_row_trained_on_alone_is_read_and_no_other_row():
+def test_a_row_trained_on_alone_is_read_and_no_other_row() -> None:
     found, done = measured(batch_size=1, local_steps=1)
     rows = found["rows", "none"]
     assert (rows.value, rows.rows) == (1.0, 8)
@@ -59,25 +60,25 @@ def test_a_row_trained_on_alone_is_read_and_no_other_row():
         assert torch.allclose(pair.recovered, pair.true, atol=1e-3)
 
 
-def test_large_batches_mix_the_rows():
+def test_large_batches_mix_the_rows() -> None:
     assert measured(batch_size=40, local_epochs=1)[0]["rows", "none"].value < 0.1
 
 
-def test_membership_is_told_and_at_chance_on_the_control():
+def test_membership_is_told_and_at_chance_on_the_control() -> None:
     found, _ = measured(LeakingTask(rows=60), batch_size=4, local_steps=1)
     assert found["membership", "none"].value > 0.65
     assert found["membership", "none"].interval[0] > 0.55
     assert found["membership", "none"].control == pytest.approx(0.5, abs=0.03)
 
 
-def test_encodings_are_compared_and_top_k_hides_rows():
+def test_encodings_are_compared_and_top_k_hides_rows() -> None:
     found, _ = measured(compare=True, batch_size=1, local_steps=1)
     assert {protection for _, protection in found} == {"none", "int8", "top-k 1 %"}
     assert found["rows", "top-k 1 %"].value == 0.0
     assert not found["rows", "int8"].configured
 
 
-def test_without_test_data_a_quarter_of_the_rows_is_held_out():
+def test_without_test_data_a_quarter_of_the_rows_is_held_out() -> None:
     found, done = measured(LeakingTask(test=False, rows=200), batch_size=8)
     assert "held out" in done.control
     assert found["membership", "none"].rows == 8 * 150
@@ -92,18 +93,18 @@ def test_without_test_data_a_quarter_of_the_rows_is_held_out():
         (WordsTask(), "labels", "a row is no pair of a floating tensor and an integer label"),
     ],
 )
-def test_attack_that_does_not_apply_says_why(task, attack, why):
+def test_attack_that_does_not_apply_says_why(task: LeakingTask | WordsTask, attack: str, why: str) -> None:
     found, _ = measured(task, batch_size=8)
     assert (found[attack, "none"].value, found[attack, "none"].not_applicable) == (None, why)
     assert found["membership", "none"].value is not None
 
 
-def test_too_few_rows_to_hold_out_are_an_error():
+def test_too_few_rows_to_hold_out_are_an_error() -> None:
     with pytest.raises(TaskError, match="7 rows are too few"):
         hold_out(pictures(7, 0, False), 0)
 
 
-def test_control_rows_have_the_classes_of_the_client():
+def test_control_rows_have_the_classes_of_the_client() -> None:
     task = LeakingTask()
     rows = rows_of(task, pictures(300, 1, True), 0)
     control = matched(rows_of(task, pictures(500, 0, False), 0), rows, 0)
@@ -112,11 +113,11 @@ def test_control_rows_have_the_classes_of_the_client():
     assert len(control) > 50
 
 
-def test_rows_of_a_job_are_those_that_the_training_sees():
+def test_rows_of_a_job_are_those_that_the_training_sees() -> None:
     seen: list[torch.Tensor] = []
 
     class Watching(LeakingTask):
-        def loss(self, model, batch):
+        def loss(self, model: Any, batch: Any) -> Any:
             seen.append(batch[0])
             return super().loss(model, batch)
 
@@ -130,12 +131,12 @@ def test_rows_of_a_job_are_those_that_the_training_sees():
     assert rows_of_job(task, data, configured(batch_size=3).training, 123) is None
 
 
-def test_drawn_rows_contain_those_that_were_trained_on():
+def test_drawn_rows_contain_those_that_were_trained_on() -> None:
     task, data = LeakingTask(), pictures(100, 5, True)
     assert set(rows_of(task, data, 0, np.array([7, 99]), most=10).indices) >= {7, 99}
 
 
-def test_candidates_of_a_unit_with_one_row_are_the_row():
+def test_candidates_of_a_unit_with_one_row_are_the_row() -> None:
     row = torch.rand(6)
     weight, bias = torch.outer(torch.tensor([2.0, 0.0, -1.0]), row), torch.tensor([2.0, 0.0, -1.0])
     found = candidates(weight, bias)
@@ -144,7 +145,7 @@ def test_candidates_of_a_unit_with_one_row_are_the_row():
     assert similarity == pytest.approx([1.0, 0.0])
 
 
-def test_rmia_score_is_the_share_of_dominated_pairs():
+def test_rmia_score_is_the_share_of_dominated_pairs() -> None:
     rng = np.random.default_rng(1)
     x, out, z, z_out = (rng.uniform(0.1, 1.0, n) for n in (7, 7, 11, 11))
     ratio = lambda p, q: p / (0.65 * q + 0.35)  # noqa: E731
@@ -153,13 +154,13 @@ def test_rmia_score_is_the_share_of_dominated_pairs():
     assert rmia_scores(x, out, z, z_out) == pytest.approx(expected)
 
 
-def test_layers_are_found_by_the_order_of_calls():
+def test_layers_are_found_by_the_order_of_calls() -> None:
     class Turned(torch.nn.Module):
-        def __init__(self):
+        def __init__(self) -> None:
             super().__init__()
             self.last, self.first = torch.nn.Linear(8, 5), torch.nn.Linear(20, 8)
 
-        def forward(self, x):
+        def forward(self, x: Any) -> Any:
             return self.last(self.first(x))
 
     task = LeakingTask()
@@ -170,7 +171,7 @@ def test_layers_are_found_by_the_order_of_calls():
 # Limits and leak.json
 
 
-def test_limits_compare_what_the_run_does_with_its_control():
+def test_limits_compare_what_the_run_does_with_its_control() -> None:
     found = [
         Measurement("rows", "coordinator", "none", 0.05, 0.02, (0.0, 0.1)),
         Measurement("rows", "coordinator", "int8", 0.9, 0.0, (0.0, 1.0), configured=False),
@@ -182,12 +183,12 @@ def test_limits_compare_what_the_run_does_with_its_control():
 
 
 @pytest.mark.parametrize("text", ["rows", "rows=", "rows=x", "rows=2", "rows=nan", "lines=0.1", ""])
-def test_invalid_limit_is_one_line(text):
+def test_invalid_limit_is_one_line(text: str) -> None:
     with pytest.raises(ConfigurationError, match=r"--at-most = .*write ATTACK=NUMBER, 0 to 1, with labels, rows"):
         parse_limits([text], "--at-most")
 
 
-def test_record_has_every_field_and_is_json():
+def test_record_has_every_field_and_is_json() -> None:
     found, _ = measured(batch_size=8)
     record = json.loads(json.dumps(leak_record({"subject": "x"}, list(found.values()))))
     assert set(record) == {"format", "subject", "attacks", "measurements"}

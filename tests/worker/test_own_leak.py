@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ LEAKY, MIXED = {"batch_size": 1, "local_steps": 1}, {"batch_size": 40, "local_ep
 
 
 @pytest.fixture
-def call(monkeypatch, capsys, tmp_path) -> CommandLine:
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> CommandLine:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     entrypoint = f"{ROOT}/tests/support/leaking_task.py:LeakingTask"
@@ -33,7 +34,7 @@ def call(monkeypatch, capsys, tmp_path) -> CommandLine:
     return CommandLine("fedqueue-worker", cli.main, monkeypatch, capsys)
 
 
-def test_site_measures_its_own_update_without_redis(call, tmp_path):
+def test_site_measures_its_own_update_without_redis(call: CommandLine, tmp_path: Path) -> None:
     code, out, err = call("federation.toml", "--client", "client-1", "--leak", "mine")
     assert code == 0, err
     record = json.loads((tmp_path / "mine" / "leak.json").read_text())
@@ -45,48 +46,48 @@ def test_site_measures_its_own_update_without_redis(call, tmp_path):
     assert "what an update tells" in out
 
 
-def test_site_above_its_limit_is_told_the_number(call, tmp_path):
+def test_site_above_its_limit_is_told_the_number(call: CommandLine, tmp_path: Path) -> None:
     (tmp_path / "policy.toml").write_text("max_leak = { rows = 0.01 }\n")
     code, _, err = call("federation.toml", "--partition", "0/2", "--policy", "policy.toml", "--leak", "mine")
     assert code == 1
     assert "client-0 would not join: max_leak: rows: 1.000 for the coordinator" in err
 
 
-def test_leak_needs_a_client(call):
+def test_leak_needs_a_client(call: CommandLine) -> None:
     code, _, err = call("federation.toml", "--leak", "mine")
     assert (code, err.count("\n")) == (2, 1)
     assert err == "fedqueue: --leak = 'mine': needs a client; name the site's own with --client ID\n"
 
 
-def refusal(limits, **training):
+def refusal(limits: Any, **training: Any) -> str:
     task = LeakingTask(rows=60)
     with pytest.raises(PolicyRefusal) as caught:
         Policy(max_leak=limits).check_leak(configured(**training), task, CLIENT, task.train_data(CLIENT))
     return str(caught.value)
 
 
-def test_policy_refuses_a_run_that_leaks_more_than_it_allows():
+def test_policy_refuses_a_run_that_leaks_more_than_it_allows() -> None:
     line = refusal({"rows": 0.01}, **LEAKY)
     assert line.startswith("max_leak: rows: 1.000 for the coordinator, ")
     assert line.endswith("above its control; at most 0.01 is allowed")
     assert "membership: " in refusal({"membership": 0.05}, **LEAKY)
 
 
-def test_policy_allows_a_run_that_leaks_less():
+def test_policy_allows_a_run_that_leaks_less() -> None:
     task = LeakingTask(rows=60)
     data = task.train_data(CLIENT)
     Policy(max_leak={"rows": 0.1}).check_leak(configured(**MIXED), task, CLIENT, data)
     ALLOW_ALL.check_leak(configured(**LEAKY), task, CLIENT, object())  # measures nothing
 
 
-def test_measuring_keeps_to_the_other_limits():
+def test_measuring_keeps_to_the_other_limits() -> None:
     task = LeakingTask(rows=60)
     limited = Policy(max_leak={"rows": 0.1}, max_epochs=5)
     with pytest.raises(PolicyRefusal, match="max_epochs: the job asks for 10000000, this site allows at most 5"):
         limited.check_leak(configured(local_epochs=10**7), task, CLIENT, task.train_data(CLIENT))
 
 
-def test_job_with_other_settings_than_measured_is_refused():
+def test_job_with_other_settings_than_measured_is_refused() -> None:
     limited = Policy(max_leak={"rows": 0.01})
     measured = TrainingConfig(batch_size=32)
     limited.check_settings(measured, measured)
@@ -96,7 +97,7 @@ def test_job_with_other_settings_than_measured_is_refused():
 
 
 @pytest.mark.parametrize("text", ["{ lines = 0.1 }", "{ rows = 2.0 }", "{ model = 0.1 }", "0.1"])
-def test_invalid_limit_in_a_policy_names_the_key(tmp_path, text):
+def test_invalid_limit_in_a_policy_names_the_key(tmp_path: Path, text: str) -> None:
     (tmp_path / "policy.toml").write_text(f"max_leak = {text}\n")
     with pytest.raises(ConfigurationError, match=r"policy.toml: max_leak"):
         load_policy(tmp_path / "policy.toml")
