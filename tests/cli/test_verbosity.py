@@ -49,5 +49,6 @@ def test_workers_of_a_verbose_run_are_verbose(folder: Path, monkeypatch: pytest.
         started.append(command)
 
     monkeypatch.setattr(child_processes, "start", start)
-    LocalWorkers(folder / "federation.toml", [], 2, ["c0"], "unix://absent", RunFolder(folder), verbose)
+    monkeypatch.setattr(child_processes, "stop", lambda processes: None)
+    LocalWorkers(folder / "federation.toml", [], 2, ["c0"], "unix://absent", RunFolder(folder), verbose).stop()
     assert ("--verbose" in started[0]) is verbose
