@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fedqueue.protocol.messages import NO_EXAMPLES
+from fedqueue.protocol.messages import NO_EXAMPLES, SITE_POLICY
 from fedqueue_coordinator.core.events import ClientUnavailable, Stop
 from fedqueue_coordinator.core.failures import MAX_KINDS, OTHER, Failures
 from fedqueue_coordinator.core.run_summary import NO_UPDATE_IN_TIME, NO_WORKER, summarize
@@ -57,17 +57,19 @@ def test_normal_endings_are_no_failures(reason: str) -> None:
 
 
 def test_federation_notes_every_way_to_fail() -> None:
-    run = start("c0", "c1", "c2", "c3", dispatch={"max_client_failures": 1})
+    run = start("c0", "c1", "c2", "c3", "c4", dispatch={"max_client_failures": 1})
     run.end("c0", "failed", "ValueError: no")
     run.post("c1", float("nan"))
     run.lapse("c2")
     unavailable(run, "c3")
+    unavailable(run, "c4", f"{SITE_POLICY}max_leak: rows: 0.09")
     lines = [kind.line for kind in run.federation.failures.kinds.values()]
     assert lines[0] == "c0: training failed: ValueError: no"
     assert lines[1].startswith("c0: set aside: it gets no further job, because of 1 failures; the last one: training")
     assert lines[2].startswith("c1: update rejected (non_finite): ")
     assert lines[3].startswith("c2: job lapsed: its worker was silent")
     assert lines[4] == "c3: cannot load its data: OSError: no disk"
+    assert lines[5] == "c4: takes no part: this site's policy: max_leak: rows: 0.09"
 
 
 # Clients that cannot load their data

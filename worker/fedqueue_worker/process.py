@@ -35,7 +35,7 @@ from fedqueue.exception_text import exception_text, exception_with_place
 from fedqueue.exit_codes import DONE, stop_signals
 from fedqueue.local_update import load_data
 from fedqueue.protocol.keys import client_tag
-from fedqueue.protocol.messages import NO_EXAMPLES, Registration, Unavailable
+from fedqueue.protocol.messages import NO_EXAMPLES, SITE_POLICY, Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.manifest import Manifest
@@ -236,7 +236,7 @@ class Worker:
                 exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
             )
             refused = isinstance(error, PolicyRefusal) and str(error).startswith("max_leak")
-            reason = f"this site's policy: {error}" if refused else exception_with_place(error)
+            reason = f"{SITE_POLICY}{error}" if refused else exception_with_place(error)
         unavailable = Unavailable(client=client, error=reason)
         self._failed_loads[client] = unavailable.error
         self.clients.remove(client)

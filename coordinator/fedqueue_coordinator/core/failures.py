@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from fedqueue.exception_text import one_line
-from fedqueue.protocol.messages import NO_EXAMPLES
+from fedqueue.protocol.messages import NO_EXAMPLES, SITE_POLICY
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 
 MAX_KINDS = 50
@@ -112,9 +112,11 @@ class Failures:
             self._add(client, what, error or _DEFAULT_TEXTS.get(AbandonReason(reason), ""))
 
     def unavailable(self, client: str, error: str) -> None:
-        """Count a client whose data cannot be loaded, or that has no examples."""
+        """Count a client whose data cannot be loaded, that has no examples, or that its site's policy leaves out."""
         if error == NO_EXAMPLES:
             self._add(client, NO_PART, "it has no examples")
+        elif error.startswith(SITE_POLICY):
+            self._add(client, NO_PART, error)
         else:
             self._add(client, UNAVAILABLE, error)
 

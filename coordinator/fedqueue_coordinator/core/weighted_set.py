@@ -74,7 +74,7 @@ class WeightedSet(Generic[K]):
         return node.key if node else None
 
     def last_below(self, bound: K) -> K | None:
-        """Return the highest key below `bound`; None if there is none."""
+        """Return the highest key below `bound`; None without such a key."""
         node, found = self._root, None
         while node is not None:
             if node.key < bound:

@@ -17,6 +17,8 @@ from fedqueue.protocol.msgpack import pack, unpack
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64  # characters
 NO_EXAMPLES = "no examples"
+SITE_POLICY = "this site's policy: "
+"""How the error of an `Unavailable` begins where the policy of the site does not let the client take part."""
 """The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
 
 Metrics = Annotated[
@@ -58,11 +60,11 @@ class Registration(Message):
 
 
 class Unavailable(Message):
-    """A worker's statement that it cannot serve a client, because the task's code cannot load the client's data."""
+    """A worker's statement that it leaves a client out: its data cannot be loaded, or the site's policy forbids it."""
 
     client: ClientId
     error: Annotated[str, Field(max_length=4000)]
-    """As that of an `Ending`; NO_EXAMPLES for a client whose data has no examples."""
+    """As that of an `Ending`; NO_EXAMPLES for a client whose data has no examples, SITE_POLICY and why for a policy."""
 
 
 class Update(Message):
