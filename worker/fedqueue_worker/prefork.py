@@ -91,7 +91,7 @@ def fork(count: int, logs: Path | None, level: int = logging.INFO, fresh: bool =
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if fresh:
                 os.environ[NUMBER] = str(number)
-                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606 - its own command
+                os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  # nosec B606 - its own command
             return number
         children[child] = number
     return _supervise(children, logs)
