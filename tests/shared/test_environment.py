@@ -1,4 +1,4 @@
-"""Environment variables that are settings, that look like settings, and that are none."""
+"""Environment variables: settings, names that look like a setting, and names of other programs."""
 
 from __future__ import annotations
 

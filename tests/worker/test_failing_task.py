@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import structlog
 import torch
 from torch.utils.data import TensorDataset
 
@@ -22,21 +19,7 @@ from fedqueue_worker.process import Worker, new_token
 from tests.support.sample_run import SampleRun
 from tests.support.training_site import TrainingSite
 
-
-@pytest.fixture(autouse=True)
-def logs() -> Iterator[list[Any]]:
-    with structlog.testing.capture_logs() as captured:
-        yield captured
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("logs", "process_restored")
 
 
 class NoText(Exception):

@@ -6,14 +6,12 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import redis
 import rq.suspension
-import structlog
 import torch
 from torch.utils.data import TensorDataset
 
@@ -26,21 +24,7 @@ from fedqueue_worker import process as worker_module
 from fedqueue_worker.process import Worker, new_token
 from tests.support.sample_run import SampleRun
 
-
-@pytest.fixture(autouse=True)
-def logs() -> Iterator[Any]:
-    with structlog.testing.capture_logs() as captured:
-        yield captured
-
-
-@pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
-    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+pytestmark = pytest.mark.usefixtures("logs", "process_restored")
 
 
 class Noise(Task):

@@ -29,7 +29,6 @@ class ServerOptimizer:
         try_out(config)
         self._rates = _rates(config, version)
         self._model = model
-        self._infinite: torch.Tensor | None = None  # indices of parameters, found at the first step
         self._optimizer: torch.optim.Optimizer | None = None
         if is_plain(config):
             return
@@ -45,11 +44,10 @@ class ServerOptimizer:
         make it NaN.
         """
         rate = next(self._rates)
-        if self._infinite is None:
-            self._infinite = _infinite_elements(self._model.parameters)
-        if infinite := len(self._infinite):
-            kept = self._model.parameters[self._infinite]
-            step.delta[self._infinite] = 0.0
+        infinite = self._model.infinite_parameters
+        if len(infinite):
+            kept = self._model.parameters[infinite]
+            step.delta[infinite] = 0.0
         if self._optimizer:
             self._optimizer.param_groups[0]["lr"] = rate
             self._parameter.grad = step.delta.neg_()
@@ -57,8 +55,8 @@ class ServerOptimizer:
             self._parameter.grad = None
         else:
             self._model.parameters.add_(step.delta, alpha=rate)
-        if infinite:
-            self._model.parameters[self._infinite] = kept
+        if len(infinite):
+            self._model.parameters[infinite] = kept
         self._model.buffers.copy_(step.buffers)
         if step.doubles is not None and len(step.doubles):
             self._model.doubles.copy_(step.doubles)
@@ -103,13 +101,6 @@ def try_out(config: ServerOptimizerConfig) -> None:
         problem = f"cannot step with a dense gradient only ({error})"
         hint = "name another optimizer, such as sgd, adam or adagrad"
         raise ConfigurationError("server_optimizer.name", config.name, problem, hint) from error
-
-
-def _infinite_elements(values: torch.Tensor) -> torch.Tensor:
-    """The indices of infinite elements, int64. A finite norm rules them out without the memory of a mask."""
-    if torch.isfinite(torch.linalg.vector_norm(values)):
-        return torch.empty(0, dtype=torch.int64)
-    return torch.nonzero(torch.isinf(values)).flatten()
 
 
 def _rates(config: ServerOptimizerConfig, version: int = 0) -> Iterator[float]:

@@ -13,9 +13,8 @@ from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.task import Task
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.run_summary import RunResult
-from fedqueue_coordinator.operator.local_run import clear_ended, print_result, print_what_is_left
+from fedqueue_coordinator.operator.local_run import clear_ended, deliver_and_print
 from fedqueue_coordinator.operator.progress_view import LiveView
-from fedqueue_coordinator.operator.results import deliver_results
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, RunFolder
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
@@ -64,11 +63,7 @@ def lead_run(
             raise KeyboardInterrupt from error
     if result is None:
         return None
-    summary, result = deliver_results(folder, config, result, leading.checkpoint_saved)
-    assert result.folder is not None
-    print_result(view, summary, result.folder, result.failed)
-    print_what_is_left(view, folder, result.folder)
-    return result
+    return deliver_and_print(view, folder, config, result, leading.checkpoint_saved)
 
 
 def _with_way_out(error: ServerUnavailable, run: str, folder: RunFolder) -> ServerUnavailable:

@@ -85,7 +85,6 @@ def run_federation(
         from fedqueue.task import load_task
         from fedqueue_coordinator.algorithms.registry import check_algorithms
         from fedqueue_coordinator.operator.progress_view import LiveView
-        from fedqueue_coordinator.operator.results import deliver_results
         from fedqueue_coordinator.service.coordinator import Coordinator
         from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
 
@@ -111,11 +110,7 @@ def run_federation(
         workers.stop()
     if result is None:
         return None
-    summary, result = deliver_results(folder, config, result, coordinator.checkpoint_saved)
-    assert result.folder is not None
-    print_result(view, summary, result.folder, result.failed)
-    print_what_is_left(view, folder, result.folder)
-    return result
+    return deliver_and_print(view, folder, config, result, coordinator.checkpoint_saved)
 
 
 def _led(coordinator: Coordinator, view: LiveView, folder: RunFolder) -> RunResult | None:
@@ -192,6 +187,19 @@ def exit_code(result: RunResult) -> int:
     if result.stopped_because == INTERRUPT:
         return INTERRUPTED
     return FAILED if result.failed else DONE
+
+
+def deliver_and_print(
+    view: LiveView, folder: RunFolder, config: Config, result: RunResult, checkpoint_saved: bool
+) -> RunResult:
+    """Write the results of a run that has ended, and print them; returns `result` with the folder that has them."""
+    from fedqueue_coordinator.operator.results import deliver_results  # imports torch
+
+    summary, result = deliver_results(folder, config, result, checkpoint_saved)
+    assert result.folder is not None
+    print_result(view, summary, result.folder, result.failed)
+    print_what_is_left(view, folder, result.folder)
+    return result
 
 
 def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: bool = False) -> None:

@@ -168,7 +168,7 @@ class Frame:
                 view.copy_((local.to(wide) - held.to(wide)).masked_fill_(same, 0.0))
             else:
                 view.copy_(torch.where(same, before, local.to(view.dtype)))
-        if len(base._infinite):
+        if len(base.infinite_parameters):
             self._clear_unchanged_infinities(model, base)
         if self.manifest.flags:
             self._mark_changes(base)
@@ -224,8 +224,11 @@ class Frame:
         return pairs
 
     @cached_property
-    def _infinite(self) -> torch.Tensor:
-        """Indices of the parameters that are not finite: the same in every version, because no update changes them."""
+    def infinite_parameters(self) -> torch.Tensor:
+        """Indices of the parameters that are not finite, int64: the same in every version, as no update changes them.
+
+        A finite norm rules them out without the memory of a mask.
+        """
         if math.isfinite(float(torch.linalg.vector_norm(self.parameters))):
             return torch.empty(0, dtype=torch.int64)
         return torch.nonzero(~torch.isfinite(self.parameters)).flatten()
@@ -271,7 +274,7 @@ class Frame:
 
     def _clear_unchanged_infinities(self, model: torch.nn.Module, base: Frame) -> None:
         """Set the delta of a parameter to 0 where the base is not finite and the training left it as it was."""
-        odd = base._infinite
+        odd = base.infinite_parameters
         local = Frame(self.manifest, frozen=self.frozen)
         local.read(model)
         same = same_elements(local.parameters[odd], base.parameters[odd])
