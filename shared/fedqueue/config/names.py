@@ -1,4 +1,4 @@
-"""The names that a configuration may give to runs and clients, and the prefix of its environment variables."""
+"""The names that a configuration may give to runs, clients and keepers, and the prefix of its environment variables."""
 
 from __future__ import annotations
 
@@ -26,3 +26,5 @@ def _client_id(client: str) -> str:
 
 RunName = Annotated[str, AfterValidator(_run_name)]
 ClientId = Annotated[str, AfterValidator(_client_id)]
+KeeperName = ClientId
+"""Named as clients are: in files and Redis keys of its own."""

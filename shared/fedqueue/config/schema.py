@@ -17,6 +17,7 @@ from fedqueue.config.dispatch import DispatchConfig
 from fedqueue.config.names import ClientId, RunName
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, refuse
+from fedqueue.config.secure import SecureConfig
 from fedqueue.config.target import Goal, Target, goals
 from fedqueue.config.training import TrainingConfig
 
@@ -178,6 +179,7 @@ class Config(Section):
     dispatch: DispatchConfig = DispatchConfig()
     admission: AdmissionConfig = AdmissionConfig()
     security: SecurityConfig = SecurityConfig()
+    secure: SecureConfig = SecureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ledger: LedgerConfig = LedgerConfig()

@@ -172,6 +172,32 @@ class Keys:
         """string chunks: the payload after its merge, if payloads are kept"""
         return f"{self.payload_prefix}kept:{job}:{attempt}"
 
+    def keeper(self, keeper: str) -> str:
+        """string: the keeper's encryption key for this run instance, signed by it"""
+        return self._key(f"keeper:{keeper}")
+
+    def asks(self, keeper: str) -> str:
+        """stream: what the coordinator asks of the keeper (offers, cohorts), until the updates' jobs have ended"""
+        return self._key(f"asks:{keeper}")
+
+    def says(self, keeper: str) -> str:
+        """stream: the keeper's answers, until the coordinator has read them"""
+        return self._key(f"says:{keeper}")
+
+    @property
+    def cohort(self) -> str:
+        """string: the cohort under way, signed by the coordinator, until its version is committed"""
+        return self._key("cohort")
+
+    @property
+    def mask_prefix(self) -> str:
+        """The beginning of each key of `mask`."""
+        return self._key("mask:")
+
+    def mask(self, cohort: str, keeper: str) -> str:
+        """string chunks: the weighted sum of the masks of the cohort with this id, as the keeper released it"""
+        return f"{self.mask_prefix}{keeper}:{cohort}"
+
     @property
     def pattern(self) -> str:
         """A pattern for SCAN that matches every key of the run."""

@@ -9,17 +9,19 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedqueue.config.names import ClientId, RunName
+from fedqueue.config.names import ClientId, KeeperName, RunName
+from fedqueue.config.secure import MAX_KEEPERS
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
 from fedqueue.protocol.msgpack import pack, unpack
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64  # characters
+MAX_MEMBERS = 512  # updates in one cohort
 NO_EXAMPLES = "no examples"
+"""The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
 SITE_POLICY = "this site's policy: "
 """How the error of an `Unavailable` begins where the policy of the site does not let the client take part."""
-"""The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
 
 Metrics = Annotated[
     dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], float],
@@ -27,7 +29,7 @@ Metrics = Annotated[
 ]
 Natural = Annotated[int, Field(ge=0, lt=2**53)]  # Lua and JSON represent these exactly
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-EncodingName = Annotated[str, Field(pattern=r"^(float32|float16|bfloat16|int8|topk|randomk)(\+zstd)?$")]
+EncodingName = Annotated[str, Field(pattern=r"^(float32|float16|bfloat16|int8|topk|randomk|ring32)(\+zstd)?$")]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
 
 
@@ -79,6 +81,82 @@ class Update(Message):
     """Training time on the client."""
     digest: Digest | Literal[""] = ""
     """SHA-256 of the payload; empty in an unsigned run."""
+
+
+class SealedSeed(Message):
+    """The seed of one mask of an update, encrypted to the keeper that holds this component."""
+
+    component: Annotated[int, Field(ge=0, lt=MAX_KEEPERS)]
+    keeper: KeeperName
+    key: Annotated[str, Field(max_length=16)]
+    """The id of the keeper's encryption key that the seed is encrypted to."""
+    sealed: Annotated[bytes, Field(max_length=2048)]
+
+
+class MaskedUpdate(Update):
+    """The header of an update in a run with keepers: its payload is masked, and the keepers can take the masks off."""
+
+    model: Digest
+    """The digest of the encoded base version that the update was trained from."""
+    seeds: Annotated[tuple[SealedSeed, ...], Field(min_length=1, max_length=MAX_KEEPERS, strict=False)]
+    """One seed for each component, in their order."""
+
+
+class KeeperKey(Message):
+    """A keeper's statement of the public key that seeds of its component are encrypted to in this run instance."""
+
+    public: Annotated[bytes, Field(max_length=2048)]
+    component: Annotated[int, Field(ge=0, lt=MAX_KEEPERS)]
+
+
+class Offer(Message):
+    """The header of an update as its client signed it, for the keepers."""
+
+    client: ClientId
+    job: JobId
+    attempt: Natural
+    base: Natural
+    header: Annotated[bytes, Field(max_length=48 * 1024)]
+    """The signed envelope of the client's `MaskedUpdate`."""
+
+
+class Opened(Message):
+    """A keeper's answer to an `Offer`: it can take the mask off, or `refusal` says why it never will."""
+
+    header: Digest
+    """The digest of the offer (`secure/cohort.py`)."""
+    refusal: Literal["", "unmaskable", "keeper_lost", "foreign", "model", "spent"] = ""
+    detail: Annotated[str, Field(max_length=500)] = ""
+
+
+class Cohort(Message):
+    """The coordinator's statement of the updates whose weighted sum makes a version."""
+
+    version: Natural
+    """The version that the updates are merged into: an update's staleness is this number minus its base."""
+    members: Annotated[
+        tuple[Annotated[tuple[Digest, Annotated[int, Field(ge=1, le=255)]], Field(strict=False)], ...],
+        Field(min_length=1, max_length=MAX_MEMBERS, strict=False),
+    ]
+    """The digest of each member's offer, with its integer weight."""
+
+
+class Masked(Message):
+    """A keeper's answer to a `Cohort`: the weighted sum of the members' masks is stored, in `chunks` chunks."""
+
+    digest: Digest
+    nbytes: Natural
+    chunks: Annotated[int, Field(ge=0, le=2**20)]
+
+
+class MaskRefused(Message):
+    """A keeper's refusal of a `Cohort`; another cohort may be proposed without the members that `headers` names."""
+
+    reason: Literal["scope", "version", "unknown", "weight", "crowd", "model", "spent", "size"]
+    detail: Annotated[str, Field(max_length=500)] = ""
+    headers: Annotated[tuple[Digest, ...], Field(max_length=MAX_MEMBERS, strict=False)] = ()
+    earlier: Annotated[bytes, Field(max_length=56 * 1024)] = b""
+    """With "spent": the signed cohort in which these members were released before."""
 
 
 class Ending(Message):

@@ -30,8 +30,10 @@ Digestible: TypeAlias = "bytes | npt.NDArray[np.uint8]"
 DOMAIN = "fedqueue/1"  # separates these signatures from other uses of a key, and from other protocol versions
 
 RUN_DESCRIPTOR, ORDER, VERSION, EVALUATED = "descriptor", "order", "version", "evaluated"  # signed by a coordinator
+COHORT = "cohort"  # signed by a coordinator
 UPDATE, ENDED, JOINED, LEFT = "update", "ended", "joined", "left"  # signed by a worker
 UNAVAILABLE = "unavailable"  # signed by a worker
+KEEPER, OPENED, MASKED, MASK_REFUSED = "keeper", "opened", "masked", "mask_refused"  # signed by a keeper
 
 
 @dataclass(frozen=True)
