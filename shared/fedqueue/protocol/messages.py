@@ -144,6 +144,8 @@ class Cohort(Message):
 class Masked(Message):
     """A keeper's answer to a `Cohort`: the weighted sum of the members' masks is stored, in `chunks` chunks."""
 
+    cohort: Digest
+    """The cohort's id (`secure/cohort.py`)."""
     digest: Digest
     nbytes: Natural
     chunks: Annotated[int, Field(ge=0, le=2**20)]
@@ -152,11 +154,11 @@ class Masked(Message):
 class MaskRefused(Message):
     """A keeper's refusal of a `Cohort`; another cohort may be proposed without the members that `headers` names."""
 
-    reason: Literal["scope", "version", "unknown", "weight", "crowd", "model", "spent", "size"]
+    cohort: Digest
+    """The cohort's id (`secure/cohort.py`)."""
+    reason: Literal["version", "unknown", "weight", "crowd", "model", "spent", "size"]
     detail: Annotated[str, Field(max_length=500)] = ""
     headers: Annotated[tuple[Digest, ...], Field(max_length=MAX_MEMBERS, strict=False)] = ()
-    earlier: Annotated[bytes, Field(max_length=56 * 1024)] = b""
-    """With "spent": the signed cohort in which these members were released before."""
 
 
 class Ending(Message):
