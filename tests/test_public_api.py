@@ -24,8 +24,8 @@ import torch
 import fedqueue
 from fedqueue.config.entrypoint import import_entrypoint
 from fedqueue.config.loading import parse_config
-from fedqueue_coordinator.operator.python_api import LAUNCH_CONFIG_FILENAME
-from fedqueue_coordinator.operator.task_source import SCRIPT_COPY, find_entrypoint
+from fedqueue_coordinator.operator.run_folder import LAUNCH_CONFIG_FILENAME, SCRIPT_COPY
+from fedqueue_coordinator.operator.task_source import find_entrypoint
 from fedqueue_coordinator.operator.toml_text import toml_document, toml_value
 
 ROOT = Path(__file__).parents[1]
@@ -101,7 +101,7 @@ def documented() -> list[str]:
 
 def stubbed() -> list[str]:
     body = ast.parse((Path(fedqueue.__file__).parent / "__init__.pyi").read_text()).body
-    return [alias.asname for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
+    return [alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names]
 
 
 def test_public_names_match_the_table_and_the_stub() -> None:
@@ -112,11 +112,10 @@ def test_public_names_match_the_table_and_the_stub() -> None:
 
 
 def test_stub_imports_each_name_from_the_module_that_has_it() -> None:
+    stub = (ROOT / "shared/fedqueue/__init__.pyi").read_text()
     for name in NAMES:
-        where = re.search(
-            rf"^from (\S+) import {name} as {name}$", (ROOT / "shared/fedqueue/__init__.pyi").read_text(), re.M
-        )
-        assert getattr(__import__(where[1], fromlist=[name]), name) is getattr(fedqueue, name)
+        [where] = re.findall(rf"^from (\S+) import {name} as {name}$", stub, re.M)
+        assert getattr(__import__(where, fromlist=[name]), name) is getattr(fedqueue, name)
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=MARKS.get(n, [])) for n in NAMES])
@@ -132,7 +131,7 @@ def test_example_in_the_docstring_of_each_name_runs(name: Any, monkeypatch: pyte
 
 def test_unknown_name_is_an_error_that_lists_the_names() -> None:
     with pytest.raises(AttributeError, match=r"has no attribute 'Fit'; it has: .*TrainResult"):
-        fedqueue.Fit  # noqa: B018
+        fedqueue.Fit  # type: ignore[attr-defined]  # noqa: B018
 
 
 WITHOUT_COORDINATOR = """
@@ -176,14 +175,19 @@ def test_simulation_in_a_notebook_cell_returns_a_result(cell: dict[str, Any]) ->
     cell["Line"]().model().load_state_dict(result.state_dict())
 
 
+def numpy_state() -> list[int]:
+    words: list[int] = np.random.get_state(legacy=False)["state"]["key"].tolist()
+    return words
+
+
 def test_simulation_repeats_its_bits_and_restores_torch(line: Any) -> None:
     torch.manual_seed(5)
     threads, state = torch.get_num_threads(), torch.get_rng_state()
-    others = random.getstate(), np.random.get_state()[1].tolist()
+    others = random.getstate(), numpy_state()
     first, second = (fedqueue.simulate(line, clients=3, versions=4) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    assert (random.getstate(), np.random.get_state()[1].tolist()) == others
+    assert (random.getstate(), numpy_state()) == others
     assert first.ledger == second.ledger
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name])
@@ -192,6 +196,7 @@ def test_simulation_repeats_its_bits_and_restores_torch(line: Any) -> None:
 def test_simulation_with_a_folder_writes_what_a_run_writes(line: Any, own_folder: Any) -> None:
     result = fedqueue.simulate(line, clients=2, versions=3, folder=own_folder / "results")
     assert result.ledger_path == own_folder / "results" / "ledger.jsonl"
+    assert result.ledger_path is not None
     records = [json.loads(text) for text in result.ledger_path.read_text().splitlines()]
     assert sum(record["kind"] == "version" for record in records) == 3
     assert json.loads((own_folder / "results" / "summary.json").read_text())["history"] == result.history
@@ -210,7 +215,11 @@ def test_every_form_of_a_configuration_is_the_same_run(
     source: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(DIGITS)
-    settings = {"versions": 2, "training": {"local_epochs": 1}, "options": {"model": "mlp", "scheme": "iid"}}
+    settings: dict[str, Any] = {
+        "versions": 2,
+        "training": {"local_epochs": 1},
+        "options": {"model": "mlp", "scheme": "iid"},
+    }
     result = fedqueue.simulate(source(), **settings)
     expected = fedqueue.simulate(DIGITS / "federation.toml", **settings)
     assert result.version == 2

@@ -39,7 +39,7 @@ def test_every_dependency_is_pinned_to_one_version() -> None:
     pinned = {normal(line.partition("==")[0]) for line in lines}
     assert len(pinned) == len(lines)
     groups = [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
-    named = {normal(re.match(r"[\w.-]+", text)[0]) for group in groups for text in group}
+    named = {normal(name) for group in groups for text in group for name in re.findall(r"^[\w.-]+", text)}
     assert named - {"fedqueue"} <= pinned
 
 

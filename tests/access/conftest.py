@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from fedqueue.errors import ServerUnavailable
-from tests.support.acl_server import CLIENTS, AclServer
-from tests.support.sample_run import SampleRun
+from tests.support.acl_server import CLIENTS, AclServer, GuardedRun
 
 
 @pytest.fixture(scope="session")
@@ -36,10 +35,5 @@ def guarded(start_server: Callable[..., AclServer]) -> AclServer:
 
 
 @pytest.fixture
-def led(guarded: AclServer) -> SampleRun:
-    """Return a run led by its coordinator's Redis user, on an empty server, with job names as in a federation."""
-    guarded.user("admin").flushall()
-    guarded.denied()
-    run = SampleRun(guarded.user("coordinator"))
-    run.coordinator.create(run.config.model_dump_json(), run.manifest, clients=CLIENTS)
-    return run
+def led(guarded: AclServer) -> GuardedRun:
+    return GuardedRun(guarded)

@@ -20,7 +20,8 @@ from fedqueue.transport.store import Store
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.operator import removal
 from fedqueue_coordinator.operator.embedded_server import find_server
-from tests.support.acl_server import CLIENTS, AclServer, tagged
+from tests.support.acl_server import CLIENTS, AclServer, GuardedRun, tagged
+from tests.support.redis_commands import execute
 from tests.support.sample_run import SampleRun
 
 pytestmark = pytest.mark.server
@@ -37,29 +38,33 @@ def post(worker: WorkerStore, run: SampleRun, claim: Any, value: float = 1.0) ->
     return worker.post(claim, run.update(payload), payload)
 
 
+class Victim(GuardedRun):
+    """A run whose client c1 has a posted update and a job in training; the attacker c0 serves its own client."""
+
+    def __init__(self, server: AclServer) -> None:
+        super().__init__(server)
+        worker = worker_store(server, "c1", "worker-b")
+        worker.join(["c1"], 60)
+        worker.register(Registration(client="c1", examples=10))
+        self.posted_job = self._dispatched(1, "c1")
+        assert post(worker, self, worker.claim(self.posted_job, 60, "c1")) == ""
+        self.job = self._dispatched(2, "c1")
+        worker.claim(self.job, 60, "c1")
+        self.own_job = self._dispatched(3, "c0")
+        attacker = worker_store(server, "c0")
+        attacker.join(["c0"], 60)
+        self.own_claim = attacker.claim(self.own_job, 60, "c0")
+        server.denied()
+
+    def _dispatched(self, number: int, client: str) -> str:
+        order = tagged(self, number, client)
+        self.dispatch_order(order, number)
+        return order.job
+
+
 @pytest.fixture
-def victim(guarded: AclServer, led: SampleRun) -> Any:
-    """Return client c1, with a posted update and a job in training; the attacker c0 serves its own client."""
-    run = led
-    worker = worker_store(guarded, "c1", "worker-b")
-    worker.join(["c1"], 60)
-    worker.register(Registration(client="c1", examples=10))
-    for number in (1, 2):
-        order = tagged(run, number, "c1")
-        run.dispatch_order(order, number)
-        run.job = order.job
-        claim = worker.claim(order.job, 60, "c1")
-        if number == 1:
-            assert post(worker, run, claim) == ""
-            run.posted_job = order.job
-    own = tagged(run, 3, "c0")
-    run.dispatch_order(own, 3)
-    run.own_job = own.job
-    attacker = worker_store(guarded, "c0")
-    attacker.join(["c0"], 60)
-    run.own_claim = attacker.claim(own.job, 60, "c0")
-    guarded.denied()
-    return run
+def victim(guarded: AclServer) -> Victim:
+    return Victim(guarded)
 
 
 # Commands that a worker needs
@@ -92,7 +97,7 @@ def test_worker_may_run_the_commands_it_needs(guarded: AclServer, led: SampleRun
     assert guarded.denied() == []
 
 
-def test_refused_posts_are_counted_and_leave_nothing(guarded: AclServer, victim: SampleRun) -> None:
+def test_refused_posts_are_counted_and_leave_nothing(guarded: AclServer, victim: Victim) -> None:
     worker = worker_store(guarded, "c0")
     victim.coordinator.close(victim.own_job, {"kind": "abandoned"}, 1)
     assert post(worker, victim, victim.own_claim) == "closed"
@@ -103,7 +108,7 @@ def test_refused_posts_are_counted_and_leave_nothing(guarded: AclServer, victim:
 # Commands that are denied to a worker
 
 
-FORBIDDEN: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+FORBIDDEN: dict[str, Callable[[Victim], tuple[object, ...]]] = {
     "write the model": lambda v: ("SET", v.keys.model(0) + ":0", "poison"),
     "delete the model": lambda v: ("UNLINK", v.keys.model(0) + ":0"),
     "stage a model": lambda v: ("SET", v.keys.staged_model(1) + ":0", "poison"),
@@ -174,10 +179,10 @@ FORBIDDEN: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("action", FORBIDDEN)
-def test_denied_worker_command_changes_nothing(guarded: AclServer, victim: SampleRun, action: str) -> None:
+def test_denied_worker_command_changes_nothing(guarded: AclServer, victim: Victim, action: str) -> None:
     before = victim.contents()
     with pytest.raises(redis.ResponseError, match=DENIED):
-        guarded.user("worker-c0").execute_command(*FORBIDDEN[action](victim))
+        execute(guarded.user("worker-c0"), *FORBIDDEN[action](victim))
     assert victim.contents() == before
 
 
@@ -185,12 +190,12 @@ def test_denied_worker_command_changes_nothing(guarded: AclServer, victim: Sampl
     "script",
     ["commit", "dispatch", "close", "ack", "end_run", "leader", "find_expired", "client_leases", "expire_client"],
 )
-def test_worker_may_not_run_the_coordinators_scripts(guarded: AclServer, victim: SampleRun, script: str) -> None:
+def test_worker_may_not_run_the_coordinators_scripts(guarded: AclServer, victim: Victim, script: str) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
         guarded.user("worker-c0").evalsha(script_digest(script), 1, victim.keys.leader, "1")
 
 
-BY_OWN_SCRIPTS: dict[str, Callable[[WorkerStore, Any], Any]] = {
+BY_OWN_SCRIPTS: dict[str, Callable[[WorkerStore, Victim], object]] = {
     "join": lambda w, v: w.join(["c1"], 60),
     "join as nobody": lambda w, v: w.join(["ghost"], 60),
     "register": lambda w, v: w.register(Registration(client="c1", examples=10**6)),
@@ -208,7 +213,7 @@ BY_OWN_SCRIPTS: dict[str, Callable[[WorkerStore, Any], Any]] = {
 @pytest.mark.parametrize("token", ["worker-a", "worker-b"], ids=["own token", "the victim's token"])
 @pytest.mark.parametrize("action", BY_OWN_SCRIPTS)
 def test_worker_scripts_cannot_reach_other_clients_keys(
-    guarded: AclServer, victim: SampleRun, action: str, token: str
+    guarded: AclServer, victim: Victim, action: str, token: str
 ) -> None:
     """Access is denied even with the token of the process that serves the other client."""
     own = victim.keys.attempt(victim.own_job)
@@ -218,12 +223,12 @@ def test_worker_scripts_cannot_reach_other_clients_keys(
     assert victim.contents() | {own: ...} == before, "the script changed another client's keys before the denial"
 
 
-def test_each_denied_command_works_with_more_rights(guarded: AclServer, victim: SampleRun) -> None:
+def test_each_denied_command_works_with_more_rights(guarded: AclServer, victim: Victim) -> None:
     """The server knows each of the denied commands, which shows that the tests above can fail."""
     admin = guarded.user("admin")
     for name, action in FORBIDDEN.items():
         command = str(action(victim)[0])
-        assert admin.execute_command("COMMAND", "INFO", command), name
+        assert execute(admin, "COMMAND", "INFO", command), name
 
 
 def test_allowed_scripts_are_those_that_a_worker_runs(guarded: AclServer) -> None:
@@ -242,7 +247,7 @@ GARBAGE = ["", "x", "nan", "inf", "-inf", "1e400", "0x10", "99999999999999999999
 
 
 @pytest.mark.parametrize("value", GARBAGE)
-def test_garbage_in_worker_records_is_harmless(guarded: AclServer, victim: SampleRun, value: str) -> None:
+def test_garbage_in_worker_records_is_harmless(guarded: AclServer, victim: Victim, value: str) -> None:
     attacker, run = guarded.user("worker-c0"), victim
     for field in ("number", "base", "pinned", "lease", "chunks", "posted"):
         attacker.hset(run.keys.attempt(run.own_job), field, value)
@@ -262,7 +267,7 @@ def test_garbage_in_worker_records_is_harmless(guarded: AclServer, victim: Sampl
     assert run.own_job not in [job.job for job in run.coordinator.jobs()]
 
 
-def test_attempt_numbers_beyond_the_limit_are_ignored(guarded: AclServer, victim: SampleRun) -> None:
+def test_attempt_numbers_beyond_the_limit_are_ignored(guarded: AclServer, victim: Victim) -> None:
     guarded.user("worker-c0").hset(victim.keys.attempt(victim.own_job), mapping={"number": 10**15, "chunks": 10**15})
     assert victim.coordinator.close(victim.own_job, {"kind": "abandoned"}, 1)
 
@@ -270,7 +275,7 @@ def test_attempt_numbers_beyond_the_limit_are_ignored(guarded: AclServer, victim
 # Missing scripts
 
 
-def test_worker_waits_for_the_coordinator_to_load_scripts(guarded: AclServer, victim: SampleRun) -> None:
+def test_worker_waits_for_the_coordinator_to_load_scripts(guarded: AclServer, victim: Victim) -> None:
     guarded.user("admin").script_flush()
     worker = worker_store(guarded, "c0")
     with pytest.raises(redis.exceptions.NoScriptError) as caught:
@@ -283,7 +288,7 @@ def test_worker_waits_for_the_coordinator_to_load_scripts(guarded: AclServer, vi
 # The other users
 
 
-def test_viewer_reads_what_a_dashboard_shows(guarded: AclServer, victim: SampleRun) -> None:
+def test_viewer_reads_what_a_dashboard_shows(guarded: AclServer, victim: Victim) -> None:
     store = Store(guarded.user("viewer"), "sample")
     assert store.info().version == 0
     assert store.alive_clients() == ["c0", "c1"]
@@ -295,7 +300,7 @@ def test_viewer_reads_what_a_dashboard_shows(guarded: AclServer, victim: SampleR
     assert guarded.denied() == []
 
 
-VIEWER_MAY_NOT: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+VIEWER_MAY_NOT: dict[str, Callable[[Victim], tuple[object, ...]]] = {
     "read the model": lambda v: ("GET", v.keys.model(0) + ":0"),
     "read a payload": lambda v: ("GET", v.keys.payload(v.posted_job, 1) + ":0"),
     "read what is reported": lambda v: ("XRANGE", v.keys.updates("c1"), "-", "+"),
@@ -311,9 +316,9 @@ VIEWER_MAY_NOT: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize("action", VIEWER_MAY_NOT)
-def test_commands_of_a_viewer_beyond_reading_are_denied(guarded: AclServer, victim: SampleRun, action: str) -> None:
+def test_commands_of_a_viewer_beyond_reading_are_denied(guarded: AclServer, victim: Victim, action: str) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
-        guarded.user("viewer").execute_command(*VIEWER_MAY_NOT[action](victim))
+        execute(guarded.user("viewer"), *VIEWER_MAY_NOT[action](victim))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +333,7 @@ def test_commands_of_a_viewer_beyond_reading_are_denied(guarded: AclServer, vict
 )  # fmt: skip
 def test_coordinator_may_not_access_other_runs(guarded: AclServer, command: tuple[Any, ...]) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
-        guarded.user("coordinator").execute_command(*command)
+        execute(guarded.user("coordinator"), *command)
 
 
 def test_login_without_a_password_is_refused(guarded: AclServer) -> None:
@@ -358,7 +363,7 @@ def test_shared_worker_serves_any_client_but_not_the_model(start_server: Callabl
         worker.redis.rpush("rq:queue:" + run.keys.queue("c1"), "job")
     for command in (["FLUSHALL"], ["CONFIG", "GET", "*"], ["KEYS", "*"], ["EVAL", "return 1", "0"], ["ACL", "LIST"]):
         with pytest.raises(redis.ResponseError, match=DENIED):
-            worker.redis.execute_command(*command)
+            execute(worker.redis, *command)
 
 
 @pytest.mark.parametrize("program", ["embedded", "redis-server"])

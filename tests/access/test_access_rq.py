@@ -6,7 +6,7 @@ import signal
 import uuid
 import zlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import msgpack
 import pytest
@@ -15,6 +15,7 @@ import structlog
 from fedqueue.protocol.keys import client_tag
 from fedqueue.transport import rq_jobs
 from fedqueue.transport.rq_jobs import TRAIN, client_queue
+from fedqueue_worker.job_runner import JobRunner
 from fedqueue_worker.rq_worker import TrainingWorker
 from tests.support.acl_server import AclServer, tagged
 from tests.support.sample_run import SampleRun
@@ -48,7 +49,7 @@ class Trainer:
 def work(server: AclServer, run: SampleRun, trainer: Trainer) -> list[str]:
     """Run a worker of client c0, logged in as its Redis user, until its queue is empty; return the trained jobs."""
     name = f"fedqueue-{run.name}-{uuid.uuid4().hex[:12]}-{client_tag(run.name, 'c0')}"
-    worker = TrainingWorker(trainer, server.user("worker-c0"), [run.keys.queue("c0")], name)
+    worker = TrainingWorker(cast(JobRunner, trainer), server.user("worker-c0"), [run.keys.queue("c0")], name)
     with structlog.testing.capture_logs():
         worker.work(burst=True, logging_level="CRITICAL")
     return trainer.jobs

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import redis
 from cryptography import x509
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+from redis.sentinel import SentinelConnectionPool
 from typer.testing import CliRunner, Result
 
 from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, ServerUnavailable
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.cli.main import app
-from fedqueue_coordinator.operator.access import certificates
 from fedqueue_coordinator.operator.access.certificates import write_certificates
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from tests.support.sample_run import SampleRun
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
         for name, hosts in (("expired", ["localhost"]), ("elsewhere", ["redis.example.org"])):
             if name == "expired":
-                patch.setattr(certificates.datetime, "datetime", Past)
+                patch.setattr(datetime, "datetime", Past)
             else:
                 patch.undo()
             target = root / name
@@ -106,7 +108,9 @@ def test_sentinels_and_their_primary_are_reached_through_tls(
     """Both ports accept TLS only and require a client certificate; the sentinel's replies are scripted."""
     primary, sentinel = proxy(), proxy()
     client = connect(f"sentinels://localhost:{sentinel.port}/main", tls=tls(folder))
-    manager = client.connection_pool.sentinel_manager
+    pool = client.connection_pool
+    assert isinstance(pool, SentinelConnectionPool)
+    manager = pool.sentinel_manager
     assert manager.sentinels[0].ping()
     monkeypatch.setattr(manager, "discover_master", lambda service: ("127.0.0.1", primary.port))
     client.set("through", "tls")
@@ -123,13 +127,14 @@ def test_primary_named_by_a_sentinel_is_verified(
     url = f"sentinels://localhost:{proxy().port}/main"
     client = connect(url, tls=tls(folder, **options))
     address = ("127.0.0.1", proxy(of).port)
+    assert isinstance(client.connection_pool, SentinelConnectionPool)
     monkeypatch.setattr(client.connection_pool.sentinel_manager, "discover_master", lambda service: address)
     with pytest.raises(ServerUnavailable) as caught:
         check(client, url)
     assert says in str(caught.value)
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "a CA that did not sign it": ("good", {"ca": "other"}, "the server's certificate is not signed by redis.ca_file"),
     "no CA of ours": ("good", {"ca": ""}, "is not signed by a CA of this system (self-signed"),
     "an expired server": ("expired", {}, "the server's certificate has expired"),
@@ -200,7 +205,7 @@ def test_error_says_that_the_server_has_no_tls(folder: Path, tmp_path: Path) -> 
 
 
 def test_plain_connection_to_a_tls_port_is_refused(proxy: Callable[..., Any], folder: Path) -> None:
-    client = redis.Redis(port=proxy().port, socket_timeout=5, retry=None)
+    client = redis.Redis(port=proxy().port, socket_timeout=5, retry=Retry(NoBackoff(), 0))
     with pytest.raises(redis.ConnectionError):
         client.ping()
     client.close()
@@ -231,7 +236,8 @@ def test_missing_or_mismatched_file_is_named(folder: Path, tmp_path: Path) -> No
 
 
 def test_configured_ca_is_the_only_trusted_one(folder: Path) -> None:
-    subjects = {dict(s[0] for s in ca["subject"])["commonName"] for ca in tls(folder).context().get_ca_certs()}
+    authorities: list[dict[str, Any]] = tls(folder).context().get_ca_certs()
+    subjects = {dict(s[0] for s in ca["subject"])["commonName"] for ca in authorities}
     assert subjects == {"fedqueue test CA"}
     assert tls(folder).context().minimum_version >= ssl.TLSVersion.TLSv1_2
 

@@ -7,6 +7,7 @@ import pytest
 
 import fedqueue.tensors.blobs
 from fedqueue.errors import BlobMissing
+from tests.support.redis_commands import stored
 from tests.support.sample_run import SampleRun
 
 CHUNKS = 9
@@ -26,11 +27,11 @@ def test_version_stays_until_its_slow_reader_is_done(run: SampleRun) -> None:
     expected, fetched, newer = run.payload(1.0), np.zeros(72, np.uint8), 1
     for chunk in range(CHUNKS):
         place = slice(chunk * 8, chunk * 8 + 8)
-        fetched[place] = np.frombuffer(run.client.get(f"{run.keys.model(claim.version)}:{chunk}"), np.uint8)
+        fetched[place] = np.frombuffer(stored(run.client, f"{run.keys.model(claim.version)}:{chunk}"), np.uint8)
         for _ in range(NEWER // CHUNKS + 1):
             newer += 1
-            stored = run.publish(newer)
-            assert stored == {1, newer}, "a version is kept that is neither being fetched nor the newest"
+            kept = run.publish(newer)
+            assert kept == {1, newer}, "a version is kept that is neither being fetched nor the newest"
     assert newer > NEWER
     assert np.array_equal(fetched, expected)
     worker.release_base(claim)

@@ -65,7 +65,7 @@ def test_streamed_update_merges_to_the_same_bits(parameters: Any, buffers: Any, 
     with pytest.MonkeyPatch.context() as patch:
         for module in (fedqueue.tensors.frame, payload_reader):
             patch.setattr(module, "PIECE", piece)
-        sent = StreamedPayload(manifest, reader(frame.buffer), hashlib.sha256(frame.buffer).hexdigest())
+        sent = StreamedPayload(manifest, reader(frame.buffer), hashlib.sha256(frame.buffer.data).hexdigest())
         assert bytes(sent.whole().buffer) == bytes(frame.buffer)
         aggregator, model = fedbuff(2, lambda tau: 0.7), random_frame(manifest, 3)
         sums = []
@@ -84,7 +84,7 @@ def test_changed_payload_is_detected_in_each_streaming_pass() -> None:
         forged = buffer.copy()
         forged[place] ^= 1
         with pytest.raises(SignatureError):
-            list(StreamedPayload(manifest, reader(forged), hashlib.sha256(buffer).hexdigest()).pieces())
+            list(StreamedPayload(manifest, reader(forged), hashlib.sha256(buffer.data).hexdigest()).pieces())
     changing = buffer.copy()
     update = StreamedPayload(manifest, reader(changing))
     list(update.pieces())
@@ -148,7 +148,12 @@ def test_prefetching_run_has_the_bits_of_a_plain_run(
     monkeypatch.setattr(read_ahead, "LEAST", 1)
     fetched: list[str] = []
     fetch = ReadAhead._fetch
-    monkeypatch.setattr(ReadAhead, "_fetch", lambda self, *a: fetched.append(a[0]) or fetch(self, *a))
+
+    def noted(self: ReadAhead, prefix: str, *others: Any) -> Any:
+        fetched.append(prefix)
+        return fetch(self, prefix, *others)
+
+    monkeypatch.setattr(ReadAhead, "_fetch", noted)
     ahead, _ = run_to_the_end(redis_client, config, tmp_path / "ahead", [], together=3)
     assert bytes(ahead.model.buffer) == bytes(plain.model.buffer)
     assert len(fetched) >= 3
@@ -188,5 +193,7 @@ def test_coordinator_compiles_its_loop_before_the_first_update(aggregator: Any, 
     manifest = manifest_of(40, 3, 1)
     kernel.cache_clear()
     uplink = uplink_codec(CompressionConfig(uplink="int8"), manifest)
-    payload_reader.PayloadReader(None, SimpleNamespace(takes_pieces=aggregator.takes_pieces, uplink=uplink))
+    store: Any = None  # is not read before the first update
+    federation: Any = SimpleNamespace(takes_pieces=aggregator.takes_pieces, uplink=uplink)
+    payload_reader.PayloadReader(store, federation)
     assert kernel.cache_info().currsize == compiled

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import redis
 
-from fedqueue.protocol.messages import Ending
+from fedqueue.protocol.messages import Ending, Order
 from fedqueue.transport.connection import connect
 from fedqueue.transport.retry import RedisRetry
+from fedqueue.transport.rq_jobs import RqJobRecord
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.embedded_server import find_server
+from tests.support.redis_commands import execute
 from tests.support.sample_run import SampleRun
 from tests.support.tcp_server import PASSWORD, TcpServer, free_port
 from tests.support.waiting import wait_until
@@ -21,13 +23,20 @@ from tests.support.waiting import wait_until
 pytestmark = [pytest.mark.slow, pytest.mark.server]
 
 
+class OneSlotRun(SampleRun):
+    """A run whose RQ jobs use the run's slot: RQ's own keys are in several, which a cluster's script may not touch."""
+
+    def record(self, order: Order) -> RqJobRecord:
+        return replace(super().record(order), key=f"rq:{{sample}}:{order.job}", queue="rq:{sample}")
+
+
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[redis.Redis]:
     """A cluster of one node, which refuses a script that touches two slots, as a larger cluster does."""
     server = TcpServer(tmp_path, **{"cluster-enabled": "yes", "cluster-port": str(free_port())})
     client = server.client()
-    client.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, 16383)
-    wait_until(lambda: b"cluster_state:ok" in client.execute_command("CLUSTER", "INFO"), "the cluster is up")
+    execute(client, "CLUSTER", "ADDSLOTSRANGE", 0, 16383)
+    wait_until(lambda: b"cluster_state:ok" in execute(client, "CLUSTER", "INFO"), "the cluster is up")
     yield client
     client.close()
     server.stop()
@@ -36,10 +45,7 @@ def cluster(tmp_path: Path) -> Iterator[redis.Redis]:
 def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster: redis.Redis) -> None:
     with pytest.raises(redis.ResponseError, match=r"(?i)slot"):
         cluster.eval("return redis.call('GET', KEYS[1])", 2, "a", "b")
-    run = SampleRun(cluster)
-    # RQ's own keys are in several slots, which a cluster's script may not touch: here both keys use the run's slot.
-    record = run.record
-    run.record = lambda order: replace(record(order), key=f"rq:{{sample}}:{order.job}", queue="rq:{sample}")
+    run = OneSlotRun(cluster)
     worker = run.join()
     run.posted(1)
     run.publish(1, run.updates())
@@ -58,7 +64,7 @@ def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster: redis.Redis)
         run.coordinator.ack(entry.id, None)
     run.coordinator.end("all done", 60, 1)
     assert [r["kind"] for r in run.coordinator.ledger()] == ["version", "abandoned"]
-    scheduler = {cluster.execute_command("CLUSTER", "KEYSLOT", key) for key in cluster.scan_iter(run.keys.pattern)}
+    scheduler = {execute(cluster, "CLUSTER", "KEYSLOT", key) for key in cluster.scan_iter(run.keys.pattern)}
     assert len(scheduler) == 1
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from typer.core import TyperGroup, TyperOption
 
 import fedqueue
 from fedqueue.exit_codes import run_app
@@ -79,13 +80,17 @@ def test_help_of_each_command_names_its_options(call: CommandLine, command: str,
 
 
 def test_help_of_every_command_is_tested() -> None:
-    assert {c.name or c.callback.__name__ for c in cli.app.registered_commands} == set(COMMANDS)
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    assert set(group.commands) == set(COMMANDS)
 
 
 def options_of(command: Any) -> Any:
     """Return the names and the help text of each option, except those that typer adds."""
-    made = typer.main.get_command(cli.app).commands[command]
-    return {tuple(p.opts): p.help for p in made.params if p.opts[0].startswith("-")}
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, TyperGroup)
+    made = group.commands[command]
+    return {tuple(p.opts): p.help for p in made.params if isinstance(p, TyperOption) and p.opts[0].startswith("-")}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -288,7 +293,7 @@ def test_unreachable_given_server_is_exit_code_1(
 
 
 def test_both_programs_handle_errors_with_the_same_function() -> None:
-    assert cli.run_app is worker_cli.run_app is run_app
+    assert vars(cli)["run_app"] is vars(worker_cli)["run_app"] is run_app
 
 
 def test_configuration_in_a_pipe_is_refused(call: CommandLine, folder: Path) -> None:

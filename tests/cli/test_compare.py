@@ -38,6 +38,7 @@ from fedqueue_coordinator.simulation.comparison import (
 )
 from fedqueue_coordinator.simulation.virtual_clock import TimingModel
 from tests.support import toy_task, untested_task
+from tests.support.builders import make_frame
 
 TASK = toy_task.__file__
 TARGET = {"accuracy": 0.9}
@@ -189,6 +190,7 @@ def test_compare_measures_all_modes_after_equal_updates(path: Path) -> None:
         config = setup.config(variant, 0, {})
         assert not config.stop.target
         assert config.stop.updates == 16
+        assert config.evaluation.every_versions is not None
         every[variant.name] = config.evaluation.every_versions * config.buffer_size
     assert every == {"fedavg": 4, "fedasync": 4, "fedbuff": 4}
 
@@ -286,7 +288,7 @@ def test_outcome_has_the_first_evaluation_at_the_target() -> None:
         evaluation(2, 4.0, 0.85),
         {"kind": "abandoned", "reason": "run_ended", "seconds": 4.0},
     ]
-    outcome = outcome_of(RunResult(2, None, "", False, ledger, {}, 6), "m", 7, {}, TARGET, ["a", "b", "c"])
+    outcome = outcome_of(RunResult(2, make_frame(), "", False, ledger, {}, 6), "m", 7, {}, TARGET, ["a", "b", "c"])
     assert outcome.reached == Point(2.0, 2, {"accuracy": 0.92})
     assert outcome.final == Point(4.0, 4, {"accuracy": 0.85})
     assert (outcome.updates, outcome.versions, outcome.seconds, outcome.staleness) == (4, 2, 4.0, 1.5)

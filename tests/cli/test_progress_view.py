@@ -131,7 +131,7 @@ def test_line_counts_what_was_lost(federation: Federation) -> None:
 
 def test_closed_pipe_silences_the_view_only(federation: Federation) -> None:
     class Closed(io.StringIO):
-        def write(self, text: Any) -> None:
+        def write(self, text: str) -> int:
             raise BrokenPipeError
 
     console = PlainConsole()

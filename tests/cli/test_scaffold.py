@@ -14,7 +14,7 @@ from fedqueue.config.client import Client
 from fedqueue.config.loading import load_config
 from fedqueue.protocol.coordinator_identity import load_coordinator_identity
 from fedqueue.protocol.site_identity import load_site_identity
-from fedqueue.task import load_task
+from fedqueue.task import Progress, load_task
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.operator.scaffold import SCAFFOLD_FILENAMES
 from tests.support.command_line import CommandLine
@@ -47,7 +47,7 @@ def test_written_task_loads_and_learns(init: Callable[[str], tuple[object, str, 
     assert not torch.equal(shares[0].tensors[0], shares[1].tensors[0]), "two clients have the same data"
     before = task.evaluate(model, task.test_data())
     for share in shares:
-        assert task.fit(model, share, config.training, lambda: None).num_examples == len(share)
+        assert task.fit(model, share, config.training, Progress()).num_examples == len(share)
     after = task.evaluate(model, task.test_data())
     assert after["loss"] < before["loss"]
     assert after["accuracy"] > 0.85

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from fedqueue_coordinator.service import inbox
@@ -35,9 +37,12 @@ def test_only_the_streams_named_by_notifications_are_read(run: SampleRun, monkey
     run.coordinator.unacknowledged()
     read = []
     whole = Inbox._read
-    monkeypatch.setattr(
-        Inbox, "_read", lambda self, streams, count: read.append(set(streams)) or whole(self, streams, count)
-    )
+
+    def noted(self: Inbox, streams: Any, count: Any) -> Any:
+        read.append(set(streams))
+        return whole(self, streams, count)
+
+    monkeypatch.setattr(Inbox, "_read", noted)
     run.posted(1, "c7", token="t7")
     assert [e.client for e in run.coordinator.receive(60.0)] == ["c7"]
     assert read == [{run.keys.updates("c7")}]

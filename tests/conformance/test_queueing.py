@@ -134,7 +134,7 @@ def plant(client: redis.Redis, job: str = "planted", **fields: Any) -> None:
     client.lpush(client_queue(client, QUEUE).key, job)
 
 
-def call(name: str, *args: str, instance: str | None = None, **kwargs: Any) -> bytes:
+def call(name: object, *args: str, instance: object = None, **kwargs: Any) -> bytes:
     packed: bytes = msgpack.packb([name, instance, list(args), kwargs])
     return packed
 
@@ -335,6 +335,7 @@ def test_job_is_forgotten_if_its_worker_died_in_training(redis_client: redis.Red
     cls = rq_jobs.job_class(lambda order: None)
     worker = SimpleWorker([queue], connection=redis_client, job_class=cls, serializer=Serializer)
     job = queue.fetch_job("sample-00000001")
+    assert job is not None
     redis_client.lmove(queue.key, queue.intermediate_queue_key)
     worker.prepare_execution(job)
     worker.prepare_job_execution(job)
@@ -532,7 +533,7 @@ def test_stop_swallowed_by_redis_py_still_ends_the_wait(
     redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """redis-py's telemetry hooks around each command discard an exception raised by a signal handler."""
-    asked, signals = recorder.get_observability_instance, [signal.SIGTERM]
+    asked, signals = vars(recorder)["get_observability_instance"], [signal.SIGTERM]
 
     def interrupted() -> Any:
         while signals:

@@ -6,6 +6,7 @@ The scripts read the server's clock, and a lease of 0 or fewer seconds is over a
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import msgpack
@@ -222,7 +223,7 @@ def test_ended_run_leaves_only_keys_that_expire(run: SampleRun) -> None:
     assert set(run.client.hgetall(run.keys.site("c0"))) == {b"registration"}
     info = run.coordinator.info()
     assert (info.state, info.stopped_because, info.version) == ("ended", "target reached", 1)
-    late = [
+    late: list[Callable[[], object]] = [
         lambda: worker.leave(["c0"]),
         lambda: worker.heartbeat(["c0"], 60, open_claim, progressing=True),
         lambda: run.post(worker, open_claim),
@@ -525,8 +526,11 @@ def test_heartbeat_reports_an_ended_or_unknown_run(run: SampleRun) -> None:
 def test_only_an_open_job_past_its_lease_is_closed_as_expired(run: SampleRun) -> None:
     run.join()
     leased, lapsed, posted = run.dispatch(1, lease=60), run.dispatch(2, lease=0), run.posted(3).job
-    close = lambda job: run.coordinator.close(job, {"kind": "abandoned", "job": job}, 1, if_lapsed=True)  # noqa: E731
-    assert [close(job) for job in (leased, lapsed, posted)] == [False, True, False]
+    closed = [
+        run.coordinator.close(job, {"kind": "abandoned", "job": job}, 1, if_lapsed=True)
+        for job in (leased, lapsed, posted)
+    ]
+    assert closed == [False, True, False]
     assert [r["job"] for r in run.coordinator.ledger()] == [lapsed]
 
 
@@ -981,7 +985,7 @@ def test_counts_are_what_the_ledger_adds_up_to(run: SampleRun) -> None:
 
 
 def test_restored_ledger_restores_the_counts(run: SampleRun) -> None:
-    ledger = [
+    ledger: list[dict[str, Any]] = [
         {"kind": "version", "version": 1, "merged": [{"client": "c0"}, {"client": "c1"}, {"client": "c0"}]},
         {"kind": "rejected", "client": "c0", "reason": "stale"},
         {"kind": "evaluation", "metrics": {"loss": 1.0}},

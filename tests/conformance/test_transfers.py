@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -37,7 +37,8 @@ def begin(run: SampleRun, lease: float = 60.0) -> tuple[Any, ...]:
 
 def stored(run: SampleRun, claim: Any) -> Any:
     prefix = run.keys.payload(claim.job, claim.attempt)
-    return b"".join(run.client.get(f"{prefix}:{i}") or b"" for i in range(3))
+    chunks = cast(list[bytes | None], run.client.mget([f"{prefix}:{i}" for i in range(3)]))
+    return b"".join(chunk or b"" for chunk in chunks)
 
 
 def numbered(run: SampleRun) -> Any:

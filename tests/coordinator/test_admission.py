@@ -121,7 +121,7 @@ def test_infinities_of_both_signs_do_not_cancel() -> None:
 
 NOT_FINITE = make_frame([1.0, math.nan])
 BAD_BUFFER = make_frame(1.0, variance=math.inf)
-BAD = {
+BAD: dict[str, tuple[str, dict[str, Any]]] = {
     "malformed": ("malformed", {"update": 1.0, "body": b"\xc1"}),
     "wrong base": ("wrong_base", {"update": 1.0, "base": 99}),
     "wrong size": ("wrong_size", {"update": 1.0, "nbytes": 1}),
@@ -199,6 +199,7 @@ def test_update_without_an_open_job_changes_no_slot() -> None:
     for job, client in (("run-99999999", "c0"), (run.job_of("c1"), "c0"), (run.job_of("c0"), "stranger")):
         (note,) = run.tell(make_arrived("9-0", job, client, 0, make_header()))
         assert isinstance(note, Acknowledge)
+        assert note.record is not None
         assert (note.record["reason"], note.record["job"], note.entry) == ("unknown_job", job, "9-0")
     assert run.federation.open_jobs == before
     assert run.federation.rejected == {"unknown_job": 3}

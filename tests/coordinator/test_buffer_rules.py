@@ -43,6 +43,7 @@ class Zoo(nn.Module):
         super().__init__()
         self.layer = nn.Linear(2, 1)
         self.norm = nn.BatchNorm1d(3)
+        assert self.norm.running_mean is not None
         with torch.no_grad():
             self.norm.running_mean.copy_(torch.tensor([0.1, 1 / 3, 250000.0]))
         self.register_buffer("mask", torch.tensor([-torch.inf, torch.inf, torch.nan, torch.finfo(torch.float32).min]))

@@ -28,7 +28,8 @@ CHECKPOINT = Checkpoint(
 )
 
 
-def same(a: Checkpoint, b: Checkpoint) -> bool:
+def same(a: Checkpoint | None, b: Checkpoint) -> bool:
+    assert a is not None
     equal = np.array_equal(a.model, b.model) and np.array_equal(a.frozen, b.frozen)
     return equal and replace(a, model=b.model, frozen=b.frozen) == b
 
@@ -75,7 +76,9 @@ def test_interrupted_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch
     checkpointer = Checkpointer(path, seconds=10)
     checkpointer.start(replace(CHECKPOINT, version=8), now=10)
     checkpointer.join()
-    assert load_checkpoint(path).version == 7
+    kept = load_checkpoint(path)
+    assert kept is not None
+    assert kept.version == 7
 
 
 def test_checkpoints_are_periodic_and_deleted_at_the_end(tmp_path: Path) -> None:

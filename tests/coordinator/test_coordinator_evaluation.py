@@ -19,6 +19,7 @@ from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue_coordinator.core.events import Stop
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.scripted_run import result_of
 
 
 class Line(Task):
@@ -58,6 +59,7 @@ def coordinator_of(
     store = Scripted(client, "line", "me")
     clock = itertools.count(1.0).__next__
     coordinator = Coordinator(config, Line(), store, folder, clock=clock, sleep=lambda seconds: None)
+    assert coordinator._evaluator is not None
     settle = [coordinator._evaluator.join] * 10
     store.steps, store.misses = [*steps, *settle, coordinator.pause], misses
     return coordinator
@@ -75,6 +77,7 @@ def test_nan_of_an_evaluation_is_in_the_ledger(fake_client: redis.Redis, tmp_pat
 def test_evaluation_that_redis_missed_is_reported_again(fake_client: redis.Redis, tmp_path: Path) -> None:
     coordinator = coordinator_of(fake_client, tmp_path, misses=2)
     coordinator.run()
+    assert coordinator.federation.evaluated is not None
     assert coordinator.federation.evaluated.metrics["acc"] == 0.25
     assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation"]
 
@@ -85,6 +88,7 @@ def test_run_continues_once_its_unusable_target_is_corrected(fake_client: redis.
     corrected = coordinator_of(fake_client, tmp_path, target={"acc": 0.9})
     assert corrected.store.info().state == "running"
     assert corrected.run() is None
+    assert corrected.federation.evaluated is not None
     assert corrected.federation.evaluated.metrics["acc"] == 0.25
 
 
@@ -94,7 +98,7 @@ def test_run_that_failed_in_its_evaluations_stays_in_redis(fake_client: redis.Re
         coordinator._perform(coordinator.federation.stop(stop, 3.0))
 
     coordinator = coordinator_of(fake_client, tmp_path, fail)
-    result = coordinator.run()
+    result = result_of(coordinator)
     assert (result.failed, result.resumable, result.seconds > 3.0) == (True, True, True)
     assert coordinator.store.info().state == "running"
     assert coordinator_of(fake_client, tmp_path).run() is None, "the next coordinator was not paused"

@@ -92,6 +92,7 @@ def test_model_may_change_while_its_snapshot_is_evaluated() -> None:
     evaluator.join()
     (result,) = results
     assert (result.version, result.metrics["weight"]) == (3, 1.0)
+    assert evaluator.snapshot is not None
     version, snapshot = evaluator.snapshot
     assert (version, snapshot.parameters.item()) == (3, 1.0)
 

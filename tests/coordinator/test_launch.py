@@ -195,7 +195,8 @@ def test_version_is_noted_at_most_once_a_second(folder: RunFolder) -> None:
 
 def test_folder_in_use_is_refused_to_a_second_run(folder: RunFolder) -> None:
     with folder.opened(LAUNCH):
-        for how in ({}, {"overwrite": True}, {"resume": True}):
+        choices: list[dict[str, Any]] = [{}, {"overwrite": True}, {"resume": True}]
+        for how in choices:
             with pytest.raises(RunExists, match=r"'toy' is still active in .*toy; wait"):
                 begin(folder, **how)
         with pytest.raises(RunExists):

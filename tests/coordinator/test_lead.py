@@ -22,6 +22,7 @@ from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.leader_election import acquire_leadership
 from tests.support.sample_run import SampleRun
+from tests.support.scripted_run import result_of
 
 
 class Losing(CoordinatorStore):
@@ -138,7 +139,7 @@ def coordinator_of(
     client: Any,
     folder: Any,
     *steps: Any,
-    seconds: str = "off",
+    seconds: int | str = "off",
     store_class: Any = Scripted,
     on_wait: Any = None,
     reopen: bool = False,
@@ -244,16 +245,20 @@ def test_checkpoint_is_kept_when_redis_loses_the_run(redis_client: redis.Redis, 
     idle = [lambda: None] * 50
     coordinator = coordinator_of(redis_client, tmp_path, write_down, *idle, seconds=2, store_class=Forgetful)
     coordinator.run()
+    assert isinstance(coordinator.store, Forgetful)
     assert coordinator.store.reads > 2
-    assert load_checkpoint(tmp_path / CHECKPOINT_FILENAME).epoch == coordinator.store.info().epoch == 1
+    checkpoint = load_checkpoint(tmp_path / CHECKPOINT_FILENAME)
+    assert checkpoint is not None
+    assert checkpoint.epoch == coordinator.store.info().epoch == 1
     assert [record["kind"] for record in coordinator.store.ledger()] == ["evaluation", "epoch"]
 
 
 @pytest.mark.parametrize("end", [Coordinator.interrupt, Coordinator.fail])
 def test_ended_run_is_reopened_from_its_checkpoint(redis_client: redis.Redis, tmp_path: Path, end: Any) -> None:
     first = coordinator_of(redis_client, tmp_path)
+    assert isinstance(first.store, Scripted)
     first.store.steps = [lambda: end(first, "enough")]
-    assert first.run().failed == (end is Coordinator.fail)
+    assert result_of(first).failed == (end is Coordinator.fail)
     assert first.checkpoint_saved
     again = coordinator_of(redis_client, tmp_path)
     with pytest.raises(RunExists, match=r"has ended \(enough\); `fedqueue remove line`"):
@@ -270,7 +275,7 @@ def test_stop_seconds_hold_during_an_outage(redis_client: redis.Redis, tmp_path:
     waits = []
 
     class Full(Scripted):
-        def receive(self, block_seconds: Any, count: int = 32) -> None:
+        def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
             raise redis.ResponseError("MISCONF Errors writing to the AOF file: No space left on device")
 
     coordinator = coordinator_of(

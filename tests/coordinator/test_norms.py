@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -11,11 +12,12 @@ from fedqueue_coordinator.core.admission import Inadmissible
 from fedqueue_coordinator.core.backoff import Backoff
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.outliers import MIN_NORMS_FOR_QUANTILE, NormLimit
+from fedqueue_coordinator.core.reasons import RejectionReason
 from tests.support.builders import make_config
 from tests.support.federation_run import make_arrived, start
 
 
-def limit(accepted: list[float] = (), **admission: Any) -> NormLimit:
+def limit(accepted: Iterable[float] = (), **admission: Any) -> NormLimit:
     return NormLimit(make_config(admission=admission).admission, accepted)
 
 
@@ -66,8 +68,8 @@ def test_poisoning_client_is_excluded_and_the_run_continues() -> None:
     assert run.federation.stopped is None
 
 
-@pytest.mark.parametrize("reason", ["forged", "foreign"])
-def test_forgeable_faults_do_not_exclude_a_client(reason: str) -> None:
+@pytest.mark.parametrize("reason", [RejectionReason.FORGED, RejectionReason.FOREIGN])
+def test_forgeable_faults_do_not_exclude_a_client(reason: RejectionReason) -> None:
     run = start("c0", admission={"max_rejections": 1})
     for _ in range(3):
         arrived = make_arrived("9-9", run.job_of("c0"), "c0", 0, b"", (reason, "a lie"))

@@ -29,6 +29,11 @@ def blobs(redis_client: redis.Redis, monkeypatch: pytest.MonkeyPatch) -> Store:
     return blobs
 
 
+def wait_for_prefetch(ahead: ReadAhead) -> np.ndarray:
+    assert ahead._coming is not None
+    return ahead._coming[1].result()
+
+
 def read(ahead: ReadAhead, number: int, start: int = 0, end: int = 40) -> np.ndarray:
     into = np.zeros(end - start, np.uint8)
     ahead.read_span(f"blob-{number}", start, into, 40)
@@ -42,11 +47,11 @@ def expected(*numbers: int) -> list[tuple[str, int]]:
 def test_expected_blobs_are_prefetched_in_order(blobs: Store) -> None:
     ahead = ReadAhead(blobs)
     ahead.expect(expected(1, 2))
-    ahead._coming[1].result()
+    wait_for_prefetch(ahead)
     blobs.redis.delete("blob-1:0")
     np.testing.assert_array_equal(read(ahead, 0), blob(0))
     np.testing.assert_array_equal(read(ahead, 1), blob(1))
-    ahead._coming[1].result()
+    wait_for_prefetch(ahead)
     blobs.redis.delete("blob-2:0")
     np.testing.assert_array_equal(read(ahead, 2), blob(2))
 
@@ -77,7 +82,7 @@ def test_prefetch_skips_small_blobs_and_stops_after_a_chunk(blobs: Store, monkey
     monkeypatch.setattr(read_ahead, "LEAST", 40)
     monkeypatch.setattr(read_ahead, "MOST_AHEAD", 16)
     ahead.expect(expected(1))
-    assert ahead._coming[1].result().nbytes == ahead._memory.nbytes == 16
+    assert wait_for_prefetch(ahead).nbytes == ahead._memory.nbytes == 16
     np.testing.assert_array_equal(read(ahead, 1, 30), blob(1)[30:])  # the end is read before the beginning
     for start in range(0, 40, 8):
         np.testing.assert_array_equal(read(ahead, 1, start, start + 8), blob(1)[start : start + 8])

@@ -21,10 +21,9 @@ from fedqueue_coordinator.operator.audit.replay import replay_folder
 from fedqueue_coordinator.operator.export import export_model
 from fedqueue_coordinator.operator.results import save_model
 from fedqueue_coordinator.service.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
-from tests.coordinator.test_simulation import Workers, merged
+from tests.coordinator.test_simulation import Workers, led, merged
 from tests.support.builders import same_bits
 
 CLIENTS = ("a", "b", "c")
@@ -32,6 +31,11 @@ CLIENTS = ("a", "b", "c")
 
 class Rich(nn.Module):
     """A frozen bfloat16 backbone, tied weights, spectral norm, layers of three dtypes, and buffers of every rule."""
+
+    queue: torch.Tensor
+    queue_ptr: torch.Tensor
+    ema: torch.Tensor
+    own: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +77,7 @@ class RichTask(Task):
 
 
 def rich_config(**sections: Any) -> Any:
-    tree = {
+    tree: dict[str, Any] = {
         "name": "rich",
         "task": {"entrypoint": "task.py:RichTask"},
         "clients": {"names": list(CLIENTS), "min_available": 3, "slowdown": {"b": 2.5, "c": 1.3}},
@@ -172,7 +176,7 @@ def test_rich_model_has_the_same_bits_over_redis(
     simulation, expected = simulated(config)
     store = Workers(redis_client, config.name, "owner")
     store.begin(config, RichTask(), simulation.trace)
-    real = Coordinator(config, RichTask(), store, tmp_path, clock=lambda: store.now, sleep=lambda seconds: None).run()
+    real = led(config, RichTask(), store, tmp_path)
     assert not store.trace
     assert [line["norm"] for line in merged(real)] == [line["norm"] for line in merged(expected)]
     assert not [r for r in real.ledger if r["kind"] == "rejected" and r["reason"] != "run_ended"]
@@ -199,6 +203,7 @@ def test_checkpoint_carries_the_frozen_tensors(tmp_path: Path) -> None:
     model = simulation.federation.model
     save_checkpoint(tmp_path / "c", Checkpoint.from_federation(simulation.federation, []))
     loaded = load_checkpoint(tmp_path / "c")
+    assert loaded is not None
     again = Frame(model.manifest, loaded.model, loaded.frozen)
     for name, tensor in model.state_dict().items():
         assert torch.equal(again.state_dict()[name], tensor)
@@ -223,7 +228,7 @@ class Drip(Task):
     def train_data(self, client: Any) -> TensorDataset:
         return TensorDataset(torch.zeros(8, 1))
 
-    def fit(self, model: nn.Module, data: Any, config: Any, progress: Any) -> Any:
+    def fit(self, model: Any, data: Any, config: Any, progress: Any) -> Any:
         from fedqueue import TrainResult
 
         with torch.no_grad():
@@ -256,7 +261,7 @@ def test_export_writes_frozen_and_tied_tensors(
     simulation, _ = simulated(config)
     store = Workers(redis_client, config.name, "owner")
     store.begin(config, RichTask(), simulation.trace)
-    real = Coordinator(config, RichTask(), store, tmp_path, clock=lambda: store.now, sleep=lambda s: None).run()
+    real = led(config, RichTask(), store, tmp_path)
     monkeypatch.setattr("fedqueue_coordinator.operator.export.reachable_servers", lambda url: [redis_client])
     export_model("", config.name, None, tmp_path / "out.safetensors")
     state = safetensors.torch.load_file(tmp_path / "out.safetensors")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def rows_of(buffer: list[tuple[Any, ...]], s: Callable[..., Any]) -> NDArray[Any
     return np.array([s(tau) * frame.parameters.numpy().astype(np.float64) for frame, tau in buffer])
 
 
-EXACT = {
+EXACT: dict[str, Callable[[oracle.Array], oracle.Array]] = {
     "median": lambda rows: np.median(rows, axis=0),
     "trimmed_mean": lambda rows: oracle.trimmed_mean(rows, F),
     "krum": lambda rows: oracle.krum(rows, F, 1),
@@ -279,4 +279,4 @@ def test_distances_have_the_same_bits_for_any_thread_count() -> None:
 
 
 def test_every_configurable_rule_is_implemented() -> None:
-    assert set(RULES) == set(RobustConfig.model_fields["rule"].annotation.__args__)
+    assert set(RULES) == set(get_args(RobustConfig.model_fields["rule"].annotation))

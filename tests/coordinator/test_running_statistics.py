@@ -49,9 +49,10 @@ def test_drift_adds_the_weighted_mean_of_the_changes(normalize: str) -> None:
 
 
 def test_mean_averages_values_and_drift_averages_changes() -> None:
-    update = {"mean": 5.0, "variance": 2.0, "base_mean": 5.0, "base_variance": 2.0, "staleness": 3}
-    drift = merge("drift", make_frame(mean=10.0, variance=20.0), stale(**update))
-    mean = merge("mean", make_frame(mean=10.0, variance=20.0), stale(**update))
+    drift, mean = (
+        merge(choice, make_frame(mean=10.0, variance=20.0), stale(5.0, 2.0, 5.0, 2.0, staleness=3))
+        for choice in ("drift", "mean")
+    )
     assert drift.buffers.tolist() == [10.0, 20.0]  # the client changed nothing
     assert mean.buffers.tolist() == [7.5, 11.0]
 

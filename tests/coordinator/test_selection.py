@@ -23,10 +23,12 @@ ADDED = {"strategy": "fedasync", "alpha": 1.0, "mixing": "delta"}
 
 
 def known(
-    examples: dict[str, Any] = (), last_merged: dict[str, Any] = (), last_job: dict[str, Any] = ()
+    examples: dict[str, int] | None = None,
+    last_merged: dict[str, int] | None = None,
+    last_job: dict[str, int] | None = None,
 ) -> ClientStats:
-    merged = dict(last_merged)
-    return ClientStats(dict(examples), lambda client: merged.get(client, -1), dict(last_job))
+    merged = last_merged or {}
+    return ClientStats(examples or {}, lambda client: merged.get(client, -1), last_job or {})
 
 
 def select(name: str, stats: ClientStats, drawn: float) -> str:
@@ -34,7 +36,11 @@ def select(name: str, stats: ClientStats, drawn: float) -> str:
     selection, idle = SELECTIONS[name], IdlePool()
     for client in CLIENTS:
         idle.put(client, Place(0, selection.rank(client, stats), selection.weight(client, stats)))
-    return idle.drawn(drawn) if selection.draws else idle.first()[0]
+    if selection.draws:
+        return idle.drawn(drawn)
+    first = idle.first()
+    assert first is not None
+    return first[0]
 
 
 # Selections
@@ -226,7 +232,8 @@ def test_totals_keep_at_most_the_versions_of_the_window() -> None:
     versions=st.lists(st.lists(st.sampled_from("abc"), min_size=1, max_size=4), max_size=12), window=st.integers(1, 5)
 )
 def test_totals_are_restored_from_commit_and_ledger(versions: list[Any], window: int) -> None:
-    run_counters, ledger = RunCounters(), []
+    run_counters = RunCounters()
+    ledger: list[dict[str, Any]] = []
     for version, clients in enumerate(versions, 1):
         run_counters.commit(version, clients, window, version / 3)
         lines = [{"client": client} for client in clients]

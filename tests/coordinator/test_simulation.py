@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Client, Task
 from fedqueue.config.loading import parse_config
+from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunFailed, TaskError
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update, load_data
@@ -22,12 +23,14 @@ from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.audit.replay import replay_folder
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 from tests.support.builders import same_bits
+from tests.support.scripted_run import result_of
 
 SECOND = TimingModel(batch_seconds=1.0)
 
@@ -45,7 +48,7 @@ class PointsTask(Task):
 
     def train_data(self, client: Client) -> TensorDataset:
         data = points(24, seed=1 + (client.partition or 0))
-        data.client = client.id  # for `fit`
+        data.client = client.id  # type: ignore[attr-defined]  # for `fit`
         return data
 
     def test_data(self) -> TensorDataset | None:
@@ -209,7 +212,7 @@ class Workers(CoordinatorStore):
         self.worker = WorkerStore(self.redis, self.run, "worker")
         self.training: dict[Any, Any] = {}
         self.left: dict[Any, Any] = {}
-        self.feedback = None
+        self.feedback: ErrorFeedback | None = None
         self.joined = False
         self.now = 0.0
 
@@ -224,6 +227,7 @@ class Workers(CoordinatorStore):
                 continue
             if what == "arrives":
                 assert self.worker.post(*self.training.pop(job)) == ""
+                assert self.feedback is not None
                 self.feedback.accepted(*self.left.pop(job))
             break
         return super().receive(0.001, count)
@@ -254,6 +258,11 @@ class Workers(CoordinatorStore):
         self.left[job] = order.client, local
 
 
+def led(config: Config, task: Task, store: Workers, folder: Path) -> RunResult:
+    """Lead the run to its end, by the clock of its workers."""
+    return result_of(Coordinator(config, task, store, folder, clock=lambda: store.now, sleep=lambda seconds: None))
+
+
 @pytest.mark.parametrize("strategy", ["fedavg", "fedbuff"])
 def test_client_without_examples_takes_no_part(strategy: str) -> None:
     class Empty(PointsTask):
@@ -274,7 +283,7 @@ def test_steps_are_the_time_of_a_fit_that_reports_no_batch() -> None:
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             for _ in range(5):
                 optimizer.zero_grad()
-                self.loss(model, data.tensors).backward()
+                self.loss(model, data.tensors).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             return len(data)
 
@@ -340,8 +349,7 @@ def test_simulation_and_coordinator_produce_the_same_bits(
     simulation, simulated = simulate(config, TimingModel(batch_seconds=1.0, jitter=0.2), task)
     store = Workers(server_client, config.name, "owner")
     store.begin(config, task, simulation.trace)
-    clock = {"clock": lambda: store.now, "sleep": lambda seconds: None}
-    real = Coordinator(config, task, store, tmp_path, **clock).run()
+    real = led(config, task, store, tmp_path)
     assert not store.trace
     pattern = ("job", "client", "base", "staleness", "examples", "weight", "norm", "at", "share")
     assert rows(real, *pattern) == rows(simulated, *pattern)
@@ -374,7 +382,7 @@ def test_update_posted_as_its_round_closes_ends_once_as_late(redis_client: redis
     )  # fmt: skip
     store = AllAtOnce(redis_client, config.name, "owner")
     store.begin(config, PointsTask(), [])
-    result = Coordinator(config, PointsTask(), store, tmp_path, sleep=lambda seconds: None).run()
+    result = result_of(Coordinator(config, PointsTask(), store, tmp_path, sleep=lambda seconds: None))
     others = [(r["job"], r["reason"]) for r in result.ledger if r["kind"] in ("rejected", "abandoned")]
     ended = [*(line["job"] for line in merged(result)), *(job for job, _ in others)]
     numbers = sorted(int(job.split("-")[-2]) for job in ended)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def lead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         monkeypatch.setattr(Away, "told", told)
         monkeypatch.setattr(module, "Coordinator", Away)
         monkeypatch.setattr(module, "CoordinatorStore", lambda *arguments: None)
-        monkeypatch.setattr(module.signal, "signal", lambda *arguments: None)
-        return module.lead_run(make_config(), None, None, None, RunFolder(tmp_path), True, False, False, False)
+        monkeypatch.setattr(signal, "signal", lambda *arguments: None)
+        nothing: Any = None  # `Away` looks at no argument
+        return module.lead_run(make_config(), nothing, nothing, None, RunFolder(tmp_path), True, False, False, False)
 
     return run
 

@@ -56,8 +56,18 @@ def fedbuff(**options: Any) -> dict[str, Any]:
     return {"strategy": "fedbuff", **options}
 
 
+def frame_of(contribution: Contribution) -> Frame:
+    """Return the delta, which these tests make as a whole frame."""
+    assert isinstance(contribution.delta, Frame)
+    return contribution.delta
+
+
+def arrived_of(c: Contribution) -> oracle.Arrived:
+    return oracle.Arrived(frame_of(c).parameters.numpy().astype(np.float64), c.staleness, c.examples)
+
+
 def deltas(contributions_: list[Contribution]) -> NDArray[Any]:
-    return np.array([c.delta.parameters.numpy() for c in contributions_], np.float64)
+    return np.array([frame_of(c).parameters.numpy() for c in contributions_], np.float64)
 
 
 @given(functions, taus)
@@ -72,7 +82,9 @@ def test_fedbuff_agrees_with_the_oracle(
     model: Frame, buffer: list[Contribution], divisor: dict[str, Any], function: StalenessConfig
 ) -> None:
     s = make_staleness(function)
-    arrived = [oracle.Arrived(c.delta.parameters.numpy().astype(np.float64), c.staleness, c.examples) for c in buffer]
+    arrived = [
+        oracle.Arrived(frame_of(c).parameters.numpy().astype(np.float64), c.staleness, c.examples) for c in buffer
+    ]
     x = model.parameters.numpy().astype(np.float64)
     expected = x + oracle.fedbuff(arrived, s, divisor["normalize"], divisor["weight_by_examples"])
     merged = merge(fedbuff(staleness=function, **divisor), model, buffer)
@@ -85,7 +97,7 @@ def test_fedasync_agrees_with_the_oracle(
 ) -> None:
     base = base if update.staleness else model  # a fresh update was trained from the current model
     update = Contribution(update.delta, update.examples, update.staleness, base)
-    x, b, delta = (f.parameters.numpy().astype(np.float64) for f in (model, base, update.delta))
+    x, b, delta = (f.parameters.numpy().astype(np.float64) for f in (model, base, frame_of(update)))
     expected = oracle.fedasync(x, b, delta, alpha, make_staleness(function)(update.staleness), mixing)
     merged = merge({"strategy": "fedasync", "alpha": alpha, "mixing": mixing, "staleness": function}, model, [update])
     np.testing.assert_allclose(merged.parameters.numpy(), expected, rtol=1e-5, atol=2e-3)
@@ -110,7 +122,7 @@ def test_step_scales_with_the_deltas(
     aggregation, origin = fedbuff(staleness=function, **divisor), make_frame(0.0)
     scaled = []
     for c in buffer:
-        frame = c.delta.copy()
+        frame = frame_of(c).copy()
         frame.parameters.mul_(2.0**exponent)
         scaled.append(Contribution(frame, c.examples, c.staleness))
     first, second = merge(aggregation, origin, buffer), merge(aggregation, origin, scaled)

@@ -19,7 +19,6 @@ from fedqueue.errors import StoreError, WireError
 from fedqueue.protocol.msgpack import MAX_DEPTH, MAX_MESSAGE, MAX_RECORD, unpack, unpack_record
 from fedqueue.tensors.manifest import MAX_DIMENSIONS, MAX_MANIFEST, Manifest
 from fedqueue.transport.store import plain_json
-from tests.support import decoders
 from tests.support.decoders import DECODERS, Decoder, ToShow, check
 
 CORPUS = Path(__file__).parents[1] / "corpus"
@@ -97,7 +96,7 @@ def test_bomb_takes_neither_time_nor_memory(name: Any, bomb: str) -> None:
 def test_check_notices_a_decoder_that_breaks_a_bound(monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     ticks = iter([0.0, 99.0])
     if broken == "hangs":
-        monkeypatch.setattr(decoders.time, "process_time", lambda: next(ticks))
+        monkeypatch.setattr("time.process_time", lambda: next(ticks))
     decode = {
         "raises": lambda data: 1 // len(data),
         "grows": lambda data: bytes(10 * 2**20),
@@ -142,8 +141,9 @@ def test_record_is_a_map_of_names() -> None:
 
 def test_dimensions_of_a_tensor_are_bounded() -> None:
     """Without a bound, the product of many large dimensions takes very long to compute."""
-    row = ["w", "float32", [1] * MAX_DIMENSIONS, 0, 1, "parameter", "", [], []]
+    dimensions = [1] * MAX_DIMENSIONS
+    row = ["w", "float32", dimensions, 0, 1, "parameter", "", [], []]
     assert Manifest.unpack(msgpack.packb([row]))
-    row[2].append(1)
+    dimensions.append(1)
     with pytest.raises(WireError, match="dimensions"):
         Manifest.unpack(msgpack.packb([row]))

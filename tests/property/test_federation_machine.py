@@ -26,6 +26,7 @@ from fedqueue_coordinator.core.events import (
     Tick,
 )
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.reasons import AbandonReason
 from fedqueue_coordinator.core.run_summary import summarize
 from fedqueue_coordinator.core.selection import SELECTIONS
 from tests.support import oracle
@@ -214,7 +215,7 @@ class FederationMachine(RuleBasedStateMachine):
     def end_again(self, data: Any) -> None:
         job = data.draw(st.sampled_from(sorted(self.run.endings)))
         client = next(d.client for d in of_kind(self.run.actions, Dispatch) if d.job == job)
-        assert Acknowledge("late", None) in self.run.tell(JobEnded("late", job, client, "failed", "late"))
+        assert Acknowledge("late", None) in self.run.tell(JobEnded("late", job, client, AbandonReason.FAILED, "late"))
 
     @precondition(lambda self: self.evaluating)
     @rule(loss=st.floats(0, 10))

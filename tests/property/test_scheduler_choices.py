@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.core import federation as federation_module
 from fedqueue_coordinator.core.idle_pool import IdlePool, Place
+from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.selection import SELECTIONS
 from fedqueue_coordinator.core.weighted_set import WeightedSet
 from tests.support.builders import make_config, make_frame
@@ -112,7 +113,7 @@ def test_choices_are_those_of_the_definition(
         assert idle == defined.federation._scheduler._idle.clients
 
 
-SCHEDULERS = (federation_module.Scheduler, QuadraticScheduler)
+SCHEDULERS = (Scheduler, QuadraticScheduler)
 
 
 # The structures below it

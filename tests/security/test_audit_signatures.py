@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import msgpack
 import pytest
@@ -59,7 +61,7 @@ def change_ledger(scene: Scene) -> None:
 
 
 def change_order(scene: Scene) -> None:
-    [job] = scene.redis.smembers(scene.keys.jobs)
+    [job] = cast(set[bytes], scene.redis.smembers(scene.keys.jobs))
     scene.redis.hset(scene.keys.job(job.decode()), "order", b"x")
 
 
@@ -68,7 +70,7 @@ def change_payload(scene: Scene) -> None:
     scene.redis.setrange(f"{scene.keys.kept_payload(line['job'], line['attempt'])}:0", 0, b"x")
 
 
-CHANGES = {
+CHANGES: dict[str, tuple[Callable[[Scene], object], str]] = {
     "descriptor": (lambda s: s.redis.hset(s.keys.config, "descriptor", b"x"), "descriptor is not signed"),
     "configuration": (
         lambda s: s.redis.hset(s.keys.config, "config", s.config.model_copy(update={"seed": 9}).model_dump_json()),

@@ -20,6 +20,7 @@ from fedqueue_coordinator.operator.audit.audit_input import read_run_in_redis
 from fedqueue_coordinator.operator.audit.signatures import verify_model
 from fedqueue_coordinator.operator.export import _read_newest
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+from tests.support.redis_commands import stored
 from tests.support.scene import RUN, Scene, Site
 
 SMALL = {
@@ -107,6 +108,7 @@ def test_head_is_exported_exactly_and_old_versions_as_published(scene: Compresse
     store = CoordinatorStore(scene.redis, RUN, owner="export")
     version, wire, state = _read_newest(store, scene.downlink)
     assert version == 1
+    assert state is not None
     np.testing.assert_array_equal(wire, store.read_wire(1, scene.downlink))
     np.testing.assert_array_equal(load_state(state)[MODEL]["parameters"], model.parameters)
     assert verify_model(store, store.info(), 1, wire, scene.key_folder, state) == ""
@@ -122,7 +124,7 @@ def test_changed_exact_model_in_redis_is_refused(scene: Compressed) -> None:
     site = scene.site("c0")
     scene.play(site.join, lambda: scene.post(site))
     key = f"{scene.keys.state(1)}:0"
-    state = bytearray(scene.redis.get(key))
+    state = bytearray(stored(scene.redis, key))
     state[-1] ^= 64
     scene.redis.set(key, bytes(state))
     with pytest.raises(SignatureError, match="optimizer's state"):

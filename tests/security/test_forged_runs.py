@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import redis
 import structlog
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from fedqueue.errors import NotEnrolled, SignatureError, StoreError, WireError
@@ -22,6 +23,7 @@ from fedqueue.protocol.messages import Order, read
 from fedqueue.protocol.signed_envelope import ORDER, SignedEnvelope, sign_envelope
 from fedqueue.transport.rq_jobs import Serializer, TrainingJob
 from fedqueue_coordinator.operator.access.enrolment import enroll, revoke
+from tests.support.redis_commands import stored, stored_field
 from tests.support.scene import RUN, Scene, Site
 
 
@@ -110,7 +112,7 @@ def test_descriptor_of_an_earlier_term_is_refused(scene: Scene, site: Site) -> N
 
 
 def test_unsigned_configuration_in_redis_is_refused(scene: Scene, site: Site) -> None:
-    config = json.loads(scene.redis.hget(scene.keys.config, "config"))
+    config = json.loads(stored_field(scene.redis, scene.keys.config, "config"))
     config["dispatch"]["lease_seconds"] = 1e9
     scene.redis.hset(scene.keys.config, "config", json.dumps(config))
     with pytest.raises(SignatureError, match="the configuration in Redis is not the one"):
@@ -147,13 +149,13 @@ def test_forged_job_is_not_started(scene: Scene, site: Site, how: str) -> None:
     envelope = site.order()
     order = read(Order, read(SignedEnvelope, envelope).body)
     evil = order.model_copy(update={"training": order.training.model_copy(update={"learning_rate": 1e6})})
-    forged = {
+    orders: dict[str, Any] = {
         "plain": evil.model_dump(),
         "settings": read(SignedEnvelope, envelope).model_copy(update={"body": evil.pack()}).pack(),
         "another key": sign_envelope(SigningKey.generate(), ORDER, site.identity.scope, [], evil.pack()),
-    }[how]
+    }
     with pytest.raises(SignatureError):
-        site.store.open_order(forged)
+        site.store.open_order(orders[how])
 
 
 def test_job_of_an_earlier_namesake_run_is_not_started(scene: Scene, site: Site) -> None:
@@ -200,7 +202,9 @@ def test_revoked_coordinator_key_is_rejected(scene: Scene, site: Site) -> None:
     scene.play()  # a thief of the key, who controls Redis, leads
     with pytest.raises(SignatureError, match="not a key of the coordinator"):
         site.identity.enter(site.store.info())
-    evil = SigningKey(load_pem_private_key(former, None))
+    key = load_pem_private_key(former, None)
+    assert isinstance(key, Ed25519PrivateKey)
+    evil = SigningKey(key)
     with pytest.raises(SignatureError, match="not a key of the coordinator"):
         site.store.open_order(sign_envelope(evil, ORDER, site.identity.scope, [], b"x"))
 
@@ -223,7 +227,7 @@ def test_site_without_the_new_coordinator_key_refuses_the_run(scene: Scene, site
 @pytest.mark.parametrize("what", ["model", "state"])
 def test_successor_refuses_a_changed_run(scene: Scene, site: Site, what: str) -> None:
     key = getattr(scene.keys, what)(2)
-    poisoned = np.frombuffer(scene.redis.get(f"{key}:0"), np.uint8).copy()
+    poisoned = np.frombuffer(stored(scene.redis, f"{key}:0"), np.uint8).copy()
     poisoned[-1] ^= 1
     scene.redis.set(f"{key}:0", poisoned.tobytes())
     with pytest.raises(SignatureError, match="is not"):

@@ -117,7 +117,8 @@ def test_payload_changed_in_redis_is_rejected_as_tampered(scene: Scene) -> None:
 
 
 def test_update_of_an_older_job_is_invalid_for_a_newer_job(scene: Scene) -> None:
-    site, kept = scene.site("c0"), {}
+    site = scene.site("c0")
+    kept: dict[str, dict[Any, Any]] = {}
 
     def first() -> None:
         site.post(5.0)
@@ -136,7 +137,8 @@ def test_update_of_an_older_job_is_invalid_for_a_newer_job(scene: Scene) -> None
 
 def test_update_of_an_earlier_namesake_run_is_ignored(scene: Scene, tmp_path: Path) -> None:
     """The two runs differ only in the instance: name, epoch, job, attempt, base and payload are equal."""
-    site, kept = scene.site("c0"), {}
+    site = scene.site("c0")
+    kept: dict[str, dict[Any, Any]] = {}
 
     def first() -> None:
         site.post(5.0)
@@ -206,7 +208,7 @@ def test_client_cannot_register_examples_for_another_client(scene: Scene) -> Non
 
 def test_replayed_registration_of_an_old_worker_is_ignored(scene: Scene) -> None:
     first, second = scene.site("c0", "first"), scene.site("c0", "second")
-    kept = {}
+    kept: dict[str, dict[Any, Any]] = {}
 
     def join_first() -> None:
         first.join(examples=3)
@@ -413,7 +415,7 @@ def test_signature_covers_every_field_of_its_statement(tmp_path: Path) -> None:
     scope = Scope("run", "instance", 1)
     data = sign_envelope(key, UPDATE, scope, ["c0", "job", 1, 2], b"body", "session")
     assert open_envelope(data, [key.public], UPDATE, scope, ["c0", "job", 1, 2], "c0").body == b"body"
-    others = [
+    others: list[tuple[str, Scope, list[str | int]]] = [
         ("ended", scope, ["c0", "job", 1, 2]),
         (UPDATE, Scope("other", "instance", 1), ["c0", "job", 1, 2]),
         (UPDATE, Scope("run", "other", 1), ["c0", "job", 1, 2]),

@@ -62,8 +62,13 @@ def fetch(published: Published) -> Any:
     return frozen
 
 
+def frozen_bytes(published: Published) -> bytes:
+    assert published.frame.frozen is not None
+    return published.frame.frozen.tobytes()
+
+
 def test_worker_fetches_the_frozen_tensors_bit_for_bit(published: Published) -> None:
-    assert fetch(published).tobytes() == published.frame.frozen.tobytes()
+    assert fetch(published).tobytes() == frozen_bytes(published)
 
 
 def test_worker_refuses_other_frozen_tensors(published: Published) -> None:
@@ -90,7 +95,7 @@ def test_descriptor_of_a_later_term_names_the_same_tensors(published: Published)
     fetch(published)
     info = published.store.info()
     published.store.set_descriptor(published.identity.resume(info, published.frame.frozen))
-    assert fetch(published).tobytes() == published.frame.frozen.tobytes()
+    assert fetch(published).tobytes() == frozen_bytes(published)
 
 
 def test_audit_and_export_find_other_frozen_tensors(published: Published) -> None:

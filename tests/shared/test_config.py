@@ -276,7 +276,9 @@ def test_misspelled_value_error_names_the_nearest_one() -> None:
     assert str(caught) == "aggregation.strategy = 'fedbuf': unknown strategy; did you mean 'fedbuff'?"
 
 
-SECTIONS = {name: field.annotation for name, field in Config.model_fields.items() if name not in ("name", "seed")}
+SECTIONS: dict[str, Any] = {
+    name: field.annotation for name, field in Config.model_fields.items() if name not in ("name", "seed")
+}
 
 
 @pytest.mark.parametrize("section", SECTIONS)

@@ -11,6 +11,7 @@ import redis
 import redis.connection
 from hypothesis import given
 from hypothesis import strategies as st
+from redis.sentinel import SentinelConnectionPool
 
 from fedqueue.config.tls import Tls
 from fedqueue.errors import ConfigurationError, FedqueueError, ServerUnavailable
@@ -49,6 +50,7 @@ def test_sentinel_url_with_tls_uses_tls_for_the_primary_too(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tls, "context", lambda self: None)  # `ca_file` is no certificate
         made = connect(f"{scheme}://u:p@a:1,b/main/2", tls=tls if scheme == "sentinels" else None).connection_pool
+    assert isinstance(made, SentinelConnectionPool)
     assert made.connection_class is primary
     assert made.connection_kwargs["username"] == "u"
     assert (made.service_name, made.connection_kwargs["db"]) == ("main", 2)
@@ -68,15 +70,22 @@ def test_connections_time_out_later_than_blocking_reads() -> None:
     assert connect("redis://host", retries=0).connection_pool.connection_kwargs["retry"].get_retries() == 0
 
 
+def retries_of(connection: Any) -> int:
+    retries: int = connection.retry.get_retries()
+    return retries
+
+
 def test_client_with_limited_retries_repeats_a_command_once() -> None:
     client = connect("redis://host")
     pool = client.connection_pool
     before = pool.make_connection()
     limit_retries(client)
-    assert [one.retry.get_retries() for one in (before, pool.make_connection())] == [1, 1]
+    assert [retries_of(one) for one in (before, pool.make_connection())] == [1, 1]
     impatient = connect("redis://host", retries=0)
     limit_retries(impatient)
-    assert impatient.get_retry().get_retries() == 0
+    retry = impatient.get_retry()
+    assert retry is not None
+    assert retry.get_retries() == 0
 
 
 @pytest.mark.parametrize(
@@ -147,19 +156,27 @@ def test_reachable_server_passes_the_check(fake_client: redis.Redis) -> None:
     check(fake_client, "redis://fake")
 
 
+def pack(connection: Any, *words: object) -> Any:
+    return connection.pack_command(*words)
+
+
+def send(connection: Any, *words: object) -> None:
+    connection.send_command(*words)
+
+
 def test_large_arguments_are_not_copied_into_the_command() -> None:
     """hiredis's packer copies a blob, so the Python packer, which makes no copy, packs each command with a blob."""
     made = connect("redis://host").connection_pool.make_connection()
     large = memoryview(bytes(100_000))
-    packed = made.pack_command("SET", "key", large)
+    packed = pack(made, "SET", "key", large)
     assert any(part is large for part in packed)
 
 
 @given(st.lists(st.text(max_size=5) | st.binary(max_size=9) | st.integers() | st.floats(allow_nan=False), max_size=6))
 def test_both_packers_produce_the_same_bytes(arguments: Any) -> None:
     made = connect("redis://host").connection_pool.make_connection()
-    quick = b"".join(made.pack_command("HSET", "key", *arguments))
-    with_blob = b"".join(map(bytes, made.pack_command("HSET", "key", *arguments, memoryview(b""))))
+    quick = b"".join(pack(made, "HSET", "key", *arguments))
+    with_blob = b"".join(map(bytes, pack(made, "HSET", "key", *arguments, memoryview(b""))))
     count, end = 2 + len(arguments), b"$0\r\n\r\n"
     assert with_blob == quick.replace(b"*%d\r\n" % count, b"*%d\r\n" % (count + 1), 1) + end
 
@@ -179,15 +196,17 @@ def test_binary_values_survive_a_unix_socket_connection(server_client: redis.Red
 def test_pool_replaces_a_closed_connection(server_client: redis.Redis) -> None:
     pool = server_client.connection_pool
     first = pool.get_connection()
-    first.send_command("CLIENT", "ID")
+    send(first, "CLIENT", "ID")
     number = first.read_response()
     pool.release(first)
     other = pool.get_connection(), pool.get_connection()
-    other[1].send_command("CLIENT", "KILL", "ID", number)
+    send(other[1], "CLIENT", "KILL", "ID", number)
     assert other[1].read_response() == 1
     for lent in reversed(other):
         pool.release(lent)
-    server_client.get_retry().update_retries(0)
+    retry = server_client.get_retry()
+    assert retry is not None
+    retry.update_retries(0)
     assert [server_client.echo(text) for text in ("a", "b")] == [b"a", b"b"]
 
 
@@ -195,7 +214,7 @@ def test_pool_replaces_a_closed_connection(server_client: redis.Redis) -> None:
 def test_leftover_reply_is_never_read_as_the_next_one(server_client: redis.Redis) -> None:
     pool = server_client.connection_pool
     broken_off = pool.get_connection()
-    broken_off.send_command("ECHO", "of before")
+    send(broken_off, "ECHO", "of before")
     assert broken_off.can_read(timeout=5)
     pool.release(broken_off)
     assert server_client.echo("mine") == b"mine"

@@ -236,7 +236,7 @@ class Output(OrderedDict[str, Any]):
         super().__setitem__(key, value)
         super().__setattr__(key, value)
 
-    def update(self, *args: Any) -> None:
+    def update(self, *args: Any, **kwargs: Any) -> None:
         raise RuntimeError("update is refused")
 
 

@@ -28,7 +28,7 @@ def drawn() -> dict[str, str]:
 
 def defined() -> dict[str, str]:
     classes = [c for _, c in inspect.getmembers(errors, inspect.isclass) if c.__module__ == errors.__name__]
-    return {c.__name__: c.__base__.__name__ for c in classes}
+    return {c.__name__: c.__bases__[0].__name__ for c in classes}
 
 
 def test_docstring_draws_every_error_under_its_parent() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ def rates(count: Any, name: str = "off", rate: float = 0.5, made: int = 0, **opt
     return list(itertools.islice(learning_rates(rate, schedule, "server_optimizer.schedule", made), count))
 
 
-CLOSED_FORMS = {
+CLOSED_FORMS: dict[str, tuple[str, dict[str, Any], Callable[[int], float]]] = {
     "constant": ("off", {}, lambda t: 0.5),
     "exponential": ("ExponentialLR", {"gamma": 0.9}, lambda t: 0.5 * 0.9**t),
     "steps": ("steplr", {"step_size": 3, "gamma": 0.1}, lambda t: 0.5 * 0.1 ** (t // 3)),

@@ -50,7 +50,7 @@ class Stateful(torch.nn.Module):
         kept: list[int] = []
         self.linear.register_forward_hook(lambda module, inputs, output: kept.append(len(kept)))
         self.kept = lambda: list(kept)
-        self.linear.weight.note = "made"
+        self.linear.weight.note = "made"  # type: ignore[attr-defined]
 
 
 def change(model: Any) -> None:

@@ -64,7 +64,12 @@ def steps(count: Any, optimizer: Any = torch.optim.SGD, **options: Any) -> Any:
 
 def test_fit_is_told_the_client_and_the_base_version() -> None:
     told = []
-    job(Own(lambda model, progress: told.append((progress.client, progress.version)) or 8), version=41)
+
+    def fit(model: Any, progress: Progress) -> int:
+        told.append((progress.client, progress.version))
+        return 8
+
+    job(Own(fit), version=41)
     assert told == [(NORTH, 41)]
 
 
@@ -138,7 +143,12 @@ def test_step_in_another_thread_is_progress_and_cannot_end_it() -> None:
 # What fit returns
 
 
-@pytest.mark.parametrize("returned", [8, np.int64(8), TrainResult(8), TrainResult(np.int32(8))])
+def counted(number: Any) -> TrainResult:
+    """Return what a task returns that counts its examples in any type of number."""
+    return TrainResult(number)
+
+
+@pytest.mark.parametrize("returned", [8, np.int64(8), TrainResult(8), counted(np.int32(8))])
 def test_number_of_examples_alone_is_accepted(returned: Any) -> None:
     assert job(Own(lambda model, progress: returned))[0].examples == 8
 
@@ -150,7 +160,7 @@ def test_number_of_examples_alone_is_accepted(returned: Any) -> None:
         ((8, {}), r"^Own\.fit returned a tuple: return fedqueue\.TrainResult"),
         ({"loss": 1.0}, r"^Own\.fit returned a dict: "),
         (True, r"^Own\.fit returned a bool: "),
-        (TrainResult(2.5), r"num_examples = 2\.5: an integer from 0 on"),
+        (counted(2.5), r"num_examples = 2\.5: an integer from 0 on"),
         (TrainResult(-1), "num_examples = -1"),
         (TrainResult(24), r"num_examples = 24, and the client has 8: count each example once"),
     ],
@@ -169,7 +179,12 @@ def draws() -> tuple[Any, ...]:
 
 def test_every_global_generator_follows_the_orders_seed() -> None:
     seen = []
-    task = Own(lambda model, progress: seen.append(draws()) or 8)
+
+    def fit(model: Any, progress: Any) -> int:
+        seen.append(draws())
+        return 8
+
+    task = Own(fit)
     for seed in (3, 4, 3):
         job(task, seed=seed)
         draws()

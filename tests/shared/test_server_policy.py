@@ -20,20 +20,20 @@ CONFIG = parse_config({"task": {"entrypoint": "t:T"}, "clients": {"count": 4}, "
 MANIFEST = Manifest.from_module(torch.nn.Linear(1000, 250))  # 1 MB
 
 
-class Server:
+class Server(redis.Redis):
     """Answers INFO and PING."""
 
     def __init__(self, policy: str = "allkeys-lru", limit: int = 0, evicted: int = 0, error: Any = None) -> None:
         self.policy, self.limit, self.evicted, self.error = policy, limit, evicted, error
 
-    def info(self, section: Any) -> dict[str, Any]:
+    def info(self, section: Any = None, *others: Any, **options: Any) -> dict[str, Any]:
         if self.error:
             raise self.error
         if section == "memory":
             return {"maxmemory": self.limit, "maxmemory_policy": self.policy}
         return {"evicted_keys": self.evicted}
 
-    def ping(self) -> None:
+    def ping(self, **options: Any) -> Any:
         raise self.error
 
 

@@ -97,7 +97,7 @@ def test_direction_can_be_set_on_the_command_line() -> None:
 
 
 def test_target_is_refused_where_nothing_is_evaluated() -> None:
-    tree = {"task": TASK, "stop": {"target": {"acc": 0.9}}, "evaluation": {"every_versions": "off"}}
+    tree: dict[str, Any] = {"task": TASK, "stop": {"target": {"acc": 0.9}}, "evaluation": {"every_versions": "off"}}
     with pytest.raises(ConfigurationError, match=r"stop.target names acc, but every_versions and every_seconds"):
         parse_config(tree)
     tree["evaluation"]["every_seconds"] = 10

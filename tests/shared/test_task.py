@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from fedqueue import Client, Task, TrainResult
+from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 from fedqueue.task import load_task
@@ -187,6 +187,6 @@ def test_examples_are_counted_by_len() -> None:
 def test_default_fit_trains_and_reports_the_number_of_examples() -> None:
     data = TensorDataset(torch.ones(6, 1), torch.zeros(6, dtype=torch.int64))
     calls = []
-    fit = Task().fit(Fixed(), data, TrainingConfig(batch_size=4, device="cpu"), lambda: calls.append(1))
+    fit = Task().fit(Fixed(), data, TrainingConfig(batch_size=4, device="cpu"), Progress(lambda: calls.append(1)))
     assert isinstance(fit, TrainResult)
     assert (fit.num_examples, len(calls)) == (6, 2)

@@ -35,7 +35,7 @@ class Squares(Task):
     def __init__(self) -> None:
         self.batches: list[Any] = []
 
-    def loss(self, model: Weight, batch: list[torch.Tensor]) -> torch.Tensor:
+    def loss(self, model: torch.nn.Module, batch: list[torch.Tensor]) -> torch.Tensor:
         x, y = batch
         self.batches.append(x.tolist())
         half_square: torch.Tensor = 0.5 * ((model(x) - y) ** 2).mean()
@@ -202,7 +202,7 @@ def test_model_and_batches_move_to_the_device() -> None:
     """Every machine has the device `meta`, whose tensors have shapes but no values."""
 
     class Shapes(Task):
-        def loss(self, model: Any, batch: Any) -> None:
+        def loss(self, model: Any, batch: Any) -> torch.Tensor:
             assert {t.device.type for t in (batch["x"], *batch["pair"], model.w)} == {"meta"}
             raise JobClosed("far enough")
 
@@ -274,7 +274,7 @@ class Doubled(TensorDataset):
     """A TensorDataset whose examples differ from its tensors."""
 
     def __getitem__(self, i: Any) -> tuple[Any, ...]:
-        x, y = super().__getitem__(i)
+        x, y = (column[i] for column in self.tensors)
         return 2 * x, y
 
 

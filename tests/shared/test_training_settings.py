@@ -79,6 +79,8 @@ def test_sparse_and_dense_gradients_are_clipped_together() -> None:
     (embedding(torch.tensor([1, 1, 2])).sum() * 1.5 + 4 * weight.sum()).backward()
     clip_grad_norm([embedding.weight, weight], 1.0)
     whole = math.sqrt(3.0**2 + 1.5**2 + 4.0**2)  # row 1 twice, row 2 once
+    assert embedding.weight.grad is not None
+    assert weight.grad is not None
     assert embedding.weight.grad.to_dense().flatten().tolist() == pytest.approx([0, 3 / whole, 1.5 / whole, 0])
     assert weight.grad.item() == pytest.approx(4 / whole)
 
@@ -217,7 +219,7 @@ def test_drop_last_leaves_out_the_short_batch() -> None:
 
 
 @pytest.mark.parametrize("assigned", [False, True])
-def test_collate_fn_of_the_task_makes_the_batches(assigned: bool) -> None:
+def test_collate_fn_of_the_task_makes_the_batches(assigned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def padded(examples: Any) -> tuple[Any, ...]:
         return (torch.nn.utils.rnn.pad_sequence([row for (row,) in examples], batch_first=True),)
 
@@ -227,7 +229,7 @@ def test_collate_fn_of_the_task_makes_the_batches(assigned: bool) -> None:
 
     task = Slopes() if assigned else Padded()
     if assigned:
-        task.collate_fn = padded
+        monkeypatch.setattr(task, "collate_fn", padded)
     data = [(torch.ones(n, dtype=torch.float64),) for n in (1, 3)]
     trained(data, task=task, batch_size=2)
     assert sorted(task.seen[0]) == [[1.0, 0.0, 0.0], [1.0, 1.0, 1.0]]

@@ -34,8 +34,8 @@ class Wire:
 
 class WireConnection(Receiving, Connection):
     def __init__(self, wire: Wire) -> None:
-        super().__init__(parser_class=ReceivingParser, socket_read_size=64)
-        self._sock = wire
+        super().__init__(parser_class=ReceivingParser, socket_read_size=64)  # type: ignore[no-untyped-call]
+        self._sock = wire  # type: ignore[assignment]  # redis-py declares None alone
         self._parser.on_connect(self)
 
 

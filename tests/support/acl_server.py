@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import redis
 
 from fedqueue.protocol.keys import client_tag
+from fedqueue.protocol.messages import Order
 from fedqueue.transport.connection import connect
 from fedqueue.transport.retry import RedisRetry
 from fedqueue_coordinator.operator import child_processes
 from fedqueue_coordinator.operator.access.acl import ACL_FILE, write_access
 from fedqueue_coordinator.operator.embedded_server import find_server
+from tests.support.redis_commands import execute
+from tests.support.sample_run import SampleRun
 
 CLIENTS = ["c0", "c1", "x-c0", "site.example.org"]
 
@@ -54,8 +56,8 @@ class AclServer:
     def denied(self) -> list[str]:
         """Return the commands that the server has denied since the last call, from its ACL LOG."""
         admin = self.user("admin")
-        entries = admin.execute_command("ACL", "LOG")  # type: ignore[no-untyped-call]
-        admin.execute_command("ACL", "LOG", "RESET")  # type: ignore[no-untyped-call]
+        entries = execute(admin, "ACL", "LOG")
+        execute(admin, "ACL", "LOG", "RESET")
         rows = [{str(k, "utf-8"): v for k, v in entry.items()} for entry in entries]
         return [f"{row['username'].decode()}: {row['object'].decode()}" for row in rows]
 
@@ -64,7 +66,17 @@ class AclServer:
         self._socket_folder.cleanup()
 
 
-def tagged(run: Any, number: int, client: str) -> Any:
+class GuardedRun(SampleRun):
+    """A run led by its coordinator's Redis user, on an emptied server, with job names as in a federation."""
+
+    def __init__(self, server: AclServer) -> None:
+        server.user("admin").flushall()
+        server.denied()
+        super().__init__(server.user("coordinator"))
+        self.coordinator.create(self.config.model_dump_json(), self.manifest, clients=CLIENTS)
+
+
+def tagged(run: SampleRun, number: int, client: str) -> Order:
     """Return an order whose job has the tag of its client."""
     order = run.order(number, client)
     job = f"{order.job}-{client_tag(run.name, client)}"

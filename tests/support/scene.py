@@ -13,7 +13,7 @@ from fedqueue.config.loading import parse_config
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity, load_coordinator_identity
 from fedqueue.protocol.keys import Keys
 from fedqueue.protocol.messages import Registration, Update
-from fedqueue.protocol.site_identity import load_site_identity
+from fedqueue.protocol.site_identity import SiteIdentity, load_site_identity
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.manifest import Manifest
@@ -23,6 +23,7 @@ from fedqueue_coordinator.operator.access.enrolment import enroll_missing
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
 from tests.support.builders import EXAMPLES, constant_frame, make_update
+from tests.support.redis_commands import stored_field
 from tests.support.sample_run import Buffer
 from tests.support.small_task import SmallTask
 
@@ -125,12 +126,18 @@ class Site:
 
     def __init__(self, scene: Scene, client: str, session: str, folder: Path) -> None:
         self.scene, self.client = scene, client
-        self.identity = load_site_identity(folder, RUN, session) if scene.signed else None
-        self.store = WorkerStore(scene.redis, RUN, session, self.identity)
+        self._identity = load_site_identity(folder, RUN, session) if scene.signed else None
+        self.store = WorkerStore(scene.redis, RUN, session, self._identity)
         self.claims: list[Claim] = []
 
+    @property
+    def identity(self) -> SiteIdentity:
+        """The site's identity, in a scene with signatures."""
+        assert self._identity is not None
+        return self._identity
+
     def join(self, examples: int = EXAMPLES) -> None:
-        if self.identity:
+        if self._identity:
             self.identity.enter(self.store.info())
         assert self.store.join([self.client], 3600) == self.client
         assert self.store.register(Registration(client=self.client, examples=examples))
@@ -145,7 +152,7 @@ class Site:
         return record.decode() if record else ""  # type: ignore[union-attr]
 
     def order(self) -> bytes:
-        return self.scene.redis.hget(self.scene.keys.job(self.job), "order")  # type: ignore[return-value]
+        return stored_field(self.scene.redis, self.scene.keys.job(self.job), "order")
 
     def fetch(self) -> Claim:
         """Claim the job, and fetch the model that is offered."""

@@ -154,6 +154,13 @@ def lead(client: redis.Redis, workers: Workers | None, config: Config, folder: P
     return coordinator.run()
 
 
+def result_of(coordinator: Coordinator) -> RunResult:
+    """Run the coordinator to the end of its run; a pause instead of an end fails the test."""
+    result = coordinator.run()
+    assert result is not None, "the coordinator was paused"
+    return result
+
+
 def run_to_the_end(
     client: redis.Redis, config: Config, folder: Path, deaths: list[Callable[[str], None]], together: int = 1
 ) -> tuple[RunResult, int]:

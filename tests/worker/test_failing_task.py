@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("logs", "process_restored")
 
 
 class NoText(Exception):
-    def __str__(self) -> None:
+    def __str__(self) -> str:
         raise RuntimeError
 
 
@@ -91,6 +92,7 @@ def test_place_names_the_users_own_frame_first() -> None:
 def test_error_that_fedqueue_raises_on_purpose_has_no_place() -> None:
     with pytest.raises(TaskError) as caught:
         as_metrics({"mine": "good"}, "fit")
+    assert caught.value.__traceback__ is not None
     own = caught.value.with_traceback(caught.value.__traceback__.tb_next)  # without the frame of this test
     assert exception_with_place(own) == exception_text(own)
     assert "'mine' as str" in exception_text(own)
@@ -101,7 +103,8 @@ def test_error_that_fedqueue_raises_on_purpose_has_no_place() -> None:
 
 class Rows(Task):
     def __init__(self, broken: set[Any], error: Any) -> None:
-        self.broken, self.error, self.hook = broken, error, lambda: None
+        self.broken, self.error = broken, error
+        self.hook: Callable[[], object] = lambda: None
 
     def model(self) -> Any:
         return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -146,8 +149,8 @@ def test_worker_without_a_loaded_client_fails(fake_run: SampleRun) -> None:
     assert reports(fake_run) == [("unavailable", "client-0")]
 
 
-def test_exit_of_the_tasks_model_is_an_error_of_the_task(fake_run: SampleRun) -> None:
+def test_exit_of_the_tasks_model_is_an_error_of_the_task(fake_run: SampleRun, monkeypatch: pytest.MonkeyPatch) -> None:
     task = Rows(set(), None)
-    task.model = lambda: sys.exit("bye")
+    monkeypatch.setattr(task, "model", lambda: sys.exit("bye"))
     with pytest.raises(TaskError, match=r"Rows.model\(\): SystemExit: bye"):
         serve(fake_run, task, ["client-0"])

@@ -16,6 +16,7 @@ from fedqueue.protocol.phase import Phase
 from fedqueue.transport.worker_store import Claim
 from fedqueue_coordinator.core.lapses import lapse_cause
 from fedqueue_worker.heartbeat import Heartbeat
+from tests.support.redis_commands import stored_field
 from tests.support.sample_run import SampleRun
 
 STALL = 30.0
@@ -145,7 +146,7 @@ def test_waiting_jobs_are_renewed_while_the_running_one_stalls(
 def lease_left(run: SampleRun, claim: Any) -> float:
     """Return the seconds until the end of the job's lease."""
     seconds, micros = map(int, run.client.time())
-    return float(run.client.hget(run.keys.attempt(claim.job), "lease")) / 1000 - seconds - micros / 1e6
+    return float(stored_field(run.client, run.keys.attempt(claim.job), "lease")) / 1000 - seconds - micros / 1e6
 
 
 @pytest.fixture
@@ -434,12 +435,13 @@ def test_worker_waits_for_a_lost_run_and_joins_its_new_epoch(
 def test_lost_run_is_logged_once_until_it_is_back(
     fake_run: SampleRun, worker: Any, heartbeat: Heartbeat, logs: Any
 ) -> None:
-    stored = fake_run.client.dump(fake_run.keys.config)
+    config = fake_run.client.dump(fake_run.keys.config)
+    assert config is not None
     for _ in range(2):
         fake_run.client.delete(fake_run.keys.config)
         heartbeat.beat()
         heartbeat.beat()
-        fake_run.client.restore(fake_run.keys.config, 0, stored)
+        fake_run.client.restore(fake_run.keys.config, 0, config)
         heartbeat.beat()
     lost = {"event": "run missing from Redis: waiting for its coordinator to restore it", "log_level": "warning"}
     assert [entry for entry in logs if "missing" in entry["event"]] == [lost, lost]
@@ -492,11 +494,11 @@ def test_stopping_on_the_heartbeat_thread_does_not_deadlock(fake_run: SampleRun,
     stopped = threading.Event()
 
     def on_end(because: Any) -> None:
-        heartbeat.stop()
+        beating.stop()
         stopped.set()
 
-    heartbeat = Heartbeat(worker, ["c0"], 0.003, STALL, on_end)
+    beating = Heartbeat(worker, ["c0"], 0.003, STALL, on_end)
     fake_run.coordinator.end("done", 60, 1)
-    heartbeat.start()
+    beating.start()
     assert stopped.wait(10)
-    heartbeat.stop()
+    beating.stop()

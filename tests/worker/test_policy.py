@@ -21,7 +21,7 @@ from fedqueue_worker.egress_log import EgressLog, open_egress_log
 from fedqueue_worker.job_runner import JobRunner
 from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
 from tests.support.sample_run import SampleRun
-from tests.support.training_site import TrainingSite
+from tests.support.training_site import Doubling, TrainingSite
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +88,15 @@ def test_invalid_policy_is_an_error_that_names_the_key(tmp_path: Path, text: str
     assert line in str(caught.value)
 
 
+class Counted(Doubling):
+    def num_examples(self, data: Any) -> int:
+        return 10
+
+
 class AgreedSite(TrainingSite):
     def __init__(self, run: SampleRun, agreed: Any, egress_log: Any) -> None:
         super().__init__(run)
-        self.task.num_examples = lambda data: 10
+        self.task = Counted()
         self.runner = JobRunner(self.store, self.task, run.module, self.heartbeat, 60, True, {}, agreed, egress_log)
         self.runner.load(Client("c0"), "the rows of c0")
 

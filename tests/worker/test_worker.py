@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,11 @@ from fedqueue import Task
 from fedqueue.config.schema import Config
 from fedqueue.errors import ClientTaken, ConfigurationError, LoadFailed, ManifestMismatch, ServerUnavailable
 from fedqueue.protocol.messages import Ending, read
+from fedqueue.transport.retry import RedisRetry
 from fedqueue.transport.worker_store import WorkerStore
-from fedqueue_worker import process as worker_module
 from fedqueue_worker.process import Worker, new_token
+from fedqueue_worker.rq_worker import TrainingWorker
+from tests.support.redis_commands import stored_field
 from tests.support.sample_run import SampleRun
 
 pytestmark = pytest.mark.usefixtures("logs", "process_restored")
@@ -30,7 +33,8 @@ pytestmark = pytest.mark.usefixtures("logs", "process_restored")
 class Noise(Task):
     def __init__(self) -> None:
         self.loaded: list[Any] = []
-        self.while_loading = self.while_training = lambda: None
+        self.while_loading: Callable[[], object] = lambda: None
+        self.while_training: Callable[[], object] = lambda: None
 
     def model(self) -> Any:
         return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
@@ -94,15 +98,15 @@ def test_post_deletes_the_record_of_a_job_and_counts_it(
     """The post deletes the record, so RQ's later bookkeeping has nothing to delete."""
     left: list[Any] = []
     counted: list[Any] = []
-    original = worker_module.TrainingWorker.handle_job_success
+    original = TrainingWorker.handle_job_success
 
     def after_the_post(worker: Any, job: Any, **others: Any) -> None:
         left.extend(name for name in fake_run.contents() if job.id in name and name.startswith("rq:"))
         left.extend(fake_run.client.lrange(f"rq:queue:{job.origin}:intermediate", 0, -1))
         original(worker, job=job, **others)
-        counted.append(int(fake_run.client.hget(worker.key, "successful_job_count")))
+        counted.append(int(stored_field(fake_run.client, worker.key, "successful_job_count")))
 
-    monkeypatch.setattr(worker_module.TrainingWorker, "handle_job_success", after_the_post)
+    monkeypatch.setattr(TrainingWorker, "handle_job_success", after_the_post)
     enqueue(fake_run)
     start(fake_run, task, max_jobs=1)
     assert (left, counted) == ([], [1])
@@ -135,7 +139,7 @@ def test_max_jobs_counts_across_restarts_of_rqs_loop(
     fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """RQ's loop ends after the first job, and the next loop must take one more job, not two."""
-    original = worker_module.TrainingWorker.perform_job
+    original = TrainingWorker.perform_job
     broken: list[Any] = []
 
     def once_broken(*args: Any) -> None:
@@ -144,7 +148,7 @@ def test_max_jobs_counts_across_restarts_of_rqs_loop(
             broken.append(1)
             raise redis.ConnectionError("gone")
 
-    monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", once_broken)
+    monkeypatch.setattr(TrainingWorker, "perform_job", once_broken)
     for number in (1, 2, 3):
         enqueue(fake_run, number)
     start(fake_run, task, max_jobs=2)
@@ -219,8 +223,10 @@ def test_no_free_partition_is_an_error_with_the_count(fake_run: SampleRun, task:
         start(fake_run, task, [fake_run.config.clients.ids])
 
 
-def test_task_with_another_model_is_an_error_before_loading(fake_run: SampleRun, task: Noise) -> None:
-    task.model = lambda: torch.nn.Linear(3, 3)
+def test_task_with_another_model_is_an_error_before_loading(
+    fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "model", lambda: torch.nn.Linear(3, 3))
     with pytest.raises(ManifestMismatch, match="this worker's task does not fit run 'sample': model: "):
         start(fake_run, task)
     assert (kinds(fake_run), task.loaded) == ([], [])
@@ -235,23 +241,23 @@ def test_worker_of_an_ended_run_returns_at_once(fake_run: SampleRun, task: Noise
 def test_worker_waits_for_its_coordinator_and_logs_it_once(
     fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch, logs: Any
 ) -> None:
-    late = []
+    late: list[SampleRun] = []
+    slept: list[float] = []
 
-    def sleep(seconds: Any) -> None:
-        if sleep.calls == 2:
+    def sleep(seconds: float) -> None:
+        if len(slept) == 2:
             late.append(SampleRun(fake_run.client, "late"))
             enqueue(late[0])
-        sleep.calls += 1
+        slept.append(seconds)
 
-    sleep.calls = 0
-    monkeypatch.setattr(worker_module.time, "sleep", sleep)
+    monkeypatch.setattr("time.sleep", sleep)
     worker = Worker(fake_run.config, task, worker_store(fake_run.client, "late"))
     assert worker.run([["client-0"]], max_jobs=1) == "max_jobs reached: 1"
     assert kinds(late[0]) == ["joined", "update", "left"]
     assert [entry["event"] for entry in logs].count("waiting for a coordinator to start the run") == 1
 
 
-def worker_store(client: Any, run: SampleRun) -> WorkerStore:
+def worker_store(client: redis.Redis, run: str) -> WorkerStore:
     return WorkerStore(client, run, new_token())
 
 
@@ -292,7 +298,7 @@ def test_stop_during_loading_releases_the_client_and_exits_0(fake_run: SampleRun
 def test_stop_while_waiting_for_the_run_exits_0(
     fake_client: redis.Redis, fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module.time, "sleep", lambda seconds: terminate())
+    monkeypatch.setattr("time.sleep", lambda seconds: terminate())
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
     assert not ended.value.code
@@ -317,7 +323,7 @@ def test_lost_stop_during_loading_ends_before_the_first_job(fake_run: SampleRun,
 def test_lost_stop_while_waiting_ends_at_the_next_poll(
     fake_client: redis.Redis, fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module.time, "sleep", lost_signal)
+    monkeypatch.setattr("time.sleep", lost_signal)
     with pytest.raises(SystemExit) as ended:
         Worker(fake_run.config, task, worker_store(fake_client, "not-yet")).run([["client-0"]])
     assert not ended.value.code
@@ -328,8 +334,8 @@ def test_stop_between_two_rq_loops_starts_no_further_loop(
     fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch, logs: Any
 ) -> None:
     """The first loop ends in the middle of a job, so RQ's worker is still in the state busy."""
-    monkeypatch.setattr(worker_module.TrainingWorker, "perform_job", broken_off)
-    monkeypatch.setattr(worker_module.RedisRetry, "wait", lost_signal)
+    monkeypatch.setattr(TrainingWorker, "perform_job", broken_off)
+    monkeypatch.setattr(RedisRetry, "wait", lost_signal)
     enqueue(fake_run)
     assert start(fake_run, task) == "stopped"
     assert [entry["event"] for entry in logs].count("RQ's loop was interrupted: restarting it") == 1
@@ -383,7 +389,7 @@ def test_outage_in_rqs_loop_is_named_without_a_traceback(
     replica = redis.exceptions.ReadOnlyError("You can't write against a read only replica.")
     first = Queues(replica, replica)
     monkeypatch.setattr("fedqueue_worker.rq_worker.queue_class", lambda queues: first)
-    monkeypatch.setattr(worker_module.RedisRetry, "wait", lambda retry, error: None)
+    monkeypatch.setattr(RedisRetry, "wait", lambda retry, error: None)
     assert start(fake_run, task, burst=True) == "no job is waiting (burst)"
     assert caplog.records == [], "RQ logged a traceback"
     assert [entry["because"] for entry in logs if "interrupted" in entry["event"]] == [
