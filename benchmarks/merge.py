@@ -21,13 +21,13 @@ import torch
 from live_federation import spread
 
 from fedqueue.config.compression import CompressionConfig
+from fedqueue.staleness import constant
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import Codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.fedbuff import fedbuff
-from fedqueue_coordinator.algorithms.staleness import constant
 
 ENCODINGS = ("float32", "float16", "bfloat16", "int8", "topk", "randomk")
 LENGTH = 25_000_000  # 100 MB as float32

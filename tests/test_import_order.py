@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.config",),
     ("fedqueue.protocol",),
     ("fedqueue.tensors",),
-    ("fedqueue.batches", "fedqueue.metrics", "fedqueue.learning_rates"),
+    ("fedqueue.batches", "fedqueue.metrics", "fedqueue.learning_rates", "fedqueue.staleness"),
     (
         "fedqueue.task",
         "fedqueue.training",
@@ -37,6 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "fedqueue.partition",
     ),
     ("fedqueue.leak",),
+    ("fedqueue.secure",),
     ("fedqueue.transport", "fedqueue_coordinator.algorithms"),
     ("fedqueue_coordinator.core",),
     ("fedqueue_coordinator.service", "fedqueue_coordinator.simulation", "fedqueue_worker"),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import fedqueue.tensors.frame
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import BlobMissing, SignatureError
+from fedqueue.staleness import constant
 from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.kernels import kernel
@@ -24,7 +25,6 @@ from fedqueue.tensors.manifest import BUFFER, COUNTER, PARAMETER, Manifest, Tens
 from fedqueue_coordinator.algorithms.aggregator import Contribution
 from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 from fedqueue_coordinator.algorithms.robust import Rule, norm_clipping, robust_fedbuff
-from fedqueue_coordinator.algorithms.staleness import constant
 from fedqueue_coordinator.operator.audit.audit import audit, ok
 from fedqueue_coordinator.operator.audit.audit_input import read_audit_input
 from fedqueue_coordinator.operator.results import write_results

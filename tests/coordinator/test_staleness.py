@@ -9,14 +9,8 @@ from typing import Any
 import pytest
 
 from fedqueue.config.aggregation import StalenessConfig
-from fedqueue_coordinator.algorithms.staleness import (
-    MIN_WEIGHT,
-    constant,
-    exponential,
-    hinge,
-    make_staleness,
-    polynomial,
-)
+from fedqueue.staleness import MIN_WEIGHT, constant, exponential, hinge, polynomial
+from fedqueue_coordinator.algorithms.staleness import make_staleness
 from tests.support.oracle import STALENESS
 
 FUNCTIONS = sorted(STALENESS)

@@ -445,3 +445,23 @@ def test_encoding_by_pieces_allocates_no_second_model(name: str) -> None:
     assert largest in (n, math.ceil(0.01 * n))
     assert all(values.numel() <= encodings.PIECE for _, values in encoded.pieces()) or name == "float32"
     assert set(ENCODINGS) == set(NAMES) - {"float32"}
+
+
+# Masked updates
+
+
+def test_a_masked_update_has_a_word_for_each_parameter() -> None:
+    codec = uplink_codec(CompressionConfig(), manifest_of(3000), masked=True)
+    assert (codec.name, codec.nbytes, codec.largest) == ("ring32", 12_000, 12_000)
+    assert codec.accepts(12_000)
+    assert not codec.accepts(12_004)
+    assert not codec.identity
+
+
+def test_a_masked_update_decodes_to_no_frame() -> None:
+    codec = uplink_codec(CompressionConfig(), manifest_of(3000), masked=True)
+    for use in (codec.decode, codec.received):
+        with pytest.raises(WireError, match="masked, and only the sum of a whole cohort"):
+            use(np.zeros(12_000, np.uint8))
+    with pytest.raises(WireError, match="masked"):
+        codec.encode(Frame(manifest_of(3000)), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from fedqueue.staleness import Staleness
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.algorithms.aggregator import (
     Accumulator,
@@ -13,7 +14,6 @@ from fedqueue_coordinator.algorithms.aggregator import (
     accumulate,
     mean_step,
 )
-from fedqueue_coordinator.algorithms.staleness import Staleness
 
 
 def fedbuff(

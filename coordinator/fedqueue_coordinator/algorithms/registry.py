@@ -12,6 +12,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, MissingExtra
+from fedqueue.staleness import Staleness, constant
 from fedqueue.training import check_training
 from fedqueue_coordinator.algorithms.aggregator import Aggregator
 from fedqueue_coordinator.algorithms.buffer_rules import with_buffer_rules
@@ -23,7 +24,7 @@ from fedqueue_coordinator.algorithms.fedbuff import fedbuff
 from fedqueue_coordinator.algorithms.plugins import load_plugin
 from fedqueue_coordinator.algorithms.robust import make_rule, robust_fedbuff
 from fedqueue_coordinator.algorithms.server_optimizer import try_out
-from fedqueue_coordinator.algorithms.staleness import Staleness, constant, make_staleness
+from fedqueue_coordinator.algorithms.staleness import make_staleness
 
 Factory = Callable[..., Aggregator]
 COMPILED = ("float16", "bfloat16", "int8", "topk")

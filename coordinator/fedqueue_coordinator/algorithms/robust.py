@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 
 from fedqueue.config.aggregation import RobustConfig
+from fedqueue.staleness import Staleness
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Aggregator, Contribution, Step
 from fedqueue_coordinator.algorithms.deterministic_reductions import blocks, inner_product, squared_distances
-from fedqueue_coordinator.algorithms.staleness import Staleness
 
 Centre = Callable[[torch.Tensor], torch.Tensor]
 """float32 or float64 [K, block] → the same dtype [block]; the function may overwrite its argument."""

@@ -113,7 +113,7 @@ class Federation:
         self.evaluated: Evaluated | None = None
         """The newest central evaluation that did not fail."""
         self.stopped: Stop | None = None
-        self.uplink = uplink_codec(config.compression, model.manifest)
+        self.uplink = uplink_codec(config.compression, model.manifest, config.secure.on)
         self.downlink = downlink_codec(config.compression, model.manifest)
         self._aggregator = make_aggregator(config)
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)

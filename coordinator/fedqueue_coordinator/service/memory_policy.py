@@ -28,7 +28,7 @@ def check_memory_policy(client: redis.Redis, config: Config, manifest: Manifest)
     if not policy:
         return
     stored = VERSIONS * downlink_codec(config.compression, manifest).largest
-    stored += config.concurrency * uplink_codec(config.compression, manifest).largest
+    stored += config.concurrency * uplink_codec(config.compression, manifest, config.secure.on).largest
     what = f"Redis deletes keys when its memory is full (maxmemory-policy {policy}, maxmemory {_megabytes(limit)})"
     if policy.startswith("allkeys") and stored > limit:
         raise ServerUnavailable(

@@ -21,7 +21,7 @@ OWN_CODE = "folder.txt"  # the folder of the configuration, if that names the us
 
 def kept_payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -> Callable[[str, int], BlobBuffer]:
     """Return a function (job, attempt) → payload as posted; it raises BlobMissing for one that Redis has not kept."""
-    codec = uplink_codec(config.compression, manifest)
+    codec = uplink_codec(config.compression, manifest, config.secure.on)
 
     def read(job: str, attempt: int) -> BlobBuffer:
         prefix = store.keys.kept_payload(job, attempt)

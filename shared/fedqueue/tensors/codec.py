@@ -22,6 +22,7 @@ from fedqueue.tensors.encodings import ENCODINGS, MOST_INDICES, Bytes, Encoding
 from fedqueue.tensors.frame import Delta, Frame, Piece, split_tail
 from fedqueue.tensors.manifest import SECTIONS, Manifest, align
 
+_NO_FRAME = "ring32: the update is masked, and only the sum of a whole cohort can be decoded"
 WHOLE = (*SECTIONS, "changed")
 """The parts of a frame that are not encoded."""
 
@@ -92,6 +93,37 @@ class Codec:
         return self.encoding.width if self.encoding else 4
 
 
+@dataclass(frozen=True)
+class MaskedCodec(Codec):
+    """The codec of updates in a run with keepers: `manifest.parameters` little-endian words of 32 bits, nothing else.
+
+    The words are the update's plus those of its masks (`fedqueue.secure`), so that they decode to no frame.
+    """
+
+    @property
+    def name(self) -> str:
+        """The name in the header of an update."""
+        return "ring32"
+
+    @property
+    def identity(self) -> bool:
+        """As `Codec.identity`: never."""
+        return False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a masked update."""
+        return 4 * self.manifest.parameters
+
+    def encode(self, frame: Frame, seed: int) -> Bytes:
+        """Raises WireError: `fedqueue.secure` masks an update."""
+        raise WireError(_NO_FRAME)
+
+    def decode(self, wire: Bytes) -> Delta:
+        """Raises WireError: a masked update is part of a sum only."""
+        raise WireError(_NO_FRAME)
+
+
 class Encoded:
     """A frame whose parameters are still encoded: the uint8 array `data`, and views into it.
 
@@ -124,8 +156,13 @@ class Encoded:
         return frame
 
 
-def uplink_codec(config: CompressionConfig, manifest: Manifest) -> Codec:
-    """The codec of updates; raises ManifestMismatch for more parameters than `topk` can index."""
+def uplink_codec(config: CompressionConfig, manifest: Manifest, masked: bool = False) -> Codec:
+    """The codec of updates, which are `masked` in a run with keepers.
+
+    Raises ManifestMismatch for more parameters than `topk` can index.
+    """
+    if masked:
+        return MaskedCodec(manifest)
     if config.uplink == "topk" and manifest.parameters > MOST_INDICES:
         raise ManifestMismatch(
             f"model: {manifest.parameters} parameters; compression.uplink = 'topk' takes {MOST_INDICES}"

@@ -53,7 +53,7 @@ def replay(
     is the last version as it was published to workers; otherwise it has the exact float32 parameters.
     `on_version(version, model)` is called with each version from 0 on; it may keep a copy of the model.
     """
-    uplink = uplink_codec(config.compression, model.manifest)
+    uplink = uplink_codec(config.compression, model.manifest, config.secure.on)
     downlink = downlink_codec(config.compression, model.manifest)
 
     def published(version: int) -> Frame:

@@ -133,8 +133,9 @@ class _Verification:
         self, store: CoordinatorStore, info: RunInfo, ledger: Sequence[LedgerRecord], public: Sequence[PublicKey]
     ) -> None:
         self._store, self._info, self._ledger, self._public = store, info, ledger, public
-        compression, manifest = parse_config(info.config).compression, Manifest.unpack(info.manifest)
-        self._uplink, self._downlink = uplink_codec(compression, manifest), downlink_codec(compression, manifest)
+        config, manifest = parse_config(info.config), Manifest.unpack(info.manifest)
+        self._uplink = uplink_codec(config.compression, manifest, config.secure.on)
+        self._downlink = downlink_codec(config.compression, manifest)
         self._scope = Scope(info.run)
         self._checked: dict[str, int] = {}
         self._problems: list[str] = []

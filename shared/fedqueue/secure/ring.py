@@ -1,0 +1,168 @@
+"""Updates as integers modulo 2³², whose weighted sum is exact: scale, clipping, rounding and weights.
+
+Notation: a version merges updates i with integer weights w_i from 1 to W. d is the number of parameters, n that of the
+keepers, K the buffer size, C the clip norm, and L the largest norm of an update in units of the ring:
+
+    L = ⌊(2³¹ − 1 − n D) / (W (K + 1))⌋        γ = C / L, the value of one unit        D = lcm(1 … W)
+
+A buffer is full with K updates of enough clients, and a client weighs W in it at most, so that Σ w_i ≤ W (K + 1). Then
+|Σ w_i q_i + Σ u_k| < 2³¹ in every coordinate: the sum modulo 2³² is the sum itself, whatever the order of arrival.
+
+Each keeper adds a dither u_k, uniform over D consecutive integers. Without it the weights would tell low bits: modulo a
+common divisor g of all weights but one, the sum is that one update times its weight. Every g ≤ W divides D, so that the
+sum modulo g is uniform while one keeper is honest. With W = 1 there is no such g, and D = 1: no dither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError
+from fedqueue.staleness import Staleness, built_in_staleness, constant
+from fedqueue.tensors.frame import slices
+from fedqueue.tensors.manifest import Manifest
+
+Words = npt.NDArray[np.uint32]
+"""Elements of the ring, uint32."""
+Fill = Callable[[Words], None]
+"""Fills an array with words that are uniform and independent of each other."""
+
+PIECE = 65_536  # words: a piece with its scratch memory stays in the processor's cache
+UNWEIGHTED = ("fadas", "fedavg")
+"""Strategies in which an update's staleness does not change its weight."""
+ROUNDING_SHARE = 16
+"""The clip norm has at least this multiple of the norm that rounding may add to an update."""
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How the updates of one run become integers; every site, keeper and coordinator computes the same."""
+
+    clip_norm: float
+    """C, the largest L2 norm of an update's delta."""
+    buffer_size: int
+    """K, the updates per version."""
+    weight_levels: int
+    """W, the largest weight of an update."""
+    keepers: int
+    """n"""
+    parameters: int
+    """d"""
+
+    @cached_property
+    def dither(self) -> int:
+        """D, the number of values of a keeper's dither; 1 is no dither."""
+        return math.lcm(*range(1, self.weight_levels + 1))
+
+    @cached_property
+    def levels(self) -> int:
+        """L, the largest L2 norm of a quantized update."""
+        return (2**31 - 1 - self.keepers * self.dither) // self.most_weight
+
+    @property
+    def most_weight(self) -> int:
+        """W (K + 1), the largest sum of the weights of a version."""
+        return self.weight_levels * (self.buffer_size + 1)
+
+    @property
+    def scale(self) -> float:
+        """γ, the value of one unit."""
+        return self.clip_norm / self.levels
+
+    @property
+    def clip_levels(self) -> int:
+        """The norm in units that a delta is clipped to before it is rounded: rounding adds less than √d."""
+        return self.levels - _rounding(self.parameters)
+
+    def largest_norm(self, weight: int) -> float:
+        """The largest L2 norm in units of the unmasked sum of updates whose weights have the sum `weight`."""
+        return weight * self.levels + self.keepers * self.dither / 2 * math.sqrt(self.parameters)
+
+    def quantize(self, delta: npt.NDArray[np.float32], fill: Fill) -> npt.NDArray[np.int32]:
+        """The delta, clipped, in units: int32 [d], with ‖q‖ ≤ L for certain. `fill` makes the random words.
+
+        Rounding is stochastic: q = ⌊x + r⌋ with r uniform from [0, 1), so that E[q] = x, and an x that is an integer,
+        such as 0, stays as it is. Raises ValueError for a delta that is not finite.
+        """
+        norm = math.sqrt(_sum_of_squares(delta))
+        if not math.isfinite(norm):
+            raise ValueError("the delta is not finite")
+        units = min(1.0 / self.scale, self.clip_levels / norm if norm else math.inf)
+        quantized = np.empty(len(delta), np.int32)
+        words = np.empty(min(PIECE, len(delta)), np.uint32)
+        squares, rough = 0, 0.0
+        for where in slices(len(delta), PIECE):
+            random = words[: where.stop - where.start]
+            fill(random)
+            exact = np.multiply(delta[where], units, dtype=np.float64)
+            exact += random * 2.0**-32
+            np.floor(exact, out=exact)
+            quantized[where] = exact
+            whole = quantized[where].astype(np.int64)
+            squares += int(np.square(whole, out=whole).sum())
+            rough += float(np.square(exact, out=exact).sum())
+        assert rough < 2.0**62, "the exact sum of squares may have overflowed"
+        assert squares <= self.levels**2, "a quantized update is longer than its bound"
+        return quantized
+
+
+def ring_of(config: Config, manifest: Manifest) -> Ring:
+    """The ring of a run with keepers.
+
+    Raises ConfigurationError for so large a buffer that rounding would take a noticeable part of an update.
+    """
+    secure = config.secure
+    ring = Ring(secure.clip_norm, config.buffer_size, secure.weight_levels, len(secure.keepers), manifest.parameters)
+    if ring.levels < ROUNDING_SHARE * _rounding(ring.parameters):
+        raise ConfigurationError(
+            "aggregation.buffer_size",
+            config.buffer_size,
+            f"with secure.weight_levels = {ring.weight_levels} leaves {max(ring.levels, 0)} steps for an update of "
+            f"{ring.parameters} parameters, whose rounding alone may take {_rounding(ring.parameters)}",
+            "lower buffer_size or weight_levels",
+        )
+    return ring
+
+
+def level(staleness: int, config: Config) -> int:
+    """w = max(1, round(W s(τ))), the integer weight of an update of this staleness."""
+    return max(1, round(config.secure.weight_levels * _staleness(config)(staleness)))
+
+
+def examples_share(examples: int, config: Config) -> float:
+    """The factor min(n, `max_examples`) / `max_examples` of a delta whose weight has the examples n; else 1."""
+    most = config.secure.max_examples
+    if most is None or not weighs_examples(config):
+        return 1.0
+    return min(examples, most) / most
+
+
+def weighs_examples(config: Config) -> bool:
+    """Whether an update's weight has its number of examples as a factor."""
+    return config.aggregation.strategy == "fedavg" or config.aggregation.weight_by_examples
+
+
+def _staleness(config: Config) -> Staleness:
+    if config.aggregation.strategy in UNWEIGHTED:
+        return constant()
+    return built_in_staleness(config.aggregation.staleness)
+
+
+def _rounding(parameters: int) -> int:
+    """⌈√d⌉, which bounds the L2 norm of the errors of rounding."""
+    return math.ceil(math.sqrt(parameters))
+
+
+def _sum_of_squares(delta: npt.NDArray[np.float32]) -> float:
+    total = 0.0
+    for where in slices(len(delta), PIECE):
+        piece = delta[where].astype(np.float64)
+        total += float(np.square(piece, out=piece).sum())  # BLAS would split the sum over threads
+    return total
