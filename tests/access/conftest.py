@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
 from fedqueue.errors import ServerUnavailable
-from tests.support.acl_server import CLIENTS, AclServer, GuardedRun
+from tests.support.acl_server import CLIENTS, KEEPERS, AclServer, GuardedRun
 
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., AclServer]]:
     servers = []
 
-    def start(shared_worker: bool = False) -> AclServer:
+    def start(shared_worker: bool = False, keepers: Sequence[str] = ()) -> AclServer:
         try:
-            servers.append(AclServer(tmp_path_factory.mktemp("acl"), "sample", CLIENTS, shared_worker))
+            folder = tmp_path_factory.mktemp("acl")
+            servers.append(AclServer(folder, "sample", CLIENTS, shared_worker, keepers=keepers))
         except ServerUnavailable as error:
             if os.environ.get("CI"):
                 pytest.fail(f"CI must run these tests: {error}")
@@ -31,7 +32,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 @pytest.fixture(scope="session")
 def guarded(start_server: Callable[..., AclServer]) -> AclServer:
-    return start_server()
+    return start_server(keepers=KEEPERS)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.cli.main import app
-from fedqueue_coordinator.operator.access.acl import chosen_clients, write_access, write_access_folders
+from fedqueue_coordinator.operator.access.acl import chosen_parties, write_access, write_access_folders
 
 SERVER = "redis://redis.example.org:6380"
 
@@ -129,9 +129,9 @@ def test_invalid_server_url_is_refused_without_credentials(tmp_path: Path, serve
 def test_acl_clients_come_from_configuration_or_command_line(tmp_path: Path) -> None:
     path = tmp_path / "f.toml"
     path.write_text('name = "r"\n[task]\nentrypoint = "t.py:T"\n[clients]\ncount = 2\n[stop]\nversions = 1\n')
-    assert chosen_clients(str(path), [], []) == ("r", ["client-0", "client-1"])
-    assert chosen_clients(str(path), ["north"], ["name=other"]) == ("other", ["north"])
-    assert chosen_clients("r", ["north"], []) == ("r", ["north"])
+    assert chosen_parties(str(path), [], [], []) == ("r", ["client-0", "client-1"], [])
+    assert chosen_parties(str(path), ["north"], [], ["name=other"]) == ("other", ["north"], [])
+    assert chosen_parties("r", ["north"], ["audit"], []) == ("r", ["north"], ["audit"])
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_acl_clients_come_from_configuration_or_command_line(tmp_path: Path) -> 
 )
 def test_invalid_names_are_errors_that_name_the_key(run: str, clients: list[Any], key: str) -> None:
     with pytest.raises(ConfigurationError, match=f"^{key}"):
-        chosen_clients(run, clients, [])
+        chosen_parties(run, clients, [], [])
 
 
 def test_passwords_are_printed_only_on_request(tmp_path: Path) -> None:

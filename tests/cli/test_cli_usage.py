@@ -22,7 +22,7 @@ from tests.support.command_line import CommandLine
 
 COMMANDS = (
     "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "leak", "acl", "certs",
-    "enroll", "revoke", "init",
+    "enroll", "keygen", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 

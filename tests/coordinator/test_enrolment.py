@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from fedqueue.errors import ConfigurationError, NotEnrolled
 from fedqueue.protocol.coordinator_identity import load_coordinator_identity
 from fedqueue.protocol.key_files import SigningKey, read_public_keys, read_signing_key, write_public_keys
 from fedqueue.protocol.site_identity import load_site_identity
+from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.operator.access.acl import write_access_folders
 from fedqueue_coordinator.operator.access.certificates import write_certificates
-from fedqueue_coordinator.operator.access.enrolment import enroll, enroll_missing, revoke
+from fedqueue_coordinator.operator.access.enrolment import KEEPER, enroll, enroll_missing, generate_key, revoke
 
 
 def ids(path: Any) -> Any:
@@ -194,3 +196,159 @@ def test_keys_of_a_local_run_outlive_their_files(tmp_path: Path) -> None:
     assert [identity.is_enrolled("north") for identity in identities] == [True, True]
     shutil.rmtree(tmp_path / "clients")
     assert [identity.is_enrolled("north") for identity in identities] == [False, True]
+
+
+# Keepers
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_keeper_gets_its_key_and_the_clients_it_counts(tmp_path: Path) -> None:
+    enroll(tmp_path, "north")
+    own = enroll(tmp_path, "university", role=KEEPER)
+    assert own == tmp_path / "keeper-sites" / "university"
+    assert names(own) == ["clients/north.pub", "coordinator.pub", "university.key"]
+    assert (own / "university.key").stat().st_mode & 0o777 == 0o600
+    assert ids(tmp_path / "keepers" / "university.pub") == [read_signing_key(own / "university.key").public.id]
+    assert ids(own / "clients" / "north.pub") == ids(tmp_path / "clients" / "north.pub")
+
+
+def test_sites_get_the_keepers_whichever_is_enrolled_first(tmp_path: Path) -> None:
+    first = enroll(tmp_path, "north")
+    keeper = enroll(tmp_path, "university", role=KEEPER)
+    second = enroll(tmp_path, "south")
+    for site in (first, second):
+        assert ids(site / "keepers" / "university.pub") == ids(tmp_path / "keepers" / "university.pub")
+    assert names(keeper / "clients") == ["north.pub", "south.pub"]
+    assert names(second) == ["coordinator.pub", "keepers/university.pub", "south.key"]
+    assert load_site_identity(second, "run", "session").clients == ["south"]
+
+
+def test_folder_that_all_sites_share_gets_the_keepers(tmp_path: Path) -> None:
+    enroll_missing(tmp_path / "keys", ["c0", "c1"], tmp_path / "shared")
+    assert enroll_missing(tmp_path / "keys", ["university"], role=KEEPER) == ["university"]
+    assert not (tmp_path / "shared" / "keepers").exists()
+    assert enroll_missing(tmp_path / "keys", ["c0", "c1"], tmp_path / "shared") == []
+    assert names(tmp_path / "shared" / "keepers") == ["university.pub"]
+
+
+def test_rotated_client_is_counted_under_both_keys(tmp_path: Path) -> None:
+    enroll(tmp_path, "north")
+    keeper = enroll(tmp_path, "university", role=KEEPER)
+    enroll(tmp_path, "north", rotate=True)
+    assert ids(keeper / "clients" / "north.pub") == ids(tmp_path / "clients" / "north.pub")
+    assert len(ids(keeper / "clients" / "north.pub")) == 2
+    revoke(tmp_path, "north", previous=True)
+    assert ids(keeper / "clients" / "north.pub") == ids(tmp_path / "clients" / "north.pub")
+    revoke(tmp_path, "north")
+    assert names(keeper / "clients") == []
+
+
+def test_rotated_or_revoked_keeper_changes_at_every_site(tmp_path: Path) -> None:
+    site = enroll(tmp_path, "north")
+    enroll(tmp_path, "university", role=KEEPER)
+    enroll(tmp_path, "university", rotate=True, role=KEEPER)
+    assert len(ids(site / "keepers" / "university.pub")) == 2
+    revoke(tmp_path, "university", previous=True, role=KEEPER)
+    assert ids(site / "keepers" / "university.pub") == ids(tmp_path / "keepers" / "university.pub")
+    revoke(tmp_path, "university", role=KEEPER)
+    assert names(site) == ["coordinator.pub", "north.key"]
+    assert names(tmp_path / "keepers") == []
+    assert enroll_missing(tmp_path, ["university"], role=KEEPER) == [], "a revoked keeper returns by name only"
+
+
+def test_keys_that_a_site_has_pinned_itself_stay(tmp_path: Path) -> None:
+    site = enroll(tmp_path, "north")
+    write_public_keys(site / "keepers" / "own-choice.pub", [SigningKey.generate().public])
+    enroll(tmp_path, "university", role=KEEPER)
+    assert names(site / "keepers") == ["own-choice.pub", "university.pub"]
+
+
+def test_client_and_keeper_of_one_name_have_two_keys(tmp_path: Path) -> None:
+    enroll(tmp_path, "north")
+    enroll(tmp_path, "north", role=KEEPER)
+    revoke(tmp_path, "north")
+    assert names(tmp_path / "keepers") == ["north.pub"]
+    assert not load_coordinator_identity(tmp_path, "run").is_enrolled("north")
+
+
+def test_rotated_coordinators_key_reaches_keepers(tmp_path: Path) -> None:
+    keeper = enroll(tmp_path, "university", role=KEEPER)
+    enroll(tmp_path, "coordinator", rotate=True)
+    assert len(ids(keeper / "coordinator.pub")) == 2
+    with pytest.raises(
+        ConfigurationError, match=r"--keeper = 'coordinator': is the name of the coordinator's own keys"
+    ):
+        enroll(tmp_path, "coordinator", rotate=True, role=KEEPER)
+
+
+def test_key_made_by_its_owner_never_leaves_its_machine(tmp_path: Path) -> None:
+    sent = generate_key(tmp_path / "own", "university")
+    assert (tmp_path / "own" / "university.key").stat().st_mode & 0o777 == 0o600
+    folder = enroll(tmp_path / "keys", "university", public=sent, role=KEEPER)
+    assert names(folder) == ["coordinator.pub"]
+    assert ids(tmp_path / "keys" / "keepers" / "university.pub") == [
+        read_signing_key(tmp_path / "own" / "university.key").public.id
+    ]
+    with pytest.raises(ConfigurationError, match=r"university\.key exists; choose another folder"):
+        generate_key(tmp_path / "own", "university")
+    with pytest.raises(ConfigurationError, match=r"NAME = '\.\./x': must be"):
+        generate_key(tmp_path / "own", "../x")
+
+
+# Commands
+
+
+def test_commands_of_keepers_say_what_to_do_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def said(*words: str) -> str:
+        answer = CliRunner().invoke(app, [*words])
+        assert answer.exit_code == 0, answer.output
+        return answer.output
+
+    key = said("keygen", "university", "--output", "mine")
+    assert key.startswith("university: send mine/university.pub to the operator; key ")
+    told = said("enroll", "--keeper", "university", "--public", "mine/university.pub")
+    assert "university: give keys/keeper-sites/university to the keeper" in told
+    assert "university: give keys/keepers/university.pub to every site" in told
+    assert key.split()[-1] == told.split("\n")[0].split()[-1], "both name the same key"
+    assert said("enroll", "north").startswith("north: give keys/sites/north to the site, and keep no copy; key ")
+    assert said("revoke", "--keeper", "university") == "university: all keys revoked\n"
+
+
+def test_configuration_enrolls_its_keepers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("f.toml").write_text(
+        '[task]\nentrypoint = "t.py:T"\n[clients]\ncount = 4\n[secure]\nkeepers = ["a", "b"]\n[stop]\nversions = 1\n'
+    )
+    answer = CliRunner().invoke(app, ["enroll", "--config", "f.toml"])
+    assert answer.output.splitlines() == [
+        "enrolled 2 keepers: a, b",
+        "enrolled 4 clients: client-0, client-1, client-2, client-3",
+    ]
+    assert names(Path("keys/sites/client-0")) == ["client-0.key", "coordinator.pub", "keepers/a.pub", "keepers/b.pub"]
+    assert len(names(Path("keys/keeper-sites/b/clients"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["enroll"], "CLIENT: missing"),
+        (["enroll", "north", "--keeper", "a", "--public", "x.pub"], "CLIENT = 'north a': more than one with --public"),
+        (["enroll", "--keeper", "a", "--keeper", "b", "--site", "x"], "'a b': more than one with --site and --keeper"),
+        (["enroll", "--keeper", "a", "--config", "f.toml"], "not together with CLIENT, --keeper, --rotate or --public"),
+        (["revoke"], "CLIENT: missing; name a client, or --keeper NAME"),
+        (["revoke", "north", "--keeper", "a"], "CLIENT = 'north': not together with --keeper"),
+        (["revoke", "--keeper", "a"], "--keeper = 'a': is not enrolled; keys/keepers has the enrolled keepers"),
+    ],
+)
+def test_mistaken_command_names_the_problem(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], problem: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = CliRunner().invoke(app, words)
+    assert isinstance(answer.exception, ConfigurationError)
+    assert problem in str(answer.exception)

@@ -162,6 +162,8 @@ WORDS = [
     ("aggregation.robust.keep", "auto"),
     ("aggregation.robust.clip_norm", "median"),
     ("aggregation.cohort_size", "all"),
+    ("secure.max_examples", "off"),
+    ("secure.wait_seconds", "off"),
 ]
 NOT_NONE = {"security.egress_log": "egress", "evaluation.every_versions": 1, "checkpoint.every_seconds": 30.0}
 """The keys whose default is not the word."""

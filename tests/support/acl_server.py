@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import redis
@@ -18,6 +19,7 @@ from tests.support.redis_commands import execute
 from tests.support.sample_run import SampleRun
 
 CLIENTS = ["c0", "c1", "x-c0", "site.example.org"]
+KEEPERS = ["audit", "audit-office"]
 
 
 class AclServer:
@@ -31,11 +33,12 @@ class AclServer:
         shared_worker: bool = False,
         program: str = "",
         appendonly: str = "no",
+        keepers: Sequence[str] = (),
     ) -> None:
         self._socket_folder = tempfile.TemporaryDirectory(prefix="acl-")
         socket = f"{self._socket_folder.name}/s"
         self.folder = folder
-        self.urls = write_access(folder / "access", run, clients, f"unix://{socket}", shared_worker)
+        self.urls = write_access(folder / "access", run, clients, f"unix://{socket}", shared_worker, keepers)
         self._command = [
             program or find_server(), "--port", "0", "--unixsocket", socket, "--dir", str(folder), "--save", "",
             "--appendonly", appendonly, "--aclfile", str(folder / "access" / ACL_FILE),

@@ -15,7 +15,7 @@ from fedqueue_coordinator.cli.processes import RUN_EPILOG, WORKER_SETTINGS, coor
 from fedqueue_coordinator.cli.reading import audit, export, list_runs, status
 from fedqueue_coordinator.cli.remove import remove
 from fedqueue_coordinator.cli.renamed import CommandsWithFormerNames
-from fedqueue_coordinator.cli.security import acl, certs, enroll, revoke
+from fedqueue_coordinator.cli.security import acl, certs, enroll, keygen, revoke
 
 EPILOG = """
 Examples:
@@ -70,6 +70,7 @@ app.command(rich_help_panel=READING, epilog=LEAK_EPILOG)(leak)
 app.command(rich_help_panel=SECURITY)(acl)
 app.command(rich_help_panel=SECURITY)(certs)
 app.command(rich_help_panel=SECURITY)(enroll)
+app.command(rich_help_panel=SECURITY)(keygen)
 app.command(rich_help_panel=SECURITY)(revoke)
 
 

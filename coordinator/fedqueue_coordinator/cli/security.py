@@ -1,4 +1,4 @@
-"""Commands for keys and access: acl, certs, enroll, revoke."""
+"""Commands for keys and access: acl, certs, enroll, keygen, revoke."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ def acl(
     client: Annotated[
         list[str] | None,
         typer.Option(metavar="ID", help="A client. May be repeated. Default: the clients of CONFIG.toml."),
+    ] = None,
+    keeper: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A keeper. May be repeated. Default: the keepers of CONFIG.toml."),
     ] = None,
     output: Annotated[
         Path | None,
@@ -37,23 +41,24 @@ def acl(
 ) -> None:
     """Write Redis access rules: users.acl for the server, and a URL with its password for each user.
 
-    The users are coordinator, worker-CLIENT for each client, viewer (dashboards) and admin; the default user is off.
-    Repeated with another --client, the command adds a user and keeps the existing passwords.
+    The users are coordinator, worker-CLIENT for each client, keeper-NAME for each keeper, viewer (dashboards) and
+    admin; the default user is off. Repeated with another --client, the command adds a user and keeps the existing
+    passwords.
     """
     from fedqueue_coordinator.operator.access.acl import (
         ACL_FILE,
-        chosen_clients,
+        chosen_parties,
         write_access,
         write_access_folders,
     )
 
-    name, clients = chosen_clients(run, client or [], set_ or [])
+    name, clients, keepers = chosen_parties(run, client or [], keeper or [], set_ or [])
     folder = output or Path("access") / name
     if dir_per_user:
-        names = write_access_folders(folder, name, clients, shared_worker)
+        names = write_access_folders(folder, name, clients, shared_worker, keepers)
         typer.echo(f"{folder}: {len(names)} users of run {name}, each with its own folder")
         return
-    urls = write_access(folder, name, clients, server, shared_worker)
+    urls = write_access(folder, name, clients, server, shared_worker, keepers)
     typer.echo(f"{folder / ACL_FILE}: {len(urls)} users; their URLs are in {folder}/USER.url")
     if print_urls:
         for url in urls.values():
@@ -86,17 +91,25 @@ def certs(
 
 def enroll(
     clients: Annotated[list[str] | None, typer.Argument(metavar="CLIENT", help="Clients to enroll.")] = None,
+    keeper: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A keeper to enroll. May be repeated.", show_default=False),
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG.toml", help="Enroll every client in CONFIG.toml that has no key yet.", show_default=False
+            metavar="CONFIG.toml",
+            help="Enroll every client and keeper in CONFIG.toml that has no key yet.",
+            show_default=False,
         ),
     ] = None,
     keys: Keys = Path("keys"),
     site: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Write the site's part to DIR; default: KEYS/sites/CLIENT.", show_default=False
+            metavar="DIR",
+            help="Write the site's part to DIR; default: KEYS/sites/CLIENT, for a keeper KEYS/keeper-sites/NAME.",
+            show_default=False,
         ),
     ] = None,
     rotate: Annotated[
@@ -105,51 +118,89 @@ def enroll(
     public: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="Take the public key in FILE, which the site made itself.", show_default=False
+            metavar="FILE",
+            help="Take the public key in FILE, which its owner made with `fedqueue keygen`.",
+            show_default=False,
         ),
     ] = None,
+    set_: Sets = None,
 ) -> None:
-    """Make the keys with which coordinator and sites sign. Takes effect during a run, too.
+    """Make the keys with which coordinator, sites and keepers sign. Takes effect during a run, too.
 
     `enroll coordinator --rotate` gives the coordinator itself a new key.
 
     The folder --site is for the site: CLIENT.key is secret, and belongs to that site only. The worker reads the folder
-    as security.keys.
+    as security.keys. A keeper's folder has the public keys of the clients that it counts, and each site's folder those
+    of the keepers that it trusts. A keeper makes its own key with `fedqueue keygen`, so that no operator ever has it.
     """
+    from fedqueue.protocol.key_files import PUBLIC_SUFFIX, read_public_keys
+    from fedqueue_coordinator.operator.access.enrolment import CLIENT, KEEPER, enroll_missing
     from fedqueue_coordinator.operator.access.enrolment import enroll as enroll_one
-    from fedqueue_coordinator.operator.access.enrolment import enroll_missing
 
     if config:
         from fedqueue.config.loading import load_config
 
-        if clients or rotate or public:
+        if clients or keeper or rotate or public:
             raise ConfigurationError(
-                "--config", str(config), "not together with CLIENT, --rotate or --public", "leave one out"
+                "--config", str(config), "not together with CLIENT, --keeper, --rotate or --public", "leave one out"
             )
-        made = enroll_missing(keys, load_config(config).clients.ids, site)
-        typer.echo(f"enrolled {len(made)} clients: {', '.join(made) or 'all of them have keys'}")
+        settings = load_config(config, set_ or [])
+        for names, role, folder in ((settings.secure.keepers, KEEPER, None), (settings.clients.ids, CLIENT, site)):
+            if names:
+                made = enroll_missing(keys, names, folder, role)
+                typer.echo(f"enrolled {len(made)} {role.noun}s: {', '.join(made) or 'all of them have keys'}")
         return
-    if not clients or (public and len(clients) > 1):
-        given = " ".join(clients) if clients else None
-        problem = "more than one with --public" if clients else "missing"
-        raise ConfigurationError("CLIENT", given, problem, "name one or more; exactly one with --public")
-    for client in clients:
-        path = enroll_one(keys, client, site, rotate, public)
+    given = [*((name, CLIENT) for name in clients or []), *((name, KEEPER) for name in keeper or [])]
+    if not given or (len(given) > 1 and (public or (site and keeper))):
+        word = " ".join(name for name, _ in given) if given else None
+        option = "--public" if public else "--site and --keeper"
+        problem = f"more than one with {option}" if given else "missing"
+        raise ConfigurationError("CLIENT", word, problem, f"name one or more; exactly one with {option}")
+    for name, role in given:
+        path = enroll_one(keys, name, site, rotate, public, role)
         if path.is_file():
-            typer.echo(f"{client}: distribute {path} to every site before restarting the coordinator")
-        else:
-            typer.echo(f"{client}: give {path} to the site, and keep no copy")
+            typer.echo(f"{name}: distribute {path} to every site and keeper before restarting the coordinator")
+            continue
+        key = read_public_keys(keys / role.enrolled / f"{name}{PUBLIC_SUFFIX}")[0].id
+        owner = "site" if role is CLIENT else "keeper"
+        typer.echo(f"{name}: give {path} to the {owner}, and keep no copy; key {key}")
+        if role is KEEPER:
+            typer.echo(f"{name}: give {keys / role.enrolled / name}{PUBLIC_SUFFIX} to every site")
+
+
+def keygen(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The client or the keeper whose key it is.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Write to DIR.")] = Path("keys"),
+) -> None:
+    """Make a key pair on the machine that uses it, so that the private key never leaves it.
+
+    Writes NAME.key, which is secret, and NAME.pub for the operator: `fedqueue enroll NAME --public NAME.pub`, or
+    `fedqueue enroll --keeper NAME --public NAME.pub`.
+    """
+    from fedqueue.protocol.key_files import read_public_keys
+    from fedqueue_coordinator.operator.access.enrolment import generate_key
+
+    path = generate_key(output, name)
+    typer.echo(f"{name}: send {path} to the operator; key {read_public_keys(path)[0].id}")
 
 
 def revoke(
-    client: Annotated[str, typer.Argument(metavar="CLIENT", help="An enrolled client.")],
+    client: Annotated[str, typer.Argument(metavar="CLIENT", help="An enrolled client.", show_default=False)] = "",
+    keeper: Annotated[str, typer.Option(metavar="NAME", help="An enrolled keeper.", show_default=False)] = "",
     keys: Keys = Path("keys"),
     previous: Annotated[
         bool, typer.Option("--previous", help="Revoke only the previous key, after a rotation.")
     ] = False,
 ) -> None:
-    """Revoke a client's key. Takes effect immediately, during a run too."""
+    """Revoke a client's or a keeper's key. Takes effect immediately, during a run too.
+
+    Without its keeper, a run makes no further version; sites and keepers have copies of the keys of their own.
+    """
+    from fedqueue_coordinator.operator.access.enrolment import CLIENT, KEEPER
     from fedqueue_coordinator.operator.access.enrolment import revoke as revoke_one
 
-    revoke_one(keys, client, previous)
-    typer.echo(f"{client}: {'previous key' if previous else 'all keys'} revoked")
+    if bool(client) == bool(keeper):
+        problem = "not together with --keeper" if client else "missing"
+        raise ConfigurationError("CLIENT", client or None, problem, "name a client, or --keeper NAME")
+    revoke_one(keys, client or keeper, previous, KEEPER if keeper else CLIENT)
+    typer.echo(f"{client or keeper}: {'previous key' if previous else 'all keys'} revoked")

@@ -569,9 +569,12 @@ class Federation:
 def initial_model(config: Config, module: torch.nn.Module) -> Frame:
     """Make version 0 from the module's values, rounded as versions are published.
 
-    A replay of the run begins from the stored version 0, so version 0 itself must be what is stored.
+    A replay of the run begins from the stored version 0, so version 0 itself must be what is stored. Raises
+    ManifestMismatch for a model with buffers that a run with keepers cannot merge.
     """
     model = Frame(Manifest.from_module(module, config.aggregation))
+    if config.secure.on:
+        model.manifest.require_maskable(config.aggregation.running_statistics)
     model.read(module)
     codec = downlink_codec(config.compression, model.manifest)
     if not codec.encoding:

@@ -18,6 +18,7 @@ from fedqueue.config.names import ClientId, RunName
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, refuse
 from fedqueue.config.secure import SecureConfig
+from fedqueue.config.secure_limits import refusal_of_masking
 from fedqueue.config.target import Goal, Target, goals
 from fedqueue.config.training import TrainingConfig
 
@@ -245,6 +246,12 @@ class Config(Section):
                 f"aggregation.strategy is {self.aggregation.strategy!r}",
                 "set aggregation.strategy to one with a buffer, such as 'fedbuff', and barrier = false",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _masking_fits(self) -> Config:
+        if refusal := refusal_of_masking(self):
+            raise refusal
         return self
 
     @property

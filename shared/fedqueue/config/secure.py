@@ -10,6 +10,10 @@ from fedqueue.config.names import KeeperName
 from fedqueue.config.sections import OFF, Count, Positive, Section, refuse
 
 MAX_KEEPERS = 3
+MAX_MEMBERS = 512
+"""The most updates in one cohort."""
+RESERVED_NAME = "coordinator"
+"""No keeper has this name: the files of keys are named after their owners."""
 
 
 class SecureConfig(Section):
@@ -23,8 +27,9 @@ class SecureConfig(Section):
     """Staleness weights are rounded to whole multiples of 1 divided by this number; 1: every update weighs the same."""
     clip_norm: Positive = 10.0
     """The L2 norm that a client's delta is scaled down to where it is longer. A large value costs resolution only."""
-    max_examples: Count | None = None
-    """With weights by examples: a client with more examples weighs as much as one with this number."""
+    max_examples: Annotated[Count | None, OFF] = None
+    """With weights by examples: a client with more examples weighs as much as one with this number; `off`: no such
+    weights."""
     wait_seconds: Annotated[Positive | None, OFF] = None
     """Ends the run as failed where a keeper has been awaited for so long; `off`: waits for it for ever."""
 

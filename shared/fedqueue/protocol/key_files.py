@@ -31,8 +31,8 @@ PUBLIC_BYTES = 32
 COORDINATOR = "coordinator"  # reserved: no client has this name, so its files may be in the same folder as a site's
 COORDINATOR_KEY = f"{COORDINATOR}.key"
 COORDINATOR_PUBLIC = f"{COORDINATOR}.pub"
-KEY_SUFFIX = ".key"
-CLIENTS, REVOKED = "clients", "revoked"  # folders of public keys, in the coordinator's key folder
+KEY_SUFFIX, PUBLIC_SUFFIX = ".key", ".pub"
+CLIENTS, KEEPERS, REVOKED = "clients", "keepers", "revoked"  # folders of public keys, in the coordinator's key folder
 MAX_FILE = 64 * 1024  # bytes
 
 T = TypeVar("T")

@@ -172,9 +172,14 @@ class Keys:
         """string chunks: the payload after its merge, if payloads are kept"""
         return f"{self.payload_prefix}kept:{job}:{attempt}"
 
+    @property
+    def keeper_prefix(self) -> str:
+        """The beginning of each key of `keeper`."""
+        return self._key("keeper:")
+
     def keeper(self, keeper: str) -> str:
         """string: the keeper's encryption key for this run instance, signed by it"""
-        return self._key(f"keeper:{keeper}")
+        return f"{self.keeper_prefix}{keeper}"
 
     def asks(self, keeper: str) -> str:
         """stream: what the coordinator asks of the keeper (offers, cohorts), until the updates' jobs have ended"""

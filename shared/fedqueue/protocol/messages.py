@@ -10,14 +10,13 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedqueue.config.names import ClientId, KeeperName, RunName
-from fedqueue.config.secure import MAX_KEEPERS
+from fedqueue.config.secure import MAX_KEEPERS, MAX_MEMBERS
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
 from fedqueue.protocol.msgpack import pack, unpack
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64  # characters
-MAX_MEMBERS = 512  # updates in one cohort
 NO_EXAMPLES = "no examples"
 """The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
 SITE_POLICY = "this site's policy: "

@@ -253,6 +253,20 @@ class Manifest:
             raise ManifestMismatch(f"model: it has {frozen}, so there is nothing to train")
         return cls(_laid_out(rows))
 
+    def require_maskable(self, statistics: str) -> None:
+        """Raise ManifestMismatch where an update would have more than parameters: masks hide no buffer.
+
+        With `aggregation.running_statistics` = "frozen", which is `statistics`, counters with the default rule are left
+        at the values of version 0.
+        """
+        for e in self._buffers:
+            if e.role == COUNTER and not e.rule and statistics == FROZEN:
+                continue
+            hint = "set aggregation.running_statistics = 'frozen', or use GroupNorm or LayerNorm, which have none"
+            if e.rule:
+                hint = f'write aggregation.buffers = {{ "{e.name}" = "frozen" }}'
+            raise ManifestMismatch(f"model: buffer {e.name} cannot be masked, and would tell of each client; {hint}")
+
     def pack(self) -> bytes:
         """The manifest as msgpack: for each tensor the fields of TensorSpec, in their order."""
         rows = [

@@ -5,8 +5,9 @@ and keys, written as one ACL selector: `+xadd` is allowed on a client's own stre
 or the worker itself calls it. In addition, a worker may call EVALSHA only with the digests of its own scripts, and only
 the coordinator and admin may load scripts.
 
-Reading order: what each user may do (`worker_rights`, `coordinator_rights`, `viewer_rights`), the text of the ACL file
-(`users`, `acl_file`), then the two ways to write it (`write_access` for URLs, `write_access_folders` for containers).
+Reading order: what each user may do (`worker_rights`, `keeper_rights`, `coordinator_rights`, `viewer_rights`), the text
+of the ACL file (`users`, `acl_file`), then the two ways to write it (`write_access` for URLs, `write_access_folders`
+for containers).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from urllib.parse import SplitResult, urlsplit
 from pydantic import TypeAdapter, ValidationError
 
 from fedqueue.config.loading import load_config
-from fedqueue.config.names import ClientId, RunName
+from fedqueue.config.names import ClientId, KeeperName, RunName
 from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.key_files import write_private
 from fedqueue.protocol.keys import RUNS, Keys, client_tag
@@ -77,7 +78,9 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
         f"execution:{job}:*", f"worker:fedqueue-{job}", f"worker:fedqueue-{job}:executions", f"workers:{queue}",
         f"queue:{queue}", f"queue:{queue}:intermediate", f"wip:{queue}", f"failed:{queue}", f"finished:{queue}",
     ]  # fmt: skip
-    read = [keys.config, keys.head, keys.leader, keys.clients, f"{keys.model_prefix}*"]
+    read = [
+        keys.config, keys.head, keys.leader, keys.clients, f"{keys.model_prefix}*", f"{keys.keeper_prefix}*",
+    ]  # fmt: skip
     return [
         Right((*CONNECTION, *TRANSACTION)),
         Right(("get", "getrange", "hget", "hgetall", "sismember"), _reading(read)),
@@ -94,6 +97,26 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
         Right(RQ_WORKER, tuple(f"~rq:{key}" for key in own_rq)),
         Right(("sadd", "srem"), ("~rq:workers",)),
         Right(("exists",), ("%R~rq:suspended",)),
+    ]
+
+
+def keeper_rights(run: str, keeper: str) -> list[Right]:
+    """Return the rights of a keeper: it reads what it is asked, and writes its answers and its masks.
+
+    No key with a model, a payload or another keeper's masks is among them.
+    """
+    keys = Keys(run)
+    return [
+        Right((*CONNECTION, *TRANSACTION)),
+        Right(("hget", "hmget", "hgetall", "exists"), _reading([keys.config, keys.head, keys.leader])),
+        Right(("xread", "xrange", "xlen"), _reading([keys.asks(keeper)])),
+        Right(("xadd",), (f"%W~{keys.says(keeper)}",)),
+        Right(("get", "set"), (f"~{keys.keeper(keeper)}",)),
+        Right(("publish",), (f"&{keys.wakeup}",)),
+        Right(
+            ("set", "setrange", "strlen", "expire", "exists", "persist", "unlink"),
+            (f"~{keys.mask('*', keeper)}",),
+        ),
     ]
 
 
@@ -128,13 +151,16 @@ def viewer_rights(run: str) -> list[Right]:
     return [Right((*CONNECTION, *TRANSACTION)), Right(reading, _reading(shown))]
 
 
-def users(run: str, clients: Iterable[str], shared_worker: bool = False) -> dict[str, list[str]]:
+def users(
+    run: str, clients: Iterable[str], shared_worker: bool = False, keepers: Iterable[str] = ()
+) -> dict[str, list[str]]:
     """Return user → ACL rules. With `shared_worker`, the user SHARED_WORKER is one of them."""
     workers = {**({SHARED_WORKER: None} if shared_worker else {}), **{f"worker-{client}": client for client in clients}}
     rights = {
         COORDINATOR: coordinator_rights(run),
         VIEWER: viewer_rights(run),
         **{user: worker_rights(run, client) for user, client in workers.items()},
+        **{f"keeper-{keeper}": keeper_rights(run, keeper) for keeper in keepers},
     }
     rules = {user: _rules(of_user) for user, of_user in rights.items()}
     # The coordinator's categories include commands that reach beyond its keys, such as KEYS.
@@ -161,16 +187,21 @@ def _reading(keys: Iterable[str]) -> tuple[str, ...]:
     return tuple(f"%R~{key}" for key in keys)
 
 
-def chosen_clients(run: str, clients: Sequence[str], overrides: Sequence[str]) -> tuple[str, list[str]]:
-    """Return the run's name and clients: from the configuration if `run` is the path of one, else as given.
+def chosen_parties(
+    run: str, clients: Sequence[str], keepers: Sequence[str], overrides: Sequence[str]
+) -> tuple[str, list[str], list[str]]:
+    """Return the run's name, clients and keepers: from the configuration if `run` is the path of one, else as given.
 
-    `clients`, if not empty, takes precedence over the configuration's. `overrides` are KEY=VALUE texts for the
-    configuration. Raises ConfigurationError for an invalid name, and if there is no client.
+    `clients` and `keepers`, if not empty, take precedence over the configuration's. `overrides` are KEY=VALUE texts for
+    the configuration. Raises ConfigurationError for an invalid name, and if there is no client.
     """
     if Path(run).is_file():
         config = load_config(Path(run), overrides)
-        run, clients = config.name, clients or config.clients.ids
-    for key, value, kind in (("RUN", run, RunName), *(("--client", client, ClientId) for client in clients)):
+        run, clients, keepers = config.name, clients or config.clients.ids, keepers or config.secure.keepers
+    given = [("RUN", run, RunName)]
+    given += [("--client", client, ClientId) for client in clients]
+    given += [("--keeper", keeper, KeeperName) for keeper in keepers]
+    for key, value, kind in given:
         try:
             TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
@@ -179,10 +210,17 @@ def chosen_clients(run: str, clients: Sequence[str], overrides: Sequence[str]) -
         raise ConfigurationError(
             "--client", None, "missing", f"pass --client ID, or the configuration file of {run} as RUN"
         )
-    return run, list(clients)
+    return run, list(clients), list(keepers)
 
 
-def write_access(folder: Path, run: str, clients: Sequence[str], server: str, shared_worker: bool) -> dict[str, str]:
+def write_access(
+    folder: Path,
+    run: str,
+    clients: Sequence[str],
+    server: str,
+    shared_worker: bool,
+    keepers: Sequence[str] = (),
+) -> dict[str, str]:
     """Write users.acl and one USER.url for each user, readable by the owner only; returns user → URL.
 
     A user whose URL is already in `folder` keeps its password, so a client can be added during a run. The URL file of
@@ -190,7 +228,7 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, sh
     ConfigurationError for any other URL.
     """
     server_url = _split_server_url(server)
-    rules = users(run, clients, shared_worker)
+    rules = users(run, clients, shared_worker, keepers)
     passwords = {user: _password_in(folder / f"{user}.url") or _new_password() for user in rules}
     urls = {user: _with_credentials(server_url, user, password) for user, password in passwords.items()}
     for user in _users_in(folder / ACL_FILE) - urls.keys():
@@ -201,14 +239,16 @@ def write_access(folder: Path, run: str, clients: Sequence[str], server: str, sh
     return urls
 
 
-def write_access_folders(folder: Path, run: str, clients: Sequence[str], shared_worker: bool) -> list[str]:
+def write_access_folders(
+    folder: Path, run: str, clients: Sequence[str], shared_worker: bool, keepers: Sequence[str] = ()
+) -> list[str]:
     """Write one folder for each user, so that each container mounts only its own as a volume; returns the users.
 
     USER/redis.password is for the key redis.password_file. The folder `server` is for the container of Redis: it has
     users.acl and the password of `admin`, both readable by any user, because that container runs as a user of its own.
     Existing passwords are kept, and passwords of users that are no longer listed are deleted, as in `write_access`.
     """
-    rules = users(run, clients, shared_worker)
+    rules = users(run, clients, shared_worker, keepers)
     folders = {user: folder / (SERVER_FOLDER if user == ADMIN else user) for user in rules}
     passwords = {user: _read(own / PASSWORD_FILE) or _new_password() for user, own in folders.items()}
     for user in _users_in(folder / SERVER_FOLDER / ACL_FILE) - folders.keys():
