@@ -188,7 +188,7 @@ def test_denied_worker_command_changes_nothing(guarded: AclServer, victim: Victi
 
 @pytest.mark.parametrize(
     "script",
-    ["commit", "dispatch", "close", "ack", "end_run", "leader", "find_expired", "client_leases", "expire_client"],
+    ["commit", "dispatch", "close", "ack", "end_run", "leader", "find_expired", "client_leases", "expire_clients"],
 )
 def test_worker_may_not_run_the_coordinators_scripts(guarded: AclServer, victim: Victim, script: str) -> None:
     with pytest.raises(redis.ResponseError, match=DENIED):
@@ -262,7 +262,7 @@ def test_garbage_in_worker_records_is_harmless(guarded: AclServer, victim: Victi
     forged = [e for e in run.updates() if e.client == "c0"]
     assert [(e.client, e.job) for e in forged] == [("c0", run.job)], "the entry does not name the user that wrote it"
     run.publish(1)
-    run.coordinator.expire_client("c0")
+    run.coordinator.expire_clients(["c0"])
     run.coordinator.close(run.own_job, {"kind": "abandoned"}, 1)
     assert run.own_job not in [job.job for job in run.coordinator.jobs()]
 

@@ -58,10 +58,10 @@ def test_every_step_of_a_run_touches_one_slot_of_a_cluster(cluster: redis.Redis)
     assert run.coordinator.close(claim.job, {"kind": "abandoned"}, 1, entry.id)
     run.coordinator.renew_lead(60)
     assert run.coordinator.find_expired() == []
-    run.coordinator.expire_client("c0")
+    run.coordinator.expire_clients(["c0"])
     worker.leave(["c0"])
     for entry in run.coordinator.unacknowledged():
-        run.coordinator.ack(entry.id, None)
+        run.coordinator.ack([(entry.id, None)])
     run.coordinator.end("all done", 60, 1)
     assert [r["kind"] for r in run.coordinator.ledger()] == ["version", "abandoned"]
     scheduler = {execute(cluster, "CLUSTER", "KEYSLOT", key) for key in cluster.scan_iter(run.keys.pattern)}

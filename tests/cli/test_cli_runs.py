@@ -34,9 +34,8 @@ def live(server_client: redis.Redis) -> SampleRun:
         "sample-00000002", {"kind": "abandoned", "reason": "failed", "client": "c0", "error": "E: no"}, 1
     )
     run.coordinator.report("evaluated", b"")
-    run.coordinator.ack(
-        run.coordinator.unacknowledged()[-1].id, {"kind": "evaluation", "version": 2, "metrics": {"accuracy": 0.5}}
-    )
+    evaluation = {"kind": "evaluation", "version": 2, "metrics": {"accuracy": 0.5}}
+    run.coordinator.ack([(run.coordinator.unacknowledged()[-1].id, evaluation)])
     run.dispatch(3)
     return run
 

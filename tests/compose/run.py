@@ -35,7 +35,7 @@ PULL_SECONDS, BUILD_SECONDS = 300, 1800
 PATIENCE = 120.0  # seconds to wait for an event of the run; an import of torch is slow on a loaded machine
 OUT_OF_REACH = "{accuracy = 1.01}"
 WITHIN_REACH = "{accuracy = 0.9}"
-CLIENT_EXPIRED = ("client is gone", "lease of client expired")
+CLIENT_EXPIRED = ("lease of client expired", "leases of clients expired")
 """What a coordinator logs when a client's worker is missing: test_compose_file.py checks that it still does."""
 AS_ADMIN = "REDISCLI_AUTH=$(cat /access/redis.password) redis-cli --user admin"  # in the container of Redis
 

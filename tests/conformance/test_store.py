@@ -117,7 +117,7 @@ STALE_WRITES = {
     "dispatch": lambda run, entry: run.dispatch(9),
     "publish": lambda run, entry: run.publish(1, [entry]),
     "close": lambda run, entry: run.coordinator.close(entry.job, {"kind": "rejected"}, 1, entry.id),
-    "note": lambda run, entry: run.coordinator.ack(entry.id, {"kind": "evaluation"}),
+    "note": lambda run, entry: run.coordinator.ack([(entry.id, {"kind": "evaluation"})]),
     "end": lambda run, entry: run.coordinator.end("whim", 60, 1),
 }
 
@@ -316,7 +316,7 @@ def test_client_with_an_expired_lease_is_expired(run: SampleRun) -> None:
     leases = run.coordinator.client_leases(["c1", "c0", "c2"], most_seconds=30)
     assert leases == {"c1": 30.0, "c0": 0.0}
     assert run.coordinator.alive_clients() == ["c1"]
-    assert run.coordinator.expire_client("c0")
+    assert run.coordinator.expire_clients(["c0"])
     assert run.coordinator.client_leases(["c0"]) == {}
     assert run.worker().heartbeat(["c0"], 60, None, True).lost_clients == ("c0",)
 
@@ -324,7 +324,7 @@ def test_client_with_an_expired_lease_is_expired(run: SampleRun) -> None:
 def test_returned_client_is_not_expired(run: SampleRun) -> None:
     worker = run.join("c0", lease=0)
     worker.heartbeat(["c0"], 60, None, True)
-    assert not run.coordinator.expire_client("c0")
+    assert not run.coordinator.expire_clients(["c0"])
     assert run.coordinator.alive_clients() == ["c0"]
 
 
@@ -608,15 +608,15 @@ def test_ack_with_a_record_is_written_once(run: SampleRun) -> None:
     run.coordinator.report("evaluated", b"body")
     [entry] = run.coordinator.receive(0.001)
     assert (entry.kind, entry.body) == ("evaluated", b"body")
-    assert run.coordinator.ack(entry.id, {"kind": "evaluation"})
-    assert not run.coordinator.ack(entry.id, {"kind": "evaluation"})
+    assert run.coordinator.ack([(entry.id, {"kind": "evaluation"})])
+    assert not run.coordinator.ack([(entry.id, {"kind": "evaluation"})])
     assert run.coordinator.ledger() == [{"kind": "evaluation"}]
 
 
 def test_ack_without_a_record_writes_no_ledger_record(run: SampleRun) -> None:
     run.coordinator.report("evaluated", b"")
     [entry] = run.coordinator.receive(0.001)
-    assert run.coordinator.ack(entry.id, None)
+    assert run.coordinator.ack([(entry.id, None)])
     assert run.coordinator.ledger() == []
     assert run.coordinator.unacknowledged() == []
 
@@ -904,7 +904,7 @@ def test_unacknowledged_entries_are_reread_in_order(run: SampleRun) -> None:
     first = run.coordinator.receive(0.001)
     assert [e.kind for e in first] == ["joined", "update", "update", "update"]
     assert run.coordinator.receive(0.001) == []
-    run.coordinator.ack(first[0].id, None)
+    run.coordinator.ack([(first[0].id, None)])
     run.publish(1, [first[2]])
 
     successor = dethroned(run)

@@ -352,7 +352,7 @@ def test_expired_client_is_registered_again(
 ) -> None:
     heartbeat.register(Registration(client="c0", examples=10))
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
-    assert fake_run.coordinator.expire_client("c0")
+    assert fake_run.coordinator.expire_clients(["c0"])
     fake_run.coordinator.receive(0.001)
     heartbeat.beat()
     assert fake_run.coordinator.alive_clients() == ["c0"]
@@ -366,7 +366,7 @@ def test_registration_that_failed_is_repeated_by_the_next_beat(
     """The client has joined by then, so the reply to the next beat does not name it as lost."""
     heartbeat.register(Registration(client="c0", examples=10))
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
-    fake_run.coordinator.expire_client("c0")
+    fake_run.coordinator.expire_clients(["c0"])
     fake_run.coordinator.receive(0.001)
 
     def no_answer(registration: Any) -> None:
@@ -395,7 +395,7 @@ def test_worker_stops_when_another_one_serves_its_client(
     fake_run: SampleRun, worker: Any, heartbeat: Heartbeat, ended: list[Any]
 ) -> None:
     fake_run.client.hset(fake_run.keys.site("c0"), "alive", 0)
-    fake_run.coordinator.expire_client("c0")
+    fake_run.coordinator.expire_clients(["c0"])
     fake_run.join("c0", "worker-b")
     heartbeat.beat()
     assert ended == ["another worker now serves client c0"]

@@ -297,6 +297,11 @@ class Federation:
         return self._scheduler.open_jobs
 
     @property
+    def busy(self) -> Container[str]:
+        """The clients with an open job; a view, which changes as jobs do."""
+        return self._scheduler.busy
+
+    @property
     def needs_base(self) -> bool:
         """Whether the base versions of open jobs must stay stored."""
         return self._aggregator.needs_base

@@ -11,7 +11,7 @@ depends on changes (`_place`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from fedqueue.config.schema import Config
 from fedqueue.protocol.keys import job_name
@@ -186,6 +186,11 @@ class Scheduler:
         self._leave_group(client)
         self._free(job, client)
         self._place(client)
+
+    @property
+    def busy(self) -> Container[str]:
+        """The clients with an open job; a view, which changes as jobs do."""
+        return self._jobs.keys()
 
     def jobs_of(self, client: str) -> list[str]:
         """Return the client's open jobs, oldest first."""

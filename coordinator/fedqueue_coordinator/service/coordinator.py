@@ -15,7 +15,7 @@ import dataclasses
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,6 @@ from fedqueue_coordinator.core.events import (
     Evaluate,
     Evaluated,
     Event,
-    InvalidEntry,
-    JobEnded,
     JobLapsed,
     JobStays,
     LeaseExpired,
@@ -74,6 +72,7 @@ from fedqueue_coordinator.service.evaluator import Evaluator
 from fedqueue_coordinator.service.leader_election import LeaseRenewal, acquire_leadership
 from fedqueue_coordinator.service.lease_watch import LeaseWatch
 from fedqueue_coordinator.service.payload_reader import BaseVersions, PayloadChanged, PayloadReader
+from fedqueue_coordinator.service.portions import TOGETHER, log_events, log_gone, portions
 from fedqueue_coordinator.service.publication import publish_newest
 from fedqueue_coordinator.service.recovery import restore_federation
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER, keep_replay
@@ -81,6 +80,7 @@ from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER, keep_repl
 log = structlog.get_logger("fedqueue.coordinator")
 
 MAX_VERSIONS_PER_COMMIT = 32  # versions in one commit
+LAPSED_TOGETHER = 16  # jobs whose lease has ended, in one round of the loop
 MAX_WAIT_SECONDS = 1.0  # seconds; a read ends at once when an entry arrives, this bounds how long a signal waits
 
 
@@ -122,6 +122,7 @@ class Coordinator:
         self._known = False  # whether this process has seen the run in Redis
         self._unreported: Evaluation | None = None  # an evaluation that an outage of Redis kept from the stream
         self._unpublished: list[Commit] = []  # versions that are not in Redis yet
+        self._handled: list[tuple[str, Mapping[str, Any] | None]] = []  # entries to acknowledge, with their records
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILENAME, config.checkpoint.every_seconds)
         self._verifier = EntryVerifier(store.identity)
         self._retry = RedisRetry(self._told_to_stop, sleep)
@@ -132,6 +133,8 @@ class Coordinator:
         self._base_versions: BaseVersions
         self._queues: rq_jobs.Queues
         self._leases: LeaseWatch
+        self._clients_due: bool  # whether the lease watch has more clients to check at once
+        self._lapsed_jobs: deque[str]  # jobs whose lease has ended, to close
         torch.set_num_threads(config.aggregation.threads)
         check_algorithms(config)
         data = load_test_data(task)
@@ -238,16 +241,17 @@ class Coordinator:
         self._zero = min(self._zero, resumed) if self._known else resumed  # the time of an outage counts
         self._known = True
         self._next_watch = self._now()
-        self._unpublished = []
+        self._unpublished, self._handled = [], []
         self._unreported = None  # measured again: the federation knows of no evaluation in progress
         self._leases = LeaseWatch()
+        self._clients_due, self._lapsed_jobs = False, deque()
         self._queues = rq_jobs.Queues(store.redis)
+        store.read_first(self.federation.busy)
         self._payloads = PayloadReader(store, self.federation)
         self._base_versions = BaseVersions(store, self.federation)
         for order in store.unstarted_orders():
             store.enqueue(self._rq_record(order, store.pack_order(order)))  # no change if RQ has the job
-        for entry in store.unacknowledged():
-            self._take(entry)
+        self._take(store.unacknowledged())
         registrations = self._verifier.valid_registrations(store.signed_registrations())
         for client in store.alive_clients():
             if client in registrations:
@@ -268,8 +272,7 @@ class Coordinator:
             self._publish()
             entries = self.store.receive(self._wait_seconds())
             self.store.expect_payloads(entries[1:], self.federation.uplink)
-            for entry in entries:
-                self._take(entry)
+            self._take(entries)
             self._watch()
             self._handle(Tick())
             if self._ending and not self.federation.stopped:
@@ -285,73 +288,90 @@ class Coordinator:
     def _wait_seconds(self) -> float:
         """Longest time that the next read waits for an entry."""
         now = self._now()
-        ends = [now + MAX_WAIT_SECONDS, self._next_watch, self.federation.next_deadline()]
+        more = now if self._clients_due or self._lapsed_jobs else None
+        ends = [now + MAX_WAIT_SECONDS, self._next_watch, self.federation.next_deadline(), more]
         return max(0.001, min(end for end in ends if end is not None) - now)
 
     def _watch(self) -> None:
-        """From time to time: renew the lead, save a checkpoint, read streams, and find what has expired."""
-        if self._now() < self._next_watch:
-            return
-        dispatch = self.config.dispatch
-        self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
-        self.store.renew_lead(dispatch.leader_lease_seconds)
-        self._retry.succeeded()
-        if (evaluation := self._unreported) is not None:
-            self._unreported = None
-            self._report(evaluation)
-        if self._checkpointer.due(self._now()):
-            self._publish()
-            self._checkpointer.start(Checkpoint.from_federation(self.federation, self._ledger()), self._now())
-        for entry in self.store.sweep_some(self.federation.open_jobs.values()):
-            self._take(entry)
-        self._check_clients()
-        for job in self.store.find_expired():
-            if holder := self.federation.open_jobs.get(job):
-                cause, why = lapse_cause(self.store.last_report(job, holder), dispatch)
-                self._handle(LeaseExpired(job, cause, f"{cause}: {why}"))
+        """From time to time: renew the lead, save a checkpoint, read streams, and find what has expired.
+
+        Many leases may end at once. Each round of the loop ends a portion of them, so that updates wait no longer.
+        """
+        if self._now() >= self._next_watch:
+            dispatch = self.config.dispatch
+            self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
+            self.store.renew_lead(dispatch.leader_lease_seconds)
+            self._retry.succeeded()
+            if (evaluation := self._unreported) is not None:
+                self._unreported = None
+                self._report(evaluation)
+            if self._checkpointer.due(self._now()):
+                self._publish()
+                self._checkpointer.start(Checkpoint.from_federation(self.federation, self._ledger()), self._now())
+            self._take(self.store.sweep_some(self.federation.open_jobs.values()))
+            self._clients_due = True
+            self._lapsed_jobs = deque(self.store.find_expired())
+        if self._clients_due:
+            self._check_clients()
+        if not self._clients_due:  # else a job might pass to a client that is gone too
+            self._end_lapsed_jobs()
 
     def _check_clients(self) -> None:
-        """Let the clients leave that are revoked or whose lease has ended, among those whose check is due."""
-        due, lease = self._leases.due(self._now()), self.config.dispatch.lease_seconds
+        """Let the clients leave that are revoked or whose lease has ended, among some of those whose check is due."""
+        due, lease = self._leases.due(self._now(), TOGETHER), self.config.dispatch.lease_seconds
+        self._clients_due = len(due) == TOGETHER
         leases = self.store.client_leases(due, lease) if due else {}
+        revoked, ended = [], []
         for client in due:
             left = leases.get(client, lease)  # without a lease, an entry that it has left is on its way
             if not self._verifier.trusts(client):
-                log.warning("client was revoked; it gets no further job", client=client)
-                self._handle(ClientLeft(client, announced=False))
-            elif not left and self.store.expire_client(client):
-                log.warning("lease of client expired", client=client)
-                self._handle(ClientLeft(client, announced=False))
+                revoked.append(client)
+            elif not left:
+                ended.append(client)
             else:
                 self._leases.set(client, self._now() + left)
+        expired = self.store.expire_clients(ended) if ended else []
+        for client in {*ended}.difference(expired):  # renewed meanwhile
+            self._leases.set(client, self._now())
+        log_gone(revoked, expired)
+        for client in [*revoked, *expired]:
+            self._handle(ClientLeft(client, announced=False))
 
-    def _take(self, entry: StreamEntry) -> None:
-        """Handle one stream entry.
+    def _end_lapsed_jobs(self) -> None:
+        """Close a portion of the jobs whose lease has ended."""
+        for _ in range(min(len(self._lapsed_jobs), LAPSED_TOGETHER)):
+            job = self._lapsed_jobs.popleft()
+            if holder := self.federation.open_jobs.get(job):
+                cause, why = lapse_cause(self.store.last_report(job, holder), self.config.dispatch)
+                self._handle(LeaseExpired(job, cause, f"{cause}: {why}"))
+
+    def _take(self, entries: Iterable[StreamEntry]) -> None:
+        """Handle stream entries in their order."""
+        for portion in portions(entries):
+            self._take_portion(portion)
+
+    def _take_portion(self, portion: Sequence[StreamEntry]) -> None:
+        """Handle entries that are acknowledged together.
 
         The federation, or the commit of a version, acknowledges the entry of an update or of a job's ending. The
         entries of other events are acknowledged here, with the record of a finished evaluation.
         """
-        event = self._verifier.to_event(entry)
-        match event:
-            case InvalidEntry(_, reason, detail):
-                log.info("ignoring invalid stream entry", entry=entry.id, reason=str(reason), error=detail)
-            case JobEnded(client=client, reason=reason, error=detail) if detail:
-                log.info("job ended without an update", client=client, reason=str(reason), error=detail)
-            case ClientJoined(client, examples):
-                log.info("client joined", client=client, examples=examples)
-            case ClientLeft(client):
-                log.info("client left", client=client)
-                event = ClientLeft(client, served=self.store.is_served(client))
-            case ClientUnavailable(_, client, error):
-                log.info("client unavailable", client=client, error=error)
-                event = dataclasses.replace(event, served=self.store.is_served(client))
-            case Evaluated(version, _, error):  # before the records of the run's end, to which it may lead
-                self._perform([Acknowledge(entry.id, evaluation_record(event, self._now()))])
-                if error:
-                    log.info("evaluation failed", version=version, error=error)
-        self._handle(event)
-        if isinstance(event, ClientJoined | ClientLeft):
-            self._perform([Acknowledge(entry.id, None)])
+        events = [self._verifier.to_event(entry) for entry in portion]
+        log_events(events)
+        gone = [event.client for event in events if isinstance(event, ClientLeft | ClientUnavailable)]
+        served = self.store.served(gone) if gone else set()
+        for entry, event in zip(portion, events, strict=True):
+            match event:
+                case ClientLeft(client) | ClientUnavailable(client=client):
+                    self._handle(dataclasses.replace(event, served=client in served))
+                case Evaluated():  # recorded before the end of the run, to which it may lead
+                    self._acknowledge(entry.id, evaluation_record(event, self._now()))
+                    self._handle(event)
+                case _:
+                    self._handle(event)
+            if isinstance(event, ClientJoined | ClientLeft):
+                self._acknowledge(entry.id, None)
+        self._settle()
 
     def _handle(self, event: Event) -> None:
         """Pass the event to the federation and carry out its actions; then likewise the events they result in."""
@@ -430,6 +450,7 @@ class Coordinator:
         store = self.store
         reason, client = close.record["reason"], close.record["client"]
         self._publish()
+        self._settle()
         self._failpoint("before close")
         closed = store.close(
             close.job,
@@ -454,10 +475,19 @@ class Coordinator:
         return None
 
     def _acknowledge(self, entry: str, record: Mapping[str, Any] | None) -> None:
-        """Acknowledge an entry that ends no job; its ledger record follows the versions that were made before."""
+        """Let the portion's end acknowledge an entry that ends no job.
+
+        Its ledger record follows the versions that were made before, and precedes every later record.
+        """
         if record:
             self._publish()
-        self.store.ack(entry, record)
+        self._handled.append((entry, record))
+
+    def _settle(self) -> None:
+        """Acknowledge the entries that have been handled, in one step."""
+        if self._handled:
+            handled, self._handled = self._handled, []
+            self.store.ack(handled)
 
     def _publish(self) -> None:
         """Commit the versions that were made since the last time, in one step.
@@ -467,6 +497,7 @@ class Coordinator:
         """
         if not self._unpublished:
             return
+        self._settle()
         self._failpoint("before commit")
         stored, wire = publish_newest(self.store, self.federation, self._unpublished)
         log.debug("version committed", version=self.federation.version, made=len(self._unpublished))
@@ -498,8 +529,7 @@ class Coordinator:
         keep_payloads = self.config.ledger.keep_payloads
         if self._evaluator:
             self._evaluator.join()
-        for entry in store.sweep(count=10_000):
-            self._take(entry)
+        self._take(store.sweep(count=10_000))
         version, model = self._final_version()
         registered = store.registrations().keys()
         if not stopped.resumable:
@@ -554,8 +584,7 @@ class Coordinator:
         if evaluator and not federation.stopped.failed:
             evaluator.start(federation.version, federation.model)
             evaluator.join()
-            for entry in self.store.sweep():
-                self._take(entry)
+            self._take(self.store.sweep())
         return federation.version, federation.model
 
 

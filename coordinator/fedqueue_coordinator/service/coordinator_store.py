@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -440,19 +440,21 @@ class CoordinatorStore(Store):
         """Whether the job's update or ending is in the stream and not acknowledged yet."""
         return bool(self.redis.hexists(self.keys.attempt(job), "posted"))
 
-    def ack(self, entry: str, record: Mapping[str, Any] | None) -> bool:
-        """Acknowledge an entry that ends no job, and append `record`, if given, to the ledger.
+    def ack(self, entries: Sequence[tuple[str, Mapping[str, Any] | None]]) -> int:
+        """Acknowledge entries that end no job, in one step, and append each one's record, if given, to the ledger.
 
-        Returns False if it was acknowledged before. Raises Fenced.
+        Returns the number of those that were not acknowledged before. Raises Fenced.
         """
-        position, client = split_entry_id(entry)
-        answer = self.script(
-            "ack",
-            [self.keys.leader, self.keys.ledger, self.keys.updates(client), self.keys.counts],
-            [self.token, pack_record(record) if record else b"", position, *counts_of(record or {})],
+        streams, args = [], []
+        for entry, record in entries:
+            position, client = split_entry_id(entry)
+            streams.append(self.keys.updates(client))
+            args += [position, pack_record(record) if record else b"", *counts_of(record or {})]
+        answer = int(
+            self.script("ack", [self.keys.leader, self.keys.ledger, self.keys.counts, *streams], [self.token, *args])
         )
         self._require_lead(answer)
-        return bool(answer)
+        return answer
 
     def find_expired(self) -> list[str]:
         """Jobs whose lease has ended, by the server's clock.
@@ -481,19 +483,24 @@ class CoordinatorStore(Store):
         name = phase.decode(errors="replace")  # a worker wrote it
         return LastReport(bool(begun), bool(alive), bool(stalled), Phase(name) if name in set(Phase) else None)
 
-    def expire_client(self, client: str) -> bool:
-        """Release a client whose worker's lease has ended; False if a worker has renewed the lease meanwhile."""
-        return bool(self.script("expire_client", [self.keys.site(client)], []))
+    def expire_clients(self, clients: Sequence[str]) -> list[str]:
+        """Release clients whose workers' leases have ended; returns them without those whose lease was renewed."""
+        expired = self.script("expire_clients", [self.keys.site(client) for client in clients], [])
+        return [client for client, gone in zip(clients, expired, strict=True) if gone]
 
-    def is_served(self, client: str) -> bool:
-        """Whether a worker serves the client."""
-        return self.client_leases([client]).get(client, 0.0) > 0
+    def served(self, clients: Sequence[str]) -> set[str]:
+        """Those of the clients that a worker serves."""
+        return {client for client, left in self.client_leases(clients).items() if left > 0}
 
     # What workers report: test doubles of the run override these, so they are methods of the store
 
     def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
         """The next entries, as `Inbox.receive`."""
         return self._inbox.receive(block_seconds, count)
+
+    def read_first(self, clients: Container[str]) -> None:
+        """Let `receive` read the streams of `clients` before others, as `Inbox.read_first`."""
+        self._inbox.read_first(clients)
 
     def sweep(self, count: int = 32) -> list[StreamEntry]:
         """The next entries of every stream, as `Inbox.sweep`."""

@@ -8,8 +8,9 @@ publishes the name of the stream on the run's wakeup channel. Notifications are 
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, cast
 
 import redis
@@ -20,6 +21,7 @@ from fedqueue.protocol.stream_entry import StreamEntry
 
 FIRST = "0-0"  # before the first entry of a stream
 MOST_WAKEUPS = 1000  # notifications that are received before the streams they name are read
+STREAMS_AT_ONCE = 64  # streams of each kind in one read
 SWEPT = 500  # clients whose streams are read in one step of a sweep
 SUBSCRIBED_SECONDS = 5.0
 SILENT_SECONDS = 10.0  # without a notification, after which an entry without one means that the subscription is lost
@@ -34,15 +36,29 @@ class Inbox:
         self._heard = clock()  # time of the last notification
         self._wakeup: PubSub | None = None
         self._last: dict[str, str] = {}  # stream → ID of its last entry that was read
-        self._more: set[str] = set()  # streams with more entries than the last read returned
+        self._busy: Container[str] = ()
+        # Streams to read, in the order of their notifications: those to read first, and the others.
+        self._urgent: dict[str, None] = {}
+        self._named: dict[str, None] = {}
         self._cursor = 0  # of the clients that `sweep_some` has reached
 
+    def read_first(self, clients: Container[str]) -> None:
+        """Read the streams of `clients`, those with an open job, and the coordinator's own before others.
+
+        So an update waits for one portion of the joins that came before it.
+        """
+        self._busy = clients
+
     def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
-        """Return the next entries, at most `count` of each client; wait for the first for at most `block_seconds`."""
+        """Return the next entries, at most `count` of each client; wait for the first for at most `block_seconds`.
+
+        One read has STREAMS_AT_ONCE streams at most of those to read first, and as many of the others.
+        """
         if self._wakeup is None:
             self._listen()
-            return self.sweep(count)
-        streams = self._more | self._notified(0.0 if self._more else block_seconds)
+            self._name(self._streams())
+        self._hear(block_seconds)
+        streams = [*_taken(self._urgent), *_taken(self._named)]
         return self._read(streams, count) if streams else []
 
     def sweep(self, count: int = 32) -> list[StreamEntry]:
@@ -68,12 +84,8 @@ class Inbox:
         all streams, and `receive` continues after it.
         """
         self._listen()
-        streams = self._streams()
-        self._last, self._more = {}, set()
-        pipe = self._redis.pipeline(transaction=True)
-        for stream in streams:
-            pipe.xrange(stream)
-        return self._received(dict(zip(streams, pipe.execute(), strict=True)))
+        self._last, self._urgent, self._named = {}, {}, {}
+        return self._read(self._streams(), None)
 
     def close(self) -> None:
         """Stop listening."""
@@ -84,35 +96,50 @@ class Inbox:
     def _listen(self) -> None:
         """Subscribe to the wakeup channel. The caller reads all streams next, as earlier notifications are missed."""
         self.close()
-        self._wakeup = self._redis.pubsub(ignore_subscribe_messages=True)  # type: ignore[no-untyped-call]
+        self._wakeup = self._redis.pubsub()  # type: ignore[no-untyped-call]
         self._wakeup.subscribe(self._keys.wakeup)
         self._heard = self._clock()
         self._wakeup.get_message(timeout=SUBSCRIBED_SECONDS)  # so that none is lost between this and the first read
 
-    def _notified(self, block_seconds: float) -> set[str]:
-        """Return the streams that notifications name; wait for the first for at most `block_seconds`."""
+    def _hear(self, block_seconds: float) -> None:
+        """Receive notifications. Unless streams are left to read, wait for the first one, at most `block_seconds`."""
         assert self._wakeup is not None
-        named: set[str] = set()
         deadline = time.monotonic() + block_seconds
         for _ in range(MOST_WAKEUPS):
-            message = self._wakeup.get_message(timeout=0.0 if named else max(0.0, deadline - time.monotonic()))
-            if message is not None:
+            waits = not (self._urgent or self._named)
+            message = self._wakeup.get_message(timeout=max(0.0, deadline - time.monotonic()) if waits else 0.0)
+            if message is None:
+                if not waits or time.monotonic() >= deadline:
+                    break
+            elif message["type"] == "subscribe":  # again, after a lost connection: notifications were missed
+                self._name(self._streams())
+            else:
                 self._heard = self._clock()
                 name = cast(bytes, message["data"])[:LONGEST_NAME].decode(errors="replace")
-                named |= {name} if name.startswith(self._keys.updates_prefix) else set()
-            elif named or time.monotonic() >= deadline:
-                break
-        return named
+                if name.startswith(self._keys.updates_prefix):
+                    self._name([name])
+
+    def _name(self, streams: Iterable[str]) -> None:
+        """Let the next reads have these streams."""
+        for stream in streams:
+            client = stream.removeprefix(self._keys.updates_prefix)
+            if not client or client in self._busy:
+                self._named.pop(stream, None)
+                self._urgent[stream] = None
+            elif stream not in self._urgent:
+                self._named[stream] = None
 
     def _streams(self) -> list[str]:
         """Return the stream of each client, and the coordinator's own."""
         clients = cast(set[bytes], self._redis.smembers(self._keys.clients))
         return [self._keys.updates(client) for client in ("", *sorted(c.decode() for c in clients))]
 
-    def _read(self, streams: Iterable[str], count: int) -> list[StreamEntry]:
+    def _read(self, streams: Iterable[str], count: int | None) -> list[StreamEntry]:
+        """Return the next entries, at most `count` of each stream; a stream with more is read again."""
         after = {stream: self._last.get(stream, FIRST) for stream in streams}
         found = _by_stream(self._redis.xread(cast(Any, after), count=count))
-        self._more = {stream for stream, entries in found.items() if len(entries) >= count}
+        if count:
+            self._name(stream for stream, entries in found.items() if len(entries) >= count)
         return self._received(found)
 
     def _received(self, raw: Mapping[str, Any]) -> list[StreamEntry]:
@@ -124,6 +151,14 @@ class Inbox:
             if of_stream:
                 self._last[stream] = of_stream[-1][0].decode()
         return [entry for _, _, entry in sorted(entries, key=lambda e: e[:2])]
+
+
+def _taken(streams: dict[str, None]) -> list[str]:
+    """Remove and return the first streams, at most STREAMS_AT_ONCE."""
+    first = list(itertools.islice(streams, STREAMS_AT_ONCE))
+    for stream in first:
+        del streams[stream]
+    return first
 
 
 def _by_stream(answer: Any) -> dict[str, Any]:

@@ -21,10 +21,10 @@ class LeaseWatch:
         """Check the client no longer."""
         self._checks.pop(client, None)
 
-    def due(self, now: float) -> list[str]:
-        """Remove and return the clients whose check is due."""
-        clients = []
-        while self._heap and self._heap[0][0] <= now:
+    def due(self, now: float, most: int) -> list[str]:
+        """Remove and return the clients whose check is due, at most `most`; those first that have waited longest."""
+        clients: list[str] = []
+        while len(clients) < most and self._heap and self._heap[0][0] <= now:
             at, client = heapq.heappop(self._heap)
             if self._checks.get(client) == at:
                 del self._checks[client]

@@ -26,8 +26,8 @@ STORE = (
     "before close.lua",
     "after close.lua",
     "after ack.lua",
-    "before expire_client.lua",
-    "after expire_client.lua",
+    "before expire_clients.lua",
+    "after expire_clients.lua",
     "after leader.lua",
 )
 POINTS = SERVICE + STORE

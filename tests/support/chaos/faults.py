@@ -17,7 +17,7 @@ from tests.support.chaos.fleet import Member
 
 DENSE = ("before commit.lua", "before dispatch.lua", "between blobs", "after load", "after commit.lua")
 NEEDS_HAND_BACK = ("before close", "after ack.lua", "before close.lua")
-NEEDS_DEATH = ("after close.lua", "before expire_client.lua", "after expire_client.lua")
+NEEDS_DEATH = ("after close.lua", "before expire_clients.lua", "after expire_clients.lua")
 ARMED_SECONDS = 8.0
 
 
