@@ -1,11 +1,8 @@
 """The coordinator's identity: signs with its own key, and verifies clients by the public keys in its folder.
 
-    KEYS/coordinator.key      its own private key        KEYS/clients/CLIENT.pub    public keys, the newest first
-    KEYS/coordinator.pub      the public one, for sites  KEYS/revoked/CLIENT.pub    keys of a revoked client
-                              (and the previous one)
-
-A client's file is checked for changes at each message of the client, so enrolling, rotating and revoking need no
-restart.
+KEYS/coordinator.key      its own private key        KEYS/clients/CLIENT.pub    public keys, the newest first
+KEYS/coordinator.pub      the public one, for sites  KEYS/keepers/KEEPER.pub    those of keepers
+                          (and the previous one)     KEYS/revoked/CLIENT.pub    keys of a revoked client
 """
 
 from __future__ import annotations
@@ -15,25 +12,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedqueue.config.names import CLIENT_ID
-from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError, StoreError
+from fedqueue.errors import ConfigurationError, SignatureError, StoreError
 from fedqueue.protocol.key_files import (
     CLIENTS,
     COORDINATOR_KEY,
     COORDINATOR_PUBLIC,
+    KEEPERS,
     REVOKED,
     KeyFile,
-    PublicKey,
     SigningKey,
     read_signing_key,
     read_trusted_keys,
     require_safe,
 )
 from fedqueue.protocol.ledger_chain import NO_HISTORY, history_of, longer_history
-from fedqueue.protocol.messages import Order, read
+from fedqueue.protocol.messages import Cohort, Order, read
 from fedqueue.protocol.msgpack import pack_record
+from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import (
+    COHORT,
     EVALUATED,
     ORDER,
     RUN_DESCRIPTOR,
@@ -60,11 +58,8 @@ class CoordinatorIdentity:
         self._former = KeyFile(public, read_trusted_keys) if public.exists() else None
         self._term = 0
         self._history = NO_HISTORY
-        self._known: dict[str, KeyFile[list[PublicKey]]] = {}
-        self._revocable = revocable
-        if not revocable:
-            for path in (folder / CLIENTS).glob("*.pub"):
-                self._keys_of(path.stem)
+        self._clients = Roster(folder / CLIENTS, folder / REVOKED, "client", revocable)
+        self._keepers = Roster(folder / KEEPERS, folder / REVOKED / KEEPERS, "keeper", revocable)
 
     # What the run is
 
@@ -192,34 +187,28 @@ class CoordinatorIdentity:
 
     def open(self, kind: str, client: str, about: Sequence[str | int], data: bytes) -> SignedEnvelope:
         """The client's envelope; raises NotEnrolled for a client without a key, SignatureError if it is not valid."""
-        return open_envelope(data, self._keys_of(client), kind, self._scope, [client, *about], f"client {client}")
+        return open_envelope(
+            data, self._clients.keys_of(client), kind, self._scope, [client, *about], f"client {client}"
+        )
 
     def is_enrolled(self, client: str) -> bool:
         """Whether the client has a public key here that is not revoked."""
-        try:
-            return bool(self._keys_of(client))
-        except NotEnrolled:
-            return False
+        return self._clients.has(client)
 
-    def _keys_of(self, client: str) -> list[PublicKey]:
-        known = self._known.get(client)
-        if known is None or (self._revocable and not known.exists()):
-            known = self._known[client] = self._file_of(client)
-        return known.keys
+    # Keepers
 
-    def _file_of(self, client: str) -> KeyFile[list[PublicKey]]:
-        if not CLIENT_ID.fullmatch(client):
-            raise NotEnrolled("no client of this name is enrolled")
-        path = self._folder / CLIENTS / f"{client}.pub"
-        if not path.exists():
-            revoked = (self._folder / REVOKED / path.name).exists()
-            raise NotEnrolled(
-                f"client {client} {'was revoked' if revoked else 'is not enrolled'}; `fedqueue enroll` makes its key"
-            )
-        try:
-            return KeyFile(path, read_trusted_keys)
-        except ConfigurationError as error:  # one client's broken file must not end the run
-            raise NotEnrolled(str(error)) from None
+    def sign_cohort(self, cohort: Cohort) -> bytes:
+        """The signed envelope of a cohort, for the present epoch."""
+        return sign_envelope(self._key, COHORT, self._scope, [], cohort.pack())
+
+    def open_cohort(self, data: bytes) -> Cohort:
+        """The cohort in the envelope; raises SignatureError unless this coordinator signed it."""
+        return read(Cohort, self._own(COHORT, self._scope, [], data))
+
+    def open_keeper(self, kind: str, keeper: str, data: bytes) -> bytes:
+        """The body of a keeper's envelope; raises NotEnrolled without a key of it, SignatureError if it is invalid."""
+        keys = self._keepers.keys_of(keeper)
+        return open_envelope(data, keys, kind, self._scope, [keeper], f"keeper {keeper}").body
 
 
 def _digest_of_frozen(frozen: Digestible | None) -> Any:

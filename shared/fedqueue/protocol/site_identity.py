@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from fedqueue.errors import ConfigurationError, SignatureError
+from fedqueue.protocol.followed_run import FollowedRun
 from fedqueue.protocol.key_files import (
     COORDINATOR,
     COORDINATOR_PUBLIC,
@@ -24,15 +25,11 @@ from fedqueue.protocol.messages import read
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import (
     ORDER,
-    RUN_DESCRIPTOR,
     VERSION,
     Digestible,
-    RunDescriptor,
     Scope,
-    SignedEnvelope,
     VersionRecord,
     digest_of,
-    open_envelope,
     sign_envelope,
 )
 
@@ -48,11 +45,9 @@ class SiteIdentity:
         session: str,
     ) -> None:
         """`session` names this worker process: its messages are valid until another process serves the client."""
-        self._run, self._keys, self._coordinator, self._session = run, dict(keys), coordinator, session
-        self._descriptor: RunDescriptor | None = None
+        self._keys, self._session = dict(keys), session
+        self._followed = FollowedRun(run, coordinator)
         self._seen = 0  # the newest version
-        self.broken = ""
-        """Why this run can no longer be trusted; empty while it can."""
 
     @property
     def clients(self) -> list[str]:
@@ -66,46 +61,22 @@ class SiteIdentity:
     @property
     def scope(self) -> Scope:
         """The scope of this run's signatures; raises SignatureError before `enter`."""
-        if self._descriptor is None:
-            raise SignatureError("the run descriptor has not been read yet")
-        return Scope(self._run, self._descriptor.instance, self._descriptor.epoch)
+        return self._followed.scope
+
+    @property
+    def broken(self) -> str:
+        """Why this run can no longer be trusted; empty while it can."""
+        return self._followed.broken
 
     def enter(self, info: RunInfo) -> None:
-        """Verify the run's descriptor, and follow it into a later term or epoch.
-
-        Raises SignatureError if the coordinator did not sign the descriptor, if configuration or manifest in Redis
-        differ from its digests, and if it belongs to an earlier epoch or term, or to another run of this name.
-        """
-        try:
-            descriptor = read(RunDescriptor, self._open(RUN_DESCRIPTOR, Scope(self._run), [], info.descriptor).body)
-            for name, there, signed in (
-                ("configuration", info.config_digest, descriptor.config),
-                ("manifest", digest_of(info.manifest), descriptor.manifest),
-            ):
-                if there != signed:
-                    raise SignatureError(f"the {name} in Redis is not the one that the coordinator signed")
-            self._follow(descriptor)
-        except SignatureError as error:
-            self.broken = str(error)
-            raise
-
-    def _follow(self, descriptor: RunDescriptor) -> None:
-        known = self._descriptor
-        if known and descriptor.epoch < known.epoch:
-            raise SignatureError(f"the run went back from epoch {known.epoch} to {descriptor.epoch}")
-        if known and descriptor.epoch == known.epoch and descriptor.instance != known.instance:
-            raise SignatureError("another run of this name has replaced this one: restart the worker to serve it")
-        if known and descriptor.epoch == known.epoch and descriptor.term < known.term:
-            raise SignatureError(f"the run went back from term {known.term} to {descriptor.term}")
-        if known and descriptor.frozen != known.frozen:
-            raise SignatureError("the run has other frozen tensors than before: restart the worker to fetch them")
-        if known is None or descriptor.epoch > known.epoch or descriptor.term > known.term:
+        """Verify the run's descriptor, and follow it into a later term or epoch; raises as `FollowedRun.enter`."""
+        descriptor, is_later = self._followed.enter(info)
+        if is_later:
             self._seen = descriptor.first_version  # may be older than seen: Redis may have lost newer versions
-        self._descriptor = descriptor
 
     def order(self, data: bytes) -> bytes:
         """The packed order in the envelope; raises SignatureError unless the coordinator signed it for this epoch."""
-        return self._open(ORDER, self.scope, [], data).body
+        return self._followed.open(ORDER, [], data)
 
     def goes_back(self, version: int) -> bool:
         """Whether this site has seen a newer version; a new term, which `enter` reads, may explain that."""
@@ -115,14 +86,15 @@ class SiteIdentity:
         """Raise SignatureError unless `model` (uint8, as stored) is that version, and no newer one has been seen."""
         if self.goes_back(version):
             raise SignatureError(f"version {version} is offered as the newest, but {self._seen} was seen before")
-        envelope = self._open(VERSION, self.scope, [version], data)
-        if digest_of(model) != read(VersionRecord, envelope.body).model:
+        record = read(VersionRecord, self._followed.open(VERSION, [version], data))
+        if digest_of(model) != record.model:
             raise SignatureError(f"the model in Redis is not version {version} as the coordinator signed it")
         self._seen = version
 
     def check_frozen(self, frozen: Digestible) -> None:
         """Raise SignatureError unless these are the run's frozen tensors, as the coordinator signed them."""
-        if self._descriptor is None or digest_of(frozen) != self._descriptor.frozen:
+        descriptor = self._followed.descriptor
+        if descriptor is None or digest_of(frozen) != descriptor.frozen:
             raise SignatureError("the frozen tensors in Redis are not those that the coordinator signed")
 
     def sign(self, kind: str, client: str, about: Sequence[str | int], body: bytes) -> bytes:
@@ -133,9 +105,6 @@ class SiteIdentity:
                 "security.keys", client, f"the folder has keys of {known} only", "add the key of this client"
             )
         return sign_envelope(self._keys[client].keys, kind, self.scope, [client, *about], body, self._session)
-
-    def _open(self, kind: str, scope: Scope, about: Sequence[str | int], data: bytes) -> SignedEnvelope:
-        return open_envelope(data, self._coordinator.keys, kind, scope, about, "the coordinator")
 
 
 def load_site_identity(folder: Path, run: str, session: str) -> SiteIdentity:
