@@ -38,6 +38,9 @@ POLICY_KEYS = {
     "min_examples",
     "require",
     "max_leak",
+    "keepers",
+    "min_keepers",
+    "min_cohort",
 }
 
 

@@ -17,7 +17,8 @@ RESERVED_NAME = "coordinator"
 
 
 class SecureConfig(Section):
-    """Secure aggregation: the coordinator sees weighted sums of updates, and no update. docs/secure-aggregation.md."""
+    """Secure aggregation: the coordinator sees weighted sums of updates, and no update.
+    docs/how-to/secure-aggregation.md says how to set it up."""
 
     keepers: Annotated[tuple[KeeperName, ...], Field(max_length=MAX_KEEPERS)] = ()
     """Names of the keepers, at most three, each at an organisation of its own; without any, updates are plain."""

@@ -108,15 +108,12 @@ def keeper_rights(run: str, keeper: str) -> list[Right]:
     keys = Keys(run)
     return [
         Right((*CONNECTION, *TRANSACTION)),
-        Right(("hget", "hmget", "hgetall", "exists"), _reading([keys.config, keys.head, keys.leader])),
-        Right(("xread", "xrange", "xlen"), _reading([keys.asks(keeper)])),
+        Right(("hget", "hgetall"), _reading([keys.config, keys.head, keys.leader])),
+        Right(("xread", "xrange"), _reading([keys.asks(keeper)])),
         Right(("xadd",), (f"%W~{keys.says(keeper)}",)),
         Right(("get", "set"), (f"~{keys.keeper(keeper)}",)),
         Right(("publish",), (f"&{keys.wakeup}",)),
-        Right(
-            ("set", "setrange", "strlen", "expire", "exists", "persist", "unlink"),
-            (f"~{keys.mask('*', keeper)}",),
-        ),
+        Right(("set",), (f"%W~{keys.mask('*', keeper)}",)),
     ]
 
 
