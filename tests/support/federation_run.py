@@ -64,6 +64,9 @@ class Committed:
             federation.model.copy(), federation.version, federation.optimizer_state, federation.run_counters.committed()
         )
 
+    def counters(self, ledger: list[dict[str, Any]], window: int) -> RunCounters:
+        return RunCounters.from_ledger(self.totals, ledger, window)
+
     def federation(self, config: Config, job_number: int, evaluates: bool, ledger: list[dict[str, Any]]) -> Federation:
         return Federation(
             config,
@@ -71,7 +74,7 @@ class Committed:
             self.version,
             job_number,
             self.optimizer_state,
-            RunCounters.from_ledger(self.totals, ledger, config.dispatch.share_window),
+            self.counters(ledger, config.dispatch.share_window),
             evaluates,
         )
 
@@ -291,9 +294,14 @@ class Run:
                     assert version == self.federation.version
                 case Stop():
                     assert self.federation.stopped == action
+                case _:
+                    outcomes += self._ask_keepers(action)
         return outcomes
 
-    def _loaded(self, load: Load) -> UpdateLoaded | UpdateUnreadable:
+    def _ask_keepers(self, action: Action) -> list[Event]:
+        raise AssertionError(f"{action} in a run without keepers")
+
+    def _loaded(self, load: Load) -> Event:
         if load.arrived.job not in self.payloads:
             return UpdateUnreadable(load, RejectionReason.UNREADABLE, "a chunk is gone")
         base = self.versions[load.arrived.base].copy() if load.with_base else None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from pydantic import ValidationError
 
 from fedqueue.errors import SignatureError, StoreError, WireError
-from fedqueue.protocol.messages import Update, read
+from fedqueue.protocol.messages import MaskedUpdate, Offer, Update, read
 from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.codec import Codec
 from fedqueue.tensors.frame import Delta, Frame, same_elements
@@ -32,14 +34,15 @@ def admit_header(
     max_staleness: int,
     registered: int | None,
     barrier: bool = False,
+    keepers: Sequence[str] = (),
 ) -> Update:
     """Check the header before memory is taken for the payload, and return it; raises Inadmissible.
 
     `version` is the newest one, `registered` the client's number of examples, None if it is unknown. Behind a
-    `barrier`, an update of an earlier round is late.
+    `barrier`, an update of an earlier round is late. In a run with `keepers` the header is a `MaskedUpdate`.
     """
     try:
-        header = read(Update, arrived.body)
+        header = read(MaskedUpdate if keepers else Update, arrived.body)
     except WireError as error:
         raise Inadmissible(RejectionReason.MALFORMED, str(error)) from error
     if not 0 <= arrived.base <= version:
@@ -51,6 +54,8 @@ def admit_header(
         raise Inadmissible(
             RejectionReason.WRONG_SIZE, f"{header.nbytes} bytes in {header.chunks} chunks, expected {most}"
         )
+    if isinstance(header, MaskedUpdate):
+        _admit_seeds(header, keepers)
     if header.examples == 0:
         raise Inadmissible(RejectionReason.NO_EXAMPLES, "an update must be trained on at least one example")
     if registered is not None and header.examples > registered:
@@ -59,11 +64,46 @@ def admit_header(
         )
     if barrier:
         admit_to_round(arrived.base, version)
-    if version - arrived.base > max_staleness:
-        raise Inadmissible(
-            RejectionReason.STALE, f"staleness {version - arrived.base}, at most {max_staleness} is merged"
-        )
+    admit_staleness(arrived.base, version, max_staleness)
     return header
+
+
+def admit_model(base: int, model: str, published: str) -> None:
+    """Raise Inadmissible for an update that was trained from another model than the one `published` as its base.
+
+    Both are digests. A keeper releases updates of one base only if they name the same model, and cannot tell which is
+    right.
+    """
+    if model != published:
+        raise Inadmissible(
+            RejectionReason.WRONG_BASE, f"trained from model {model[:12]}…, and version {base} is {published[:12]}…"
+        )
+
+
+def admit_offer(arrived: UpdateArrived) -> Offer:
+    """Return what the keepers are shown of a masked update; raises Inadmissible for an entry that is no such thing."""
+    entry = arrived.entry
+    try:
+        return Offer(client=entry.client, job=entry.job, attempt=entry.attempt, base=entry.base, header=entry.body)
+    except ValidationError as error:
+        field = ".".join(map(str, error.errors(include_url=False, include_input=False)[0]["loc"]))
+        raise Inadmissible(RejectionReason.MALFORMED, f"its entry has a {field} that no update has") from None
+
+
+def admit_staleness(base: int, version: int, most: int) -> None:
+    """Raise Inadmissible for an update whose base is more than `most` versions old."""
+    if version - base > most:
+        raise Inadmissible(RejectionReason.STALE, f"staleness {version - base}, at most {most} is merged")
+
+
+def _admit_seeds(header: MaskedUpdate, keepers: Sequence[str]) -> None:
+    """Raise Inadmissible unless the header has one sealed seed for each keeper, in the order of the configuration."""
+    found = [(seed.component, seed.keeper) for seed in header.seeds]
+    if found != list(enumerate(keepers)):
+        names = ", ".join(keeper for _, keeper in found)
+        raise Inadmissible(
+            RejectionReason.UNMASKABLE, f"its masks are for {names}, and the run's keepers are {', '.join(keepers)}"
+        )
 
 
 def admit_to_round(base: int, version: int) -> None:

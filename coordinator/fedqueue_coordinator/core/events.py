@@ -5,13 +5,17 @@ Times are seconds of the run's own clock.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from fedqueue.config.schema import Config
-from fedqueue.protocol.messages import Order, Update
+from fedqueue.protocol.messages import Cohort, Order, Update
+from fedqueue.protocol.messages import Offer as OfferMessage
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Delta, Frame
 from fedqueue_coordinator.core.reasons import AbandonReason, LapseCause, RejectionReason
@@ -81,6 +85,14 @@ class UpdateArrived:
         return self.entry.base
 
 
+class MaskedVector(Protocol):
+    """A vector of integers modulo 2³², one for each parameter of the model: a masked update, or a sum of masks."""
+
+    def pieces(self) -> Iterable[npt.NDArray[np.uint32]]:
+        """Yield consecutive pieces, which together are the whole vector; each is valid until the next one."""
+        ...
+
+
 @dataclass(frozen=True)
 class UpdateLoaded:
     """The payload that `Load` asked for was read."""
@@ -92,12 +104,56 @@ class UpdateLoaded:
 
 
 @dataclass(frozen=True)
+class MaskedUpdateLoaded:
+    """The masked payload that `Load` asked for was read."""
+
+    load: Load
+    masked: MaskedVector
+
+
+@dataclass(frozen=True)
 class UpdateUnreadable:
     """The payload that `Load` asked for cannot be read, or is not the one that was signed."""
 
     load: Load
     reason: RejectionReason
     detail: str
+
+
+@dataclass(frozen=True)
+class UpdateOpened:
+    """A keeper has answered an `Offer`: it can take the update's mask off, or says why it never will."""
+
+    keeper: str
+    offer: str
+    """Digest of the offer."""
+    refusal: str = ""
+    """As `Opened.refusal`."""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class MasksReleased:
+    """A keeper has released the weighted sum of the masks of the cohort that `Unmask` has shown to it."""
+
+    keeper: str
+    cohort: str
+    """The cohort's id."""
+    masks: MaskedVector
+    sealed: Mapping[str, Any]
+    """What the ledger keeps of the keeper's answer: `digest` of the sum, and the signed `answer`."""
+
+
+@dataclass(frozen=True)
+class CohortRefused:
+    """A keeper releases no masks for the cohort that `Unmask` has shown to it."""
+
+    keeper: str
+    reason: str
+    """As `MaskRefused.reason`."""
+    detail: str
+    offers: frozenset[str] = frozenset()
+    """Digests of the members that the refusal is about; empty if it is about the whole cohort."""
 
 
 @dataclass(frozen=True)
@@ -166,8 +222,9 @@ class Tick:
 
 
 Event = (
-    ClientJoined | ClientLeft | ClientUnavailable | UpdateArrived | UpdateLoaded | UpdateUnreadable | InvalidEntry
-    | JobEnded | LeaseExpired | JobLapsed | JobStays | Evaluated | Tick
+    ClientJoined | ClientLeft | ClientUnavailable | UpdateArrived | UpdateLoaded | UpdateUnreadable
+    | UpdateOpened | MaskedUpdateLoaded | MasksReleased | CohortRefused
+    | InvalidEntry | JobEnded | LeaseExpired | JobLapsed | JobStays | Evaluated | Tick
 )  # fmt: skip
 
 # Actions
@@ -182,6 +239,24 @@ class Dispatch:
     client: str
     steps: int = 0
     """Batches of local training; 0: as configured."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Show the header of a masked update to every keeper; each answers by an `UpdateOpened`, in its own time."""
+
+    arrived: UpdateArrived
+    offer: OfferMessage
+
+
+@dataclass(frozen=True)
+class Unmask:
+    """Ask every keeper for the masks of this cohort.
+
+    Each answers by `MasksReleased` or `CohortRefused`, in its own time.
+    """
+
+    cohort: Cohort
 
 
 @dataclass(frozen=True)
@@ -254,7 +329,7 @@ class Stop:
     """The run failed for a reason outside of it, and may be resumed."""
 
 
-Action = Dispatch | Load | Commit | Close | Acknowledge | Evaluate | Stop
+Action = Dispatch | Offer | Load | Unmask | Commit | Close | Acknowledge | Evaluate | Stop
 
 
 def order_seed(config: Config, number: int) -> int:

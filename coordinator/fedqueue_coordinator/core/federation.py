@@ -11,6 +11,14 @@ event.
     the buffer is full        → the server optimizer steps      → commit the new version
     a job ends without update → its slot is free                → dispatch
 
+In a run with keepers, updates are masked, and `cohorts.py` says which of them are added when:
+
+    a header arrives          → its slot is free at once        → dispatch, then offer the header to the keepers
+    every keeper has opened it                                  → load the payload
+    the payload is loaded     → weigh it by its staleness now   → add it to the sum
+    the cohort is full        → no further payload is loaded    → ask the keepers for the sum of the masks
+    every keeper has answered → the server optimizer steps      → commit the new version
+
 The arrival order is the only input that decides the bits of the model: the same updates in the same order give the same
 versions, whether or not a coordinator crashed in between.
 """
@@ -25,15 +33,28 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError
-from fedqueue.protocol.messages import NO_EXAMPLES
+from fedqueue.protocol.messages import NO_EXAMPLES, Cohort, MaskedUpdate, read
+from fedqueue.protocol.signed_envelope import unverified_body
+from fedqueue.secure.cohort import offer_digest
+from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Delta, Frame
 from fedqueue.tensors.manifest import Manifest
-from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.aggregator import Contribution, Step
+from fedqueue_coordinator.algorithms.masked_sum import MaskedSum
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
-from fedqueue_coordinator.core.admission import Inadmissible, admit_delta, admit_header, admit_to_round
+from fedqueue_coordinator.core.admission import (
+    Inadmissible,
+    admit_delta,
+    admit_header,
+    admit_model,
+    admit_offer,
+    admit_staleness,
+    admit_to_round,
+)
+from fedqueue_coordinator.core.cohorts import Cohorts
 from fedqueue_coordinator.core.evaluation import MAX_FAILED_EVALUATIONS, EvaluationSchedule
 from fedqueue_coordinator.core.events import (
     Acknowledge,
@@ -43,6 +64,7 @@ from fedqueue_coordinator.core.events import (
     ClientUnavailable,
     Close,
     CloseCondition,
+    CohortRefused,
     Commit,
     Evaluate,
     Evaluated,
@@ -53,15 +75,21 @@ from fedqueue_coordinator.core.events import (
     JobStays,
     LeaseExpired,
     Load,
+    MaskedUpdateLoaded,
+    MasksReleased,
+    Offer,
     Stop,
     Tick,
+    Unmask,
     UpdateArrived,
     UpdateLoaded,
+    UpdateOpened,
     UpdateUnreadable,
 )
 from fedqueue_coordinator.core.failures import Failures
 from fedqueue_coordinator.core.ledger_records import (
     abandoned_record,
+    masked_update,
     merged_update,
     rejected_record,
     unavailable_record,
@@ -74,6 +102,21 @@ from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
 from fedqueue_coordinator.core.stop_conditions import require_usable_target, stop_reason, target_reached
 from fedqueue_coordinator.core.waiting import dead_end, waiting_for
+
+REFUSED_OFFERS = {
+    "unmaskable": RejectionReason.UNMASKABLE,
+    "keeper_lost": RejectionReason.KEEPER_LOST,
+    "foreign": RejectionReason.FOREIGN,
+    "model": RejectionReason.WRONG_BASE,
+    "spent": RejectionReason.SPENT,
+}
+"""Why a keeper never takes a mask off → why the update is rejected."""
+REFUSED_MEMBERS = {
+    "spent": RejectionReason.SPENT,
+    "unknown": RejectionReason.KEEPER_LOST,
+    "model": RejectionReason.WRONG_BASE,
+}
+"""Why a keeper does not release a cohort with certain members → why these are rejected."""
 
 
 class Federation:
@@ -90,10 +133,12 @@ class Federation:
         evaluates: bool = True,
         epoch: int = 0,
         norms: Sequence[float] = (),
+        proposed: Cohort | None = None,
     ) -> None:
         """Begin a run with `model`, or resume it from what the last commit stored; then call `restore_jobs`.
 
         `norms` are those of the updates merged so far, oldest first, if `[admission]` limits the norm by a quantile.
+        `proposed` is a cohort that was shown to the keepers and not committed: it is made again as it was.
         Raises ConfigurationError for an aggregation or an optimizer that cannot be made, and StoreError for an
         `optimizer_state` that does not fit.
         """
@@ -125,6 +170,11 @@ class Federation:
         self._accumulator.state.update(state[AGGREGATION])
         if state[MODEL]:
             model.parameters.copy_(state[MODEL]["parameters"])
+        self._cohorts = Cohorts(config, proposed if proposed and proposed.version == version else None)
+        self._sum = MaskedSum(self._accumulator, ring_of(config, model.manifest), config) if config.secure.on else None
+        self._answers: dict[str, Mapping[str, Any]] = {}  # keeper → its answer to the cohort under way
+        self._no_masks: Stop | None = None  # the end of the run, if a keeper refuses every cohort
+        self._models: dict[int, str] = {}  # version → digest of the model as published, for those that may be a base
         self._buffer: list[tuple[UpdateArrived, dict[str, Any]]] = []  # with the record of each
         self._arriving: set[str] = set()  # jobs whose update has arrived and is neither merged nor rejected yet
         self._norms = NormLimit(config.admission, norms)
@@ -147,6 +197,12 @@ class Federation:
     def restore_quarantines(self, ledger: Iterable[Mapping[str, Any]], now: float) -> None:
         """Restore the outlier filter's strikes and the quarantines that end after `now` from the ledger."""
         self._scheduler.restore_rests(self._filter.restore_quarantines(ledger, now))
+
+    def published(self, version: int, digest: str) -> None:
+        """Remember the digest of a version as workers get it, for `MaskedUpdate.model`; older bases are forgotten."""
+        self._models[version] = digest
+        for old in [v for v in self._models if v < self.version - self.config.aggregation.max_staleness]:
+            del self._models[old]
 
     # The path of an update
 
@@ -172,7 +228,9 @@ class Federation:
             case UpdateLoaded(load, delta, base):
                 actions += self._merge(load, delta, base, now)
             case UpdateUnreadable(load, reason, detail):
-                actions.append(self._reject(load.arrived, reason, detail, now))
+                actions += [self._reject(load.arrived, reason, detail, now), *self._load_next(now)]
+            case UpdateOpened() | MaskedUpdateLoaded() | MasksReleased() | CohortRefused():
+                actions += self._handle_masked(event, now)
             case InvalidEntry():
                 actions.append(self._refuse_entry(event, now))
             case JobEnded():
@@ -193,10 +251,10 @@ class Federation:
                 ending = self._judge(event, now)
             case Tick():
                 self._scheduler.end_rests(now)
+        self._release_clients()
         actions += self._dispatch(now)
-        if isinstance(event, Tick) and self._round_closes(now):
-            actions += self._commit(now)
-            actions += self._dispatch(now)
+        if isinstance(event, Tick):
+            actions += self._close_if_due(now)
         actions += self._close_groups(now)
         if self.run_counters.started is None and self._scheduler.started:
             self.run_counters.started = now
@@ -209,7 +267,11 @@ class Federation:
         """Free the slot of the job, and check the header."""
         if self.open_jobs.get(arrived.job) != arrived.client:
             return [self._refuse_unknown(arrived, now)]
+        if self._sum and self._cohorts.is_ahead(arrived.client, self.version, arrived.base):
+            self._scheduler.hold(arrived.client)
         alone = self._scheduler.arrived(arrived.job, arrived.client, now)
+        if self._sum and (offer := self._offer_again(arrived, now)):
+            return [offer, *self._load_next(now)]
         if arrived.distrust:
             reason, detail = arrived.distrust
             return [self._reject(arrived, reason, detail, now)]
@@ -219,7 +281,7 @@ class Federation:
         dispatched = self._dispatch(now)
         return [*dispatched, self._admit(arrived, now)]
 
-    def _admit(self, arrived: UpdateArrived, now: float) -> Load | Close:
+    def _admit(self, arrived: UpdateArrived, now: float) -> Load | Offer | Close:
         try:
             header = admit_header(
                 arrived,
@@ -228,7 +290,11 @@ class Federation:
                 self.config.aggregation.max_staleness,
                 self._scheduler.registered.get(arrived.client, 0),
                 self.config.barrier,
+                self.config.secure.keepers,
             )
+            if isinstance(header, MaskedUpdate):
+                admit_model(arrived.base, header.model, self._models.get(arrived.base, header.model))
+                return self._offer(arrived, header, now)
         except Inadmissible as verdict:
             return self._reject(arrived, verdict.reason, verdict.detail, now)
         self.failures.trained(arrived.client, arrived.base, header.metrics)
@@ -268,7 +334,11 @@ class Federation:
 
     def _commit(self, now: float) -> list[Action]:
         """Make the next version from the buffer."""
-        self._optimizer.step(self._aggregator.finish(self._accumulator, self.model))
+        return self._publish(self._aggregator.finish(self._accumulator, self.model), now)
+
+    def _publish(self, step: Step, now: float, details: Mapping[str, Any] | None = None) -> list[Action]:
+        """Make the next version by `step`, from the updates in the buffer; `details` are added to its record."""
+        self._optimizer.step(step)
         self._accumulator.clear()
         buffer, self._buffer = self._buffer, []
         self._filter.committed(arrived.client for arrived, _ in buffer)
@@ -279,10 +349,165 @@ class Federation:
         commit = Commit(
             self.version,
             tuple(arrived for arrived, _ in buffer),
-            version_record(self.version, [record for _, record in buffer], now, self._scheduler.take_measured()),
+            {
+                **version_record(self.version, [record for _, record in buffer], now, self._scheduler.take_measured()),
+                **(details or {}),
+            },
             publish_now=self.config.barrier,
         )
         return [commit, *self._close_round(now)] if self.config.barrier else [commit]
+
+    # The path of a masked update
+
+    def _handle_masked(
+        self, event: UpdateOpened | MaskedUpdateLoaded | MasksReleased | CohortRefused, now: float
+    ) -> list[Action]:
+        match event:
+            case UpdateOpened():
+                return self._open(event, now)
+            case MaskedUpdateLoaded():
+                return self._add_masked(event, now)
+            case MasksReleased():
+                return self._unmask(event, now)
+            case CohortRefused():
+                return self._split_cohort(event, now)
+
+    def _offer(self, arrived: UpdateArrived, header: MaskedUpdate, now: float) -> Offer:
+        """Show the update to the keepers; raises Inadmissible."""
+        offer = admit_offer(arrived)
+        self._cohorts.offer(offer_digest(offer), arrived, header, now)
+        return Offer(arrived, offer)
+
+    def _offer_again(self, arrived: UpdateArrived, now: float) -> Offer | None:
+        """Take an update that a former coordinator has checked and put into the cohort that it proposed.
+
+        A client that was revoked since then is so from the next cohort on: a keeper may have released this one.
+        """
+        try:
+            offer = admit_offer(arrived)
+        except Inadmissible:
+            return None
+        if not self._cohorts.was_proposed(offer_digest(offer)):
+            return None
+        self._arriving.add(arrived.job)
+        return self._offer(arrived, read(MaskedUpdate, unverified_body(arrived.entry.body)), now)
+
+    def _open(self, opened: UpdateOpened, now: float) -> list[Action]:
+        """Load what every keeper can unmask, and reject what one of them cannot.
+
+        A keeper refuses as spent what it has released in the cohort under way, too, if that is offered again.
+        """
+        member = self._cohorts.is_member(opened.offer)
+        settled = not opened.refusal or self._cohorts.was_proposed(opened.offer)
+        if settled or (member and opened.refusal == "spent"):
+            self._cohorts.opened(opened.offer, opened.keeper)
+            return self._load_next(now)
+        reason, detail = REFUSED_OFFERS[opened.refusal], f"keeper {opened.keeper}: {opened.detail}"
+        if member:
+            return self._expel({opened.offer}, reason, detail, now)
+        update = self._cohorts.waiting(opened.offer)
+        return [self._reject(update.arrived, reason, detail, now)] if update else []
+
+    def _load_next(self, now: float) -> list[Action]:
+        """Load the next update that may become a member of the coming cohort."""
+        actions: list[Action] = []
+        while update := self._cohorts.next(self.version):
+            base = update.arrived.base
+            try:
+                if self.config.barrier:
+                    admit_to_round(base, self.version)
+                admit_staleness(base, self.version, self.config.aggregation.max_staleness)
+            except Inadmissible as verdict:
+                actions.append(self._reject(update.arrived, verdict.reason, verdict.detail, now))
+                continue
+            return [*actions, Load(update.arrived, update.header, with_base=False)]
+        return actions
+
+    def _add_masked(self, loaded: MaskedUpdateLoaded, now: float) -> list[Action]:
+        """Add a masked update to the sum, and ask for the masks once its cohort is full."""
+        assert self._sum
+        arrived, header, update = loaded.load.arrived, loaded.load.header, self._cohorts.loading
+        assert update
+        staleness, level = self.version - arrived.base, self._cohorts.weight(arrived.base, self.version)
+        self._sum.add(loaded.masked.pieces(), level, header.examples, staleness)
+        self._cohorts.add(level)
+        self._arriving.discard(arrived.job)
+        self._scheduler.merged(arrived.client)
+        weight = level / self.config.secure.weight_levels
+        record = masked_update(
+            arrived, header, update.digest, staleness=staleness, level=level, weight=weight, seconds=now
+        )
+        self._buffer.append((arrived, record))
+        return [self._propose(now)] if self._cohorts.is_full else self._load_next(now)
+
+    def _propose(self, now: float) -> Unmask:
+        self._answers = {}
+        return Unmask(self._cohorts.propose(self.version, now))
+
+    def _unmask(self, released: MasksReleased, now: float) -> list[Action]:
+        """Take a keeper's masks off the sum; once all are off, make the next version from it."""
+        assert self._sum
+        if not self._cohorts.awaits(released.keeper):
+            return []
+        self._sum.subtract(released.masks.pieces())
+        self._answers[released.keeper] = released.sealed
+        if not self._cohorts.released(released.keeper):
+            return []
+        members, norm, most = self._cohorts.take_members(), self._sum.norm(), self._sum.largest_norm
+        if norm > most:
+            self._discard_sum()
+            detail = f"the sum of its cohort has the norm {norm:.4g}, and that of clipped updates is at most {most:.4g}"
+            reason = RejectionReason.COHORT_NORM
+            rejected = [self._reject(member.update.arrived, reason, detail, now) for member in members]
+            return [*rejected, *self._load_next(now)]
+        masks = {keeper: dict(self._answers[keeper]) for keeper in self.config.secure.keepers}
+        step = self._sum.finish(self._aggregator, self.model)
+        self._sum.clear()
+        details = {"cohort": released.cohort, "masks": masks, "trained_from": self._models.get(self.version, "")}
+        return [*self._publish(step, now, details), *self._load_next(now)]
+
+    def _split_cohort(self, refused: CohortRefused, now: float) -> list[Action]:
+        """Reject the members that a keeper cannot release; the others wait for the next cohort.
+
+        A refusal that is about no member ends the run: the keeper would refuse any other cohort, too.
+        """
+        if not self._cohorts.awaits(refused.keeper):
+            return []
+        reason = REFUSED_MEMBERS.get(refused.reason)
+        if reason is None or not any(map(self._cohorts.is_member, refused.offers)):
+            why = f"keeper {refused.keeper} releases no masks for version {self.version + 1}"
+            self._no_masks = Stop(f"{why} ({refused.reason}): {refused.detail}", failed=True)
+            return []
+        return self._expel(refused.offers, reason, f"keeper {refused.keeper}: {refused.detail}", now)
+
+    def _expel(self, offers: Container[str], reason: RejectionReason, detail: str, now: float) -> list[Action]:
+        """Reject members of the cohort; the others are added to the next one, after the sum was begun again."""
+        members = self._cohorts.take_members()
+        self._discard_sum()
+        self._cohorts.give_back(members)
+        named = [member.update.arrived for member in members if member.update.digest in offers]
+        return [*(self._reject(arrived, reason, detail, now) for arrived in named), *self._load_next(now)]
+
+    def _discard_sum(self) -> None:
+        """Empty the sum of a cohort that becomes no version."""
+        assert self._sum
+        self._sum.clear()
+        self._arriving.update(arrived.job for arrived, _ in self._buffer)
+        self._buffer = []
+
+    def _release_clients(self) -> None:
+        """Let clients train again whose updates the coming version takes."""
+        for client in sorted(self._scheduler.held):
+            if not self._cohorts.is_ahead(client, self.version):
+                self._scheduler.release(client)
+
+    def _keeper_away(self, now: float) -> Stop | None:
+        """End the run where a keeper has been awaited for longer than it may be."""
+        longest, awaited = self._longest_wait, self._cohorts.awaited
+        if longest is None or awaited is None or now < longest:
+            return None
+        seconds = f"{self.config.secure.wait_seconds:g} s (secure.wait_seconds)"
+        return Stop(f"keeper {awaited[0]} did not answer for {seconds}", failed=True)
 
     # What the caller reads
 
@@ -321,8 +546,9 @@ class Federation:
 
     @property
     def unfinished(self) -> dict[str, str]:
-        """Job → client for every job that is open, or whose update is buffered."""
-        return {**self.open_jobs, **{arrived.job: arrived.client for arrived, _ in self._buffer}}
+        """Job → client for every job that is open, or whose update is buffered or waits for a keeper."""
+        posted = [*self._cohorts.arrived, *(arrived for arrived, _ in self._buffer)]
+        return {**self.open_jobs, **{arrived.job: arrived.client for arrived in posted}}
 
     @property
     def job_number(self) -> int:
@@ -349,12 +575,13 @@ class Federation:
             self._scheduler.next_deadline(buffered=bool(self._buffer)),
             self._time_limit,
             self._evaluations.next_deadline(self.version),
+            self._longest_wait,
         ]
         return min((end for end in ends if end is not None), default=None)
 
     def waiting_for(self, now: float) -> str:
         """Describe what keeps the run from dispatching a job; an empty string if it goes on."""
-        return waiting_for(self.config, self._scheduler, self.unavailable, now)
+        return waiting_for(self.config, self._scheduler, self.unavailable, now, self._cohorts)
 
     def dead_end(self, gone: Container[str]) -> str:
         """Describe why the run can never go on, if no client in `gone` comes back; an empty string if it can."""
@@ -366,10 +593,17 @@ class Federation:
         started, seconds = self.run_counters.started, self.config.stop.seconds
         return None if started is None or seconds is None else started + seconds
 
+    @property
+    def _longest_wait(self) -> float | None:
+        """Time at which a keeper has been awaited for secure.wait_seconds, or None."""
+        limit, awaited = self.config.secure.wait_seconds, self._cohorts.awaited
+        return None if limit is None or awaited is None else awaited[1] + limit
+
     # Slots
 
     def _dispatch(self, now: float) -> list[Action]:
-        return [*self._scheduler.dispatch(len(self._arriving), len(self._buffer), now)]
+        arriving = len(self._arriving) - self._cohorts.left_over(self.version)
+        return [*self._scheduler.dispatch(arriving, len(self._buffer), now, self._cohorts.backlog)]
 
     def _pass_on(self, job: str, client: str, now: float) -> list[Action]:
         """Give the slot of a job that ended to another client, or to this one if no other is idle."""
@@ -377,6 +611,26 @@ class Federation:
         actions = self._dispatch(now)
         self._scheduler.offer(client)
         return actions
+
+    def _close_if_due(self, now: float) -> list[Action]:
+        """Make a version from a part of a buffer, if that is all that can come."""
+        if self._sum:
+            return self._propose_if_due(now)
+        if not self._round_closes(now):
+            return []
+        actions = self._commit(now)
+        return actions + self._dispatch(now)
+
+    def _propose_if_due(self, now: float) -> list[Action]:
+        """Ask for the masks of a cohort that no client can add to, if the keepers release it.
+
+        All updates of a resumed run have been read by now: a former coordinator's cohort that lacks one never comes.
+        """
+        self._cohorts.abandon_proposed()
+        if loads := self._load_next(now):
+            return loads
+        grows = self._cohorts.may_grow(self.version) or self._scheduler.can_train
+        return [] if grows or not self._cohorts.is_crowd else [self._propose(now)]
 
     def _round_closes(self, now: float) -> bool:
         """Whether the round behind a barrier closes with the updates it has: at its deadline, or if no client can join.
@@ -411,6 +665,7 @@ class Federation:
         self.rejected[reason] += 1
         self.failures.rejected(arrived.client, reason, detail)
         self._arriving.discard(arrived.job)
+        self._cohorts.drop(arrived.job)
         self._alone.discard(arrived.job)
         quarantine = self._filter.strike(arrived.client) if reason in OUTLIER else 0.0
         if quarantine:
@@ -526,7 +781,7 @@ class Federation:
             worst = self.failures.most_frequent
             because = "every client failed too often and was set aside" + (f": {worst.line}" if worst else "")
             return self.stop(Stop(because, failed=True), now)
-        if ending:
+        if ending := ending or self._no_masks or self._keeper_away(now):
             return self.stop(ending, now)
         started = self.run_counters.started
         trained = None if started is None else now - started
@@ -545,9 +800,10 @@ class Federation:
         self.stopped = stop
         actions: list[Action] = [
             self._reject(arrived, RejectionReason.RUN_ENDED, "the run ended before its buffer was full", now)
-            for arrived, _ in self._buffer
+            for arrived in [*self._cohorts.arrived, *(arrived for arrived, _ in self._buffer)]
         ]
         self._buffer = []
+        self._cohorts.take_members()
         actions += [
             self._abandon(job, client, "", AbandonReason.RUN_ENDED, "", now)
             for job, client in self._scheduler.close_all()
@@ -559,7 +815,7 @@ class Federation:
         match event:
             case UpdateArrived():  # its job was abandoned when the run ended
                 return [Acknowledge(event.entry.id, None)]
-            case UpdateLoaded(load=load) | UpdateUnreadable(load=load):
+            case UpdateLoaded(load=load) | MaskedUpdateLoaded(load=load) | UpdateUnreadable(load=load):
                 return [self._reject(load.arrived, RejectionReason.RUN_ENDED, "the run has ended", now)]
             case InvalidEntry():
                 return [self._refuse_entry(event, now)]

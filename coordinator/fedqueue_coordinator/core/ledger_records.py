@@ -29,6 +29,21 @@ def merged_update(
     }  # fmt: skip
 
 
+def masked_update(
+    arrived: UpdateArrived, header: Update, offer: str, *, staleness: int, level: int, weight: float, seconds: float
+) -> LedgerRecord:
+    """Describe one masked update of a version's record; nothing in it depends on the update's content.
+
+    `offer` is the digest by which the cohort names it, `level` its integer weight in the sum.
+    """
+    return {
+        "job": arrived.job, "client": arrived.client, "attempt": arrived.attempt, "base": arrived.base,
+        "staleness": staleness, "examples": header.examples, "weight": weight, "level": level, "offer": offer,
+        "at": seconds, "training_seconds": header.seconds, "metrics": {},
+        **({"digest": header.digest} if header.digest else {}),
+    }  # fmt: skip
+
+
 def version_record(
     version: int, merged: Sequence[LedgerRecord], seconds: float, step_seconds: Mapping[str, float] | None = None
 ) -> LedgerRecord:

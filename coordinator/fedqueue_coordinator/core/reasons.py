@@ -44,12 +44,30 @@ class RejectionReason(StrEnum):
     """The message is from a worker process that another one of the same client has replaced."""
     TAMPERED = "tampered"
     """The payload is not the one that was signed."""
+    UNMASKABLE = "unmaskable"
+    """A keeper cannot open the seed of its mask."""
+    KEEPER_LOST = "keeper_lost"
+    """A keeper has lost the key that the seed of its mask is encrypted to."""
+    SPENT = "spent"
+    """A keeper has released its mask in another cohort, which Redis has lost."""
+    COHORT_NORM = "cohort_norm"
+    """The unmasked sum of its cohort is longer than sums of clipped updates are: a client or a keeper was not honest,
+    and nothing tells which."""
     RUN_ENDED = "run_ended"
     """The run ended before the update could be part of a version."""
 
 
-NO_FAULT = frozenset({RejectionReason.STALE, RejectionReason.LATE, RejectionReason.RUN_ENDED})
-"""Reasons without a penalty: a slow client gets its next job at once."""
+NO_FAULT = frozenset(
+    {
+        RejectionReason.STALE,
+        RejectionReason.LATE,
+        RejectionReason.KEEPER_LOST,
+        RejectionReason.SPENT,
+        RejectionReason.COHORT_NORM,
+        RejectionReason.RUN_ENDED,
+    }
+)
+"""Reasons without a penalty: a client that is slow, or without blame, gets its next job at once."""
 FORGEABLE = frozenset({RejectionReason.FORGED, RejectionReason.FOREIGN, RejectionReason.TAMPERED})
 """Faults that any Redis writer could forge; they cause a pause, not an exclusion."""
 OUTLIER = frozenset({RejectionReason.OUTLIER_NORM, RejectionReason.OUTLIER_DIRECTION})

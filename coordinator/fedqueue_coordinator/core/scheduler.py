@@ -52,6 +52,7 @@ class Scheduler:
         self._selection = self._fedcompass.selection if self._fedcompass else make_selection(config.dispatch.selection)
         self._stats = ClientStats(self.registered, self._fair_share.last_merged, self._fair_share.last_job)
         self._idle = IdlePool()
+        self._held: set[str] = set()
         # Client → its open jobs, oldest first; more than one only after a recovery.
         self._jobs: defaultdict[str, dict[str, None]] = defaultdict(dict)
 
@@ -94,7 +95,7 @@ class Scheduler:
     def offer(self, client: str) -> None:
         """Make the client idle if it may train: it is alive, has no job, no rest, no round and no group to wait for."""
         in_group = self._fedcompass is not None and self._fedcompass.waits(client)
-        taken = client in self._jobs or client in self._round or in_group
+        taken = client in self._jobs or client in self._round or client in self._held or in_group
         if client in self.clients and not taken and self._backoff.allows(client):
             self._idle.put(client, self._place_of(client))
         else:
@@ -211,6 +212,23 @@ class Scheduler:
         self._jobs.clear()
         return jobs
 
+    # Clients whose updates wait
+
+    def hold(self, client: str) -> None:
+        """Give the client no further job until `release`."""
+        self._held.add(client)
+        self._idle.discard(client)
+
+    def release(self, client: str) -> None:
+        """Let a client train that was held."""
+        self._held.discard(client)
+        self.offer(client)
+
+    @property
+    def held(self) -> frozenset[str]:
+        """The clients that get no job until `release`."""
+        return frozenset(self._held)
+
     # Rounds and groups
 
     @property
@@ -220,8 +238,12 @@ class Scheduler:
 
     def round_is_over(self, now: float) -> bool:
         """Whether the round's deadline has passed, or no client can join the round."""
-        can_grow = self.open_jobs or self._idle or self._backoff.resting
-        return self._round.is_over(now) or not can_grow
+        return self._round.is_over(now) or not self.can_train
+
+    @property
+    def can_train(self) -> bool:
+        """Whether a client trains, or may train without an update being merged before."""
+        return bool(self.open_jobs or self._idle or self._backoff.resting)
 
     def close_round(self) -> list[tuple[str, str]]:
         """Begin the next round: every client may train for it. Returns the jobs and clients that are late."""
@@ -257,14 +279,16 @@ class Scheduler:
             return config.minimum_clients
         return max(1, min(config.minimum_clients, config.clients.number - len(self.without_examples)))
 
-    def dispatch(self, arriving: int, buffered: int, now: float) -> list[Dispatch]:
+    def dispatch(self, arriving: int, buffered: int, now: float, backlog: int = 0) -> list[Dispatch]:
         """Give jobs to idle clients while slots are free.
 
-        `arriving` updates are being read and `buffered` ones wait for the next version.
+        `arriving` updates are being read and `buffered` ones wait for the next version. No job is given while more
+        than `dispatch.concurrency` updates, the `backlog`, wait for a keeper.
         """
         self._started = self._started or len(self.clients) >= self.minimum_clients
         dispatched: list[Dispatch] = []
-        while self._started and self._idle and self._has_room(arriving + buffered):
+        room = backlog <= self._config.concurrency
+        while room and self._started and self._idle and self._has_room(arriving + buffered):
             client = self._choose(self.job_number + 1, nothing_under_way=not (self.open_jobs or arriving))
             if client is None:  # every idle client has reached its share
                 break

@@ -6,17 +6,44 @@ from collections.abc import Container, Iterable, Mapping
 
 from fedqueue.config.schema import Config
 from fedqueue.exception_text import one_line
+from fedqueue_coordinator.core.cohorts import Cohorts
 from fedqueue_coordinator.core.scheduler import Scheduler
 
+KEEPER_SECONDS = 5.0
+"""After which a keeper's answer is said to be awaited."""
 NAMED = 5
 """Clients that a message names; the others are counted."""
 
 
-def waiting_for(config: Config, scheduler: Scheduler, unavailable: Mapping[str, str], now: float) -> str:
-    """Describe what keeps the run from dispatching a job; an empty string if a job is under way or may be dispatched.
+def waiting_for(
+    config: Config, scheduler: Scheduler, unavailable: Mapping[str, str], now: float, cohorts: Cohorts
+) -> str:
+    """Describe what keeps the run from going on; an empty string if a job is under way or may be dispatched.
 
     `unavailable` is client → why its data cannot be loaded.
     """
+    return (
+        _waiting_for_keeper(cohorts, now)
+        or _waiting_for_clients(config, scheduler, unavailable, now)
+        or _waiting_for_crowd(config, scheduler, cohorts)
+    )
+
+
+def _waiting_for_keeper(cohorts: Cohorts, now: float) -> str:
+    if not cohorts.awaited or now - cohorts.awaited[1] < KEEPER_SECONDS:
+        return ""
+    keeper, since = cohorts.awaited
+    return f"waiting for keeper {keeper}, which has not answered for {now - since:.0f} s"
+
+
+def _waiting_for_crowd(config: Config, scheduler: Scheduler, cohorts: Cohorts) -> str:
+    if not cohorts.stalled or scheduler.can_train:
+        return ""
+    absent = [client for client in config.clients.ids if client not in scheduler.clients]
+    return f"a version needs updates of other clients ({cohorts.stalled}){_named(absent)}"
+
+
+def _waiting_for_clients(config: Config, scheduler: Scheduler, unavailable: Mapping[str, str], now: float) -> str:
     if scheduler.started and scheduler.open_jobs:
         return ""
     alive = scheduler.clients
@@ -50,6 +77,10 @@ def dead_end(config: Config, scheduler: Scheduler, gone: Container[str], unavail
         )
     if scheduler.started and all(map(scheduler.is_set_aside, left)):
         return f"no client is left that can train{_named(lost)}{_reasons(lost, unavailable)}"
+    least = config.secure.min_cohort if config.secure.on else 0
+    if (crowd := len(left) - sum(map(scheduler.is_set_aside, left))) < least:
+        needed = f"{crowd} clients are left that can train, and a version needs {least} (secure.min_cohort)"
+        return f"{needed}{_named(lost)}{_reasons(lost, unavailable)}"
     return ""
 
 

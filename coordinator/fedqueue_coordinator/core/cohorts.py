@@ -1,0 +1,235 @@
+"""The masked updates of a run with keepers, from their arrival to the version that has their weighted sum.
+
+    arrived → every keeper has opened its seed → ready → member of the coming cohort → released by every keeper
+
+An update is ready once every keeper has said that it can take the update's mask off. Ready updates become members in
+the order of their arrival, as long as the weights of a client's members add up to at most W = `weight_levels`: a
+further update of the client waits for the next version. A cohort is full if it has K members and is a crowd: at least
+m = `min_cohort` clients, and m · (weight of any client) ≤ Σ w. While the keepers release a cohort, no member is added.
+
+A member's weight is an integer: W · s(τ), rounded, at the version that the cohort is merged into.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from fedqueue.config.schema import Config
+from fedqueue.config.secure import MAX_MEMBERS
+from fedqueue.protocol.messages import Cohort, MaskedUpdate
+from fedqueue.secure.cohort import crowd_problem
+from fedqueue.secure.ring import level
+from fedqueue_coordinator.core.events import UpdateArrived
+
+
+@dataclass
+class Waiting:
+    """An update that is no member yet."""
+
+    digest: str
+    """Of its offer."""
+    arrived: UpdateArrived
+    header: MaskedUpdate
+    since: float
+    """When it was offered to the keepers."""
+    unopened: set[str]
+    """The keepers that have not answered yet."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """An update whose payload is in the sum."""
+
+    update: Waiting
+    weight: int
+
+
+class Cohorts:
+    """Which updates wait, which are members of the coming cohort, and what the keepers have not answered yet."""
+
+    def __init__(self, config: Config, proposed: Cohort | None = None) -> None:
+        """`proposed`: the cohort that a former coordinator has shown to the keepers; it is made again as it was."""
+        self.members: list[Member] = []
+        """In the order in which they were added."""
+        self.loading: Waiting | None = None
+        """The update whose payload is being read."""
+        self._config = config
+        self._keepers = config.secure.keepers
+        self._levels = config.secure.weight_levels
+        self._waiting: dict[str, Waiting] = {}  # digest → update, in the order of arrival
+        self._proposed = dict(proposed.members) if proposed else {}
+        self._unreleased: set[str] = set()  # keepers whose mask of the cohort under way is awaited
+        self._proposed_at = 0.0
+
+    # Arrival
+
+    def offer(self, digest: str, arrived: UpdateArrived, header: MaskedUpdate, now: float) -> None:
+        """Add an update that is now offered to every keeper."""
+        self._waiting[digest] = Waiting(digest, arrived, header, now, set(self._keepers))
+
+    def was_proposed(self, digest: str) -> bool:
+        """Whether the update is a member of the cohort that a former coordinator has shown to the keepers."""
+        return digest in self._proposed
+
+    def is_member(self, digest: str) -> bool:
+        """Whether the update is in the sum."""
+        return any(member.update.digest == digest for member in self.members)
+
+    def opened(self, digest: str, keeper: str) -> None:
+        """Note that the keeper can take the update's mask off."""
+        if update := self._waiting.get(digest):
+            update.unopened.discard(keeper)
+
+    def waiting(self, digest: str) -> Waiting | None:
+        """The waiting update with this digest."""
+        return self._waiting.get(digest)
+
+    def drop(self, job: str) -> None:
+        """Forget the waiting update of a job, which is rejected."""
+        for update in [update for update in self._waiting.values() if update.arrived.job == job]:
+            del self._waiting[update.digest]
+            if self.loading is update:
+                self.loading = None
+            if update.digest in self._proposed:
+                self._proposed = {}  # that cohort cannot be made any more
+
+    # Members
+
+    def weight(self, base: int, version: int) -> int:
+        """The weight of an update that was trained from `base`, at `version`."""
+        return level(max(0, version - base), self._config)
+
+    def next(self, version: int) -> Waiting | None:
+        """The next update to load at `version`, or None; the caller loads it, and then calls `add` or `drop`."""
+        if self.loading or self.under_way or len(self.members) >= MAX_MEMBERS:
+            return None
+        self.loading = next(self._eligible(version), None)
+        return self.loading
+
+    def add(self, weight: int) -> None:
+        """Make the update that was loaded a member."""
+        assert self.loading
+        del self._waiting[self.loading.digest]
+        self.members.append(Member(self.loading, weight))
+        self.loading = None
+
+    def _eligible(self, version: int) -> Iterator[Waiting]:
+        """Updates that may become members at `version`, in the order of their arrival."""
+        weights = self._member_weights()
+        for update in self._waiting.values():
+            client, weight = update.arrived.client, self.weight(update.arrived.base, version)
+            if self._proposed:
+                if self._proposed.get(update.digest) == weight:
+                    yield update
+            elif not update.unopened and weights[client] + weight <= self._levels:
+                yield update
+
+    def _member_weights(self) -> Counter[str]:
+        weights: Counter[str] = Counter()
+        for member in self.members:
+            weights[member.update.arrived.client] += member.weight
+        return weights
+
+    # Slots
+
+    def is_ahead(self, client: str, version: int, *arriving: int) -> bool:
+        """Whether the client has posted more than the coming version takes of it: a further job would be in vain.
+
+        `arriving`: the bases of updates of the client that arrive at this moment.
+        """
+        bases = [update.arrived.base for update in self._waiting.values() if update.arrived.client == client]
+        weights = [self.weight(base, version) for base in [*bases, *arriving]]
+        return self._member_weights()[client] + sum(weights) > self._levels
+
+    @property
+    def backlog(self) -> int:
+        """The number of updates that wait for a keeper."""
+        if self.under_way:
+            return len(self._waiting)
+        return sum(bool(update.unopened) for update in self._waiting.values())
+
+    def left_over(self, version: int) -> int:
+        """The number of updates that wait for another version than the coming one, which has enough of their clients.
+
+        0 while a cohort is under way: which version takes them is not known yet.
+        """
+        if self.under_way or self._proposed:
+            return 0
+        waits = [update for update in self._waiting.values() if not update.unopened and update is not self.loading]
+        return len(waits) - sum(1 for update in self._eligible(version) if update is not self.loading)
+
+    @property
+    def arrived(self) -> list[UpdateArrived]:
+        """The updates that wait and are not being loaded, in the order of their arrival."""
+        return [update.arrived for update in self._waiting.values() if update is not self.loading]
+
+    # The cohort
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the members make a version."""
+        if self._proposed:
+            return len(self.members) == len(self._proposed)
+        return len(self.members) >= self._config.buffer_size and self.is_crowd
+
+    @property
+    def is_crowd(self) -> bool:
+        """Whether the keepers release the sum of the present members."""
+        return bool(self.members) and not self.stalled
+
+    def may_grow(self, version: int) -> bool:
+        """Whether an update that has arrived may still become a member."""
+        waits = self.loading or self.under_way or self.backlog
+        return bool(waits) or next(self._eligible(version), None) is not None
+
+    def propose(self, version: int, now: float) -> Cohort:
+        """The cohort of the present members, which every keeper is asked to release."""
+        self._unreleased, self._proposed_at, self._proposed = set(self._keepers), now, {}
+        return Cohort(version=version, members=tuple((m.update.digest, m.weight) for m in self.members))
+
+    def abandon_proposed(self) -> None:
+        """Give up the cohort of a former coordinator if it lacks a member: nothing of it will arrive any more."""
+        if self._proposed and not self.loading:
+            self._proposed = {}
+
+    @property
+    def under_way(self) -> bool:
+        """Whether the keepers are asked to release the present members."""
+        return bool(self._unreleased)
+
+    def awaits(self, keeper: str) -> bool:
+        """Whether the cohort under way lacks the keeper's answer."""
+        return keeper in self._unreleased
+
+    def released(self, keeper: str) -> bool:
+        """Note that the keeper has released the cohort; return whether all have."""
+        self._unreleased.discard(keeper)
+        return not self._unreleased
+
+    def take_members(self) -> list[Member]:
+        """Empty the cohort, which is merged or rejected; return its members."""
+        members, self.members = self.members, []
+        self._unreleased = set()
+        return members
+
+    def give_back(self, members: Iterable[Member]) -> None:
+        """Let these members of a refused cohort wait for the next one, before all others."""
+        self._waiting = {member.update.digest: member.update for member in members} | self._waiting
+
+    # What the keepers have not answered
+
+    @property
+    def awaited(self) -> tuple[str, float] | None:
+        """The keeper that has been awaited for longest, and since when; None if no answer is awaited."""
+        waits = [(self._proposed_at, keeper) for keeper in self._unreleased]
+        waits += [(update.since, keeper) for update in self._waiting.values() for keeper in update.unopened]
+        since, keeper = min(waits, default=(0.0, ""))
+        return (keeper, since) if keeper else None
+
+    @property
+    def stalled(self) -> str:
+        """Why the members make no version, if no other client adds to them; an empty string if they do, or for none."""
+        weights = [(member.update.arrived.client, member.weight) for member in self.members]
+        return crowd_problem(weights, self._config.secure.min_cohort, self._levels) if weights else ""
