@@ -152,8 +152,8 @@ class RunExists(StoreError):
     `run` is the name, `problem` says what is in the way, and `hint` what to do.
 
     >>> import fedqueue
-    >>> print(fedqueue.RunExists("digits", "has ended", "choose another name with --set name=NAME"))
-    run 'digits' has ended; choose another name with --set name=NAME
+    >>> print(fedqueue.RunExists("digits", "has ended", "choose another name"))
+    run 'digits' has ended; choose another name
     """
 
     def __init__(self, run: str, problem: str, hint: str) -> None:
@@ -170,7 +170,7 @@ class RunLost(StoreError):
         super().__init__(
             f"Redis has lost run {run!r}, and there is no checkpoint {checkpoint} to continue from; "
             f"{f'{cause}; then ' if cause else ''}"
-            "start it again with --output DIR, the folder that has it, or without a checkpoint to begin with version 0"
+            "start it again with the folder that has one, or without a checkpoint to begin with version 0"
         )
 
 

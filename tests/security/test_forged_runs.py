@@ -283,9 +283,9 @@ def test_coordinator_detects_a_changed_history_at_the_end(fake_client: redis.Red
 
     with structlog.testing.capture_logs() as logs:
         scene.play(site.join, site.post, change)
-    assert [line["event"] for line in logs if line["log_level"] == "error"] == [
-        "ledger in Redis does not match the committed versions; run `fedqueue audit`"
-    ]
+    problem = "the ledger in Redis does not match the committed versions: run `fedqueue audit`"
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == [problem]
+    assert scene.store.info().stopped_because == problem
 
 
 def test_history_is_verified_across_takeovers_and_epochs(fake_client: redis.Redis, tmp_path: Path) -> None:

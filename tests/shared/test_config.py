@@ -103,12 +103,12 @@ def test_empty_value_is_empty_text(path: Path) -> None:
 
 @pytest.mark.parametrize("override", ["name", "=5", ""])
 def test_override_without_a_key_or_a_value_is_an_error(path: Path, override: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"^--set = .*: no key or no value; write section\.key=value$"):
+    with pytest.raises(ConfigurationError, match=r"^override = .*: no key or no value; write section\.key=value$"):
         load_config(path, [override], {})
 
 
 def test_override_below_a_single_value_is_an_error(path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"--set name\.first = 'x': name is a single value, not a section"):
+    with pytest.raises(ConfigurationError, match=r"^name\.first = 'x': name is a single value, not a section"):
         load_config(path, ["name.first=x"], {})
     with pytest.raises(ConfigurationError, match=r"FEDQUEUE_NAME__FIRST = 'x': name is a single value"):
         load_config(path, environment={"FEDQUEUE_NAME__FIRST": "x"})
@@ -239,7 +239,7 @@ def test_renamed_key_is_an_error_that_names_the_current_key(path: Path, old: Any
     assert caught.value.hint == f"write {present}"
     with pytest.raises(ConfigurationError) as caught:
         load_config(path, [f"{old}=1"], {})
-    assert str(caught.value) == f"--set {old} = '1': the key was renamed; write --set {present}"
+    assert str(caught.value) == f"{old} = '1': the key was renamed; write {present}"
     variable, new = (f"FEDQUEUE_{key.upper().replace('.', '__')}" for key in (old, present))
     with pytest.raises(ConfigurationError) as caught:
         load_config(path, environment={variable: "1"})
@@ -254,7 +254,7 @@ def test_only_the_new_names_of_renamed_keys_are_accepted() -> None:
 
 
 def test_key_below_a_renamed_key_is_named_with_its_current_path(path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"write --set dispatch\.fedcompass\.min_steps$"):
+    with pytest.raises(ConfigurationError, match=r"write dispatch\.fedcompass\.min_steps$"):
         load_config(path, ["dispatch.compass.min_steps=3"], {})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -275,15 +276,50 @@ def test_stop_during_training_hands_the_job_back(fake_run: SampleRun, task: Nois
 
 
 @pytest.mark.timeout(30)
-def test_stop_during_an_outage_ends_the_worker(fake_run: SampleRun, task: Noise, logs: Any) -> None:
+def test_stop_during_an_outage_ends_the_worker_in_one_line(
+    fake_run: SampleRun, task: Noise, logs: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     def outage() -> None:
         fake_run.client.connection_pool.connection_kwargs["server"].connected = False
         terminate()
 
     task.while_training = outage
     enqueue(fake_run)
-    assert start(fake_run, task) == "stopped"
-    assert "job not handed back: its lease has to expire" in [entry["event"] for entry in logs]
+    with caplog.at_level(logging.WARNING, "rq"):
+        assert start(fake_run, task) == "stopped"
+    warnings = [entry["event"] for entry in logs if entry["log_level"] != "info"]
+    assert warnings == ["job not handed back: its lease has to expire"]
+    assert caplog.records == [], "RQ logged a traceback"
+
+
+@pytest.mark.timeout(30)
+def test_stop_while_an_outage_holds_back_a_failure_is_one_line(
+    fake_run: SampleRun, task: Noise, logs: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        fake_run.client.connection_pool.connection_kwargs["server"].connected = False
+        raise OSError("no such row")
+
+    monkeypatch.setattr("fedqueue.transport.retry.LONGEST_SECONDS", 0.0)
+    waits = itertools.count()
+    wait = RedisRetry.wait
+
+    def stop_at_the_second(retry: RedisRetry, error: redis.RedisError) -> None:
+        if next(waits) == 1:
+            terminate()
+        wait(retry, error)
+
+    monkeypatch.setattr(RedisRetry, "wait", stop_at_the_second)
+    task.while_training = fail
+    enqueue(fake_run)
+    with caplog.at_level(logging.WARNING, "rq"):
+        assert start(fake_run, task) == "stopped"
+    assert [entry["event"] for entry in logs if entry["log_level"] != "info"] == [
+        "training failed",
+        "waiting for Redis",
+        "end of the job not reported: its lease has to expire",
+    ]
+    assert caplog.records == [], "RQ logged a traceback"
 
 
 def test_stop_during_loading_releases_the_client_and_exits_0(fake_run: SampleRun, task: Noise) -> None:

@@ -19,7 +19,8 @@ import structlog
 from fedqueue.errors import ClientTaken, JobClosed, RunNotFound, SignatureError
 from fedqueue.protocol.messages import Registration
 from fedqueue.protocol.phase import Phase
-from fedqueue.transport.connection import eviction_note
+from fedqueue.transport.connection import eviction_note, refusal
+from fedqueue.transport.retry import transient_reason
 from fedqueue.transport.worker_store import Claim, WorkerStore
 
 log = structlog.get_logger("fedqueue.worker")
@@ -56,6 +57,7 @@ class Heartbeat:
         self._last_renewal = 0.0
         self._lost = False
         self._missing = False  # the run, at the last beat
+        self._said = ""  # why the last beat failed
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
@@ -186,7 +188,16 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._done.wait(self._lease_seconds / 3):
-            try:
-                self.beat()
-            except (redis.RedisError, RunNotFound) as error:  # RunNotFound: the data were lost after the beat's reply
-                log.warning("heartbeat failed: trying again", error=str(error))
+            self.beat_or_warn()
+
+    def beat_or_warn(self) -> None:
+        """Send one heartbeat; an error of Redis becomes a warning, once for each reason until a heartbeat succeeds."""
+        try:
+            self.beat()
+        except (redis.RedisError, RunNotFound) as error:  # RunNotFound: the data were lost after the beat's reply
+            why = transient_reason(error) or refusal(error) if isinstance(error, redis.RedisError) else str(error)
+            if why != self._said and not self._done.is_set():
+                log.warning("heartbeat failed: trying again", because=why)
+            self._said = why
+        else:
+            self._said = ""

@@ -29,6 +29,7 @@ from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
+from fedqueue.transport.connection import refusal
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue.transport.zero_copy import Command
 from fedqueue_worker.egress_log import NO_EGRESS_LOG, EgressLog
@@ -248,7 +249,12 @@ class JobRunner:
         self._last_failure[client] = f"{ending.reason}: {ending.error}"
         self._failed[client] += 1
         self._egress_log.log_ending(claim, ending)
-        self._retrying.end(claim, ending)
+        try:
+            self._retrying.end(claim, ending)
+        except ServerUnavailable as error:
+            if not self.told_to_stop:
+                raise
+            log.warning("end of the job not reported: its lease has to expire", job=claim.job, reason=str(error))
 
     def _hand_back(self, claim: Claim) -> None:
         ending = Ending(reason="returned")
@@ -256,7 +262,7 @@ class JobRunner:
             self._egress_log.log_ending(claim, ending)
             result = self._store.end(claim, ending)
         except redis.RedisError as error:  # there is no time to wait: the lease expires instead
-            log.warning("job not handed back: its lease has to expire", job=claim.job, reason=str(error))
+            log.warning("job not handed back: its lease has to expire", job=claim.job, reason=refusal(error))
         else:
             log.info("job handed back", job=claim.job, refused=result.value or None)
 

@@ -120,6 +120,8 @@ class TrainingWorker(SimpleWorker):
                 self.interrupted_by = error
                 raise StopRequested from error
             self._drop(job.id, queue, error)
+        if self.interrupted_by:
+            raise StopRequested
 
     @contextlib.contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -200,10 +202,11 @@ class TrainingWorker(SimpleWorker):
                 pipeline.execute_command(*command)  # type: ignore[no-untyped-call]
             try:
                 pipeline.execute()
-            except redis.ResponseError as error:  # RQ would mark a trained job as failed, and keep its record
-                if _is_outage(error):
-                    raise
-                self._drop(job.id, queue, error)
+            except redis.RedisError as error:  # RQ would log a traceback, and mark a trained job as failed
+                if transient_reason(error):
+                    self.interrupted_by = error  # ends RQ's loop after this job
+                else:
+                    self._drop(job.id, queue, error)
 
     def _commands_for_post(self) -> list[Command]:
         """The commands that end a job which is not shown. Sent with the post, they save an exchange for each job."""
@@ -260,7 +263,3 @@ class TrainingWorker(SimpleWorker):
         self.runner.stop()
         if self.get_state() != WorkerStatus.BUSY:
             raise StopRequested
-
-
-def _is_outage(error: Exception) -> bool:
-    return isinstance(error, redis.RedisError) and bool(transient_reason(error))

@@ -29,7 +29,7 @@ from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.local_run import run_federation
 from fedqueue_coordinator.operator.results import deliver_results
-from fedqueue_coordinator.operator.run_folder import LAUNCH_CONFIG_FILENAME, LOG_FILENAME, Launch, RunFolder
+from fedqueue_coordinator.operator.run_folder import LAUNCH_CONFIG_FILENAME, LOG_FILENAME, PYTHON, Launch, RunFolder
 from fedqueue_coordinator.operator.task_source import find_entrypoint
 from fedqueue_coordinator.operator.toml_text import toml_document, toml_value
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
@@ -70,8 +70,8 @@ def run(
     The results are written to `folder`, by default `runs/NAME`; at the end of the run they replace those of an earlier
     run of the same task. An interrupt (Ctrl-C, or a notebook's stop button) ends the run and keeps the model so far. A
     run that failed is returned with `failed` set, and `stopped_because` says why. With `overwrite`, an unfinished run
-    in `folder` is deleted, and results of another task are replaced. `show_progress` writes the run's progress to
-    stderr.
+    in `folder` is deleted, results of another task are replaced, and a run of the same name that has ended is deleted
+    from Redis. `show_progress` writes the run's progress to stderr.
 
     Raises ConfigurationError for a setting that is not accepted, and for a `folder` with files that no run of fedqueue
     made or, without `overwrite`, with an unfinished run or results of another task. Raises TaskError for a task that
@@ -109,7 +109,7 @@ def run(
             config = override_config(copy.deepcopy(tree), overrides).located(results.path)
             task = _constructible_by_workers(source, config) if isinstance(source, Task | type) else None
             path.write_text(toml_document(_without_url(tree)), encoding="utf-8")
-        return _run(config, results, show_progress, task)
+        return _run(config, results, show_progress, task, overwrite)
 
 
 def simulate(
@@ -164,7 +164,7 @@ def simulate(
         task = load_task(config.task.entrypoint, config.task.options, config.folder)
     check_algorithms(config)
     with contextlib.ExitStack() as stack:
-        results = RunFolder(Path(folder)) if folder is not None else None
+        results = RunFolder(Path(folder), PYTHON) if folder is not None else None
         if results:
             path = Path(source).resolve() if isinstance(source, str | Path) else Path()
             launch = Launch(path, overrides, 0, "simulate", config.name, _origin(source, config, config.folder))
@@ -176,11 +176,13 @@ def simulate(
         return deliver_results(results, config, result, checkpoint_saved=True)[1] if results else result
 
 
-def _run(config: Config, folder: RunFolder, show_progress: bool, task: Task | None) -> RunResult:
+def _run(config: Config, folder: RunFolder, show_progress: bool, task: Task | None, overwrite: bool) -> RunResult:
     launch = folder.launch()
     assert launch is not None
     with (folder.path / LOG_FILENAME).open("a") as log, _log_into(log), _torch_settings_kept():
-        result = run_federation(config, launch, folder, quiet=not show_progress, resume=False, task=task)
+        result = run_federation(
+            config, launch, folder, quiet=not show_progress, resume=False, task=task, overwrite=overwrite
+        )
     if result is None:
         raise KeyboardInterrupt
     return result
@@ -211,7 +213,7 @@ def _refuse_during_import() -> None:
 
 
 def _folder_for(config: Config, folder: str | Path | None) -> RunFolder:
-    return RunFolder(Path(folder) if folder is not None else Path("runs") / config.name)
+    return RunFolder(Path(folder) if folder is not None else Path("runs") / config.name, PYTHON)
 
 
 # What the caller gave, as a configuration

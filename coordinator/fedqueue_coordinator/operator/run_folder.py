@@ -38,11 +38,26 @@ LAUNCH_CONFIG_FILENAME, SCRIPT_COPY = "launch.toml", "launch_task.py"
 """The configuration, and the copy of the script, of a run that was started from Python."""
 INTERRUPT = "interrupted"
 """Why a run ended that was told to end."""
-OTHER_OUTPUT = "choose another folder with --output DIR"
 WRITTEN = ".written"
 """An empty file, to try whether the folder can be written."""
 NOTE_SECONDS = 1.0
 """Time between two notes of the version that an unfinished run has reached."""
+
+
+@dataclass(frozen=True)
+class CallerWords:
+    """The words in which the caller of a run has named the folder, and can name what to do about it."""
+
+    folder: str
+    """The option or argument that names the folder; the key of errors about it."""
+    other_folder: str
+    """How to choose another folder."""
+    overwrite: str
+    """How to have what the folder holds replaced."""
+
+
+COMMAND_LINE = CallerWords("--output", "choose another folder with --output DIR", "--overwrite")
+PYTHON = CallerWords("folder", "choose another folder with folder=…", "overwrite=True")
 
 
 @dataclass(frozen=True)
@@ -92,8 +107,8 @@ def replace_text(path: Path, text: str) -> None:
 class RunFolder:
     """A folder of results, by the layout at the top of this module."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, words: CallerWords = COMMAND_LINE) -> None:
+        self.path, self._words = path, words
         self.unfinished = path / UNFINISHED
         self.redis, self.keys = self.unfinished / "redis", self.unfinished / "keys"
         self.logs, self.egress, self.url_file = path / "logs", path / "egress", path / URL_FILE
@@ -118,7 +133,7 @@ class RunFolder:
         Raises ConfigurationError for a folder that cannot be written, that holds files and no launch.json, or that
         holds another configuration's results or an unfinished run; RunExists while another process uses the folder.
         """
-        unwritable = _Unwritable(self.path)
+        unwritable = _Unwritable(self.path, self._words)
         with unwritable:
             self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -147,7 +162,7 @@ class RunFolder:
     @contextlib.contextmanager
     def locked(self, shared: bool = False) -> Iterator[None]:
         """Keep other processes from the folder, or with `shared` those that do not share it too; raises RunExists."""
-        with _Unwritable(self.path):
+        with _Unwritable(self.path, self._words):
             descriptor = os.open(self.path, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # a file system without locks
@@ -171,7 +186,7 @@ class RunFolder:
     def in_use(self) -> RunExists:
         """Make the error for a folder that another process writes to."""
         launch = self.launch()
-        hint = f"wait for its end or stop it, or {OTHER_OUTPUT}"
+        hint = f"wait for its end or stop it, or {self._words.other_folder}"
         return RunExists((launch and launch.run) or self.path.name, f"is still active in {self.path}", hint)
 
     def launch(self) -> Launch | None:
@@ -188,7 +203,7 @@ class RunFolder:
             if foreign := sorted(e.name for e in self.path.iterdir() if not _harmless(e.name)):
                 named = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
                 problem = f"has files that no run of fedqueue made ({named})"
-                raise ConfigurationError("--output", str(self.path), problem, OTHER_OUTPUT)
+                raise ConfigurationError(self._words.folder, str(self.path), problem, self._words.other_folder)
             return
         if overwrite:
             return
@@ -196,17 +211,17 @@ class RunFolder:
         has_results = (self.path / LAUNCH_FILENAME).exists() or bool(self.version())
         if former.what != launch.what and has_results and not resumed:
             raise ConfigurationError(
-                "--output",
+                self._words.folder,
                 str(self.path),
                 f"has the results of {former.what}, not of {launch.what}",
-                f"{OTHER_OUTPUT}, or replace them with --overwrite",
+                f"{self._words.other_folder}, or replace them with {self._words.overwrite}",
             )
         if (interrupted := self.interrupted()) and not resumed:
             raise ConfigurationError(
-                "--output",
+                self._words.folder,
                 str(self.path),
                 f"holds a run that {interrupted}",
-                f"continue it with `fedqueue {self.command_to_resume()}`, or start over with --overwrite",
+                f"continue it with `fedqueue {self.command_to_resume()}`, or start over with {self._words.overwrite}",
             )
 
     def interrupted(self) -> str:
@@ -400,8 +415,8 @@ def _harmless(name: str) -> bool:
 class _Unwritable:
     """A context in which an OSError means that the folder `path` cannot be written."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, words: CallerWords) -> None:
+        self._path, self._words = path, words
 
     def __enter__(self) -> None:
         pass
@@ -409,4 +424,4 @@ class _Unwritable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             problem = f"cannot be written ({error.strerror})"
-            raise ConfigurationError("--output", str(self._path), problem, OTHER_OUTPUT) from None
+            raise ConfigurationError(self._words.folder, str(self._path), problem, self._words.other_folder) from None

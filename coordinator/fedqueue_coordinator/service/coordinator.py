@@ -32,7 +32,7 @@ from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import check_device
 from fedqueue.transport import rq_jobs
-from fedqueue.transport.connection import eviction_note
+from fedqueue.transport.connection import eviction_note, refusal
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.admission import unusable_reason
@@ -71,6 +71,7 @@ from fedqueue_coordinator.service.entry_verifier import EntryVerifier
 from fedqueue_coordinator.service.evaluator import Evaluator
 from fedqueue_coordinator.service.leader_election import LeaseRenewal, acquire_leadership
 from fedqueue_coordinator.service.lease_watch import LeaseWatch
+from fedqueue_coordinator.service.memory_watch import MemoryWatch
 from fedqueue_coordinator.service.payload_reader import BaseVersions, PayloadChanged, PayloadReader
 from fedqueue_coordinator.service.portions import TOGETHER, log_events, log_gone, portions
 from fedqueue_coordinator.service.publication import publish_newest
@@ -121,11 +122,13 @@ class Coordinator:
         self._paused = False
         self._known = False  # whether this process has seen the run in Redis
         self._unreported: Evaluation | None = None  # an evaluation that an outage of Redis kept from the stream
+        self._unreported_because = ""
         self._unpublished: list[Commit] = []  # versions that are not in Redis yet
         self._handled: list[tuple[str, Mapping[str, Any] | None]] = []  # entries to acknowledge, with their records
         self._checkpointer = Checkpointer(folder / CHECKPOINT_FILENAME, config.checkpoint.every_seconds)
         self._verifier = EntryVerifier(store.identity)
         self._retry = RedisRetry(self._told_to_stop, sleep)
+        self._memory = MemoryWatch(store.redis)
         self._on_wait = on_wait
         self._reopen = reopen
         self.federation: Federation
@@ -182,9 +185,17 @@ class Coordinator:
             except PayloadChanged as error:
                 log.error("payload changed during merge; restarting from the last commit", error=str(error))
             except Fenced:
-                if self.store.exists():
+                if not (lost := self._retry.call(self._lost_from_redis)):
                     raise
-                log.warning("run missing from Redis; restarting from the checkpoint")  # no coordinator leads it
+                log.warning(lost)
+
+    def _lost_from_redis(self) -> str:
+        """What Redis has lost of the run, so that this coordinator was fenced without another one that leads."""
+        if not self.store.exists():
+            return "run missing from Redis; restarting from the checkpoint"
+        if not self.store.has_leader_key():
+            return "leader key missing from Redis: another program has deleted it; leading the run again"
+        return ""
 
     def _told_to_stop(self) -> bool:
         return self._paused or self._ending is not None
@@ -232,7 +243,7 @@ class Coordinator:
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
         try:
             self.federation = restore_federation(
-                self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier
+                self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier, self._memory
             )
         except BlobMissing as error:
             self._delete_remains(str(error))
@@ -302,12 +313,17 @@ class Coordinator:
             self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
             self.store.renew_lead(dispatch.leader_lease_seconds)
             self._retry.succeeded()
+            self._memory.look(self._now(), self.federation.uplink.largest)
             if (evaluation := self._unreported) is not None:
                 self._unreported = None
                 self._report(evaluation)
             if self._checkpointer.due(self._now()):
                 self._publish()
-                self._checkpointer.start(Checkpoint.from_federation(self.federation, self._ledger()), self._now())
+                ledger = self._ledger()
+                if damage := self._damage_of(ledger):  # the checkpoint before has the whole ledger
+                    self.fail(damage)
+                else:
+                    self._checkpointer.start(Checkpoint.from_federation(self.federation, ledger), self._now())
             self._take(self.store.sweep_some(self.federation.open_jobs.values()))
             self._clients_due = True
             self._lapsed_jobs = deque(self.store.find_expired())
@@ -514,7 +530,11 @@ class Coordinator:
             self.store.report("evaluated", evaluation.pack())
         except redis.RedisError as error:
             self._unreported = evaluation
-            log.warning("evaluation not reported; it is reported again after the outage", error=str(error))
+            if (why := transient_reason(error) or refusal(error)) != self._unreported_because:
+                log.warning("evaluation not reported; it is reported again after the outage", because=why)
+            self._unreported_because = why
+        else:
+            self._unreported_because = ""
 
     # The end
 
@@ -531,20 +551,25 @@ class Coordinator:
             self._evaluator.join()
         self._take(store.sweep(count=10_000))
         version, model = self._final_version()
+        ledger = self._ledger()
+        if damage := self._damage_of(ledger):
+            log.error(damage)
+            stopped = Stop(damage, failed=True)
         registered = store.registrations().keys()
         if not stopped.resumable:
             for client in registered:
                 rq_jobs.delete_queue(store.redis, store.keys.queue(client))
-        ledger = self._ledger()
         refused = store.refused()
         jobs = store.job_number()
-        if keep_payloads and not federation.epoch:  # a later epoch lacks the payloads of the one before
+        if keep_payloads and not federation.epoch and not damage:  # a later epoch lacks the payloads of the one before
             try:
                 keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
             except OSError as error:
                 log.error("payloads not kept, so the audit cannot replay the run; check the disk", error=str(error))
                 shutil.rmtree(self._folder / REPLAY_FOLDER, ignore_errors=True)
-        if self._ending or stopped.failed:  # the operator may want to continue it after all
+        if damage:  # the newest checkpoint was saved with the whole ledger
+            self._checkpointer.join()
+        elif self._ending or stopped.failed:  # the operator may want to continue it after all
             self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())
         else:
             self._checkpointer.delete()
@@ -561,16 +586,21 @@ class Coordinator:
         )  # fmt: skip
 
     def _ledger(self) -> list[LedgerRecord]:
-        """Read the whole ledger, and log an error if it is not the one that was signed."""
-        ledger, identity = self.store.ledger(), self.store.identity
-        # Raises Fenced if Redis has lost the run and its ledger.
+        """Read the whole ledger; raises Fenced if Redis has lost the run and its ledger."""
+        ledger = self.store.ledger()
         self.store.renew_lead(self.config.dispatch.leader_lease_seconds)
-        if identity and not identity.matches_history(ledger):
-            log.error(
-                "ledger in Redis does not match the committed versions; run `fedqueue audit`",
-                **_cause(eviction_note(self.store.redis)),
-            )
         return ledger
+
+    def _damage_of(self, ledger: list[LedgerRecord]) -> str:
+        """Say what is wrong with a ledger that is not that of the committed versions; all versions are published."""
+        versions = [record["version"] for record in ledger if record["kind"] == "version"]
+        identity, expected = self.store.identity, range(1, self.federation.version + 1)
+        if versions == list(expected) and (identity is None or identity.matches_history(ledger)):
+            return ""
+        if not (missing := len(set(expected) - set(versions))):
+            return "the ledger in Redis does not match the committed versions: run `fedqueue audit`"
+        why = eviction_note(self.store.redis) or "another program has deleted them"
+        return f"the records of {missing} of {self.federation.version} versions are missing from the ledger: {why}"
 
     def _final_version(self) -> tuple[int, Frame]:
         """Return the version that reached the target, else the newest one; evaluate that if it has not been."""
@@ -586,8 +616,3 @@ class Coordinator:
             evaluator.join()
             self._take(self.store.sweep())
         return federation.version, federation.model
-
-
-def _cause(because: str) -> dict[str, str]:
-    """The field of a log line that says why, where that is known."""
-    return {"because": because} if because else {}

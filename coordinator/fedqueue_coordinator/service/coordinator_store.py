@@ -84,6 +84,10 @@ class CoordinatorStore(Store):
         if self._leader("renew", lease_seconds) != self.token:
             raise Fenced(f"another coordinator leads run {self.run!r} by now")
 
+    def has_leader_key(self) -> bool:
+        """Whether Redis has the key of the leader lease, which stays for as long as the run."""
+        return bool(self.redis.exists(self.keys.leader))
+
     def release_lead(self) -> None:
         """Give the leader lease back, so that another coordinator need not wait for its end."""
         self._inbox.close()

@@ -66,9 +66,7 @@ def acquire_leadership(
         if not standby and waited > 2 * lease:
             if why == RUN_LOST:
                 raise RunLost(config.name, checkpoint, eviction_note(store.redis))
-            hint = (
-                "choose another name with --set name=NAME, or start `fedqueue coordinator --standby`, which takes over"
-            )
+            hint = "choose another name (the key `name`), or start `fedqueue coordinator --standby`, which takes over"
             raise RunExists(config.name, "is led by another coordinator", hint)
         if not why and store.exists():
             led_last = False

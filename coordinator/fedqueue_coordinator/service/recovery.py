@@ -28,7 +28,7 @@ from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.service.checkpoint import Checkpoint
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.entry_verifier import EntryVerifier
-from fedqueue_coordinator.service.memory_policy import check_memory_policy
+from fedqueue_coordinator.service.memory_watch import MemoryWatch
 from fedqueue_coordinator.service.publication import publish_newest
 
 log = structlog.get_logger("fedqueue.coordinator")
@@ -44,6 +44,7 @@ def restore_federation(
     checkpoint: Checkpoint | None,
     evaluates: bool,
     verifier: EntryVerifier,
+    memory: MemoryWatch,
 ) -> Federation:
     """Make the federation of the run in Redis, or of `checkpoint`, or of a new run; the caller leads the run.
 
@@ -54,7 +55,7 @@ def restore_federation(
     module = make_model(task)  # not stored: it takes as much memory as a version
     manifest = Manifest.from_module(module, config.aggregation)
     check_training(config.training, torch.device("cpu"), module)
-    check_memory_policy(store.redis, config, manifest)
+    memory.check_policy(config, manifest)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)
     if checkpoint:
@@ -75,8 +76,9 @@ def _resume(
     info = store.info()
     if info.state != "running":
         hint = (
-            f"`fedqueue remove {config.name}` deletes it, --resume continues it from a checkpoint if it failed or was "
-            "interrupted, --set name=NAME starts another one"
+            f"`fedqueue remove {config.name}` deletes it, another name (the key `name`) starts another run, and the "
+            "option --resume of `fedqueue run` and `fedqueue coordinator` continues one that failed or was interrupted "
+            "from its checkpoint"
         )
         raise RunExists(config.name, f"has ended ({info.stopped_because})", hint)
     Manifest.unpack(info.manifest).require(manifest)

@@ -106,10 +106,10 @@ def override_config(
         key, equals, value = override.partition("=")
         key = key.strip()
         if not equals or not key:
-            raise ConfigurationError("--set", override, "no key or no value", "write section.key=value")
+            raise ConfigurationError("override", override, "no key or no value", "write section.key=value")
         if key == "redis.url":
-            refuse_password("--set redis.url", value)
-        _assign(tree, key.split("."), value, f"--set {key}")
+            refuse_password(key, value)
+        _assign(tree, key.split("."), value, key)
     try:
         return parse_config(tree)
     except ConfigurationError as error:
@@ -184,7 +184,7 @@ def _assign(tree: dict[str, Any], path: Sequence[str], text: str, source: str) -
     shown = "…" if path[0] == "redis" else text
     if present := _present_name(path):
         variable = ENVIRONMENT_PREFIX + "__".join(present).upper()
-        name = variable if source.startswith(ENVIRONMENT_PREFIX) else "--set " + ".".join(present)
+        name = variable if source.startswith(ENVIRONMENT_PREFIX) else ".".join(present)
         raise ConfigurationError(source, shown, "the key was renamed", f"write {name}")
     node: Any = tree
     for part in path[:-1]:

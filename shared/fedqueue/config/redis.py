@@ -69,7 +69,10 @@ def with_password(url: str, file: str | None) -> str:
 
 
 def refuse_password(option: str, url: str) -> None:
-    """Raises ConfigurationError, which does not show the URL, where a URL on a command line holds a password."""
+    """Raises ConfigurationError, which does not show the URL, where a URL holds a password.
+
+    `option` is where the URL was given: on this command line, or for that of each worker process.
+    """
     if ":" in url.partition("://")[2].rpartition("@")[0]:
-        problem = "a password on a command line can be read by every user of the machine"
+        problem = "its password would be on a command line, which every user of the machine can read"
         raise ConfigurationError(option, "…", problem, "set FEDQUEUE_REDIS__URL or redis.password_file")

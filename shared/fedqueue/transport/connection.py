@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import socket
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -166,6 +167,32 @@ def eviction(client: redis.Redis) -> tuple[str, int, int]:
         return "", 0, 0
     policy, limit = str(memory.get("maxmemory_policy", "noeviction")), int(memory.get("maxmemory", 0))
     return ("", limit, evicted) if policy == "noeviction" or not limit else (policy, limit, evicted)
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """What the server says of its memory, in bytes; `limit` is its maxmemory, 0 for none."""
+
+    used: int
+    limit: int
+    refused: int
+    """Number of commands that it has refused since its start because its memory was full."""
+    evicts_any: bool
+    """Whether it may delete any key instead."""
+
+
+def memory_use(client: redis.Redis) -> MemoryUse | None:
+    """How full the server's memory is; None where this user may not ask. Raises RedisError where it does not answer."""
+    try:
+        memory, errors = client.info("memory"), client.info("errorstats")
+    except redis.ResponseError:
+        return None
+    return MemoryUse(
+        used=int(memory.get("used_memory", 0)),
+        limit=int(memory.get("maxmemory", 0)),
+        refused=int(errors.get("errorstat_OOM", {}).get("count", 0)),
+        evicts_any=str(memory.get("maxmemory_policy", "")).startswith("allkeys"),
+    )
 
 
 def eviction_note(client: redis.Redis) -> str:

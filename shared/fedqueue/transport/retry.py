@@ -19,9 +19,11 @@ FIRST_SECONDS, LONGEST_SECONDS = 0.1, 5.0
 
 T = TypeVar("T")
 
+MORE_MEMORY = "raise its maxmemory, or lower dispatch.concurrency"
+
 # Errors that end by themselves or with an operator's help, by the first word of their text.
 TRANSIENT = {
-    "OOM": "it is out of memory: raise its maxmemory, or lower dispatch.concurrency",
+    "OOM": f"it is out of memory: {MORE_MEMORY}",
     "READONLY": "it is a read-only replica: waiting for a new primary",
     "LOADING": "it is loading its data",
     "MASTERDOWN": "it is a replica whose primary is down",

@@ -31,6 +31,8 @@
 -- leads; {-2} if a staged chunk has expired. A repeated commit, after a lost reply, returns as the first one.
 --
 -- A version stays stored while it is the head, the marked base of an open job, or pinned.
+local MOST_DEAD = 100  -- leaders between two commits whose staged chunks are deleted
+
 local leader_key, head_key, versions_key, ledger_key, jobs_key, pinned_key, counts_key = unpack(KEYS)
 local token, version_text, record_count, totals = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job_prefix, payload_prefix, model_prefix, state_prefix = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
@@ -58,7 +60,9 @@ if head == version - math.max(1, record_count) then
   local complete = true
   each_staged_chunk(token, function(key) complete = complete and redis.call('EXISTS', key) == 1 end)
   if not complete then return {-2} end
-  for dead = tonumber(head_token or token), tonumber(token) - 1 do  -- leaders that died before their commit
+  -- Leaders that died before their commit. After a deleted leader key the tokens have a gap: what older leaders staged
+  -- expires by itself.
+  for dead = math.max(tonumber(head_token or token), tonumber(token) - MOST_DEAD), tonumber(token) - 1 do
     each_staged_chunk(dead, function(key) redis.call('UNLINK', key) end)
   end
   each_staged_chunk(token, function(key, prefix, chunk)
