@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 RUNS ?= 1000000
 
 .PHONY: help demo test test-fast check docs format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
-  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line dist release-check hooks clean
+  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure-kernels dist release-check hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -87,6 +87,9 @@ bench-peers: $(INSTALLED)  ## measure fedqueue beside its peers, into docs/peers
 
 bench-merge: $(INSTALLED)  ## measure merging beside the memory bus, for each encoding; OPTIONS="--quick"
 	$(BIN)/python benchmarks/merge.py $(OPTIONS)
+
+bench-secure-kernels: $(INSTALLED)  ## measure rounding, masks and sums of secure aggregation beside the memory bus; OPTIONS="--quick"
+	$(BIN)/python benchmarks/secure_kernels.py $(OPTIONS)
 
 bench-control: $(INSTALLED)  ## measure what an update costs without its bytes, step by step; OPTIONS="--quick"
 	$(BIN)/python benchmarks/control.py $(OPTIONS)

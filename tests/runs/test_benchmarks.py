@@ -76,6 +76,15 @@ def test_merging_is_measured_for_every_encoding(tmp_path: Path) -> None:
     assert all(min(row["over_triad"] + row["over_float32"]) > 0 for row in rows)
 
 
+def test_the_steps_of_secure_aggregation_are_measured(tmp_path: Path) -> None:
+    run("secure_kernels.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["step"].partition(":")[0] for row in rows] == [
+        "site", "site", "coordinator", "keeper", "coordinator", "coordinator",
+    ]  # fmt: skip
+    assert all(min(row["ns"] + row["triads"]) > 0 for row in rows)
+
+
 def test_growth_is_measured_in_all_directions_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "scale.png"
     shown = run("scale.py", "--quick", "--json", str(tmp_path / "rows.json"), "--picture", str(picture))

@@ -180,8 +180,8 @@ def test_a_cleared_sum_begins_the_next_version() -> None:
 # Strategies
 
 
-def quantized(run: Sum, delta: np.ndarray[Any, Any], seed: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    return run.ring.quantize(delta.astype(np.float32), MaskStream(bytes([seed]) * 32, ROUNDING).next_into)
+def quantized(run: Sum, delta: np.ndarray[Any, Any], seed: int, share: float) -> np.ndarray[Any, np.dtype[np.int32]]:
+    return run.ring.quantize(delta.astype(np.float32), MaskStream(bytes([seed]) * 32, ROUNDING).next_into, share)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +204,7 @@ def test_a_strategy_makes_the_step_of_the_plain_updates(changes: dict[str, Any])
     by_examples = run.config.secure.max_examples is not None
     for number, (n, tau) in enumerate(zip(examples, stale, strict=True)):
         share = examples_share(n, run.config)
-        run.add(number, quantized(run, deltas[number] * share, number), level(tau, run.config), n, tau)
+        run.add(number, quantized(run, deltas[number], number, share), level(tau, run.config), n, tau)
     run.unmask(run.ring.dither)
     step = run.sum.finish(run.aggregator, run.model)
 

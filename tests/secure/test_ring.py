@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +29,10 @@ RINGS = st.builds(
 
 def random_words(seed: int = 0) -> Fill:
     return MaskStream(seed.to_bytes(32, "little"), ROUNDING).next_into
+
+
+def quantized(ring: Ring, delta: npt.NDArray[np.float32], seed: int = 0, share: float = 1.0) -> npt.NDArray[np.int32]:
+    return ring.quantize(delta.copy(), random_words(seed), share)
 
 
 def config_of(**changes: Any) -> Config:
@@ -66,16 +71,16 @@ def test_no_quantized_update_is_longer_than_the_bound(ring: Ring, seed: int, nor
         "tiny": np.full(d, 1e-6) + np.eye(1, d).ravel(),
     }[shape]
     delta = (vector / np.linalg.norm(vector) * norm * ring.clip_norm).astype(np.float32)
-    quantized = ring.quantize(delta, random_words(seed))
-    assert sum(int(q) ** 2 for q in quantized) <= ring.levels**2
+    found = quantized(ring, delta, seed)
+    assert sum(int(q) ** 2 for q in found) <= ring.levels**2
 
 
 def test_a_short_delta_is_off_by_less_than_a_unit() -> None:
     ring = Ring(10.0, 10, 8, 2, 200_000)  # several pieces
     delta = np.random.default_rng(0).normal(size=ring.parameters).astype(np.float32) * np.float32(0.01)
-    quantized = ring.quantize(delta, random_words())
-    assert np.abs(quantized - delta.astype(np.float64) / ring.scale).max() < 1
-    assert math.sqrt(float((quantized.astype(float) ** 2).sum())) * ring.scale == pytest.approx(
+    found = quantized(ring, delta)
+    assert np.abs(found - delta.astype(np.float64) / ring.scale).max() < 1
+    assert math.sqrt(float((found.astype(float) ** 2).sum())) * ring.scale == pytest.approx(
         float(np.linalg.norm(delta)), rel=1e-4
     )
 
@@ -83,9 +88,16 @@ def test_a_short_delta_is_off_by_less_than_a_unit() -> None:
 def test_a_long_delta_is_scaled_down_to_the_clip_norm() -> None:
     ring = Ring(2.0, 4, 8, 2, 100)
     delta = np.random.default_rng(1).normal(size=100).astype(np.float32) * np.float32(1e6)
-    kept = ring.quantize(delta, random_words()) * ring.scale
+    kept = quantized(ring, delta) * ring.scale
     direction = delta / np.linalg.norm(delta.astype(np.float64))
     assert kept == pytest.approx(2.0 * direction, rel=1e-3, abs=1e-6)
+
+
+def test_a_share_scales_the_clipped_delta() -> None:
+    """A long delta of a client with few examples must not keep the whole clip norm."""
+    ring = Ring(2.0, 4, 8, 2, 100)
+    delta = np.random.default_rng(1).normal(size=100).astype(np.float32) * np.float32(1e3)
+    assert quantized(ring, delta, share=0.25) == pytest.approx(quantized(ring, delta) * 0.25, abs=1.5)
 
 
 def test_rounding_has_no_bias() -> None:
@@ -94,7 +106,7 @@ def test_rounding_has_no_bias() -> None:
     for units in (0.3, -0.3, 7.9):
         delta = np.full(60_000, units * ring.scale, np.float32)
         exact = float(delta[0]) / ring.scale
-        mean = float(ring.quantize(delta, random_words()).mean())
+        mean = float(quantized(ring, delta).mean())
         assert abs(mean - exact) < 5 * 0.5 / math.sqrt(60_000)
 
 
@@ -102,7 +114,7 @@ def test_whole_units_stay_as_they_are() -> None:
     ring = Ring(1.0, 3, 8, 1, 5)
     ring = Ring(float(ring.levels), 3, 8, 1, 5)  # a unit is 1.0
     delta = np.array([0.0, 1.0, -1.0, 5.0, -7.0], np.float32)
-    assert ring.quantize(delta, random_words()).tolist() == [0, 1, -1, 5, -7]
+    assert quantized(ring, delta).tolist() == [0, 1, -1, 5, -7]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -19,6 +19,7 @@ from fedqueue.protocol.key_files import (
     COORDINATOR_KEY,
     COORDINATOR_PUBLIC,
     KEEPERS,
+    REVOKED,
     KeyFile,
     SigningKey,
     read_signing_key,
@@ -26,6 +27,7 @@ from fedqueue.protocol.key_files import (
     write_public_keys,
 )
 from fedqueue.protocol.messages import Cohort, MaskedUpdate, Offer, SealedSeed
+from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import UPDATE, Scope, digest_of
 from fedqueue.protocol.site_identity import SiteIdentity
@@ -95,7 +97,9 @@ class MaskedRun:
 
     def _site(self, client: str) -> SiteIdentity:
         key = KeyFile(self.folder / f"{client}.key", read_signing_key)
-        site = SiteIdentity(RUN, {client: key}, KeyFile(self.folder / COORDINATOR_PUBLIC, read_trusted_keys), "session")
+        coordinator = KeyFile(self.folder / COORDINATOR_PUBLIC, read_trusted_keys)
+        keepers = Roster(self.folder / KEEPERS, self.folder / REVOKED, "keeper")
+        site = SiteIdentity(RUN, {client: key}, coordinator, "session", keepers)
         site.enter(self.info)
         return site
 

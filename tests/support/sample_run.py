@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,9 @@ import redis
 
 from fedqueue.config.loading import parse_config
 from fedqueue.config.training import TrainingConfig
+from fedqueue.protocol.coordinator_identity import load_coordinator_identity
 from fedqueue.protocol.messages import Order, Registration, Update
+from fedqueue.protocol.site_identity import SiteIdentity
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
@@ -25,22 +28,33 @@ Buffer = npt.NDArray[np.uint8]
 
 
 class SampleRun:
-    """A run at version 0 (all elements 0), led by `coordinator`; the small model has a buffer and a counter."""
+    """A run at version 0 (all elements 0), led by `coordinator`; the small model has a buffer and a counter.
 
-    def __init__(self, client: redis.Redis, name: str = "sample", **sections: Any) -> None:
+    With `keys`, a folder, its coordinator signs; without `batch_norm`, the model has parameters only.
+    """
+
+    def __init__(
+        self,
+        client: redis.Redis,
+        name: str = "sample",
+        keys: Path | None = None,
+        batch_norm: bool = True,
+        **sections: Any,
+    ) -> None:
         self.client, self.name = client, name
         tree = {"name": name, "task": {"entrypoint": "task.py:T"}, "stop": {"versions": 99}, **sections}
         self.config = parse_config(tree)
-        self.module = SmallTask().model()
+        self.module = SmallTask(batch_norm).model()
         self.manifest = Manifest.from_module(self.module)
-        self.coordinator = CoordinatorStore(client, name, "owner-a")
+        identity = load_coordinator_identity(keys, name) if keys else None
+        self.coordinator = CoordinatorStore(client, name, "owner-a", identity)
         self.keys = self.coordinator.keys
         assert self.coordinator.lead(60)
         self.coordinator.create(self.config.model_dump_json(), self.manifest)
         self.publish(0)
 
-    def worker(self, token: str = "worker-a") -> WorkerStore:
-        return WorkerStore(self.client, self.name, token)
+    def worker(self, token: str = "worker-a", identity: SiteIdentity | None = None) -> WorkerStore:
+        return WorkerStore(self.client, self.name, token, identity)
 
     def join(self, client: str = "c0", token: str = "worker-a", lease: float = 60) -> WorkerStore:
         """Make a worker that serves the client, registered with 10 examples."""

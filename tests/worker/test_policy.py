@@ -13,13 +13,14 @@ import pytest
 import structlog
 
 from fedqueue import Client
+from fedqueue.config.secure import SecureConfig
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.protocol.messages import Ending, Registration, Update, read
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue_worker.egress_log import EgressLog, open_egress_log
 from fedqueue_worker.job_runner import JobRunner
-from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
+from fedqueue_worker.policy import ALLOW_ALL, NoPart, Policy, load_policy
 from tests.support.sample_run import SampleRun
 from tests.support.training_site import Doubling, TrainingSite
 
@@ -70,6 +71,36 @@ def test_only_allowed_entrypoints_may_run() -> None:
     ALLOW_ALL.check_task("any.py:Thing")
     with pytest.raises(PolicyRefusal, match=r"task 'task.py:B' is not allowed here; allowed entrypoints: task.py:A"):
         Policy(entrypoints=["task.py:A"]).check_task("task.py:B")
+
+
+TWO = {"keepers": ("north", "south"), "min_cohort": 4}
+
+
+@pytest.mark.parametrize(
+    ("terms", "secure", "refused"),
+    [
+        ("", {}, ""),
+        ('keepers = ["south", "east", "north"]', TWO, ""),
+        ("min_keepers = 2", TWO, ""),
+        ("min_cohort = 4", TWO, ""),
+        ('keepers = ["north"]', {}, "keepers: the run has no keepers, so its coordinator would see"),
+        ("min_keepers = 1", {}, "min_keepers: the run has no keepers"),
+        ("min_cohort = 2", {}, "min_cohort: the run has no keepers"),
+        ('keepers = ["north", "east"]', TWO, "keepers: the run has keeper south; this site accepts north, east"),
+        ("keepers = []", TWO, "keepers: the run has keeper north; this site accepts none"),
+        ("min_keepers = 3", TWO, r"min_keepers: the run has 2 \(north, south\), this site requires 3"),
+        ("min_cohort = 5", TWO, "min_cohort: the run hides an update among 4 clients, this site requires 5"),
+    ],
+)
+def test_a_run_with_too_little_secure_aggregation_is_refused(
+    tmp_path: Path, terms: str, secure: dict[str, Any], refused: str
+) -> None:
+    site_policy = policy(tmp_path, terms)
+    if not refused:
+        site_policy.check_secure(SecureConfig(**secure))
+        return
+    with pytest.raises(NoPart, match=refused):
+        site_policy.check_secure(SecureConfig(**secure))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.protocol.messages import Ending, Registration, Unavailable, Update
+from fedqueue.protocol.messages import Ending, MaskedUpdate, Registration, Unavailable, Update
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.transport.worker_store import Claim
@@ -39,11 +39,16 @@ class EgressLog:
         self._append("unavailable", client=unavailable.client, bytes=size, text=unavailable.error)
 
     def log_update(self, claim: Claim, update: Update, payload: BlobBuffer) -> None:
-        """Log an update: bytes, SHA-256, names of metrics, seconds, base version. Call this before the post."""
+        """Log an update: bytes, SHA-256, names of metrics, seconds, base version. Call this before the post.
+
+        For a masked update the line also names the keepers, all of whom would have to help to read it.
+        """
         if self._path is not None:
+            masked_for = [seed.keeper for seed in update.seeds] if isinstance(update, MaskedUpdate) else None
             self._append(
                 "update", **_job(claim), bytes=payload.nbytes, sha256=update.digest or digest_of(payload),
                 examples=update.examples, metrics=sorted(update.metrics), seconds=round(update.seconds, 3),
+                **({"masked_for": masked_for} if masked_for else {}),
             )  # fmt: skip
 
     def log_ending(self, claim: Claim, ending: Ending) -> None:

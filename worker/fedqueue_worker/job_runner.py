@@ -21,10 +21,12 @@ from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, Signatu
 from fedqueue.exception_text import exception_text, exception_with_place, printable
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
-from fedqueue.protocol.messages import Ending, Order
+from fedqueue.protocol.messages import Ending, Order, Update
 from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.post_result import PostResult
+from fedqueue.secure.masked_update import Attempt, Masking
 from fedqueue.task import Task
+from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
@@ -42,6 +44,7 @@ log = structlog.get_logger("fedqueue.worker")
 UNCOMPRESSED = CompressionConfig()
 THIS_MACHINE = TrainingConfig()
 MAX_REFUSAL = 500  # characters
+KEEPER_POLL_SECONDS = 0.2  # between two looks for a keeper's key
 
 
 class HandBack(BaseException):
@@ -70,13 +73,16 @@ class JobRunner:
         aggregation: AggregationConfig | None = None,
         machine: TrainingConfig = THIS_MACHINE,
         measured: TrainingConfig | None = None,
+        masking: Masking | None = None,
     ) -> None:
-        """`compression` and `aggregation` are the run's; the latter decides which buffers are merged how.
+        """`masking` is that of a run with keepers.
+
+        `compression` and `aggregation` are the run's; the latter decides which buffers are merged how.
 
         `machine` has the settings of [training] that are this machine's own, such as its device. `measured` has those
         that the policy's `max_leak` was measured with.
         """
-        self._measured = measured
+        self._measured, self._masking = measured, masking
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
@@ -185,11 +191,15 @@ class JobRunner:
 
         if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
             self._base.frozen = self._retrying.fetch_frozen(nbytes, heartbeat.progress, received_piece)
-        self._retrying.fetch_model(claim.version, self._downlink, self._base, heartbeat.progress, received_piece)
+        model = self._retrying.fetch_model(
+            claim.version, self._downlink, self._base, heartbeat.progress, received_piece
+        )
         if not self._keep_base:
             self._retrying.release_base(claim)
         heartbeat.enter(Phase.TRAINING)
         made_progress()
+        if self._masking:
+            self._keeper_keys(self._masking)  # before the training: the work would be lost with its attempt
 
         def trained_batch() -> None:
             self._policy.check_batches(progress.batches)
@@ -199,8 +209,7 @@ class JobRunner:
         progress = self._model.progress(client, claim.version, report)
         update = compute_update(self._task, self._model, data, order, self._base, self._local, progress)
         update = self._policy.without_withheld_metrics(update)
-        update, payload = self._feedback.encode(order.client, self._local, update, order.seed)
-        update = self._store.described(update, payload)
+        update, payload = self._encode(order, claim, update, model)
         self._egress_log.log_update(claim, update, payload)
         made_progress()
 
@@ -221,6 +230,32 @@ class JobRunner:
         else:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
         return bool(commands)
+
+    def _encode(self, order: Order, claim: Claim, update: Update, model: str) -> tuple[Update, BlobBuffer]:
+        """The header and the payload to post; `model` is the digest of the base version."""
+        if self._masking is None:
+            update, payload = self._feedback.encode(order.client, self._local, update, order.seed)
+            return self._store.described(update, payload), payload
+        assert self._store.identity, "a run with keepers is signed"
+        attempt = Attempt(self._store.identity.scope, claim.attempt, claim.version, model)
+        return self._masking.mask(update, self._local, order, attempt, self._keeper_keys(self._masking))
+
+    def _keeper_keys(self, masking: Masking) -> list[bytes]:
+        """The keepers' public encryption keys; waits for a keeper that has stored none.
+
+        Raises JobClosed once the job is no longer this attempt's, and SignatureError as `WorkerStore.keeper_key`.
+        """
+        keys = []
+        for component, keeper in enumerate(masking.keepers):
+            waiting = False
+            while (key := self._retrying.keeper_key(keeper, component)) is None:
+                if not waiting:
+                    log.warning("waiting for a keeper's key: its operator must start it", keeper=keeper)
+                waiting = True
+                self._heartbeat.progress()
+                time.sleep(KEEPER_POLL_SECONDS)
+            keys.append(key)
+        return keys
 
     def without_update(self) -> dict[str, str]:
         """Client → why no update of it was accepted, for each such client that was loaded."""

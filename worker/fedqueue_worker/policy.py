@@ -8,11 +8,17 @@
     min_examples = 50                  # no training on fewer examples: an update would reveal much about each
     require = ["clip_norm"]            # settings of [training] that a job must carry, with a value other than 0
     max_leak = { rows = 0.01 }         # what attacks on this site's own update may reach above their control
+    keepers = ["university", "court"]  # the only keepers that a run may have
+    min_keepers = 2                    # keepers that a run must have
+    min_cohort = 5                     # clients that a run must have in every sum
 
 A job beyond a limit is refused before any of its work is done. A metric that may not leave is removed from the update.
 
 `max_leak` is measured before the site registers, with the run's own settings (`fedqueue.leak.rehearsal`). A client
 above it is left out. A job with other settings is refused, because nothing was measured for them.
+
+A client is left out of a run whose secure aggregation does not satisfy `keepers`, `min_keepers` and `min_cohort`. Where
+one of these is set, a run without secure aggregation does not.
 
 A `fit` of the task's own is the site's own code, and need not follow [training]. Of the limits on its work, `max_steps`
 holds for it too: its calls of `progress()` are counted, or where it makes none the steps of torch's optimizers.
@@ -28,13 +34,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedqueue.config.client import Client
 from fedqueue.config.loading import toml_text
+from fedqueue.config.names import KeeperName
 from fedqueue.config.schema import Config
+from fedqueue.config.secure import SecureConfig
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
 from fedqueue.protocol.messages import Update
 from fedqueue.task import Task
 
 Limit = Annotated[int, Field(ge=1)]
+
+
+class NoPart(PolicyRefusal):
+    """The site's policy lets its clients take no part in the run, whatever the job."""
 
 
 class Policy(BaseModel):
@@ -49,6 +61,9 @@ class Policy(BaseModel):
     metrics: list[str] | None = None
     min_examples: Limit | None = None
     require: list[str] = []
+    keepers: list[KeeperName] | None = None
+    min_keepers: Limit | None = None
+    min_cohort: Limit | None = None
     max_leak: dict[Literal["labels", "rows", "membership", "membership_tpr"], Annotated[float, Field(ge=0, le=1)]] = {}
 
     def check_task(self, entrypoint: str) -> None:
@@ -56,6 +71,29 @@ class Policy(BaseModel):
         if self.entrypoints is not None and entrypoint not in self.entrypoints:
             allowed = ", ".join(self.entrypoints)
             raise PolicyRefusal(f"task {entrypoint!r} is not allowed here; allowed entrypoints: {allowed}")
+
+    def check_secure(self, secure: SecureConfig) -> None:
+        """Raises NoPart where the policy requires more of secure aggregation than the run has."""
+        required = {name: getattr(self, name) for name in ("keepers", "min_keepers", "min_cohort")}
+        required = {name: value for name, value in required.items() if value is not None}
+        if not required:
+            return
+        if not secure.on:
+            raise NoPart(f"{next(iter(required))}: the run has no keepers, so its coordinator would see each update")
+        foreign = [keeper for keeper in secure.keepers if self.keepers is not None and keeper not in self.keepers]
+        if foreign:
+            accepted = ", ".join(self.keepers or ()) or "none"
+            raise NoPart(f"keepers: the run has keeper {foreign[0]}; this site accepts {accepted}")
+        if self.min_keepers is not None and len(secure.keepers) < self.min_keepers:
+            raise NoPart(
+                f"min_keepers: the run has {len(secure.keepers)} ({', '.join(secure.keepers)}), this site requires "
+                f"{self.min_keepers}"
+            )
+        if self.min_cohort is not None and secure.min_cohort < self.min_cohort:
+            raise NoPart(
+                f"min_cohort: the run hides an update among {secure.min_cohort} clients, this site requires "
+                f"{self.min_cohort}"
+            )
 
     def check_job(self, training: TrainingConfig, examples: int | None) -> None:
         """Raises PolicyRefusal where the policy does not allow a job with these settings on this number of examples.
@@ -85,10 +123,11 @@ class Policy(BaseModel):
                 raise PolicyRefusal(f"require: the job sets no {name}, which this site requires")
 
     def check_leak(self, config: Config, task: Task, client: Client, data: Any) -> None:
-        """Raises PolicyRefusal where the client's own update would tell more than `max_leak` allows.
+        """Raises NoPart where the client's own update would tell more than `max_leak` allows.
 
         `config` is the run's; `data` is what the task loaded for the client. Trains a few jobs, none of which leaves.
-        Raises TaskError where the data cannot be divided into rows to train on and rows to compare with.
+        Raises PolicyRefusal as `check_job`, and TaskError where the data cannot be divided into rows to train on and
+        rows to compare with.
         """
         if not self.max_leak:
             return
@@ -98,7 +137,7 @@ class Policy(BaseModel):
 
         lines = above(rehearse(config, task, client, data, compare=False).measurements, self.max_leak)
         if lines:
-            raise PolicyRefusal(f"max_leak: {'; '.join(lines)}")
+            raise NoPart(f"max_leak: {'; '.join(lines)}")
 
     def check_settings(self, training: TrainingConfig, measured: TrainingConfig) -> None:
         """Raises PolicyRefusal where `max_leak` was measured with other settings than those of the job."""

@@ -37,6 +37,7 @@ from fedqueue.local_update import load_data
 from fedqueue.protocol.keys import client_tag
 from fedqueue.protocol.messages import NO_EXAMPLES, SITE_POLICY, Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
+from fedqueue.secure.masked_update import Masking
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import check_device, check_training, set_seed
@@ -46,7 +47,7 @@ from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker.egress_log import NO_EGRESS_LOG, EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.job_runner import JobRunner
-from fedqueue_worker.policy import ALLOW_ALL, Policy
+from fedqueue_worker.policy import ALLOW_ALL, NoPart, Policy
 from fedqueue_worker.retrying_store import RetryingStore
 from fedqueue_worker.rq_worker import TrainingWorker
 
@@ -110,7 +111,11 @@ class Worker:
         run_config = parse_config(info.config)
         if identity is None and not new_clients:  # in a signed run, the keys say who may take part
             self._require_known(candidates, run_config)
+        secure = run_config.secure
+        if identity and secure.on:
+            identity.require_keepers(secure.keepers)
         model = self._make_model(info, run_config)
+        masking = Masking(run_config, Manifest.unpack(info.manifest)) if secure.on else None
         dispatch = run_config.dispatch
         self.clients = self._join(candidates, dispatch.lease_seconds)
         heartbeat = Heartbeat(
@@ -120,6 +125,7 @@ class Worker:
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
             run_config.aggregation, self.config.training, run_config.training,
+            masking,
         )  # fmt: skip
         heartbeat.start()
         try:
@@ -200,6 +206,7 @@ class Worker:
         registrations = []
         for client in map(self.config.clients.client, list(self.clients)):
             try:
+                self.policy.check_secure(run_config.secure)
                 data, examples = load_data(self.task, client, run_config.seed)
                 self.policy.check_leak(self._on_this_machine(run_config), self.task, client, data)
                 registration = Registration(client=client.id, examples=examples)
@@ -235,8 +242,7 @@ class Worker:
                 error=exception_text(error),
                 exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
             )
-            refused = isinstance(error, PolicyRefusal) and str(error).startswith("max_leak")
-            reason = f"{SITE_POLICY}{error}" if refused else exception_with_place(error)
+            reason = f"{SITE_POLICY}{error}" if isinstance(error, NoPart) else exception_with_place(error)
         unavailable = Unavailable(client=client, error=reason)
         self._failed_loads[client] = unavailable.error
         self.clients.remove(client)

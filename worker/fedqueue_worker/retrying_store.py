@@ -52,16 +52,22 @@ class RetryingStore:
 
     def fetch_model(
         self, version: int, codec: Codec, into: Frame, moved: Moved, after_piece: Callable[[], None]
-    ) -> None:
+    ) -> str:
         """As `WorkerStore.fetch_model`, but an outage costs one piece. Both functions may raise JobClosed.
 
-        `moved` is called when bytes arrive, and `after_piece` after each piece but the last.
+        Returns the digest of the version as `WorkerStore.verify`. `moved` is called when bytes arrive, and
+        `after_piece` after each piece but the last.
         """
         wire = self._retry.call(partial(self._store.memory_for, version, codec, into))
         download = self._store.download(version, wire, moved)
         self._finish(download, after_piece)
-        self._retry.call(partial(self._store.verify, version, download))
+        digest = self._retry.call(partial(self._store.verify, version, download))
         decode_into(into, codec, wire)
+        return digest
+
+    def keeper_key(self, keeper: str, component: int) -> bytes | None:
+        """As `WorkerStore.keeper_key`."""
+        return self._retry.call(partial(self._store.keeper_key, keeper, component))
 
     def fetch_frozen(self, nbytes: int, moved: Moved, after_piece: Callable[[], None]) -> BlobBuffer:
         """The model's frozen tensors, of `nbytes` bytes; as `fetch_model`."""

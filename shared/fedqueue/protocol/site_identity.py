@@ -6,36 +6,41 @@ model, with other settings, or on an old version that is presented as new.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fedqueue.errors import ConfigurationError, SignatureError
+from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError
 from fedqueue.protocol.followed_run import FollowedRun
 from fedqueue.protocol.key_files import (
     COORDINATOR,
     COORDINATOR_PUBLIC,
+    KEEPERS,
     KEY_SUFFIX,
+    REVOKED,
     KeyFile,
     PublicKey,
     SigningKey,
     read_signing_key,
     read_trusted_keys,
 )
-from fedqueue.protocol.messages import read
+from fedqueue.protocol.messages import KeeperKey, read
+from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import (
+    KEEPER,
     ORDER,
     VERSION,
     Digestible,
     Scope,
     VersionRecord,
     digest_of,
+    open_envelope,
     sign_envelope,
 )
 
 
 class SiteIdentity:
-    """The keys of the clients that one worker serves, the coordinator's public keys, and the newest version seen."""
+    """The keys of the clients that one worker serves, those of coordinator and keepers, and the newest version seen."""
 
     def __init__(
         self,
@@ -43,9 +48,13 @@ class SiteIdentity:
         keys: Mapping[str, KeyFile[SigningKey]],
         coordinator: KeyFile[list[PublicKey]],
         session: str,
+        keepers: Roster,
     ) -> None:
-        """`session` names this worker process: its messages are valid until another process serves the client."""
-        self._keys, self._session = dict(keys), session
+        """`session` names this worker process: its messages are valid until another process serves the client.
+
+        `keepers` are those whose public keys this site has.
+        """
+        self._keys, self._session, self._keepers = dict(keys), session, keepers
         self._followed = FollowedRun(run, coordinator)
         self._seen = 0  # the newest version
 
@@ -82,14 +91,40 @@ class SiteIdentity:
         """Whether this site has seen a newer version; a new term, which `enter` reads, may explain that."""
         return version < self._seen
 
-    def check_version(self, version: int, model: Digestible, data: bytes) -> None:
-        """Raise SignatureError unless `model` (uint8, as stored) is that version, and no newer one has been seen."""
+    def check_version(self, version: int, model: Digestible, data: bytes) -> str:
+        """The digest of `model` (uint8, as stored).
+
+        Raises SignatureError unless it is that version, and no newer one has been seen.
+        """
         if self.goes_back(version):
             raise SignatureError(f"version {version} is offered as the newest, but {self._seen} was seen before")
         record = read(VersionRecord, self._followed.open(VERSION, [version], data))
         if digest_of(model) != record.model:
             raise SignatureError(f"the model in Redis is not version {version} as the coordinator signed it")
         self._seen = version
+        return record.model
+
+    def require_keepers(self, keepers: Iterable[str]) -> None:
+        """Raise ConfigurationError unless this site has the public key of each of these keepers."""
+        for keeper in keepers:
+            try:
+                self._keepers.keys_of(keeper)
+            except NotEnrolled:
+                raise ConfigurationError(
+                    "security.keys", f"{KEEPERS}/{keeper}.pub", "no valid public key of this keeper of the run",
+                    "ask the keeper's operator for it: masks protect an update only where a site knows its keepers",
+                ) from None  # fmt: skip
+
+    def keeper_key(self, keeper: str, component: int, data: bytes) -> bytes:
+        """The public encryption key of a keeper, out of what Redis has of it.
+
+        Raises SignatureError unless the keeper signed it for this run instance and this component.
+        """
+        keys = self._keepers.keys_of(keeper)
+        stated = read(KeeperKey, open_envelope(data, keys, KEEPER, self.scope, [keeper], f"keeper {keeper}").body)
+        if stated.component != component:
+            raise SignatureError(f"keeper {keeper} states its key for component {stated.component}, not {component}")
+        return stated.public
 
     def check_frozen(self, frozen: Digestible) -> None:
         """Raise SignatureError unless these are the run's frozen tensors, as the coordinator signed them."""
@@ -108,7 +143,7 @@ class SiteIdentity:
 
 
 def load_site_identity(folder: Path, run: str, session: str) -> SiteIdentity:
-    """The site's identity out of its key folder: `coordinator.pub`, and `CLIENT.key` for each client.
+    """The site's identity out of its key folder: `coordinator.pub`, `CLIENT.key` for each client, `keepers/KEEPER.pub`.
 
     A replaced file takes effect with the next message. Raises ConfigurationError if a file is missing or invalid.
     """
@@ -119,4 +154,5 @@ def load_site_identity(folder: Path, run: str, session: str) -> SiteIdentity:
             "security.keys", str(folder), "holds no CLIENT.key", "the operator's `fedqueue enroll CLIENT` creates "
             "this folder, or set security.signatures = \"off\" to trust everyone who can write to Redis",
         )  # fmt: skip
-    return SiteIdentity(run, keys, KeyFile(folder / COORDINATOR_PUBLIC, read_trusted_keys), session)
+    coordinator = KeyFile(folder / COORDINATOR_PUBLIC, read_trusted_keys)
+    return SiteIdentity(run, keys, coordinator, session, Roster(folder / KEEPERS, folder / REVOKED, "keeper"))

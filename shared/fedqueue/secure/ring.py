@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedqueue.config.schema import Config
+from fedqueue.config.secure_limits import quantization_levels
 from fedqueue.errors import ConfigurationError
 from fedqueue.staleness import Staleness, built_in_staleness, constant
 from fedqueue.tensors.frame import slices
@@ -64,7 +65,7 @@ class Ring:
     @cached_property
     def levels(self) -> int:
         """L, the largest L2 norm of a quantized update."""
-        return (2**31 - 1 - self.keepers * self.dither) // self.most_weight
+        return quantization_levels(self.buffer_size, self.weight_levels, self.keepers)
 
     @property
     def most_weight(self) -> int:
@@ -85,17 +86,18 @@ class Ring:
         """The largest L2 norm in units of the unmasked sum of updates whose weights have the sum `weight`."""
         return weight * self.levels + self.keepers * self.dither / 2 * math.sqrt(self.parameters)
 
-    def quantize(self, delta: npt.NDArray[np.float32], fill: Fill) -> npt.NDArray[np.int32]:
-        """The delta, clipped, in units: int32 [d], with ‖q‖ ≤ L for certain. `fill` makes the random words.
+    def quantize(self, delta: npt.NDArray[np.float32], fill: Fill, share: float = 1.0) -> npt.NDArray[np.int32]:
+        """The delta, clipped to C and then scaled by `share` ≤ 1, in units: int32 [d] in the memory of `delta`.
 
-        Rounding is stochastic: q = ⌊x + r⌋ with r uniform from [0, 1), so that E[q] = x, and an x that is an integer,
-        such as 0, stays as it is. Raises ValueError for a delta that is not finite.
+        ‖q‖ ≤ L for certain. Rounding is stochastic: q = ⌊x + r⌋ with r uniform from [0, 1), so that E[q] = x, and an x
+        that is an integer, such as 0, stays as it is; `fill` makes the random words. Raises ValueError for a delta
+        that is not finite, and then leaves it as it is.
         """
         norm = math.sqrt(_sum_of_squares(delta))
         if not math.isfinite(norm):
             raise ValueError("the delta is not finite")
-        units = min(1.0 / self.scale, self.clip_levels / norm if norm else math.inf)
-        quantized = np.empty(len(delta), np.int32)
+        units = share * min(1.0 / self.scale, self.clip_levels / norm if norm else math.inf)
+        quantized = delta.view(np.int32)
         words = np.empty(min(PIECE, len(delta)), np.uint32)
         squares, rough = 0, 0.0
         for where in slices(len(delta), PIECE):

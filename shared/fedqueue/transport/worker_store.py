@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import redis
 
 from fedqueue.errors import JobClosed, SignatureError
 from fedqueue.protocol.messages import Ending, Order, Registration, Unavailable, Update, read
-from fedqueue.protocol.msgpack import pack
+from fedqueue.protocol.msgpack import MAX_MESSAGE, pack
 from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.protocol.signed_envelope import JOINED, LEFT, UNAVAILABLE, digest_of, unverified_body
@@ -128,13 +128,26 @@ class WorkerStore(Store):
         """Begin to fetch the model's frozen tensors."""
         return Download(self, self.downlink, self.keys.frozen, into, "", moved)
 
-    def verify(self, version: int, download: Download) -> None:
-        """Raise SignatureError if the coordinator did not sign the version, or a newer version was seen."""
+    def verify(self, version: int, download: Download) -> str:
+        """The digest of the version as it is stored, verified; empty in an unsigned run.
+
+        Raises SignatureError if the coordinator did not sign the version, or a newer version was seen.
+        """
         if self.identity is None:
-            return
+            return ""
         if self.identity.goes_back(version):
             self.identity.enter(self.info())
-        self.identity.check_version(version, download.into, download.envelope or b"")
+        return self.identity.check_version(version, download.into, download.envelope or b"")
+
+    def keeper_key(self, keeper: str, component: int) -> bytes | None:
+        """The key that this keeper's seeds are encrypted to, verified; None while the keeper has not stored one.
+
+        Raises SignatureError for a key that the keeper did not sign for this run instance and component.
+        """
+        if self.identity is None:
+            raise SignatureError(f"the key of keeper {keeper} cannot be verified in an unsigned run")
+        data = cast(bytes, self.redis.getrange(self.keys.keeper(keeper), 0, MAX_MESSAGE))
+        return self.identity.keeper_key(keeper, component, data) if data else None
 
     def verify_frozen(self, frozen: BlobBuffer) -> None:
         """Raise SignatureError for other tensors than those that the coordinator signed."""

@@ -1,0 +1,97 @@
+"""What a client does with its update in a run with keepers before it leaves: clip, round, mask, and seal the seeds.
+
+Shared by the workers and the simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedqueue.config.schema import Config
+from fedqueue.errors import TaskError
+from fedqueue.protocol.messages import MaskedUpdate, Order, SealedSeed, Update
+from fedqueue.protocol.signed_envelope import Scope, digest_of
+from fedqueue.secure.masks import ROUNDING, MaskStream, add_masks, new_seed
+from fedqueue.secure.ring import examples_share, ring_of
+from fedqueue.secure.seed_envelope import key_id, seal_seed, seed_info
+from fedqueue.tensors.blobs import BlobBuffer, chunks_of
+from fedqueue.tensors.codec import uplink_codec
+from fedqueue.tensors.frame import Frame
+from fedqueue.tensors.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """The attempt that an update belongs to; a seed that is moved to another one cannot be opened."""
+
+    scope: Scope
+    number: int
+    base: int
+    """The version that the update was trained from."""
+    model: str
+    """The digest of that version as the client received it."""
+
+
+class Masking:
+    """Masks the updates of one run."""
+
+    def __init__(self, config: Config, manifest: Manifest) -> None:
+        """`config` is the run's; raises as `ring_of`."""
+        self._config = config
+        self._manifest = manifest
+        self._ring = ring_of(config, manifest)
+        self._codec = uplink_codec(config.compression, manifest, masked=True)
+
+    @property
+    def keepers(self) -> Sequence[str]:
+        """The run's keepers, in the order of their components."""
+        return self._config.secure.keepers
+
+    def mask(
+        self, update: Update, delta: Frame, order: Order, attempt: Attempt, keys: Sequence[bytes]
+    ) -> tuple[MaskedUpdate, BlobBuffer]:
+        """The header and the payload of a masked update, which lies in the memory of `delta`.
+
+        `keys` are the public encryption keys of the keepers. Rounding depends on the order's seed, and the masks on the
+        operating system's generator. A header has no metrics: those of one client tell about its rows.
+
+        Raises TaskError for an update that is not finite. The coordinator cannot find out that it is not.
+        """
+        values = delta.parameters.numpy()
+        rounding, share = (
+            MaskStream(order.seed.to_bytes(8, "little"), ROUNDING),
+            examples_share(update.examples, self._config),
+        )
+        try:
+            quantized = self._ring.quantize(values, rounding.next_into, share)
+        except ValueError:
+            bad = self._manifest.parameter_at(int(np.flatnonzero(~np.isfinite(values))[0])).name
+            raise TaskError(
+                f"the training has made {bad} NaN or infinite, so nothing is sent: lower training.learning_rate, or "
+                "limit the gradients by training.max_grad_norm"
+            ) from None
+        seeds = [new_seed() for _ in self.keepers]
+        payload = add_masks(quantized, seeds).view(np.uint8)
+        digest = digest_of(payload)
+        sealed = []
+        for component, (keeper, key, seed) in enumerate(zip(self.keepers, keys, seeds, strict=True)):
+            info = seed_info(
+                attempt.scope, order.client, order.job, attempt.number, attempt.base, attempt.model, digest,
+                component, keeper, self._manifest.parameters,
+            )  # fmt: skip
+            envelope = seal_seed(seed, key, info)
+            sealed.append(SealedSeed(component=component, keeper=keeper, key=key_id(key), sealed=envelope))
+        header = MaskedUpdate(
+            examples=update.examples,
+            encoding=self._codec.name,
+            nbytes=payload.nbytes,
+            chunks=chunks_of(payload.nbytes),
+            seconds=update.seconds,
+            digest=digest,
+            model=attempt.model,
+            seeds=tuple(sealed),
+        )
+        return header, payload
