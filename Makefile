@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 RUNS ?= 1000000
 
 .PHONY: help demo test test-fast check docs format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
-  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure-kernels dist release-check hooks clean
+  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure bench-secure-kernels dist release-check hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -102,6 +102,9 @@ bench-scale: $(INSTALLED)  ## measure growth with workers, clients, versions and
 
 bench-slow-line: $(INSTALLED)  ## measure a site on a slow line: seconds to deliver by bandwidth and encoding; OPTIONS="--quick"
 	$(BIN)/python benchmarks/slow_line.py $(OPTIONS)
+
+bench-secure: $(INSTALLED)  ## measure what keepers cost: updates per second, CPU by role, bytes, memory; OPTIONS="--quick"
+	$(BIN)/python benchmarks/secure.py $(OPTIONS)
 
 bench-attacks: $(INSTALLED)  ## measure accuracy under attack with and without each defence; OPTIONS="--seeds 3"
 	$(BIN)/python benchmarks/attacks.py $(OPTIONS)

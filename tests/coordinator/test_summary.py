@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedqueue_coordinator.core.run_summary import main_metric, summarize
+from fedqueue_coordinator.core.run_summary import describe_masking, main_metric, summarize
 from tests.support.federation_run import start
 
 LAPSED = "its worker was silent for dispatch.lease_seconds, or its training made no progress for dispatch.stall_seconds"
@@ -49,6 +49,8 @@ def test_summary_matches_results_by_hand() -> None:
         "clients": {"a": 1, "b": 3},
         "shares": {"a": 0.25, "b": 0.75},
         "clients_without_update": {},
+        "keepers": {},
+        "smallest_cohort": None,
         "failures": [
             {"what": "update rejected (stale)", "text": "", "first": "", "count": 2, "clients": 1},
             {"what": "update rejected (non_finite)", "text": "", "first": "", "count": 1, "clients": 1},
@@ -118,3 +120,18 @@ def test_summary_without_a_record_ends_when_the_run_stopped() -> None:
 )
 def test_pictures_show_the_metric_of_the_target_first(metrics: list[str], target: tuple[Any, ...], first: str) -> None:
     assert main_metric(metrics, target) == first
+
+
+def test_summary_counts_what_each_keeper_released() -> None:
+    masks = {"university": {"digest": "", "answer": b""}, "audit": {"digest": "", "answer": b""}}
+    ledger = [
+        {"kind": "version", "version": v, "seconds": 1.0, "masks": masks, "merged": [merged(c, 0) for c in clients]}
+        for v, clients in enumerate(("abc", "aabcd"), 1)
+    ]
+    summary = summarize("run", "fedbuff", 7, "versions: 2 of 2", ledger, {})
+    assert (summary["keepers"], summary["smallest_cohort"]) == ({"audit": 2, "university": 2}, 3)
+    said = describe_masking(summary)
+    assert said.startswith(
+        "updates were masked: audit released 2, university released 2 cohorts of at least 3 clients;"
+    )
+    assert describe_masking(summarize("run", "fedbuff", 7, "versions: 2 of 2", LEDGER, {})) == ""

@@ -112,13 +112,15 @@ def summarize(
     """Summarize a run that stopped after `seconds` of its clock, or at the time of its last record if that is later.
 
     `configured` are the clients of its configuration, `registered` those that a worker registered. `metrics` in the
-    summary are those of the newest evaluation that did not fail, of version `metrics_version`.
+    summary are those of the newest evaluation that did not fail, of version `metrics_version`. `keepers` is each
+    keeper with the number of cohorts that it released, and `smallest_cohort` the fewest clients of one.
     """
     records = list(ledger)
     merged = [line for r in records if r["kind"] == "version" for line in r["merged"]]
     evaluations = evaluations_of(records)
     rejected = Counter(r["reason"] for r in records if r["kind"] == "rejected")
     abandoned = Counter(r["reason"] for r in records if r["kind"] == "abandoned")
+    cohorts = [r for r in records if r["kind"] == "version" and r.get("masks")]
     staleness = [line["staleness"] for line in merged]
     clients = Counter(line["client"] for line in merged)
     seconds = max([seconds, *(r["seconds"] for r in records)])
@@ -146,6 +148,8 @@ def summarize(
             client: _why_without_update(client, failures, registered)
             for client in sorted({*configured, *registered, *failures.last} - clients.keys() - {""})
         },
+        "keepers": dict(sorted(Counter(keeper for r in cohorts for keeper in r["masks"]).items())),
+        "smallest_cohort": min((len({line["client"] for line in r["merged"]}) for r in cohorts), default=None),
         "failures": [_failure(kind) for kind in failures.kinds.values()],
         "metrics": evaluations[-1]["metrics"] if evaluations else {},
         "metrics_version": evaluations[-1]["version"] if evaluations else None,
@@ -153,6 +157,17 @@ def summarize(
         "history": history_of(evaluations),
         "stopped_because": stopped_because,
     }
+
+
+def describe_masking(summary: Mapping[str, Any]) -> str:
+    """Say which keepers released how many cohorts, and what such a run does without; empty for one without keepers."""
+    if not summary.get("keepers"):
+        return ""
+    counts = ", ".join(f"{keeper} released {count}" for keeper, count in summary["keepers"].items())
+    return (
+        f"updates were masked: {counts} cohorts of at least {summary['smallest_cohort']} clients; robust rules, limits "
+        "on norms and compression of updates are not available"
+    )
 
 
 def summarize_failures(ledger: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

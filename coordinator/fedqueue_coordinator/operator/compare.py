@@ -53,7 +53,8 @@ def compare_strategies(
     config = load_config(path, overrides)
     torch.set_num_threads(config.training.threads)
     settings = options.applied_to(config.compare)
-    variants = make_variants(settings.strategies, options.variants or table_variants(settings.variants))
+    further = options.variants or table_variants(settings.variants)
+    variants = make_variants(settings.strategies, further, config.secure.on)
     axes = options.axes or table_axes(settings.tune)
     timing = TimingModel(settings.batch_seconds, settings.job_seconds, settings.jitter)
     setup = Setup(

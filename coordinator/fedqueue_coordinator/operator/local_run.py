@@ -1,4 +1,4 @@
-"""`fedqueue run`: a whole federation on this machine, with an embedded server, a coordinator and worker processes.
+"""`fedqueue run`: a whole federation on this machine: an embedded server, a coordinator, workers, and any keepers.
 
 The coordinator runs in this process. `run_folder` says what is in the run's folder, and what `--resume` continues.
 """
@@ -23,6 +23,7 @@ from fedqueue.logs import warnings_shown
 from fedqueue.protocol.key_files import write_private
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
+from fedqueue_coordinator.operator.local_keepers import NO_PROTECTION, LocalKeepers
 from fedqueue_coordinator.operator.local_workers import LocalWorkers
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, Launch, RunFolder
 
@@ -71,8 +72,9 @@ def run_federation(
         connection = stack.enter_context(_connected(url, config, folder))
         signed = config.security.signatures == "required"
         if signed:  # with keys that exist for this run only and are deleted with its server
-            from fedqueue_coordinator.operator.access.enrolment import SITES, enroll_missing
+            from fedqueue_coordinator.operator.access.enrolment import KEEPER, SITES, enroll_missing
 
+            enroll_missing(folder.keys, config.secure.keepers, role=KEEPER)
             enroll_missing(folder.keys, config.clients.ids, folder.keys / SITES)
             folder.keep(*folder.keys.rglob("*"))
         # Started before the imports below, so that both import torch at the same time.
@@ -80,6 +82,8 @@ def run_federation(
             launch.config, launch.overrides, launch.workers, config.clients.ids, url, folder, verbose
         )
         stack.callback(workers.stop)
+        keepers = LocalKeepers(launch.config, launch.overrides, config.secure.keepers, url, folder, verbose)
+        stack.callback(keepers.stop)
 
         from fedqueue.protocol.coordinator_identity import load_coordinator_identity
         from fedqueue.task import load_task
@@ -93,7 +97,9 @@ def run_federation(
         identity = load_coordinator_identity(folder.keys, config.name, revocable=False) if signed else None
         view = stack.enter_context(LiveView(config, quiet))
         stack.enter_context(warnings_shown(view.warn))
-        progress = _Progress(view, workers, folder, launch, server)
+        if config.secure.on:
+            view.say(NO_PROTECTION)
+        progress = _Progress(view, workers, keepers, folder, launch, server)
         store = CoordinatorStore(connection, config.name, new_owner(), identity)
         if overwrite:
             clear_ended(store, config.dispatch.leader_lease_seconds)
@@ -108,6 +114,7 @@ def run_federation(
             if progress.begun:
                 discard_if_not_started.pop_all()
         workers.stop()
+        keepers.stop()
     if result is None:
         return None
     return deliver_and_print(view, folder, config, result, coordinator.checkpoint_saved)
@@ -124,8 +131,10 @@ def _led(coordinator: Coordinator, view: LiveView, folder: RunFolder) -> RunResu
         return None
 
 
-def _dead_end(federation: Federation, workers: LocalWorkers, folder: RunFolder) -> str:
-    """Why the run can never go on, as no process but `workers` serves its clients; an empty string if it can."""
+def _dead_end(federation: Federation, workers: LocalWorkers, keepers: LocalKeepers, folder: RunFolder) -> str:
+    """Why the run can never go on, as no process but these serves its parties; an empty string if it can."""
+    if why := keepers.dead_end():
+        return why
     if workers.any_alive():
         return federation.dead_end(workers.lost_clients | federation.unavailable.keys())
     worst = federation.failures.most_frequent
@@ -137,9 +146,16 @@ class _Progress:
     """What happens after each round of the coordinator's loop in a local run."""
 
     def __init__(
-        self, view: LiveView, workers: LocalWorkers, folder: RunFolder, launch: Launch, server: EmbeddedServer | None
+        self,
+        view: LiveView,
+        workers: LocalWorkers,
+        keepers: LocalKeepers,
+        folder: RunFolder,
+        launch: Launch,
+        server: EmbeddedServer | None,
     ) -> None:
-        self._view, self._workers, self._folder, self._launch, self._server = view, workers, folder, launch, server
+        self._view, self._workers, self._keepers = view, workers, keepers
+        self._folder, self._launch, self._server = folder, launch, server
         self.begun = False
         """Whether the run has begun, or has continued."""
         self.fail: Callable[[str], None]
@@ -157,9 +173,9 @@ class _Progress:
         if notice := self._folder.note(federation.version, now):
             self._view.warn(notice)
         self._view.update(federation, now)
-        for message in self._workers.new_messages():
+        for message in (*self._workers.new_messages(), *self._keepers.new_messages()):
             self._view.warn(message)
-        if not federation.stopped and (why := _dead_end(federation, self._workers, self._folder)):
+        if not federation.stopped and (why := _dead_end(federation, self._workers, self._keepers, self._folder)):
             self.fail(why)
 
 
@@ -207,6 +223,7 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: 
 
     In quiet mode: the clients that failed, and why a run failed.
     """
+    from fedqueue_coordinator.core.run_summary import describe_masking
     from fedqueue_coordinator.operator.progress_view import ERROR, WARNING
 
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items()) or "not evaluated"
@@ -217,6 +234,8 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: 
         f"from {len(summary['clients'])} clients, mean staleness {summary['staleness']['mean']:.2f}"
     )
     view.say(f"{summary['run']}: {metrics}{merged if summary['versions'] else ', no update was merged'}", "bold")
+    if masked := describe_masking(summary):
+        view.say(masked)
     report = folder / "report.png"
     paths = [f"report: {report}"] if report.exists() else []
     paths += [f"model: {folder / 'model.safetensors'}", f"numbers: {folder / 'summary.json'}"]

@@ -184,6 +184,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "state": info.state,
             "stopped_because": info.stopped_because,
             "leader": info.leader,
+            "waiting": store.waiting() if info.state == "running" else "",
             "version": info.version,
             "updates_merged": info.totals.get("updates", 0),
             "seconds": round(info.totals.get("seconds", 0.0), 1),

@@ -311,7 +311,7 @@ class Coordinator:
         if self._now() >= self._next_watch:
             dispatch = self.config.dispatch
             self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
-            self.store.renew_lead(dispatch.leader_lease_seconds)
+            self.store.renew_lead(dispatch.leader_lease_seconds, self.federation.waiting_for(self._now()))
             self._retry.succeeded()
             self._memory.look(self._now(), self.federation.uplink.largest)
             if (evaluation := self._unreported) is not None:

@@ -74,14 +74,17 @@ class CoordinatorStore(Store):
 
     def lead(self, lease_seconds: float) -> bool:
         """Acquire the leader lease if it is free; then `token` is the fencing token, and every script is loaded."""
-        self.token = self._leader("take", lease_seconds)
+        self.token = self._leader("take", lease_seconds, "")
         if self.token > 0:
             self.load_scripts()
         return self.token > 0
 
-    def renew_lead(self, lease_seconds: float) -> None:
-        """Extend the leader lease; raises Fenced if another coordinator leads."""
-        if self._leader("renew", lease_seconds) != self.token:
+    def renew_lead(self, lease_seconds: float, waiting: str | None = None) -> None:
+        """Extend the leader lease; raises Fenced if another coordinator leads.
+
+        `waiting`, what keeps the run from going on, is for `fedqueue status`; None leaves it as it was.
+        """
+        if self._leader("renew", lease_seconds, *(() if waiting is None else (waiting,))) != self.token:
             raise Fenced(f"another coordinator leads run {self.run!r} by now")
 
     def has_leader_key(self) -> bool:
@@ -93,8 +96,9 @@ class CoordinatorStore(Store):
         self._inbox.close()
         self._leader("release", 0)
 
-    def _leader(self, action: str, lease_seconds: float) -> int:
-        return int(self.script("leader", [self.keys.leader], [action, self.owner, round(lease_seconds * 1000)]))
+    def _leader(self, action: str, lease_seconds: float, *waiting: str) -> int:
+        arguments = [action, self.owner, round(lease_seconds * 1000), *waiting]
+        return int(self.script("leader", [self.keys.leader], arguments))
 
     # The run as a whole
 

@@ -39,6 +39,8 @@ from fedqueue_coordinator.core.stop_conditions import require_usable_target, tar
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
 DEFAULT_STRATEGIES = ("fedavg", "fedasync", "fedbuff")
+MASKED_STRATEGIES = ("fedavg", "fedbuff")
+"""Those of them that go with keepers."""
 UPDATES_PER_CLIENT = 50
 """Merged updates per run and client, if neither stop.updates nor compare.updates is set."""
 TUNING_SEEDS = (1000, 1001)
@@ -236,13 +238,16 @@ def simulate(simulation: Simulation) -> RunResult:
     )
 
 
-def make_variants(strategies: Sequence[str] | None, variants: Sequence[Variant] = ()) -> list[Variant]:
+def make_variants(
+    strategies: Sequence[str] | None, variants: Sequence[Variant] = (), masked: bool = False
+) -> list[Variant]:
     """Return a variant for each of `strategies`, then `variants`.
 
-    Without `strategies`, those are DEFAULT_STRATEGIES, or none if there are `variants`. Raises ConfigurationError for a
-    name that occurs twice, and if there is no variant.
+    Without `strategies`, those are DEFAULT_STRATEGIES, or MASKED_STRATEGIES if updates are `masked`, or none if there
+    are `variants`. Raises ConfigurationError for a name that occurs twice, and if there is no variant.
     """
-    names = (() if variants else DEFAULT_STRATEGIES) if strategies is None else strategies
+    default = MASKED_STRATEGIES if masked else DEFAULT_STRATEGIES
+    names = (() if variants else default) if strategies is None else strategies
     found = [*(Variant(name, (f"aggregation.strategy={name}",)) for name in names), *variants]
     hint = "write different strategies, such as fedavg and fedbuff"
     if not found:

@@ -14,7 +14,8 @@ class CompareConfig(Section):
     """What `fedqueue compare` runs. An option of the command overrides its key. Other commands ignore this section."""
 
     strategies: Annotated[tuple[Text, ...] | None, AUTO] = None
-    """Aggregation strategies; `auto`: fedavg, fedasync and fedbuff, or none of them where `variants` are given."""
+    """Aggregation strategies; `auto`: fedavg, fedasync (not with keepers) and fedbuff, or none of them where `variants`
+    are given."""
     variants: dict[Text, dict[str, Any]] = {}
     """Variants with settings of their own: name → the keys that it changes, in their sections."""
     seeds: Count = 3

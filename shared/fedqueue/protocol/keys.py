@@ -49,7 +49,8 @@ class Keys:
 
     @property
     def leader(self) -> str:
-        """hash: token (fencing; rises with each leader), owner, expires (server ms)"""
+        """hash: token (fencing; rises with each leader), owner, expires (server ms), waiting (what keeps the run from
+        going on)"""
         return self._key("leader")
 
     @property

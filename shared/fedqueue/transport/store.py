@@ -103,6 +103,10 @@ class Store(BlobStore, ScriptRunner):
             pipe.hexists(self.keys.attempt(job.decode()), "posted")
         return pipe.execute().count(False)
 
+    def waiting(self) -> str:
+        """What keeps the run from going on, as its leader last said; an empty string for nothing."""
+        return (cast(bytes | None, self.redis.hget(self.keys.leader, "waiting")) or b"").decode(errors="replace")
+
     # Clients
 
     def clients(self) -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedqueue.errors import MissingExtra
-from fedqueue_coordinator.core.run_summary import main_metric
+from fedqueue_coordinator.core.run_summary import describe_masking, main_metric
 
 try:
     import matplotlib as mpl
@@ -36,10 +36,11 @@ def draw_report(path: Path, summary: Mapping[str, Any], ledger: Sequence[Mapping
         axes = figure.subplots(2, 2)
         rejected = sum(summary["updates_rejected"].values()) - summary["updates_rejected"].get("run_ended", 0)
         abandoned = summary["jobs_abandoned"] - summary["abandoned_because"].get("run_ended", 0)
+        masked = describe_masking(summary)
         figure.suptitle(
             f"{summary['run']} · {summary['strategy']} · {summary['versions']} versions of {summary['updates_merged']} "
             f"updates in {summary['seconds']:.1f} s · {rejected} rejected, {abandoned} abandoned\n"
-            f"stopped by {summary['stopped_because']}",
+            f"stopped by {summary['stopped_because']}" + (f"\n{masked}" if masked else ""),
             fontsize=10,
         )
         _metrics(axes[0, 0], summary["history"])
