@@ -527,6 +527,11 @@ class Federation:
         return self._scheduler.busy
 
     @property
+    def awaits_keepers(self) -> bool:
+        """Whether a keeper has not answered an `Offer` or an `Unmask` yet."""
+        return self._cohorts.awaited is not None
+
+    @property
     def needs_base(self) -> bool:
         """Whether the base versions of open jobs must stay stored."""
         return self._aggregator.needs_base

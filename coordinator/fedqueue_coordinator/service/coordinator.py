@@ -25,7 +25,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import BlobMissing, Fenced, RunLost, ServerUnavailable, StoreError, WireError
-from fedqueue.protocol.messages import Evaluation, Order
+from fedqueue.protocol.messages import Cohort, Evaluation, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.blobs import chunks_of
@@ -54,8 +54,11 @@ from fedqueue_coordinator.core.events import (
     JobStays,
     LeaseExpired,
     Load,
+    MaskedUpdateLoaded,
+    Offer,
     Stop,
     Tick,
+    Unmask,
     UpdateLoaded,
     UpdateUnreadable,
     make_order,
@@ -69,8 +72,10 @@ from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME, Checkpo
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.entry_verifier import EntryVerifier
 from fedqueue_coordinator.service.evaluator import Evaluator
+from fedqueue_coordinator.service.keeper_exchange import KeeperExchange
 from fedqueue_coordinator.service.leader_election import LeaseRenewal, acquire_leadership
 from fedqueue_coordinator.service.lease_watch import LeaseWatch
+from fedqueue_coordinator.service.masked_words import read_masked_update
 from fedqueue_coordinator.service.memory_watch import MemoryWatch
 from fedqueue_coordinator.service.payload_reader import BaseVersions, PayloadChanged, PayloadReader
 from fedqueue_coordinator.service.portions import TOGETHER, log_events, log_gone, portions
@@ -134,6 +139,7 @@ class Coordinator:
         self.federation: Federation
         self._payloads: PayloadReader
         self._base_versions: BaseVersions
+        self._keepers: KeeperExchange | None  # None in a run without keepers
         self._queues: rq_jobs.Queues
         self._leases: LeaseWatch
         self._clients_due: bool  # whether the lease watch has more clients to check at once
@@ -258,6 +264,9 @@ class Coordinator:
         self._clients_due, self._lapsed_jobs = False, deque()
         self._queues = rq_jobs.Queues(store.redis)
         store.read_first(self.federation.busy)
+        self._keepers = None
+        if self.config.secure.on:
+            self._keepers = KeeperExchange(store, self.config.secure.keepers, self.federation.uplink.nbytes)
         self._payloads = PayloadReader(store, self.federation)
         self._base_versions = BaseVersions(store, self.federation)
         for order in store.unstarted_orders():
@@ -284,6 +293,7 @@ class Coordinator:
             entries = self.store.receive(self._wait_seconds())
             self.store.expect_payloads(entries[1:], self.federation.uplink)
             self._take(entries)
+            self._hear_keepers()
             self._watch()
             self._handle(Tick())
             if self._ending and not self.federation.stopped:
@@ -291,6 +301,12 @@ class Coordinator:
             self._on_progress(self.federation, self._now())
 
     # Events
+
+    def _hear_keepers(self) -> None:
+        """Handle the keepers' answers, if any are awaited."""
+        if self._keepers and self.federation.awaits_keepers:
+            for event in self._keepers.answers():
+                self._handle(event)
 
     def _now(self) -> float:
         """Seconds of the run's clock."""
@@ -405,7 +421,8 @@ class Coordinator:
             return self.federation.handle(event, self._now())
         except PayloadChanged as error:
             # The accumulator contains a part of the payload: close the job, and let `run` restart from the last commit.
-            assert isinstance(event, UpdateLoaded)
+            if not isinstance(event, UpdateLoaded | MaskedUpdateLoaded):
+                raise
             arrived, version = event.load.arrived, self.federation.version
             record = rejected_record(arrived, RejectionReason.TAMPERED, str(error), version, self._now())
             self._perform([Close(arrived.job, arrived.entry.id, record)])
@@ -424,6 +441,11 @@ class Coordinator:
                 self._dispatch(action)
             case Load():
                 return self._load(action)
+            case Offer():
+                assert self._keepers
+                self._keepers.offer(action)
+            case Unmask(cohort):
+                self._propose(cohort)
             case Commit():
                 self._unpublished.append(action)
                 if action.publish_now or len(self._unpublished) >= MAX_VERSIONS_PER_COMMIT:
@@ -452,8 +474,19 @@ class Coordinator:
         queue = self.store.keys.queue(order.client)
         return self._queues.record(queue, order, packed if self.store.identity else None)
 
-    def _load(self, load: Load) -> UpdateLoaded | UpdateUnreadable:
+    def _propose(self, cohort: Cohort) -> None:
+        """Ask the keepers for masks, after the version that the cohort is merged into is committed."""
+        assert self._keepers
+        self._publish()
+        self._failpoint("before propose")
+        self._keepers.propose(cohort)
+        log.debug("cohort proposed", version=cohort.version, updates=len(cohort.members))
+        self._failpoint("after propose")
+
+    def _load(self, load: Load) -> UpdateLoaded | MaskedUpdateLoaded | UpdateUnreadable:
         try:
+            if self.config.secure.on:
+                return MaskedUpdateLoaded(load, read_masked_update(self.store, self.federation, load))
             delta = self._payloads.read(load)
             base = self._base_versions.frame(load.arrived.base) if load.with_base else None
         except (StoreError, WireError) as error:
@@ -476,6 +509,8 @@ class Coordinator:
             if_lapsed=close.only_if == CloseCondition.LAPSED,
             unless_posted=close.only_if == CloseCondition.UNPOSTED,
         )
+        if self._keepers and closed:
+            self._keepers.ended([close.job])
         if close.only_if == CloseCondition.LAPSED and not closed:
             return None
         if close.only_if == CloseCondition.UNPOSTED and not closed and store.is_posted(close.job):
@@ -517,6 +552,8 @@ class Coordinator:
         self._failpoint("before commit")
         stored, wire = publish_newest(self.store, self.federation, self._unpublished)
         log.debug("version committed", version=self.federation.version, made=len(self._unpublished))
+        if self._keepers:
+            self._keepers.committed(arrived.job for commit in self._unpublished for arrived in commit.merged)
         self._unpublished = []
         self._failpoint("after commit")
         self._base_versions.keep_stored(stored, wire)
@@ -579,6 +616,7 @@ class Coordinator:
                 self.config.redis.retention_hours * 3600,
                 chunks_of(federation.downlink.largest),
                 [0] if keep_payloads else [],
+                self.config.secure.keepers,
             )
         return RunResult(
             version, model, stopped.because, stopped.failed, ledger, refused, jobs,

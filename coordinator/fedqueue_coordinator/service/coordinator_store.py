@@ -27,7 +27,7 @@ from fedqueue.transport.lua_scripts import Call
 from fedqueue.transport.store import Store, number
 from fedqueue_coordinator.core.lapses import LastReport
 from fedqueue_coordinator.core.reasons import JobState
-from fedqueue_coordinator.service.inbox import Inbox
+from fedqueue_coordinator.service.inbox import Inbox, by_stream
 from fedqueue_coordinator.service.read_ahead import ReadAhead
 
 if TYPE_CHECKING:  # RQ, which a command that only shows a run does without
@@ -51,6 +51,17 @@ class OpenJob:
     state: JobState
     attempt: int
     order: bytes
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An entry of a keeper's stream of answers, not verified."""
+
+    keeper: str
+    position: str
+    """In the stream."""
+    kind: str
+    body: bytes
 
 
 def new_owner() -> str:
@@ -167,12 +178,17 @@ class CoordinatorStore(Store):
         )
 
     def end(
-        self, stopped_because: str, retention_seconds: float, model_chunks: int, versions: Sequence[int] = ()
+        self,
+        stopped_because: str,
+        retention_seconds: float,
+        model_chunks: int,
+        versions: Sequence[int] = (),
+        keepers: Sequence[str] = (),
     ) -> None:
         """Mark the run as ended; its head, `versions` and records expire after `retention_seconds`.
 
-        Working keys and all other versions are deleted. The leader's key stays, so that no fencing token is issued
-        twice. `model_chunks` is the number of chunks of the largest version. Raises Fenced.
+        Working keys, those of `keepers` included, and all other versions are deleted. The leader's key stays, so that
+        no fencing token is issued twice. `model_chunks` is the number of chunks of the largest version. Raises Fenced.
         """
         keys = self.keys
         self._require_lead(
@@ -180,7 +196,8 @@ class CoordinatorStore(Store):
                 "end_run",
                 [
                     keys.leader, keys.config, keys.head, keys.versions, keys.clients,
-                    keys.jobs, keys.pinned, keys.last_jobs,
+                    keys.jobs, keys.pinned, keys.last_jobs, keys.cohort,
+                    *map(keys.asks, keepers), *map(keys.says, keepers),
                 ],
                 [
                     self.token, stopped_because,
@@ -253,6 +270,7 @@ class CoordinatorStore(Store):
         keep_payloads: bool = False,
         largest_model: int | None = None,
         largest_payload: int | None = None,
+        masks: Sequence[str] = (),
     ) -> set[int]:
         """Stage a version's blobs under this leader's own keys, then commit them in one step with all that belongs.
 
@@ -262,7 +280,8 @@ class CoordinatorStore(Store):
         is the last one in use. With `keep_payloads`, payloads of merged updates stay stored.
 
         `largest_model` and `largest_payload` bound the bytes of any version and of any payload where their sizes
-        vary; by default both are as large as `model`.
+        vary; by default both are as large as `model`. `masks` are the names (KEEPER:COHORT) of the masks that the
+        versions were made with, which are kept as payloads are.
 
         Returns the versions that are still stored. Raises Fenced, and StoreError if the head is not the version
         before these.
@@ -286,14 +305,15 @@ class CoordinatorStore(Store):
             merged_args += [client, position, entry.job, entry.attempt]
         answer = self.script(
             "commit",
-            [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.pinned, keys.counts],
+            [keys.leader, keys.head, keys.versions, keys.ledger, keys.jobs, keys.pinned, keys.counts, keys.cohort],
             [
                 self.token, version, len(packed_records), packed_totals,
                 keys.job(""), keys.payload_prefix, keys.model_prefix, keys.state_prefix,
                 model_chunks, state_chunks, int(keep_payloads), keys.attempt(""), keys.updates_prefix,
                 chunks_of(max(largest_model or 0, model.nbytes)) + 1,  # and the chunk of the signature
                 chunks_of(max(largest_payload or 0, model.nbytes)),
-                SCANNED_JOBS, *packed_records, *merged_args,
+                SCANNED_JOBS, keys.mask_prefix, keys.kept_mask_prefix, chunks_of(largest_payload or 0), len(masks),
+                *masks, *packed_records, *merged_args,
             ],
             first,
         )  # fmt: skip
@@ -499,6 +519,57 @@ class CoordinatorStore(Store):
     def served(self, clients: Sequence[str]) -> set[str]:
         """Those of the clients that a worker serves."""
         return {client for client, left in self.client_leases(clients).items() if left > 0}
+
+    # Keepers
+
+    def ask(self, keepers: Sequence[str], kind: str, body: bytes) -> dict[str, str]:
+        """Append an ask to each keeper's stream; returns keeper → position of the ask."""
+        pipe = self.redis.pipeline(transaction=False)
+        for keeper in keepers:
+            pipe.xadd(self.keys.asks(keeper), {"kind": kind, "body": body})
+        return {keeper: entry.decode() for keeper, entry in zip(keepers, pipe.execute(), strict=True)}
+
+    def propose(self, keepers: Sequence[str], cohort: bytes) -> dict[str, str]:
+        """Note the signed cohort as the one under way, and ask all keepers for its masks; as `ask`. Raises Fenced."""
+        keys = [self.keys.leader, self.keys.cohort, *map(self.keys.asks, keepers)]
+        led, *asks = self.script("propose", keys, [self.token, cohort])
+        self._require_lead(led)
+        return {keeper: entry.decode() for keeper, entry in zip(keepers, asks, strict=True)}
+
+    def proposed(self) -> bytes:
+        """The signed cohort under way; empty without any."""
+        return cast(bytes | None, self.redis.get(self.keys.cohort)) or b""
+
+    def drop_asks(self, asks: Iterable[tuple[str, str]]) -> None:
+        """Delete asks, each a keeper and a position, that need no answer any more."""
+        pipe = self.redis.pipeline(transaction=False)
+        for keeper, entry in asks:
+            pipe.xdel(self.keys.asks(keeper), entry)
+        pipe.execute()
+
+    def drop_all_asks(self, keepers: Iterable[str]) -> None:
+        """Delete every ask; the positions of later ones still rise."""
+        for keeper in keepers:
+            self.redis.xtrim(self.keys.asks(keeper), maxlen=0, approximate=False)
+
+    def answers(self, after: Mapping[str, str], count: int = 256) -> list[Answer]:
+        """The next answers of each keeper (→ position of the last one that was read), which are deleted."""
+        streams = {self.keys.says(keeper): position for keeper, position in after.items()}
+        found = by_stream(self.redis.xread(cast(Any, streams), count=count))
+        answers = [
+            Answer(
+                stream.removeprefix(self.keys.says_prefix), entry.decode(),
+                fields.get(b"kind", b"").decode(errors="replace"), fields.get(b"body", b""),
+            )
+            for stream, entries in found.items()
+            for entry, fields in entries
+        ]  # fmt: skip
+        if answers:
+            pipe = self.redis.pipeline(transaction=False)
+            for answer in answers:
+                pipe.xdel(self.keys.says(answer.keeper), answer.position)
+            pipe.execute()
+        return answers
 
     # What workers report: test doubles of the run override these, so they are methods of the store
 

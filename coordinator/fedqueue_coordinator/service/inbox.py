@@ -102,11 +102,14 @@ class Inbox:
         self._wakeup.get_message(timeout=SUBSCRIBED_SECONDS)  # so that none is lost between this and the first read
 
     def _hear(self, block_seconds: float) -> None:
-        """Receive notifications. Unless streams are left to read, wait for the first one, at most `block_seconds`."""
+        """Receive notifications. Unless streams are left to read, wait for the first one, at most `block_seconds`.
+
+        An answer of a keeper, which the caller reads itself, ends the wait too.
+        """
         assert self._wakeup is not None
-        deadline = time.monotonic() + block_seconds
+        deadline, answered = time.monotonic() + block_seconds, False
         for _ in range(MOST_WAKEUPS):
-            waits = not (self._urgent or self._named)
+            waits = not (self._urgent or self._named or answered)
             message = self._wakeup.get_message(timeout=max(0.0, deadline - time.monotonic()) if waits else 0.0)
             if message is None:
                 if not waits or time.monotonic() >= deadline:
@@ -118,6 +121,7 @@ class Inbox:
                 name = cast(bytes, message["data"])[:LONGEST_NAME].decode(errors="replace")
                 if name.startswith(self._keys.updates_prefix):
                     self._name([name])
+                answered = answered or name.startswith(self._keys.says_prefix)
 
     def _name(self, streams: Iterable[str]) -> None:
         """Let the next reads have these streams."""
@@ -137,7 +141,7 @@ class Inbox:
     def _read(self, streams: Iterable[str], count: int | None) -> list[StreamEntry]:
         """Return the next entries, at most `count` of each stream; a stream with more is read again."""
         after = {stream: self._last.get(stream, FIRST) for stream in streams}
-        found = _by_stream(self._redis.xread(cast(Any, after), count=count))
+        found = by_stream(self._redis.xread(cast(Any, after), count=count))
         if count:
             self._name(stream for stream, entries in found.items() if len(entries) >= count)
         return self._received(found)
@@ -161,7 +165,7 @@ def _taken(streams: dict[str, None]) -> list[str]:
     return first
 
 
-def _by_stream(answer: Any) -> dict[str, Any]:
+def by_stream(answer: Any) -> dict[str, Any]:
     """Return stream → its raw entries from a reply to XREAD: RESP3 gives a map of lists of them, RESP2 pairs."""
     if isinstance(answer, dict):
         answer = [(stream, entries[0] if entries else []) for stream, entries in answer.items()]

@@ -32,5 +32,10 @@ def publish_newest(
         job_number=federation.job_number,
         largest_model=federation.downlink.largest,
         largest_payload=federation.uplink.largest,
+        masks=[
+            f"{keeper}:{commit.record['cohort']}" for commit in commits for keeper in commit.record.get("masks", ())
+        ],
     )
+    if federation.config.secure.on and store.identity:
+        federation.published(federation.version, store.identity.newest_model)
     return stored, wire

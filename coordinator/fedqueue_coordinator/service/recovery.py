@@ -7,15 +7,16 @@ it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import structlog
 import torch
 
 from fedqueue.config.schema import Config
-from fedqueue.errors import ConfigurationError, RunExists, StoreError
+from fedqueue.errors import ConfigurationError, RunExists, StoreError, WireError
 from fedqueue.protocol.coordinator_identity import require_signed
+from fedqueue.protocol.messages import Cohort
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.frame import Frame
@@ -105,7 +106,10 @@ def _resume(
         evaluates,
         info.epoch,
         _norms(config, ledger),
+        _proposed(store) if config.secure.on else None,
     )
+    if config.secure.on:
+        _restore_digests(federation, ledger, signed.model)
     jobs = {job.job: job.client for job in store.jobs()}
     federation.restore_jobs(jobs, verifier.valid_registrations(store.signed_registrations()), store.last_jobs())
     if config.aggregation.filter.on:
@@ -151,6 +155,26 @@ def _new_epoch(
         "run missing from Redis: a new epoch begins from the checkpoint", epoch=epoch, version=checkpoint.version
     )
     return federation
+
+
+def _proposed(store: CoordinatorStore) -> Cohort | None:
+    """The cohort that a former coordinator has shown to the keepers and that no commit has; None without any."""
+    data = store.proposed()
+    if not data or store.identity is None:
+        return None
+    try:
+        return store.identity.open_cohort(data)
+    except WireError as error:
+        log.warning("ignoring the cohort in Redis, which this coordinator has not signed", error=str(error))
+        return None
+
+
+def _restore_digests(federation: Federation, ledger: Iterable[Mapping[str, Any]], newest: str) -> None:
+    """Remember the digests of versions: the record of the next one has each, and `newest` is that of the head."""
+    for record in ledger:
+        if digest := record.get("trained_from"):
+            federation.published(record["version"] - 1, digest)
+    federation.published(federation.version, newest)
 
 
 def _norms(config: Config, ledger: list[dict[str, Any]]) -> list[float]:

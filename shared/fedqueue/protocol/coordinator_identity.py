@@ -57,9 +57,16 @@ class CoordinatorIdentity:
         public = folder / COORDINATOR_PUBLIC
         self._former = KeyFile(public, read_trusted_keys) if public.exists() else None
         self._term = 0
+        self.newest_model = ""
+        """The digest of the version that was signed or checked last, as workers get it."""
         self._history = NO_HISTORY
         self._clients = Roster(folder / CLIENTS, folder / REVOKED, "client", revocable)
         self._keepers = Roster(folder / KEEPERS, folder / REVOKED / KEEPERS, "keeper", revocable)
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of the signatures of the present epoch."""
+        return self._scope
 
     # What the run is
 
@@ -125,8 +132,9 @@ class CoordinatorIdentity:
         """
         for record in records:
             self._history = longer_history(self._history, record)
+        self.newest_model = digest_of(model)
         what = VersionRecord(
-            model=digest_of(model), state=digest_of(state), job_number=job_number, history=self._history,
+            model=self.newest_model, state=digest_of(state), job_number=job_number, history=self._history,
             totals=digest_of(totals),
         )  # fmt: skip
         return sign_envelope(self._key, VERSION, self._scope, [version], what.pack())

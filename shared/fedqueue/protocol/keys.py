@@ -186,9 +186,14 @@ class Keys:
         """stream: what the coordinator asks of the keeper (offers, cohorts), until the updates' jobs have ended"""
         return self._key(f"asks:{keeper}")
 
+    @property
+    def says_prefix(self) -> str:
+        """The beginning of each key of `says`."""
+        return self._key("says:")
+
     def says(self, keeper: str) -> str:
         """stream: the keeper's answers, until the coordinator has read them"""
-        return self._key(f"says:{keeper}")
+        return f"{self.says_prefix}{keeper}"
 
     @property
     def cohort(self) -> str:
@@ -203,6 +208,15 @@ class Keys:
     def mask(self, cohort: str, keeper: str) -> str:
         """string chunks: the weighted sum of the masks of the cohort with this id, as the keeper released it"""
         return f"{self.mask_prefix}{keeper}:{cohort}"
+
+    @property
+    def kept_mask_prefix(self) -> str:
+        """The beginning of each key of `kept_mask`."""
+        return self._key("kept_mask:")
+
+    def kept_mask(self, cohort: str, keeper: str) -> str:
+        """string chunks: the masks of a cohort whose version is committed, if payloads are kept"""
+        return f"{self.kept_mask_prefix}{keeper}:{cohort}"
 
     @property
     def pattern(self) -> str:

@@ -8,6 +8,7 @@
 -- KEYS[5]  jobs            set of jobs that have not ended
 -- KEYS[6]  pinned          set of versions that the coordinator keeps stored
 -- KEYS[7]  counts          hash {merged:CLIENT, ...}
+-- KEYS[8]  cohort          the cohort that the keepers released, if there is one: it is under way no longer
 -- ARGV[1]  token           the caller's fencing token
 -- ARGV[2]  version         the last of the versions made since the head, or 0 if there is no head
 -- ARGV[3]  record_count    number of ledger records: one per version made since the head, none for version 0
@@ -25,21 +26,27 @@
 -- ARGV[15] most_payload_chunks  upper bound on the chunks of any payload
 -- ARGV[16] scan_limit      open jobs that one commit may scan for their bases. With more open jobs, only
 --                          every n-th commit scans, so that n commits scan no more than n times this number
--- ARGV[17...]              the ledger records (msgpack), then four values for each merged update: its stream's client,
---                          position in that stream, job, attempt
+-- ARGV[17] mask_prefix     of keys with the masks of a cohort
+-- ARGV[18] kept_prefix     of those with the masks of a merged cohort, which are kept as payloads are
+-- ARGV[19] mask_chunks     chunks of the masks of one cohort
+-- ARGV[20] mask_count      number of masks that the versions were made with
+-- ARGV[21...]              the names of the masks after their prefix, then the ledger records (msgpack), then four
+--                          values for each merged update: its stream's client, position in that stream, job, attempt
 -- Returns {1, versions still stored...}; {0} if the head is not the version before these; {-1} if another coordinator
 -- leads; {-2} if a staged chunk has expired. A repeated commit, after a lost reply, returns as the first one.
 --
 -- A version stays stored while it is the head, the marked base of an open job, or pinned.
 local MOST_DEAD = 100  -- leaders between two commits whose staged chunks are deleted
 
-local leader_key, head_key, versions_key, ledger_key, jobs_key, pinned_key, counts_key = unpack(KEYS)
+local leader_key, head_key, versions_key, ledger_key, jobs_key, pinned_key, counts_key, cohort_key = unpack(KEYS)
 local token, version_text, record_count, totals = ARGV[1], ARGV[2], tonumber(ARGV[3]), ARGV[4]
 local job_prefix, payload_prefix, model_prefix, state_prefix = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local model_chunks, state_chunks, keep = tonumber(ARGV[9]), tonumber(ARGV[10]), ARGV[11] == '1'
 local attempt_prefix, updates_prefix = ARGV[12], ARGV[13]
 local most_model_chunks, most_payload_chunks, scan_limit = tonumber(ARGV[14]), tonumber(ARGV[15]), ARGV[16]
-local first_record, first_merged = 17, 17 + record_count
+local mask_prefix, kept_prefix, mask_chunks, mask_count = ARGV[17], ARGV[18], tonumber(ARGV[19]), tonumber(ARGV[20])
+local first_mask, first_record = 21, 21 + mask_count
+local first_merged = first_record + record_count
 local version = tonumber(version_text)
 
 local function each_staged_chunk(of_token, act)
@@ -51,6 +58,15 @@ end
 
 local function delete_chunks(prefix, chunks)
   for chunk = 0, chunks - 1 do redis.call('UNLINK', prefix .. ':' .. chunk) end
+end
+
+local function keep_or_delete(from, to)
+  if keep and redis.call('EXISTS', from) == 1 then
+    redis.call('RENAME', from, to)
+    redis.call('PERSIST', to)
+  else
+    redis.call('UNLINK', from)
+  end
 end
 
 if redis.call('HGET', leader_key, 'token') ~= token then return {-1} end
@@ -81,11 +97,14 @@ if head == version - math.max(1, record_count) then
     redis.call('HINCRBY', counts_key, 'merged:' .. client, 1)
     for chunk = 0, most_payload_chunks - 1 do
       local name = job .. ':' .. attempt .. ':' .. chunk
-      if keep and redis.call('EXISTS', payload_prefix .. name) == 1 then
-        redis.call('RENAME', payload_prefix .. name, payload_prefix .. 'kept:' .. name)
-      else
-        redis.call('UNLINK', payload_prefix .. name)
-      end
+      keep_or_delete(payload_prefix .. name, payload_prefix .. 'kept:' .. name)
+    end
+  end
+  for i = first_mask, first_record - 1 do
+    redis.call('UNLINK', cohort_key)
+    for chunk = 0, mask_chunks - 1 do
+      local name = ARGV[i] .. ':' .. chunk
+      keep_or_delete(mask_prefix .. name, kept_prefix .. name)
     end
   end
 elseif head ~= version or head_token ~= token then

@@ -1,0 +1,146 @@
+"""What the coordinator asks of the keepers, and what they answer: over two streams for each keeper.
+
+An ask stays in `asks:KEEPER` until the update's job has ended, or the cohort's version is committed: a keeper that
+starts again answers all of them again. Answers lie in `says:KEEPER` until they are read. Nothing that lasts depends on
+an answer: a new leader asks again for each update that it reads again, and for the cohort under way.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import structlog
+
+from fedqueue.errors import SignatureError, StoreError, WireError
+from fedqueue.protocol.messages import Cohort, Masked, MaskRefused, Opened, read
+from fedqueue.protocol.messages import Offer as OfferMessage
+from fedqueue.protocol.signed_envelope import MASK_REFUSED, MASKED, OPENED
+from fedqueue.secure.cohort import cohort_id, offer_digest
+from fedqueue.tensors.blobs import chunks_of
+from fedqueue_coordinator.core.events import CohortRefused, Event, MasksReleased, Offer, UpdateOpened
+from fedqueue_coordinator.service.coordinator_store import Answer, CoordinatorStore
+from fedqueue_coordinator.service.inbox import FIRST
+from fedqueue_coordinator.service.masked_words import read_words
+
+log = structlog.get_logger("fedqueue.coordinator")
+
+
+class KeeperExchange:
+    """Asks the keepers of one run, and turns their answers into events."""
+
+    def __init__(self, store: CoordinatorStore, keepers: Sequence[str], nbytes: int) -> None:
+        """Begin with no ask in Redis; `nbytes` is the size of an update and of a cohort's masks."""
+        self._store, self._keepers, self._nbytes = store, keepers, nbytes
+        self._after = dict.fromkeys(keepers, FIRST)
+        self._offers: dict[str, OfferMessage] = {}  # digest → an offer whose job has not ended
+        self._asks: dict[str, list[tuple[str, str]]] = {}  # job → its asks: keeper and position
+        self._cohort = ""  # id of the one under way
+        self._proposed = b""
+        self._cohort_asks: list[tuple[str, str]] = []
+        self._told_again: set[str] = set()  # keepers that were offered the cohort's members a second time
+        store.drop_all_asks(keepers)
+
+    # Asking
+
+    def offer(self, offer: Offer) -> None:
+        """Show an update to every keeper."""
+        message = offer.offer
+        self._offers[offer_digest(message)] = message
+        self._ask(self._keepers, message)
+
+    def propose(self, cohort: Cohort) -> None:
+        """Ask every keeper for the masks of a cohort; raises Fenced."""
+        identity = self._store.identity
+        assert identity
+        self._cohort, self._told_again = cohort_id(identity.scope, cohort), set()
+        self._proposed = identity.sign_cohort(cohort)
+        before, self._cohort_asks = self._cohort_asks, [*self._store.propose(self._keepers, self._proposed).items()]
+        self._drop(before)
+
+    def committed(self, jobs: Iterable[str]) -> None:
+        """Forget the cohort under way, whose version is committed with the updates of `jobs`."""
+        self._cohort, asks, self._cohort_asks = "", self._cohort_asks, []
+        self._drop([*asks, *self._forget(jobs)])
+
+    def ended(self, jobs: Iterable[str]) -> None:
+        """Forget the offers of jobs that have ended otherwise."""
+        self._drop(self._forget(jobs))
+
+    def _forget(self, jobs: Iterable[str]) -> list[tuple[str, str]]:
+        """Forget the offers of jobs, and return their asks."""
+        gone = {job for job in jobs if job in self._asks}
+        self._offers = {digest: offer for digest, offer in self._offers.items() if offer.job not in gone}
+        return [ask for job in gone for ask in self._asks.pop(job)]
+
+    def _ask(self, keepers: Sequence[str], offer: OfferMessage) -> None:
+        self._asks.setdefault(offer.job, []).extend(self._store.ask(keepers, "offer", offer.pack()).items())
+
+    def _ask_again(self, keeper: str) -> None:
+        self._cohort_asks += self._store.ask([keeper], "cohort", self._proposed).items()
+
+    def _drop(self, asks: Sequence[tuple[str, str]]) -> None:
+        if asks:
+            self._store.drop_asks(asks)
+
+    # Answers
+
+    def answers(self) -> Iterator[Event]:
+        """Yield the events of the keepers' next answers; one that is not valid is logged and ignored."""
+        for answer in self._store.answers(self._after):
+            self._after[answer.keeper] = answer.position
+            try:
+                event = self._event(answer)
+            except (WireError, StoreError) as error:
+                log.warning(
+                    "ignoring an answer that is not valid; check the keys of the keeper",
+                    keeper=answer.keeper, kind=answer.kind, error=str(error),
+                )  # fmt: skip
+            else:
+                if event:
+                    yield event
+
+    def _event(self, answer: Answer) -> Event | None:
+        """Verify an answer; None for one about a cohort that is not under way."""
+        identity, keeper = self._store.identity, answer.keeper
+        assert identity
+        if answer.kind not in (OPENED, MASKED, MASK_REFUSED):
+            raise WireError(f"answer of kind {answer.kind!r}")
+        body = identity.open_keeper(answer.kind, keeper, answer.body)
+        if answer.kind == OPENED:
+            opened = read(Opened, body)
+            return UpdateOpened(keeper, opened.header, opened.refusal, opened.detail)
+        if answer.kind == MASKED:
+            masked = read(Masked, body)
+            return self._released(answer, masked) if masked.cohort == self._cohort else None
+        refused = read(MaskRefused, body)
+        return self._refused(keeper, refused) if refused.cohort == self._cohort else None
+
+    def _released(self, answer: Answer, masked: Masked) -> MasksReleased | None:
+        """Return the release; None if Redis has not what the keeper stored, which is asked for again."""
+        if (masked.nbytes, masked.chunks) != (self._nbytes, chunks_of(self._nbytes)):
+            raise WireError(f"masks of {masked.nbytes} bytes in {masked.chunks} chunks, expected {self._nbytes}")
+        prefix = self._store.keys.mask(self._cohort, answer.keeper)
+        try:
+            masks = read_words(partial(self._store.read_span, prefix), self._nbytes, masked.digest)
+        except (SignatureError, StoreError) as error:
+            log.warning(
+                "the masks of a keeper are not as it stored them: asking again", keeper=answer.keeper, error=str(error)
+            )
+            self._ask_again(answer.keeper)
+            return None
+        sealed = {"digest": masked.digest, "answer": base64.b64encode(answer.body).decode()}
+        return MasksReleased(answer.keeper, self._cohort, masks, sealed)
+
+    def _refused(self, keeper: str, refused: MaskRefused) -> CohortRefused | None:
+        """Return the refusal. A keeper that has forgotten members is offered them again, once, and asked again."""
+        known = [self._offers[digest] for digest in refused.headers if digest in self._offers]
+        if refused.reason == "unknown" and known and keeper not in self._told_again:
+            self._told_again.add(keeper)
+            for offer in known:
+                self._ask([keeper], offer)
+            self._ask_again(keeper)
+            return None
+        log.warning("keeper refuses a cohort", keeper=keeper, reason=refused.reason, detail=refused.detail)
+        return CohortRefused(keeper, refused.reason, refused.detail, frozenset(refused.headers))
