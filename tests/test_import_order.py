@@ -27,13 +27,15 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.config",),
     ("fedqueue.protocol",),
     ("fedqueue.tensors",),
-    ("fedqueue.batches", "fedqueue.metrics", "fedqueue.learning_rates", "fedqueue.staleness"),
+    ("fedqueue.batches", "fedqueue.metrics", "fedqueue.learning_rates", "fedqueue.staleness", "fedqueue.privacy"),
     (
         "fedqueue.task",
         "fedqueue.training",
         "fedqueue.evaluation",
         "fedqueue.local_model",
         "fedqueue.local_update",
+        "fedqueue.private_training",
+        "fedqueue.row_gradients",
         "fedqueue.partition",
     ),
     ("fedqueue.leak",),
@@ -55,8 +57,13 @@ WITHIN = {
     ("fedqueue.task", "fedqueue.evaluation"),
     ("fedqueue.evaluation", "fedqueue.task"),
     ("fedqueue.evaluation", "fedqueue.training"),
+    ("fedqueue.local_update", "fedqueue.private_training"),
     ("fedqueue.local_update", "fedqueue.task"),
     ("fedqueue.local_update", "fedqueue.training"),
+    ("fedqueue.private_training", "fedqueue.row_gradients"),
+    ("fedqueue.private_training", "fedqueue.task"),
+    ("fedqueue.private_training", "fedqueue.training"),
+    ("fedqueue.row_gradients", "fedqueue.task"),
 }
 """(importing, imported) within one line."""
 KNOWN: dict[tuple[str, str], str] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,23 @@ def to_device(batch: Any, device: torch.device) -> Any:
             object.__setattr__(clone, field.name, to_device(getattr(batch, field.name), device))
         return clone
     return batch
+
+
+def stack_batches(batches: Sequence[Any]) -> Any:
+    """Return batches of one structure as one, whose tensors have the batches in a new first dimension.
+
+    Tensors, and tuples, lists and mappings of them, are stacked. Raises TypeError for anything else, and RuntimeError
+    for tensors of different shapes.
+    """
+    first = batches[0]
+    if isinstance(first, torch.Tensor):
+        return torch.stack(list(batches))
+    if isinstance(first, Mapping):
+        return {key: stack_batches([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, tuple | list):
+        parts = [stack_batches(part) for part in zip(*batches, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    raise TypeError(f"{type(first).__name__} cannot be stacked")
 
 
 def _refilled(batch: Mapping[Any, Any], content: dict[Any, Any]) -> Mapping[Any, Any]:

@@ -11,6 +11,7 @@
     │       ├── NotEnrolled     the coordinator keeps no key of that client
     │       └── Superseded      the message is from a worker process that has been replaced
     ├── PolicyRefusal           a job asks for more than its site's policy allows
+    │   └── BudgetSpent         a job would cost more privacy than its client has left
     ├── StoreError              unexpected data in Redis
     │   ├── RunNotFound         the server has no run of that name
     │   ├── RunExists           a run of that name exists already
@@ -127,6 +128,10 @@ class PolicyRefusal(FedqueueError):
     Traceback (most recent call last):
     fedqueue.errors.PolicyRefusal: 99 examples: this site trains on 100 or more
     """
+
+
+class BudgetSpent(PolicyRefusal):
+    """A job would cost more privacy than its client has left. The site refuses every further job of the run."""
 
 
 class StoreError(FedqueueError):

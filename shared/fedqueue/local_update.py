@@ -19,6 +19,8 @@ from fedqueue.errors import JobClosed, NoExamples, TaskError
 from fedqueue.learning_rates import RateHolder
 from fedqueue.local_model import LocalModel
 from fedqueue.metrics import as_metrics
+from fedqueue.privacy.spending import countable_rows
+from fedqueue.private_training import PrivateJob
 from fedqueue.protocol.messages import Order, Update
 from fedqueue.task import Progress, Task, TrainResult
 from fedqueue.tensors.blobs import chunks_of
@@ -45,7 +47,14 @@ def load_data(task: Task, client: Client, seed: int) -> tuple[Any, int | None]:
 
 
 def compute_update(
-    task: Task, model: LocalModel, data: Any, order: Order, base: Frame, local: Frame, progress: Progress
+    task: Task,
+    model: LocalModel,
+    data: Any,
+    order: Order,
+    base: Frame,
+    local: Frame,
+    progress: Progress,
+    noise_key: bytes = b"",
 ) -> Update:
     """Train `model` on `data` from `base` as the order says; fills `local` with the update and returns its header.
 
@@ -53,16 +62,26 @@ def compute_update(
     because the model is put back and the order's seed is set before the training; with `Task.stateful_clients` or
     `progress.memory` they depend on the client's earlier jobs, too.
 
+    Where the order protects rows, the update also depends on `noise_key`, 32 secret bytes of this job only, and its
+    header has no metrics.
+
     Raises TaskError where `fit` returns something else than a TrainResult or a number of examples, or more examples
-    than the client has. Exceptions of the task and of `progress` propagate.
+    than the client has, or where it changed the model without noise although the order protects rows. Exceptions of the
+    task and of `progress` propagate.
     """
     started = time.perf_counter()
     model.begin(order.client)
     base.write(model.module)
     set_seed(order.seed)
+    if order.privacy:
+        rows = countable_rows(data)
+        progress.private = PrivateJob(order.privacy, order.training, rows, noise_key, model.module)
     with _progress_after_steps(progress):
         returned = task.fit(model.module, data, order.training, progress)
     fit = _train_result(task, data, returned)
+    if progress.private:
+        progress.private.check(task, model.module)
+        fit = TrainResult(task.num_examples(data) or fit.num_examples)  # metrics are about rows
     seconds = time.perf_counter() - started
 
     local.read_update(model.module, base)

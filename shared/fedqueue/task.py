@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
     from fedqueue.config.training import TrainingConfig
+    from fedqueue.private_training import PrivateJob
 
 DEFAULT_CLIENT = Client("client-0")
 
@@ -54,6 +55,8 @@ class Progress:
         self.memory: dict[str, Any] = {} if memory is None else memory
         """The client's own, from job to job, in the memory of its worker process. A restart of the process empties it,
         and so does a move of the client to another process. Its content never leaves the site by itself."""
+        self.private: PrivateJob | None = None
+        """What protects the rows in this job, with `[privacy.examples]`; the default `fit` obeys it."""
         self._calls = self._steps = 0
 
     def __call__(self) -> None:

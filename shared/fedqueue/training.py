@@ -39,16 +39,19 @@ def train(
     `data` is a Dataset, map-style or iterable, or a DataLoader, whose batches are then taken as they are. With
     `proximal_mu` > 0, each batch's loss is that of FedProx (arXiv 1812.06127, eq. 2): f(x) + μ/2 · ‖x − x_b‖², x_b
     being the parameters as they are when training starts. The order of examples follows torch's global seed, which the
-    caller sets per job. A batch of one row is left out where a BatchNorm layer refuses it.
+    caller sets per job. A batch of one row is left out where a BatchNorm layer refuses it. A job whose rows are
+    protected (`[privacy.examples]`) trains as `fedqueue.private_training` says, and has no metrics.
 
     Raises TaskError for data of another kind, for a loss that is no scalar, and where no batch could be trained on.
     """
     if not isinstance(progress, Progress):
         progress = Progress(progress)
+    if progress.private:
+        return progress.private.train(task, model, data, progress)
     device = choose_device(config.device)
     model.to(device).train()
     base = [p.detach().clone() for p in model.parameters()] if config.proximal_mu else []
-    steps = _Steps(model, config, device, progress)
+    steps = LocalSteps(model, config, device, progress)
     total = 0.0
     batches = left_out = 0
     passes: list[int] = []  # rows of each pass
@@ -77,7 +80,7 @@ def train(
     return TrainResult(max(passes) if examples is None else examples, {"loss": total / batches})
 
 
-class _Steps:
+class LocalSteps:
     """The optimizer's steps: one for each `accumulate_batches` batches, on their mean gradient."""
 
     def __init__(
@@ -109,16 +112,17 @@ class _Steps:
         self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         self._batches += 1
         if self._batches == self._config.accumulate_batches:
-            self._step()
+            self.step()
 
     def finish(self) -> None:
         """Step on the batches that are left, and keep the optimizer's state where the configuration says so."""
         if self._batches:
-            self._step()
+            self.step()
         if self._config.keep_optimizer_state:
             self._memory["optimizer"] = self._optimizer.state_dict(), self._scaler.state_dict()
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """Step on the gradients that the parameters have."""
         if self._rates:
             rate = next(self._rates)
             for group in self._optimizer.param_groups:

@@ -19,6 +19,7 @@ from fedqueue.leak.rehearsal import rehearse
 from fedqueue.leak.row_data import hold_out, matched, rows_of, rows_of_job
 from fedqueue.leak.rows import best_matches, candidates
 from fedqueue.local_update import load_data
+from fedqueue.protocol.messages import Order
 from fedqueue.training import set_seed
 from tests.support.leaking_task import LeakingTask, WordsTask, pictures
 
@@ -128,9 +129,10 @@ def test_rows_of_a_job_are_those_that_the_training_sees() -> None:
     model = task.model()
     set_seed(123)
     task.fit(model, data, training, Progress())
-    indices = rows_of_job(task, data, training, 123)
+    order = Order(run="r", job="j", client="c", seed=123, training=training)
+    indices = rows_of_job(task, data, order)
     assert torch.equal(torch.cat(seen), data.tensors[0][indices])
-    assert rows_of_job(task, data, configured(batch_size=3).training, 123) is None
+    assert rows_of_job(task, data, order.model_copy(update={"training": configured(batch_size=3).training})) is None
 
 
 def test_drawn_rows_contain_those_that_were_trained_on() -> None:

@@ -151,6 +151,8 @@ OFF = [
     "server_optimizer.schedule.name", "dispatch.max_share", "dispatch.round_deadline_seconds", "admission.max_norm",
     "admission.norm_quantile", "security.policy", "security.egress_log", "evaluation.every_versions",
     "evaluation.every_seconds", "checkpoint.every_seconds", "stop.versions", "stop.updates", "stop.seconds",
+    "privacy.examples.max_grad_norm", "privacy.examples.noise_multiplier", "privacy.examples.epsilon",
+    "privacy.examples.jobs", "privacy.examples.delta",
     "redis.url", "redis.ca_file", "redis.cert_file", "redis.key_file", "redis.password_file",
 ]  # fmt: skip
 WORDS = [

@@ -199,11 +199,11 @@ class Run:
     def load_next(self) -> list[Action]:
         return self.tell(self._loaded(self.loads.pop(0)))
 
-    def end(self, client: str, reason: str = "failed", error: str = "") -> list[Action]:
-        """End the job without an update: the worker hands the job back, or the task raises."""
+    def end(self, client: str, reason: str = "failed", error: str = "", final: bool = False) -> list[Action]:
+        """End the job without an update: the worker hands the job back, refuses it, or the task raises."""
         job = self.job_of(client)
         self.posted.add(job)
-        return self.tell(self._entry(lambda entry: JobEnded(entry, job, client, AbandonReason(reason), error)))
+        return self.tell(self._entry(lambda entry: JobEnded(entry, job, client, AbandonReason(reason), error, final)))
 
     def lapse(self, client: str, cause: LapseCause = LapseCause.PROCESS_DIED) -> list[Action]:
         """Expire the lease of the client's job; return the actions after the job is closed."""

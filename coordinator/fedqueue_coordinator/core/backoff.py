@@ -38,6 +38,8 @@ class Backoff:
     """Heap of (end of the rest, client)."""
     excluded: set[str] = field(default_factory=set)
     """The clients that are set aside."""
+    declining: set[str] = field(default_factory=set)
+    """Those of them whose site trains no further job of this run, because a privacy budget is used up."""
     _rests: Counter[str] = field(default_factory=Counter)  # client → its entries in `resting`
 
     # Penalties
@@ -61,6 +63,11 @@ class Backoff:
             self.failed(client, now)
         elif reason in FORGEABLE_ENDINGS:
             self.pause(client, now)
+
+    def declined(self, client: str) -> None:
+        """Set the client aside: its site has said that it trains no further job of this run."""
+        self.excluded.add(client)
+        self.declining.add(client)
 
     def penalize_lapse(self, client: str, cause: LapseCause, now: float) -> None:
         """Apply backoff or exclusion for a lapsed job: training that hangs counts as a failure of the task."""
@@ -89,7 +96,8 @@ class Backoff:
         """Reset the client's counts: its update is merged."""
         self.failures.pop(client, None)
         self.rejections.pop(client, None)
-        self.excluded.discard(client)
+        if client not in self.declining:
+            self.excluded.discard(client)
 
     def _count(self, counts: dict[str, int], client: str, now: float) -> None:
         counts[client] = counts.get(client, 0) + 1

@@ -174,6 +174,8 @@ class JobEnded:
     client: str
     reason: AbandonReason
     error: str
+    final: bool = False
+    """Whether the client's site will refuse every further job of the run."""
 
 
 @dataclass(frozen=True)
@@ -346,4 +348,5 @@ def make_order(config: Config, dispatch: Dispatch) -> Order:
         client=dispatch.client,
         seed=order_seed(config, dispatch.number),
         training=config.training.model_copy(update=steps),
+        privacy=config.example_privacy,
     )

@@ -728,6 +728,9 @@ class Federation:
             return [Acknowledge(ended.entry, None)]  # the job was taken back before
         close = self._abandon(ended.job, ended.client, ended.entry, ended.reason, ended.error, now)
         was_set_aside = self._scheduler.is_set_aside(ended.client)
+        if ended.final:
+            self._scheduler.declined(ended.client)
+            return [close, *self._pass_on(ended.job, ended.client, now)]
         self._scheduler.penalize_ending(ended.client, ended.reason, now)
         self._note_set_aside(ended.client, was_set_aside)
         return [close, *self._pass_on(ended.job, ended.client, now)]
@@ -784,8 +787,10 @@ class Federation:
     def _stop_if_due(self, ending: Stop | None, now: float) -> list[Action]:
         if self._scheduler.all_set_aside:
             worst = self.failures.most_frequent
-            because = "every client failed too often and was set aside" + (f": {worst.line}" if worst else "")
-            return self.stop(Stop(because, failed=True), now)
+            text = f": {worst.line}" if worst else ""
+            if self._scheduler.any_declines and self.version:
+                return self.stop(Stop(f"no site trains further jobs{text}"), now)
+            return self.stop(Stop(f"every client failed too often and was set aside{text}", failed=True), now)
         if ending := ending or self._no_masks or self._keeper_away(now):
             return self.stop(ending, now)
         started = self.run_counters.started

@@ -143,6 +143,11 @@ class Scheduler:
         excluded = self._backoff.excluded
         return 0 < len(self.registered) <= len(excluded) and self.registered.keys() <= excluded
 
+    @property
+    def any_declines(self) -> bool:
+        """Whether a site trains no further job of this run."""
+        return bool(self._backoff.declining)
+
     # Updates
 
     def arrived(self, job: str, client: str, now: float) -> bool:
@@ -200,6 +205,10 @@ class Scheduler:
     def penalize_ending(self, client: str, reason: AbandonReason, now: float) -> None:
         """Apply the penalty for a job that its worker ended."""
         self._backoff.penalize_ending(client, reason, now)
+
+    def declined(self, client: str) -> None:
+        """Give the client no further job: its site has said that it trains none."""
+        self._backoff.declined(client)
 
     def penalize_lapse(self, client: str, cause: LapseCause, now: float) -> None:
         """Apply the penalty for a job whose lease expired."""

@@ -24,6 +24,7 @@ from fedqueue.leak.attacks import ENCODINGS, Attacks, Chosen, Gallery, Seen, enc
 from fedqueue.leak.measurement import NOTHING, Measurement, above, parse_limits
 from fedqueue.leak.report import print_table, write_leak
 from fedqueue.leak.row_data import Indices, Rows, all_of, hold_out, matched, part, rows_of, rows_of_job
+from fedqueue.private_training import simulated_key
 from fedqueue.protocol.keys import job_without_tag
 from fedqueue.task import load_task
 from fedqueue.tensors.blobs import BlobBuffer
@@ -31,7 +32,7 @@ from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import set_seed
-from fedqueue_coordinator.core.events import order_seed
+from fedqueue_coordinator.core.events import Dispatch, make_order
 from fedqueue_coordinator.core.federation import initial_model
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.audit.replay import read_archive, replay
@@ -55,6 +56,8 @@ class Recording:
     first: Frame
     head: Frame
     read_payload: Callable[[str, int], BlobBuffer]
+    simulated: bool = False
+    """Whether the noise of each job is known: with [privacy.examples], it decides which rows were seen."""
 
 
 class LeakDatasets(ClientDatasets):
@@ -195,8 +198,9 @@ def _simulated(config: Config, datasets: ClientDatasets, folder: Path) -> Record
     first = simulation.federation.model.copy()
     result = _completed(simulation)
     return Recording(
-        config, result.ledger, first, result.model, lambda job, attempt: np.fromfile(name(job, attempt), np.uint8)
-    )
+        config, result.ledger, first, result.model, lambda job, attempt: np.fromfile(name(job, attempt), np.uint8),
+        simulated=True,
+    )  # fmt: skip
 
 
 def _completed(simulation: Simulation) -> RunResult:
@@ -292,7 +296,9 @@ def _seen(
     def trained(line: Mapping[str, Any]) -> dict[str, Indices | None]:
         number = int(job_without_tag(line["job"]).rpartition("-")[2])
         data, _ = datasets.data(config, line["client"])
-        return {line["client"]: rows_of_job(datasets.task, data, config.training, order_seed(config, number))}
+        order = make_order(config, Dispatch(line["job"], number, line["client"]))
+        noise_key = simulated_key(config.seed, order) if recording.simulated else b""
+        return {line["client"]: rows_of_job(datasets.task, data, order, noise_key)}
 
     def update(line: Mapping[str, Any]) -> Seen:
         delta = uplink.received(recording.read_payload(line["job"], line["attempt"]))
@@ -322,6 +328,7 @@ def _references(
         half = HalfDatasets(datasets, *divmod(number, 2))
         compare = config.compare
         timing = TimingModel(compare.batch_seconds, compare.job_seconds, compare.jitter)
-        result = _completed(Simulation(config, half, timing))
+        other = config.model_copy(update={"name": f"{config.name}-reference-{number}"})  # noise of its own
+        result = _completed(Simulation(other, half, timing))
         models.append((result.model, {c: np.isin(rows[c].indices, half.chosen.get(c, [])) for c in rows}))
     return models

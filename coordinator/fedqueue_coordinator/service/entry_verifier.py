@@ -120,7 +120,7 @@ class EntryVerifier:
             ending = read(Ending, self._verified_body(ENDED, entry))
         except SignatureError as error:
             return JobEnded(entry.id, entry.job, entry.client, AbandonReason(_reason_of(error)), str(error))
-        return JobEnded(entry.id, entry.job, entry.client, AbandonReason(ending.reason), ending.error)
+        return JobEnded(entry.id, entry.job, entry.client, AbandonReason(ending.reason), ending.error, ending.final)
 
     def _unavailable(self, entry: StreamEntry) -> Unavailable:
         body = entry.body

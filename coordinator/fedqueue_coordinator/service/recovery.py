@@ -15,6 +15,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunExists, StoreError, WireError
+from fedqueue.private_training import check_example_privacy
 from fedqueue.protocol.coordinator_identity import require_signed
 from fedqueue.protocol.messages import Cohort
 from fedqueue.task import Task, make_model
@@ -56,6 +57,7 @@ def restore_federation(
     module = make_model(task)  # not stored: it takes as much memory as a version
     manifest = Manifest.from_module(module, config.aggregation)
     check_training(config.training, torch.device("cpu"), module)
+    check_example_privacy(config.privacy.examples, task, module)
     memory.check_policy(config, manifest)
     if store.exists():
         return _resume(config, store, manifest, evaluates, verifier)

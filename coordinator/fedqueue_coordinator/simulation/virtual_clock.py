@@ -12,6 +12,9 @@ seconds:
 Two simulations with the same configuration, data and timing therefore give the same bits, and a client that is twenty
 times slower takes no longer to simulate.
 
+With [privacy.examples], the noise of a job follows from the configuration's seed, so that a simulation can be repeated,
+and each client's spending begins at zero.
+
 Not simulated: the time that merging, evaluation and the transfer of models take, failures of machines, and a worker
 that serves more than one client.
 """
@@ -28,10 +31,12 @@ from typing import Any
 import structlog
 
 from fedqueue.config.schema import Config
-from fedqueue.errors import NoExamples, RunFailed
+from fedqueue.errors import BudgetSpent, NoExamples, RunFailed
 from fedqueue.exception_text import exception_with_place
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update, load_data
+from fedqueue.privacy.spending import Spending, charge_of_job, countable_rows, over_epsilon_of_run
+from fedqueue.private_training import check_example_privacy, simulated_key
 from fedqueue.protocol.messages import NO_EXAMPLES, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task, make_model
@@ -166,6 +171,9 @@ class Simulation:
         module = make_model(datasets.task)
         first = initial_model(config, module)
         check_training(config.training, self._device, module)
+        check_example_privacy(config.privacy.examples, datasets.task, module)
+        self.spent: dict[str, Spending] = {}
+        """What each client's rows have been used for, with [privacy.examples]."""
         self._model = LocalModel(datasets.task, module, first.manifest)
         self.federation = Federation(config, first, evaluates=datasets.test_data is not None)
         self._feedback = ErrorFeedback(self.federation.uplink)
@@ -186,7 +194,9 @@ class Simulation:
         federation = self.federation
         for client in self.config.clients.ids:
             try:
-                _, examples = self.datasets.data(self.config, client)
+                data, examples = self.datasets.data(self.config, client)
+                if self.config.example_privacy:
+                    countable_rows(data)
             except NoExamples:
                 log.warning("client left out: it has no examples", client=client)
                 self._handle(ClientUnavailable(f"{client}-left-out", client, NO_EXAMPLES))
@@ -263,7 +273,12 @@ class Simulation:
         slowdown = self.config.clients.slowdown.get(order.client, 1.0)
         entry = f"{order.job}-arrival"
         try:
-            header = compute_update(self.datasets.task, self._model, data, order, base, local, progress)
+            noise_key = self._paid_noise_key(order, data)
+            header = compute_update(self.datasets.task, self._model, data, order, base, local, progress, noise_key)
+        except BudgetSpent as error:
+            refused = JobEnded(entry, order.job, order.client, AbandonReason.REFUSED, str(error), final=True)
+            self._schedule(self.now, refused)
+            return
         except (Exception, SystemExit) as error:  # an error in the task, which a worker would report
             seconds = self.timing.training_seconds(progress.batches, slowdown, order.seed)
             failed = JobEnded(entry, order.job, order.client, AbandonReason.FAILED, exception_with_place(error))
@@ -277,6 +292,21 @@ class Simulation:
             self.now + seconds,
             UpdateArrived(StreamEntry(entry, "update", body, order.client, order.job, 1, job.base), body),
         )
+
+    def _paid_noise_key(self, order: Order, data: Any) -> bytes:
+        """Charge the client for a job whose rows are protected, as its site would; returns the key of the job's noise.
+
+        Raises BudgetSpent where the run's ε is used up.
+        """
+        if order.privacy is None:
+            return b""
+        charge = charge_of_job(order.privacy, order.training, countable_rows(data))
+        before = self.spent.get(order.client, Spending())
+        after = before.plus(order.run, charge)
+        if why := over_epsilon_of_run(order.run, order.client, before, after, order.privacy):
+            raise BudgetSpent(why)
+        self.spent[order.client] = after
+        return simulated_key(self.config.seed, order)
 
     # The service around the state machine
 

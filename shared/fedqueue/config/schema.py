@@ -15,6 +15,7 @@ from fedqueue.config.compare import CompareConfig
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.config.dispatch import DispatchConfig
 from fedqueue.config.names import ClientId, RunName
+from fedqueue.config.privacy import ExamplePrivacyConfig, PrivacyConfig
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, refuse
 from fedqueue.config.secure import SecureConfig
@@ -174,6 +175,7 @@ class Config(Section):
     redis: RedisConfig = RedisConfig()
     clients: ClientsConfig = ClientsConfig()
     training: TrainingConfig = TrainingConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     aggregation: AggregationConfig = AggregationConfig()
     server_optimizer: ServerOptimizerConfig = ServerOptimizerConfig()
     compression: CompressionConfig = CompressionConfig()
@@ -232,6 +234,22 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _rows_are_private(self) -> Config:
+        if self.privacy.examples.on:
+            for name, plain, why in (
+                ("accumulate_batches", 1, "batches are drawn by chance, and each is a step"),
+                ("precision", "float32", "noise and clipping are computed in float64 from gradients in float32"),
+                ("drop_last", False, "batches are drawn by chance, and none is the last of a pass"),
+                ("max_grad_norm", None, "the gradient of each row is clipped already"),
+            ):
+                if (value := getattr(self.training, name)) != plain:
+                    raise refuse(
+                        f"training.{name} is {value!r}, which does not go together with [privacy.examples]: {why}",
+                        f"leave training.{name} out",
+                    )
+        return self
+
+    @model_validator(mode="after")
     def _dispatch_fits(self) -> Config:
         clients, versions, limit = self.clients.number, self.dispatch.share_window, self.updates_within_share
         if limit is not None and clients * limit < versions * self.buffer_size:
@@ -253,6 +271,11 @@ class Config(Section):
         if refusal := refusal_of_masking(self):
             raise refusal
         return self
+
+    @property
+    def example_privacy(self) -> ExamplePrivacyConfig | None:
+        """[privacy.examples], or None where rows are not protected."""
+        return self.privacy.examples if self.privacy.examples.on else None
 
     @property
     def updates_within_share(self) -> int | None:

@@ -13,6 +13,7 @@ from fedqueue.leak.measurement import NOTHING, Measurement
 from fedqueue.leak.row_data import all_of, hold_out, matched, rows_of, rows_of_job
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
+from fedqueue.private_training import check_example_privacy, simulated_key
 from fedqueue.protocol.messages import Order
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.codec import uplink_codec
@@ -51,6 +52,7 @@ def rehearse(
     set_seed(config.seed)
     module = make_model(task)
     check_training(config.training, device, module)
+    check_example_privacy(config.privacy.examples, task, module)
     manifest = Manifest.from_module(module, config.aggregation)
     base = Frame(manifest)
     base.read(module)
@@ -60,13 +62,14 @@ def rehearse(
         on_job(number)
         order = Order(
             run=config.name, job=f"rehearsal-{number}", client=client.id,
-            seed=(config.seed * 1_000_003 + number) % 2**53, training=config.training,
+            seed=(config.seed * 1_000_003 + number) % 2**53, training=config.training, privacy=config.example_privacy,
         )  # fmt: skip
+        noise_key = simulated_key(config.seed, order)
         local, progress = Frame(manifest), local_model.progress(client, number, lambda: None)
-        compute_update(task, local_model, trained, order, base, local, progress)
+        compute_update(task, local_model, trained, order, base, local, progress, noise_key)
         delta = codec.received(codec.encode(local, order.seed))
         delta.frozen = base.frozen
-        seen.append(Seen(base, delta, {client.id: rows_of_job(task, trained, config.training, order.seed)}))
+        seen.append(Seen(base, delta, {client.id: rows_of_job(task, trained, order, noise_key)}))
     seen_rows = [one.trained[client.id] for one in seen]
     rows = rows_of(task, trained, config.seed, all_of(seen_rows))
     control = matched(rows_of(task, held_out, config.seed), rows, config.seed)

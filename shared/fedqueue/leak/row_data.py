@@ -13,10 +13,12 @@ import numpy.typing as npt
 import torch
 
 from fedqueue.batches import to_device
-from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
 from fedqueue.evaluation import eval_mode
 from fedqueue.leak.statistics import Numbers
+from fedqueue.privacy.spending import charge_of_job, countable_rows
+from fedqueue.private_training import rows_of_steps
+from fedqueue.protocol.messages import Order
 from fedqueue.task import Task
 from fedqueue.training import make_loader, set_seed
 
@@ -92,11 +94,18 @@ def _labelled(batch: Any) -> bool:
     )  # fmt: skip
 
 
-def rows_of_job(task: Task, data: Any, training: TrainingConfig, seed: int) -> Indices | None:
+def rows_of_job(task: Task, data: Any, order: Order, noise_key: bytes = b"") -> Indices | None:
     """Return the rows of `data` that a job of `local_steps` batches sees, int64 (k,); None for all of them.
 
-    `seed` is the order's. All rows are assumed as well where the task has a `fit` of its own or the data no length.
+    All rows are assumed as well where the task has a `fit` of its own or the data no length. Where the order protects
+    rows, the job has drawn them with its `noise_key`, and all of them are assumed without it.
     """
+    if order.privacy:
+        if not noise_key:
+            return None
+        rows = countable_rows(data)
+        return rows_of_steps(noise_key, charge_of_job(order.privacy, order.training, rows), rows)
+    training = order.training
     mapped = isinstance(data, Sized) and not isinstance(
         data, torch.utils.data.DataLoader | torch.utils.data.IterableDataset
     )
@@ -105,7 +114,7 @@ def rows_of_job(task: Task, data: Any, training: TrainingConfig, seed: int) -> I
     count = len(data)
     if training.local_steps * training.batch_size >= count:
         return None
-    set_seed(seed)
+    set_seed(order.seed)
     numbers = torch.utils.data.TensorDataset(torch.arange(count))
     plain = Task()  # its collate_fn, not the task's, which takes the task's own rows
     loader = make_loader(plain, numbers, training.batch_size, True, training.drop_last)

@@ -10,6 +10,7 @@ from typing import Annotated, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedqueue.config.names import ClientId, KeeperName, RunName
+from fedqueue.config.privacy import ExamplePrivacyConfig
 from fedqueue.config.secure import MAX_KEEPERS, MAX_MEMBERS
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
@@ -50,6 +51,8 @@ class Order(Message):
     client: ClientId
     seed: Natural
     training: TrainingConfig
+    privacy: ExamplePrivacyConfig | None = None
+    """[privacy.examples]; None where it is off."""
 
 
 class Registration(Message):
@@ -166,6 +169,8 @@ class Ending(Message):
     reason: Literal["returned", "failed", "refused"]
     error: Annotated[str, Field(max_length=4000)] = ""
     """Type, message and last frames of the exception, or what the policy forbids; never data."""
+    final: bool = False
+    """Whether the site will refuse every further job of the run, because a privacy budget of the client is used up."""
 
 
 class Evaluation(Message):

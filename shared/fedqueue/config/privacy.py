@@ -1,0 +1,94 @@
+"""The section `[privacy]`: differential privacy of what leaves a site."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from fedqueue.config.sections import OFF, Count, Positive, Section, Text, refuse
+
+
+class ExamplePrivacyConfig(Section):
+    """Differential privacy of each row, by DP-SGD at the site (docs/how-to/row-privacy.md). The coordinator sends these
+    settings with each job. Off unless `noise_multiplier` or `epsilon` is set."""
+
+    max_grad_norm: Annotated[Positive | None, OFF] = None
+    """The gradient of each row, over all trainable parameters, is scaled down to at most this L2 norm (C). Required."""
+    noise_multiplier: Annotated[Positive | None, OFF] = None
+    """Standard deviation of the Gaussian noise in each step, as a multiple of `max_grad_norm`: σ = z · C."""
+    epsilon: Annotated[Positive | None, OFF] = None
+    """Instead of `noise_multiplier`: each site takes the smallest noise with which `jobs` jobs of one client cost at
+    most this ε, and refuses the jobs of the run that would cost more."""
+    jobs: Annotated[Count | None, OFF] = None
+    """With `epsilon`: how many jobs of one client ε has to suffice for."""
+    delta: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, OFF] = None
+    """The δ of the guarantee: well below 1 divided by the rows of the largest client. Required."""
+    backend: Literal["vmap", "loop"] = "vmap"
+    """How the gradients of single rows are computed: together by `torch.func.vmap`, or one after the other. A loss
+    that `vmap` cannot take is computed row by row anyway."""
+
+    @property
+    def on(self) -> bool:
+        """Whether rows are protected."""
+        return self.noise_multiplier is not None or self.epsilon is not None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ExamplePrivacyConfig:
+        if not self.on:
+            given = [name for name in ("max_grad_norm", "delta", "jobs") if getattr(self, name) is not None]
+            if given:
+                raise refuse(
+                    f"sets {', '.join(given)} but no noise, so that nothing would be private",
+                    "set noise_multiplier, or epsilon and jobs",
+                )
+            return self
+        if self.noise_multiplier is not None and self.epsilon is not None:
+            raise refuse("sets both noise_multiplier and epsilon", "leave one of them out: each determines the other")
+        if self.epsilon is not None and self.jobs is None:
+            raise refuse(
+                "epsilon needs jobs, because each further job of a client costs more",
+                "set jobs to the number of jobs that a client may train in this run",
+            )
+        if self.epsilon is None and self.jobs is not None:
+            raise refuse("jobs has no effect without epsilon", "leave jobs out, or set epsilon in place of the noise")
+        for name, hint in (
+            ("max_grad_norm", "set it, for example to 1.0; it bounds what one row can change"),
+            ("delta", "set it well below 1 divided by the rows of the largest client, for example to 1e-5"),
+        ):
+            if getattr(self, name) is None:
+                raise refuse(f"{name} is missing", hint)
+        return self
+
+    @property
+    def sentence(self) -> str:
+        """What holds for the updates of a run with these settings."""
+        if not self.on:
+            return "no differential privacy"
+        noise = (
+            f"noise multiplier {self.noise_multiplier:g}"
+            if self.noise_multiplier
+            else f"noise for ε = {self.epsilon:g} in {self.jobs} jobs of a client"
+        )
+        return f"rows: {noise}, norm {self.clip_norm:g}, δ = {self.at_delta:g}; each site keeps its own account of ε"
+
+    @property
+    def clip_norm(self) -> float:
+        """The largest norm of a row's gradient: `max_grad_norm` of settings that are on."""
+        assert self.max_grad_norm is not None
+        return self.max_grad_norm
+
+    @property
+    def at_delta(self) -> float:
+        """The δ of settings that are on."""
+        assert self.delta is not None
+        return self.delta
+
+
+class PrivacyConfig(Section):
+    """Differential privacy of what leaves a site."""
+
+    folder: Text = Field(default="privacy", exclude=True)
+    """`fedqueue-worker`: folder of this site's accounts, `privacy-CLIENT.json`, which say how much privacy each
+    client's rows have spent. Whoever deletes an account forgets what was spent."""
+    examples: ExamplePrivacyConfig = ExamplePrivacyConfig()

@@ -1,0 +1,1 @@
+"""Differential privacy: accounting, spending, and noise that nobody can predict."""

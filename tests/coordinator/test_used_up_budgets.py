@@ -1,0 +1,43 @@
+"""Clients whose sites refuse every further job, because their privacy budget is used up."""
+
+from __future__ import annotations
+
+from fedqueue_coordinator.core.events import Dispatch, Stop
+from tests.support.builders import of_kind
+from tests.support.federation_run import start
+
+SPENT = "max_epsilon: the job would bring c0 to ε = 8.1"
+
+
+def test_client_that_declines_gets_no_further_job() -> None:
+    run = start("c0", "c1")
+    run.end("c0", "refused", SPENT, final=True)
+    run.post("c1")
+    assert [d.client for _ in range(5) for d in of_kind(run.tick(1000.0), Dispatch)] == []
+    assert run.has_job("c1")
+    assert not run.has_job("c0")
+
+
+def test_merge_of_an_earlier_update_gives_no_job_to_it() -> None:
+    run = start("c0", "c1", aggregation={"strategy": "fedbuff", "buffer_size": 2}, dispatch={"concurrency": 2})
+    run.post("c0")
+    run.end("c0", "refused", SPENT, final=True)
+    run.post("c1")
+    assert run.federation.version == 1
+    run.tick(1000.0)
+    assert not run.has_job("c0")
+
+
+def test_run_ends_well_once_every_site_declines() -> None:
+    run = start("c0", "c1")
+    run.post("c0")
+    run.end("c0", "refused", SPENT, final=True)
+    [stop] = of_kind(run.end("c1", "refused", SPENT, final=True), Stop)
+    assert not stop.failed
+    assert stop.because == f"no site trains further jobs: c0: job refused by its site: {SPENT}"
+
+
+def test_run_that_merged_nothing_before_that_has_failed() -> None:
+    run = start("c0")
+    [stop] = of_kind(run.end("c0", "refused", SPENT, final=True), Stop)
+    assert stop.failed
