@@ -11,14 +11,17 @@ import pytest
 from fedqueue import Client
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, PolicyRefusal
+from fedqueue.protocol.messages import Order
 from fedqueue_worker import cli
 from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
 from tests.leak.test_attacks import configured
+from tests.support.builders import make_config
 from tests.support.command_line import CommandLine
 from tests.support.leaking_task import LeakingTask
 
 ROOT = Path(__file__).parents[2]
 CLIENT = Client("client-0", 0, 2)
+NOISE = {"max_grad_norm": 1.0, "noise_multiplier": 1.0, "delta": 1e-5}
 LEAKY, MIXED = {"batch_size": 1, "local_steps": 1}, {"batch_size": 40, "local_epochs": 1}
 
 
@@ -89,11 +92,17 @@ def test_measuring_keeps_to_the_other_limits() -> None:
 
 def test_job_with_other_settings_than_measured_is_refused() -> None:
     limited = Policy(max_leak={"rows": 0.01})
-    measured = TrainingConfig(batch_size=32)
-    limited.check_settings(measured, measured)
-    ALLOW_ALL.check_settings(TrainingConfig(batch_size=1), measured)
+    measured = make_config(training={"batch_size": 32}, privacy={"examples": NOISE})
+    order = Order(
+        run="r", job="j", client="c", seed=1, training=measured.training, privacy=measured.example_privacy
+    )  # fmt: skip
+    limited.check_settings(order, measured)
+    other = order.model_copy(update={"training": TrainingConfig(batch_size=1)})
+    ALLOW_ALL.check_settings(other, measured)
     with pytest.raises(PolicyRefusal, match="max_leak: measured with batch_size = 32, the job asks for 1"):
-        limited.check_settings(TrainingConfig(batch_size=1), measured)
+        limited.check_settings(other, measured)
+    with pytest.raises(PolicyRefusal, match=r"max_leak: measured with privacy.examples = .*, the job asks for None"):
+        limited.check_settings(order.model_copy(update={"privacy": None}), measured)
 
 
 @pytest.mark.parametrize("text", ["{ lines = 0.1 }", "{ rows = 2.0 }", "{ model = 0.1 }", "0.1"])

@@ -192,6 +192,8 @@ def worker(
     ended_because = serving.run(candidates, max_jobs, burst, new_client)
     for idle, reason in serving.without_update.items():
         typer.echo(f"{PROGRAM}: no update from {idle}: {one_line(reason)}", err=True)
+    for line in serving.privacy_spent:
+        typer.echo(f"{PROGRAM}: {line}", err=True)
     if not quiet:
         typer.echo(f"{PROGRAM}: {ended_because}", err=True)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,24 @@ import torch
 from fedqueue.config.aggregation import AggregationConfig
 from fedqueue.config.client import Client
 from fedqueue.config.compression import CompressionConfig
+from fedqueue.config.privacy import ExamplePrivacyConfig
+from fedqueue.config.schema import Config
 from fedqueue.config.training import TrainingConfig
-from fedqueue.errors import JobClosed, PolicyRefusal, ServerUnavailable, SignatureError, StoreError, WireError
+from fedqueue.errors import (
+    BudgetSpent,
+    FedqueueError,
+    JobClosed,
+    PolicyRefusal,
+    ServerUnavailable,
+    SignatureError,
+    StoreError,
+    WireError,
+)
 from fedqueue.exception_text import exception_text, exception_with_place, printable
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
+from fedqueue.privacy.secret_random import KEY_BYTES
+from fedqueue.privacy.spending import charge_of_job, countable_rows
 from fedqueue.protocol.messages import Ending, Order, Update
 from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.post_result import PostResult
@@ -37,6 +52,7 @@ from fedqueue.transport.zero_copy import Command
 from fedqueue_worker.egress_log import NO_EGRESS_LOG, EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.policy import ALLOW_ALL, Policy
+from fedqueue_worker.privacy_account import PrivacyAccount
 from fedqueue_worker.retrying_store import RetryingStore
 
 log = structlog.get_logger("fedqueue.worker")
@@ -72,15 +88,16 @@ class JobRunner:
         compression: CompressionConfig = UNCOMPRESSED,
         aggregation: AggregationConfig | None = None,
         machine: TrainingConfig = THIS_MACHINE,
-        measured: TrainingConfig | None = None,
+        measured: Config | None = None,
         masking: Masking | None = None,
+        privacy_folder: Path = Path("privacy"),
     ) -> None:
         """`masking` is that of a run with keepers.
 
         `compression` and `aggregation` are the run's; the latter decides which buffers are merged how.
 
-        `machine` has the settings of [training] that are this machine's own, such as its device. `measured` has those
-        that the policy's `max_leak` was measured with.
+        `machine` has the settings of [training] that are this machine's own, such as its device. `measured` is the
+        configuration that the policy's `max_leak` was measured with. `privacy_folder` has the clients' accounts.
         """
         self._measured, self._masking = measured, masking
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
@@ -98,6 +115,9 @@ class JobRunner:
         self._accepted: set[str] = set()  # clients with an accepted update
         self._logged: set[str] = set()  # failures whose traceback is in the log
         self._policy, self._egress_log = policy, egress_log
+        self._privacy_folder = privacy_folder
+        self._accounts: dict[str, PrivacyAccount] = {}
+        self._privacy: ExamplePrivacyConfig | None = None  # of the last order that protects rows
         self.jobs = 0
         """The number of attempts that have ended, however they ended."""
         self.told_to_stop = False
@@ -145,20 +165,27 @@ class JobRunner:
             with self._interruptible():
                 return self._attempt(wanted, claim, on_progress, commands_for_post)
         except (PolicyRefusal, SignatureError) as error:
+            final = isinstance(error, BudgetSpent)
             log.warning(
-                "job refused; compare it with this site's policy and keys",
+                "job refused, and with it every further one of this client: its privacy budget is used up"
+                if final
+                else "job refused; compare it with this site's policy and keys",
                 job=wanted.job,
                 client=wanted.client,
                 reason=str(error),
             )
-            self._end(claim, wanted.client, Ending(reason="refused", error=printable(str(error))[:MAX_REFUSAL]))
+            text = printable(str(error))[:MAX_REFUSAL]
+            self._end(claim, wanted.client, Ending(reason="refused", error=text, final=final))
         except (JobClosed, StoreError) as error:  # a version that is gone belongs to a job that is gone
             log.warning("job dropped: it was closed during training", job=wanted.job, reason=str(error))
         except HandBack:
             self._hand_back(claim)
         except BaseException as error:  # Ctrl-C raises HandBack: whatever else comes here, the task's code raised it
             self._log_failure(wanted, error)
-            self._end(claim, wanted.client, Ending(reason="failed", error=exception_with_place(error)))
+            text = exception_with_place(error)
+            if wanted.privacy and not isinstance(error, FedqueueError):  # its message may quote a row
+                text = f"{type(error).__name__}: its text stays at the site, whose rows are protected"
+            self._end(claim, wanted.client, Ending(reason="failed", error=text))
         finally:
             self._heartbeat.finish()
             self.jobs += 1
@@ -180,9 +207,11 @@ class JobRunner:
 
         client, data = self._clients[order.client]
         if self._measured:
-            self._policy.check_settings(order.training, self._measured.on_machine(order.training))
+            self._policy.check_settings(order, self._measured)
         order = order.model_copy(update={"training": order.training.on_machine(self._machine)})
-        self._policy.check_job(order.training, self._task.num_examples(data))
+        self._policy.check_job(order.training, self._task.num_examples(data), order.privacy)
+        if order.privacy:
+            self.require_affordable(client.id, data, order.training, order.privacy)
         heartbeat = self._heartbeat
 
         def received_piece() -> None:
@@ -207,7 +236,8 @@ class JobRunner:
 
         report = slowed(trained_batch, self._slowdown.get(client.id, 1.0))
         progress = self._model.progress(client, claim.version, report)
-        update = compute_update(self._task, self._model, data, order, self._base, self._local, progress)
+        noise_key = self._pay(order, data) if order.privacy else b""
+        update = compute_update(self._task, self._model, data, order, self._base, self._local, progress, noise_key)
         update = self._policy.without_withheld_metrics(update)
         update, payload = self._encode(order, claim, update, model)
         self._egress_log.log_update(claim, update, payload)
@@ -256,6 +286,32 @@ class JobRunner:
                 time.sleep(KEEPER_POLL_SECONDS)
             keys.append(key)
         return keys
+
+    def account(self, client: str) -> PrivacyAccount:
+        """Return the client's privacy account, which is opened at its first use; raises as PrivacyAccount."""
+        if client not in self._accounts:
+            self._accounts[client] = PrivacyAccount(self._privacy_folder, client, self._policy)
+        return self._accounts[client]
+
+    def require_affordable(
+        self, client: str, data: Any, training: TrainingConfig, privacy: ExamplePrivacyConfig
+    ) -> None:
+        """Raises BudgetSpent where a job of the client with these settings would exceed a privacy budget."""
+        charge = charge_of_job(privacy, training, countable_rows(data))
+        self.account(client).require_affordable(self._store.run, charge, privacy)
+        self._privacy = privacy
+
+    def _pay(self, order: Order, data: Any) -> bytes:
+        """Charge the client for a job, and return the key of its noise, which is kept nowhere and never used again."""
+        assert order.privacy is not None
+        charge = charge_of_job(order.privacy, order.training, countable_rows(data))
+        self.account(order.client).charge(order.run, charge, order.privacy)
+        return os.urandom(KEY_BYTES)
+
+    def privacy_spent(self) -> list[str]:
+        """Return a line for each client whose rows are protected: how much of its budget is spent."""
+        run, privacy = self._store.run, self._privacy
+        return [account.summary(run, privacy) for account in self._accounts.values()] if privacy else []
 
     def without_update(self) -> dict[str, str]:
         """Client → why no update of it was accepted, for each such client that was loaded."""

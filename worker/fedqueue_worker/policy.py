@@ -11,6 +11,8 @@
     keepers = ["university", "court"]  # the only keepers that a run may have
     min_keepers = 2                    # keepers that a run must have
     min_cohort = 5                     # clients that a run must have in every sum
+    max_epsilon = 8.0                  # what a client's rows may spend, over all runs; jobs without noise are refused
+    delta = 1e-5                       # the δ of max_epsilon
 
 A job beyond a limit is refused before any of its work is done. A metric that may not leave is removed from the update.
 
@@ -19,6 +21,8 @@ above it is left out. A job with other settings is refused, because nothing was 
 
 A client is left out of a run whose secure aggregation does not satisfy `keepers`, `min_keepers` and `min_cohort`. Where
 one of these is set, a run without secure aggregation does not.
+`max_epsilon` is checked against the site's own account (`fedqueue_worker.privacy_account`) before each job, whatever
+the coordinator says. `require = ["privacy.examples"]` demands noise without a limit.
 
 A `fit` of the task's own is the site's own code, and need not follow [training]. Of the limits on its work, `max_steps`
 holds for it too: its calls of `progress()` are counted, or where it makes none the steps of torch's optimizers.
@@ -30,18 +34,23 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedqueue.config.client import Client
 from fedqueue.config.loading import toml_text
 from fedqueue.config.names import KeeperName
+from fedqueue.config.privacy import ExamplePrivacyConfig
 from fedqueue.config.schema import Config
+from fedqueue.config.sections import refuse
 from fedqueue.config.secure import SecureConfig
 from fedqueue.config.training import TrainingConfig
-from fedqueue.errors import ConfigurationError, PolicyRefusal
-from fedqueue.protocol.messages import Update
+from fedqueue.errors import BudgetSpent, ConfigurationError, PolicyRefusal
+from fedqueue.privacy.spending import Spending, over_budget
+from fedqueue.protocol.messages import Order, Update
 from fedqueue.task import Task
 
+ROW_PRIVACY = "privacy.examples"
+"""What `require` names to demand noise."""
 Limit = Annotated[int, Field(ge=1)]
 
 
@@ -65,6 +74,15 @@ class Policy(BaseModel):
     min_keepers: Limit | None = None
     min_cohort: Limit | None = None
     max_leak: dict[Literal["labels", "rows", "membership", "membership_tpr"], Annotated[float, Field(ge=0, le=1)]] = {}
+    max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+
+    @model_validator(mode="after")
+    def _budget_is_complete(self) -> Policy:
+        if (self.max_epsilon is None) != (self.delta is None):
+            has, lacks = ("delta", "max_epsilon") if self.max_epsilon is None else ("max_epsilon", "delta")
+            raise refuse(f"{has} has no meaning without {lacks}", f"set {lacks}")
+        return self
 
     def check_task(self, entrypoint: str) -> None:
         """Raises PolicyRefusal where the policy does not allow the task."""
@@ -95,10 +113,13 @@ class Policy(BaseModel):
                 f"{self.min_cohort}"
             )
 
-    def check_job(self, training: TrainingConfig, examples: int | None) -> None:
+    def check_job(
+        self, training: TrainingConfig, examples: int | None, privacy: ExamplePrivacyConfig | None = None
+    ) -> None:
         """Raises PolicyRefusal where the policy does not allow a job with these settings on this number of examples.
 
-        `examples` is None for a stream, whose examples are not known before the training.
+        `examples` is None for a stream, whose examples are not known before the training. `privacy` is None for a job
+        whose rows are not protected.
         """
         steps, epochs = training.local_steps, None if training.local_steps else training.local_epochs
         if examples is not None:
@@ -118,9 +139,29 @@ class Policy(BaseModel):
         if self.min_examples is not None and (examples is None or examples < self.min_examples):
             has = "an unknown number" if examples is None else examples
             raise PolicyRefusal(f"min_examples: the client has {has}, this site requires {self.min_examples}")
+        self.check_noise(privacy)
         for name in self.require:
-            if not getattr(training, name, None):
+            if name != ROW_PRIVACY and not getattr(training, name, None):
                 raise PolicyRefusal(f"require: the job sets no {name}, which this site requires")
+
+    def check_noise(self, privacy: ExamplePrivacyConfig | None) -> None:
+        """Raises NoPart where rows are not protected (`privacy` is None) and the policy demands it."""
+        if privacy is not None:
+            return
+        hint = "the coordinator's configuration needs [privacy.examples]"
+        if self.max_epsilon is not None:
+            raise NoPart(
+                f"max_epsilon: the job adds no noise, and this site allows at most ε = {self.max_epsilon:g}; {hint}"
+            )
+        if ROW_PRIVACY in self.require:
+            raise NoPart(f"require: the job adds no noise, which this site requires; {hint}")
+
+    def check_spending(self, client: str, before: Spending, after: Spending) -> None:
+        """Raises BudgetSpent where a job that leads from `before` to `after` exceeds `max_epsilon`."""
+        if self.max_epsilon is not None and self.delta is not None:
+            limits = self.max_epsilon, self.delta, "this site allows"
+            if why := over_budget("max_epsilon", client, before, after, *limits):
+                raise BudgetSpent(why)
 
     def check_leak(self, config: Config, task: Task, client: Client, data: Any) -> None:
         """Raises NoPart where the client's own update would tell more than `max_leak` allows.
@@ -131,7 +172,8 @@ class Policy(BaseModel):
         """
         if not self.max_leak:
             return
-        self.check_job(config.training, task.num_examples(data))  # what is trained here keeps to the limits, too
+        # What is trained here keeps to the limits, too.
+        self.check_job(config.training, task.num_examples(data), config.example_privacy)
         from fedqueue.leak.measurement import above
         from fedqueue.leak.rehearsal import rehearse
 
@@ -139,15 +181,18 @@ class Policy(BaseModel):
         if lines:
             raise NoPart(f"max_leak: {'; '.join(lines)}")
 
-    def check_settings(self, training: TrainingConfig, measured: TrainingConfig) -> None:
-        """Raises PolicyRefusal where `max_leak` was measured with other settings than those of the job."""
+    def check_settings(self, order: Order, measured: Config) -> None:
+        """Raises PolicyRefusal where `max_leak` was measured with other settings than those of the job.
+
+        `measured` is the run's configuration; settings of a machine are not compared.
+        """
         if not self.max_leak:
             return
-        for name, value in training:
-            if value != getattr(measured, name):
-                raise PolicyRefusal(
-                    f"max_leak: measured with {name} = {getattr(measured, name)}, the job asks for {value}"
-                )
+        asked = {**dict(order.training), ROW_PRIVACY: order.privacy}
+        then = {**dict(measured.training.on_machine(order.training)), ROW_PRIVACY: measured.example_privacy}
+        for name, value in asked.items():
+            if value != then[name]:
+                raise PolicyRefusal(f"max_leak: measured with {name} = {then[name]}, the job asks for {value}")
 
     def check_batches(self, batches: int) -> None:
         """Raises PolicyRefusal where a job has trained on more batches than the policy allows."""
@@ -176,8 +221,11 @@ def load_policy(path: Path) -> Policy:
     except ValidationError as error:
         first, hint = error.errors(include_url=False)[0], ""
         key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
+        value = first["input"]
+        if first["type"] == "refused":
+            key, value, problem, hint = "", None, first["ctx"]["message"], first["ctx"]["hint"]
+        elif first["type"] == "extra_forbidden":
             problem, hint = "unknown key", f"known keys: {', '.join(Policy.model_fields)}"
         else:
             problem = first["msg"].replace("Input should ", "must ")
-        raise ConfigurationError(f"{path.name}: {key}", first["input"], problem, hint) from None
+        raise ConfigurationError(f"{path.name}: {key}" if key else path.name, value, problem, hint) from None

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 
 import redis
@@ -21,6 +22,7 @@ from rq.worker import DequeueStrategy
 from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
 from fedqueue.errors import (
+    BudgetSpent,
     ClientTaken,
     ConfigurationError,
     LoadFailed,
@@ -34,6 +36,7 @@ from fedqueue.errors import (
 from fedqueue.exception_text import exception_text, exception_with_place
 from fedqueue.exit_codes import DONE, stop_signals
 from fedqueue.local_update import load_data
+from fedqueue.private_training import check_example_privacy
 from fedqueue.protocol.keys import client_tag
 from fedqueue.protocol.messages import NO_EXAMPLES, SITE_POLICY, Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
@@ -73,6 +76,8 @@ class Worker:
         self.ended_because = ""
         self.without_update: Mapping[str, str] = {}
         """Client → why no update of it was accepted; complete once `run` has returned."""
+        self.privacy_spent: list[str] = []
+        """A line for each client whose rows are protected; complete once `run` has returned."""
         self._told_to_stop = False
         self._failed_loads: dict[str, str] = {}  # client → why its data cannot be loaded
         self._retrying = RetryingStore(store, lambda: self._told_to_stop)
@@ -124,8 +129,7 @@ class Worker:
         runner = JobRunner(
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
-            run_config.aggregation, self.config.training, run_config.training,
-            masking,
+            run_config.aggregation, self.config.training, run_config, masking, Path(self.config.privacy.folder),
         )  # fmt: skip
         heartbeat.start()
         try:
@@ -134,6 +138,7 @@ class Worker:
             self._serve(runner, max_jobs, burst)
         finally:
             self.without_update = runner.without_update()
+            self.privacy_spent = runner.privacy_spent()
             limit_retries(self.store.redis)
             heartbeat.stop()
             with contextlib.suppress(redis.RedisError):  # then the coordinator expires the clients
@@ -183,6 +188,7 @@ class Worker:
         except ManifestMismatch as error:
             raise ManifestMismatch(f"this worker's task does not fit run {info.run!r}: {error}") from None
         check_training(run_config.training, device, model)
+        check_example_privacy(run_config.privacy.examples, self.task, model)
         torch.optim.SGD(model.parameters(), lr=0.1)  # the first optimizer imports for a second: now, not in a job
         return model
 
@@ -208,6 +214,9 @@ class Worker:
             try:
                 self.policy.check_secure(run_config.secure)
                 data, examples = load_data(self.task, client, run_config.seed)
+                self.policy.check_noise(run_config.example_privacy)
+                if privacy := run_config.example_privacy:
+                    runner.require_affordable(client.id, data, run_config.training, privacy)
                 self.policy.check_leak(self._on_this_machine(run_config), self.task, client, data)
                 registration = Registration(client=client.id, examples=examples)
             except BaseException as error:
@@ -242,7 +251,8 @@ class Worker:
                 error=exception_text(error),
                 exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
             )
-            reason = f"{SITE_POLICY}{error}" if isinstance(error, NoPart) else exception_with_place(error)
+            of_policy = isinstance(error, NoPart | BudgetSpent)
+            reason = f"{SITE_POLICY}{error}" if of_policy else exception_with_place(error)
         unavailable = Unavailable(client=client, error=reason)
         self._failed_loads[client] = unavailable.error
         self.clients.remove(client)

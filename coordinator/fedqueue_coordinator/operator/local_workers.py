@@ -51,6 +51,7 @@ class LocalWorkers:
             "FEDQUEUE_REDIS__PASSWORD_FILE": "off",  # nosec B105 - no password file: the URL has the password
             "FEDQUEUE_SECURITY__KEYS": str((folder.keys / SITES).resolve()),
             "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder.egress.resolve()),
+            "FEDQUEUE_PRIVACY__FOLDER": str(folder.privacy.resolve()),
         }
         self._process: subprocess.Popen[bytes] = child_processes.start(command, self._log, environment)
         self._reader = self._log.open("rb")  # kept open: a deleted file is still read

@@ -4,7 +4,8 @@
     DIR/summary.json …   the results
     DIR/logs, egress     appended by each run, never deleted
     DIR/unfinished/      everything of a run that has no complete results yet: its launch.json, the embedded server's
-                         append-only file, the keys of a local run, the checkpoint, and its own results
+                         append-only file, the keys and privacy accounts of a local run, the checkpoint, and its own
+                         results
 
 Results are written to `unfinished` and renamed into place. `unfinished` is deleted after that, and no other file is.
 """
@@ -111,6 +112,7 @@ class RunFolder:
         self.path, self._words = path, words
         self.unfinished = path / UNFINISHED
         self.redis, self.keys = self.unfinished / "redis", self.unfinished / "keys"
+        self.privacy = self.unfinished / "privacy"
         self.logs, self.egress, self.url_file = path / "logs", path / "egress", path / URL_FILE
         self._noted: tuple[int, float] = (0, float("-inf"))
         self._kept: dict[Path, tuple[bytes, int]] = {}
