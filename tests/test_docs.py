@@ -41,6 +41,8 @@ POLICY_KEYS = {
     "keepers",
     "min_keepers",
     "min_cohort",
+    "max_epsilon",
+    "delta",
 }
 
 

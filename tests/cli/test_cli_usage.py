@@ -21,8 +21,8 @@ from fedqueue_worker import cli as worker_cli
 from tests.support.command_line import CommandLine
 
 COMMANDS = (
-    "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "leak", "acl", "certs",
-    "enroll", "keygen", "revoke", "init",
+    "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "leak", "privacy", "acl",
+    "certs", "enroll", "keygen", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
@@ -64,6 +64,7 @@ def test_missing_command_shows_help_and_is_a_usage_error(call: CommandLine) -> N
         ("audit", ["RUN", "--redis"]),
         ("remove", ["RUN", "--redis", "--output", "--yes", "egress"]),
         ("compare", ["--strategies", "--variant", "--tune", "--speeds", "Examples:"]),
+        ("privacy", ["CONFIG.toml", "--rows", "--max-epsilon", "--json", "--set", "Examples:"]),
         ("leak", ["CONFIG.toml|RUN|DIR", "--output", "--at-most", "--updates", "--references", "--set", "Examples:"]),
         ("acl", ["--shared-worker", "--dir-per-user", "--print-urls"]),
         ("certs", ["DIR", "--host", "--days"]),

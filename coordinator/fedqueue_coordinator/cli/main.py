@@ -11,6 +11,7 @@ from fedqueue.exit_codes import run_app
 from fedqueue_coordinator.cli.compare import COMPARE_EPILOG, compare
 from fedqueue_coordinator.cli.init import init
 from fedqueue_coordinator.cli.leak import LEAK_EPILOG, leak
+from fedqueue_coordinator.cli.privacy import PRIVACY_EPILOG, privacy
 from fedqueue_coordinator.cli.processes import RUN_EPILOG, WORKER_SETTINGS, coordinator, run, worker
 from fedqueue_coordinator.cli.reading import audit, export, list_runs, status
 from fedqueue_coordinator.cli.remove import remove
@@ -67,6 +68,7 @@ app.command(rich_help_panel=READING)(audit)
 app.command(rich_help_panel=READING)(remove)
 app.command(rich_help_panel=READING, epilog=COMPARE_EPILOG)(compare)
 app.command(rich_help_panel=READING, epilog=LEAK_EPILOG)(leak)
+app.command(rich_help_panel=READING, epilog=PRIVACY_EPILOG)(privacy)
 app.command(rich_help_panel=SECURITY)(acl)
 app.command(rich_help_panel=SECURITY)(certs)
 app.command(rich_help_panel=SECURITY)(enroll)

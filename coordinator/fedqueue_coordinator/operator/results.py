@@ -87,6 +87,7 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
     )
     summary["model_version"] = result.version
     summary["jobs_dispatched"] = result.jobs_dispatched
+    summary["privacy"] = config.privacy.examples.sentence
     summary["complete"] = came_to_its_end(result)
     (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
     with (folder / "ledger.jsonl").open("w", encoding="utf-8") as ledger:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import typer
 from rich.table import Table
 
 from fedqueue.config.names import ENVIRONMENT_PREFIX
+from fedqueue.config.privacy import ExamplePrivacyConfig
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.tls import Tls
 from fedqueue.errors import RunNotFound, ServerUnavailable, StoreError
@@ -194,11 +196,17 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "jobs_abandoned": counts.abandoned,
             "posts_refused": {k: v for k, v in store.refused().items() if v},
             "clients": counts.merged_by,
+            "privacy": _privacy(info.config),
             "metrics": counts.evaluation["metrics"] if counts.evaluation else {},
             "last_failure": f"{failure.get('client', 'evaluate')}: {failure['error']}" if failure else "",
             "failures": _failure_lines(summarize_failures(store.newest_records(NEWEST_RECORDS))),
         }
     return None
+
+
+def _privacy(config: Mapping[str, Any]) -> str:
+    """Say what holds for the run's updates; its configuration may be of another version of fedqueue."""
+    return ExamplePrivacyConfig.model_validate(config.get("privacy", {}).get("examples", {})).sentence
 
 
 def _finished_status(run: str) -> dict[str, Any] | None:

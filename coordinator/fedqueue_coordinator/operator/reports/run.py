@@ -36,11 +36,11 @@ def draw_report(path: Path, summary: Mapping[str, Any], ledger: Sequence[Mapping
         axes = figure.subplots(2, 2)
         rejected = sum(summary["updates_rejected"].values()) - summary["updates_rejected"].get("run_ended", 0)
         abandoned = summary["jobs_abandoned"] - summary["abandoned_because"].get("run_ended", 0)
-        masked = describe_masking(summary)
+        private = "\n".join(line for line in (describe_masking(summary), summary.get("privacy", "")) if line)
         figure.suptitle(
             f"{summary['run']} · {summary['strategy']} · {summary['versions']} versions of {summary['updates_merged']} "
             f"updates in {summary['seconds']:.1f} s · {rejected} rejected, {abandoned} abandoned\n"
-            f"stopped by {summary['stopped_because']}" + (f"\n{masked}" if masked else ""),
+            f"stopped by {summary['stopped_because']}" + (f"\n{private}" if private else ""),
             fontsize=10,
         )
         _metrics(axes[0, 0], summary["history"])
