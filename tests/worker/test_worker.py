@@ -20,9 +20,10 @@ from torch.utils.data import TensorDataset
 from fedqueue import Task
 from fedqueue.config.schema import Config
 from fedqueue.errors import ClientTaken, ConfigurationError, LoadFailed, ManifestMismatch, ServerUnavailable
-from fedqueue.protocol.messages import Ending, read
+from fedqueue.protocol.messages import Ending, Unavailable, read
 from fedqueue.transport.retry import RedisRetry
 from fedqueue.transport.worker_store import WorkerStore
+from fedqueue_worker.policy import Policy
 from fedqueue_worker.process import Worker, new_token
 from fedqueue_worker.rq_worker import TrainingWorker
 from tests.support.redis_commands import stored_field
@@ -431,6 +432,15 @@ def test_outage_in_rqs_loop_is_named_without_a_traceback(
     assert [entry["because"] for entry in logs if "interrupted" in entry["event"]] == [
         "it is a read-only replica: waiting for a new primary"
     ]
+
+
+def test_a_policy_that_requires_keepers_leaves_the_client_out_unread(fake_run: SampleRun, task: Noise) -> None:
+    worker = Worker(fake_run.config, task, fake_run.worker(new_token()), Policy(min_keepers=1))
+    with pytest.raises(LoadFailed, match="client-0: this site's policy: min_keepers: the run has no keepers"):
+        worker.run([["client-0"]])
+    [entry] = [entry for entry in fake_run.coordinator.unacknowledged() if entry.kind == "unavailable"]
+    assert read(Unavailable, entry.body).error.startswith("this site's policy: min_keepers: ")
+    assert task.loaded == []
 
 
 def test_error_during_loading_releases_the_client(fake_run: SampleRun, task: Noise) -> None:
