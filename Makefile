@@ -26,7 +26,7 @@ check: $(INSTALLED) docs  ## check lint, format, types, insecure code, known vul
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml shared coordinator worker
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml shared coordinator worker keeper
 	$(BIN)/python .ci/audit.py
 
 docs: $(INSTALLED)  ## build the documentation into docs/_build/html; every warning is an error, nothing is fetched

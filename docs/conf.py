@@ -31,7 +31,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|numpy|np|npt|pydantic|collections|pathlib|typing|structlog|annotated_types)(\..*)?"),
     # Names that a signature shows and that are no part of the public API.
-    (r"py:.*", r"(fedqueue|fedqueue_coordinator|fedqueue_worker)\..*"),
+    (r"py:.*", r"(fedqueue|fedqueue_coordinator|fedqueue_worker|fedqueue_keeper)\..*"),
     (r"py:.*", r"[A-Za-z_]+(\[.*)?"),
 ]
 

@@ -18,11 +18,13 @@ PACKAGES = {
     "fedqueue": ROOT / "shared" / "fedqueue",
     "fedqueue_coordinator": ROOT / "coordinator" / "fedqueue_coordinator",
     "fedqueue_worker": ROOT / "worker" / "fedqueue_worker",
+    "fedqueue_keeper": ROOT / "keeper" / "fedqueue_keeper",
 }
 MAY_IMPORT = {
     "fedqueue": {"fedqueue"},
     "fedqueue_coordinator": {"fedqueue", "fedqueue_coordinator"},
     "fedqueue_worker": {"fedqueue", "fedqueue_worker"},
+    "fedqueue_keeper": {"fedqueue", "fedqueue_keeper"},
 }
 MODULES = [(package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
 each_module = pytest.mark.parametrize(("package", "path"), MODULES, ids=[f"{p}/{m.name}" for p, m in MODULES])

@@ -20,6 +20,7 @@ import fedqueue.errors
 from fedqueue.config.schema import Config
 from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
+from fedqueue_keeper.cli import app as keeper_app
 from fedqueue_worker.cli import app as worker_app
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +30,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.rel
 SCRIPTS = sorted((ROOT / "shared" / "fedqueue" / "transport" / "scripts").glob("*.lua"))
 COMMANDS: Any = typer.main.get_command(app)
 WORKER: Any = typer.main.get_command(worker_app)
+KEEPER: Any = typer.main.get_command(keeper_app)
 POLICY_KEYS = {
     "entrypoints",
     "max_epochs",
@@ -67,11 +69,11 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def printed_commands(page: Path) -> Iterator[list[str]]:
-    """Yield the words of each `fedqueue` or `fedqueue-worker` command in a code block, without comments."""
+    """Yield the words of each command of ours in a code block, without comments."""
     for language, block in blocks(page):
         if language in ("", "sh"):
             for line in block.replace("\\\n", " ").splitlines():
-                if re.match(r"(\.venv/bin/)?fedqueue(-worker)? ", line):
+                if re.match(r"(\.venv/bin/)?fedqueue(-worker|-keeper)? ", line):
                     program, *words = shlex.split(re.sub(r"\s#\s.*", "", line).split("|")[0])
                     yield [program.removeprefix(".venv/bin/"), *words]
 
@@ -132,7 +134,7 @@ def test_every_file_that_a_root_page_names_is_there(name: str) -> None:
 def test_every_printed_command_and_option_exists(page: Any) -> None:
     for program, *words in printed_commands(page):
         said = f"{page.name}: {program} {' '.join(words)}"
-        command = WORKER
+        command = KEEPER if program == "fedqueue-keeper" else WORKER
         if program == "fedqueue" and words[0] != "worker":
             assert words[0] in {*COMMANDS.commands, "COMMAND", "--help", "--version"}, said
             command = COMMANDS.commands.get(words[0], COMMANDS)

@@ -20,6 +20,7 @@ SOURCES = {
     "fedqueue": ROOT / "shared" / "fedqueue",
     "fedqueue_coordinator": ROOT / "coordinator" / "fedqueue_coordinator",
     "fedqueue_worker": ROOT / "worker" / "fedqueue_worker",
+    "fedqueue_keeper": ROOT / "keeper" / "fedqueue_keeper",
 }
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.errors", "fedqueue.exception_text"),
@@ -42,7 +43,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.secure",),
     ("fedqueue.transport", "fedqueue_coordinator.algorithms"),
     ("fedqueue_coordinator.core",),
-    ("fedqueue_coordinator.service", "fedqueue_coordinator.simulation", "fedqueue_worker"),
+    ("fedqueue_coordinator.service", "fedqueue_coordinator.simulation", "fedqueue_worker", "fedqueue_keeper"),
     ("fedqueue_coordinator.operator",),
     ("fedqueue_coordinator.cli", "fedqueue_coordinator.__main__"),
 )

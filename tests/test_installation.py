@@ -247,7 +247,7 @@ def test_both_archives_are_built_with_the_same_bytes_again(archives: Any) -> Non
 def test_wheel_has_scripts_types_templates_and_no_test(archives: Any) -> None:
     with zipfile.ZipFile(archives[0]) as archive:
         names = archive.namelist()
-    for part in ("fedqueue", "fedqueue_coordinator", "fedqueue_worker"):
+    for part in ("fedqueue", "fedqueue_coordinator", "fedqueue_worker", "fedqueue_keeper"):
         assert f"{part}/py.typed" in names
     assert "fedqueue/__init__.pyi" in names
     assert [name for name in names if name.endswith(".lua")]

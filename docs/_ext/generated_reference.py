@@ -38,10 +38,11 @@ def insert(app: Sphinx, docname: str, source: list[str]) -> None:
 
 
 def commands() -> Iterator[str]:
-    """Every command of `fedqueue`, then `fedqueue-worker`, in the order of their `--help`."""
+    """Every command of `fedqueue`, then `fedqueue-worker` and `fedqueue-keeper`, in the order of their `--help`."""
     import typer
 
     from fedqueue_coordinator.cli.main import app
+    from fedqueue_keeper.cli import app as keeper
     from fedqueue_worker.cli import app as worker
 
     group: Any = typer.main.get_command(app)
@@ -51,6 +52,7 @@ def commands() -> Iterator[str]:
         if not command.hidden:
             yield from section(f"fedqueue {name}", command)
     yield from section("fedqueue-worker", typer.main.get_command(worker))
+    yield from section("fedqueue-keeper", typer.main.get_command(keeper))
 
 
 def section(name: str, command: Any) -> Iterator[str]:

@@ -134,5 +134,5 @@ def _in_multiprocessing(error: BaseException) -> bool:
 
 def _is_users(filename: str) -> bool:
     """Whether the file belongs neither to Python, nor to an installed package, nor to fedqueue."""
-    services = {"fedqueue_coordinator", "fedqueue_worker"}
+    services = {"fedqueue_coordinator", "fedqueue_worker", "fedqueue_keeper"}
     return not filename.startswith((*_LIBRARIES, "<")) and services.isdisjoint(Path(filename).parts)

@@ -17,6 +17,7 @@ from typer.core import TyperGroup, TyperOption
 import fedqueue
 from fedqueue.exit_codes import run_app
 from fedqueue_coordinator.cli import main as cli
+from fedqueue_keeper import cli as keeper_cli
 from fedqueue_worker import cli as worker_cli
 from tests.support.command_line import CommandLine
 
@@ -192,13 +193,13 @@ def test_version_option_prints_the_version_of_the_package(call: CommandLine) -> 
     assert metadata.version("fedqueue") == fedqueue.__version__
 
 
-@pytest.mark.parametrize("name", ["fedqueue", "fedqueue-worker"])
+@pytest.mark.parametrize("name", ["fedqueue", "fedqueue-worker", "fedqueue-keeper"])
 def test_installed_command_calls_main_of_the_module(name: str) -> None:
     [script] = [e for e in metadata.entry_points(group="console_scripts") if e.name == name]
-    assert script.load() in (cli.main, worker_cli.main)
+    assert script.load() in (cli.main, worker_cli.main, keeper_cli.main)
 
 
-@pytest.mark.parametrize("package", ["fedqueue_coordinator", "fedqueue_worker"])
+@pytest.mark.parametrize("package", ["fedqueue_coordinator", "fedqueue_worker", "fedqueue_keeper"])
 def test_package_can_be_run_as_a_module(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:

@@ -135,7 +135,7 @@ def test_offer_of_other_fields_than_signed_is_foreign(run: MaskedRun, keeper: Ke
 
 
 def test_update_of_another_instance_is_foreign(run: MaskedRun, keeper: Keeper) -> None:
-    run.sites["a"].enter(run.described(run.coordinator.begin(b"{}", b"", 1, 0)))
+    run.sites["a"].enter(run.begin(epoch=1))
     assert keeper.offer(run.post("a").offer).refusal == "foreign"
 
 
@@ -221,7 +221,7 @@ def test_cohort_of_another_signer_gets_no_answer(run: MaskedRun, keeper: Keeper)
 
 def test_cohort_of_another_instance_gets_no_answer(run: MaskedRun, keeper: Keeper) -> None:
     posted = offered(run)
-    run.coordinator.begin(b"{}", b"", 1, 0)
+    run.begin(epoch=1)
     with pytest.raises(SignatureError):
         keeper.release(run.propose(0, posted))
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import redis
 
 from fedqueue.config.schema import Config
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
@@ -26,6 +28,7 @@ from fedqueue.protocol.key_files import (
     read_trusted_keys,
     write_public_keys,
 )
+from fedqueue.protocol.keys import Keys
 from fedqueue.protocol.messages import Cohort, MaskedUpdate, Offer, SealedSeed
 from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.run_info import RunInfo
@@ -35,7 +38,8 @@ from fedqueue.secure.cohort import cohort_id, offer_digest
 from fedqueue.secure.keeper import Keeper, KeeperLog, MemoryLog, Release
 from fedqueue.secure.masks import add_masks, new_seed
 from fedqueue.secure.ring import level
-from fedqueue.secure.seed_envelope import KeeperPrivateKey, seal_seed, seed_info
+from fedqueue.secure.seed_envelope import KeeperPrivateKey, key_id, seal_seed, seed_info
+from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from tests.support.builders import make_config
 
 RUN = "masked"
@@ -80,16 +84,41 @@ class MaskedRun:
         self.jobs = itertools.count(1)
         _make_keys(folder, clients, keepers)
         self.coordinator = CoordinatorIdentity(RUN, read_signing_key(folder / COORDINATOR_KEY), folder)
-        self.info = self.described(self.coordinator.begin(b"{}", b"", 0, 0))
+        self.config_text = self.config.model_dump_json().encode()
+        self.manifest = Manifest((TensorSpec("w", "float32", (parameters,), 0, parameters, PARAMETER),)).pack()
+        self.info = self.begin()
         self.sites = {client: self._site(client) for client in clients}
         self.keys = {name: KeeperPrivateKey.generate() for name in keepers}
+        self.publics = {name: key.public for name, key in self.keys.items()}
         self.secrets = {name: new_seed() for name in keepers}
         self.logs: dict[str, KeeperLog] = {name: MemoryLog() for name in keepers}
         self.identities = {name: self.identity(name) for name in keepers}
         self.running = {name: self.start(name) for name in keepers}
 
-    def described(self, descriptor: bytes) -> RunInfo:
-        return RunInfo(RUN, "running", {}, b"", 0, {}, "", 0, "leader", descriptor, digest_of(b"{}"))
+    def begin(self, epoch: int = 0, first_version: int = 0) -> RunInfo:
+        """A run that starts, or starts again in a later epoch."""
+        return self._described(self.coordinator.begin(self.config_text, self.manifest, epoch, first_version), epoch)
+
+    def next_term(self, version: int = 0) -> RunInfo:
+        """The run under its next leader, who found this version."""
+        info = replace(self.info, version=version)
+        return self._described(self.coordinator.resume(info), info.epoch, version)
+
+    def _described(self, descriptor: bytes, epoch: int, version: int = 0) -> RunInfo:
+        self.info = RunInfo(
+            RUN, "running", json.loads(self.config_text), self.manifest, version, {}, "", epoch, "leader", descriptor,
+            digest_of(self.config_text),
+        )  # fmt: skip
+        return self.info
+
+    def write(self, client: redis.Redis, state: str = "running") -> None:
+        """Write to Redis what a keeper reads of the run."""
+        fields: Any = {
+            "config": self.config_text, "manifest": self.manifest, "state": state, "stopped_because": "test",
+            "epoch": self.info.epoch, "descriptor": self.info.descriptor,
+        }  # fmt: skip
+        client.hset(Keys(RUN).config, mapping=fields)
+        client.hset(Keys(RUN).head, "version", self.info.version)
 
     @property
     def scope(self) -> Scope:
@@ -103,10 +132,16 @@ class MaskedRun:
         site.enter(self.info)
         return site
 
-    def identity(self, keeper: str) -> KeeperIdentity:
+    def enter(self) -> None:
+        """Let the clients follow the run into its present epoch."""
+        for site in self.sites.values():
+            site.enter(self.info)
+
+    def identity(self, keeper: str, entered: bool = True) -> KeeperIdentity:
         """The keeper's identity with the shared roster, as it is after a start of the process."""
         identity = load_keeper_identity(self.folder, RUN, keeper)
-        identity.enter(self.info)
+        if entered:
+            identity.enter(self.info)
         return identity
 
     def start(self, name: str, **changed: Any) -> Keeper:
@@ -151,8 +186,10 @@ class MaskedRun:
         info = seed_info(
             self.scope, client, job, attempt, base, model, payload, component, keeper, self.parameters
         )  # fmt: skip
-        key = self.keys[keeper]
-        return SealedSeed(component=component, keeper=keeper, key=key.id, sealed=seal_seed(seed, key.public, info))
+        public = self.publics[keeper]
+        return SealedSeed(
+            component=component, keeper=keeper, key=key_id(public), sealed=seal_seed(seed, public, info)
+        )  # fmt: skip
 
     # The coordinator
 

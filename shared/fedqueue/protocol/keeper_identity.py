@@ -56,6 +56,10 @@ class KeeperIdentity:
         descriptor, _ = self._followed.enter(info)
         return descriptor
 
+    def knows(self, client: str) -> bool:
+        """Whether the client is on the keeper's own roster."""
+        return self._clients.has(client)
+
     def open_update(self, offer: Offer) -> bytes:
         """The header in an offer.
 

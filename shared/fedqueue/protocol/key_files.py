@@ -189,7 +189,7 @@ def write_private(path: Path, data: bytes, mode: int = 0o600, folder_mode: int =
 
     Both modes are independent of the umask.
     """
-    _make_folder(path.parent, folder_mode)
+    make_folder(path.parent, folder_mode)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
@@ -198,9 +198,10 @@ def write_private(path: Path, data: bytes, mode: int = 0o600, folder_mode: int =
     new.replace(path)
 
 
-def _make_folder(folder: Path, mode: int) -> None:
+def make_folder(folder: Path, mode: int) -> None:
+    """Make a folder, and missing ones above it, with `mode`, regardless of the umask."""
     if folder.is_dir():
         return
-    _make_folder(folder.parent, mode)
+    make_folder(folder.parent, mode)
     folder.mkdir(exist_ok=True, mode=mode)
     folder.chmod(mode)

@@ -1,0 +1,283 @@
+"""One keeper process: waits for the run, publishes its key, and answers what the coordinator asks. Read `run` first.
+
+Everything may be repeated. An ask stays in its stream until the update's job has ended, so that a keeper that starts
+again, or whose connection was lost, reads from the first ask on and answers all of them again.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+import redis
+import structlog
+
+from fedqueue.config.loading import parse_config
+from fedqueue.config.schema import Config
+from fedqueue.errors import ConfigurationError, RunNotFound, SignatureError, StoreError, WireError
+from fedqueue.exit_codes import DONE, stop_signals
+from fedqueue.protocol.keeper_identity import KeeperIdentity
+from fedqueue.protocol.messages import KeeperKey, MaskRefused, Offer, read
+from fedqueue.protocol.run_info import RunInfo
+from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED, RunDescriptor
+from fedqueue.secure.keeper import Keeper
+from fedqueue.secure.ring import ring_of
+from fedqueue.tensors.manifest import Manifest
+from fedqueue.transport.retry import RedisRetry
+from fedqueue_keeper.keeper_store import FIRST, Ask, KeeperStore
+from fedqueue_keeper.policy import KeeperPolicy
+from fedqueue_keeper.release_log import ReleaseLog, delete_former_logs, log_path
+
+log = structlog.get_logger("fedqueue.keeper")
+
+LOOK_SECONDS = 1.0  # between two looks at the run; the longest that a read waits for an ask
+NO_POLICY = KeeperPolicy()
+
+
+@dataclass
+class _Served:
+    """The run instance that is served."""
+
+    descriptor: RunDescriptor
+    keeper: Keeper
+    log: ReleaseLog
+    statement: bytes
+    """The signed statement of the encryption key."""
+    published: bool = False
+
+
+class KeeperProcess:
+    """One keeper of one run."""
+
+    def __init__(
+        self,
+        store: KeeperStore,
+        identity: KeeperIdentity,
+        state: Path,
+        policy: KeeperPolicy = NO_POLICY,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        """`state` is the folder of the keeper's files."""
+        self._store, self._identity, self._state, self._policy = store, identity, state, policy
+        self._clock, self._sleep = clock, sleep
+        self._name = identity.name
+        self._told_to_stop = False
+        self._retry = RedisRetry(lambda: self._told_to_stop, sleep)
+        self._served: _Served | None = None
+        self._descriptor = b""  # as it was last read
+        self._look_at = clock()
+        self._after = FIRST
+        self._said: set[str] = set()  # what was logged once
+
+    def run(self) -> str:
+        """Serve the run until it ends or a signal comes; returns why it ended.
+
+        Raises ConfigurationError where the run does not have this keeper, has smaller crowds than it accepts, or has no
+        signatures, and where its file cannot be used; SignatureError where the run is not that of the pinned
+        coordinator; and StoreError where another process of this keeper has taken over.
+        """
+        for signum in stop_signals():
+            signal.signal(signum, self._on_signal)
+        try:
+            while not self._told_to_stop:
+                try:
+                    ended_because = self.step()
+                except redis.RedisError as error:
+                    self._after = FIRST  # the server may have lost answers
+                    self._retry.wait(error)
+                else:
+                    self._retry.succeeded()
+                    if ended_because:
+                        return ended_because
+            return "stopped"
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Close the keeper's file, so that another process can continue with it."""
+        if self._served:
+            self._served.log.close()
+            self._served = None
+
+    def step(self) -> str:
+        """Follow the run, and answer the next asks; returns why the run has ended, or an empty string.
+
+        Waits at most LOOK_SECONDS. It is safe to repeat after an error of Redis.
+        """
+        if self._clock() >= self._look_at:
+            if ended_because := self._look():
+                return ended_because
+            self._look_at = self._clock() + LOOK_SECONDS
+        if self._served is None:
+            self._sleep(LOOK_SECONDS / 5)
+            return ""
+        asks = self._store.asks(self._name, self._after, LOOK_SECONDS)
+        if asks:
+            self._after = asks[-1].id
+            answers = [answer for ask in asks for answer in self._answers(ask)]
+            self._store.say(self._name, answers)
+        return ""
+
+    # The run
+
+    def _look(self) -> str:
+        """Follow the run where it has changed; returns why it has ended, or an empty string."""
+        try:
+            info = self._store.info()
+        except RunNotFound:
+            if self._first("missing"):
+                log.info("waiting for a coordinator to start the run", run=self._store.run)
+            return ""
+        self._said.discard("missing")
+        if info.state != "running":
+            self.close()
+            delete_former_logs(self._state, self._name, info.run)
+            return f"the run has ended: {info.stopped_because}"
+        if info.descriptor:
+            self._follow(info)
+        elif info.version >= 0:
+            problem = f"run {info.run!r} is not signed"
+            raise ConfigurationError("security.signatures", "off", problem, "keepers serve signed runs only")
+        return ""
+
+    def _moved_on(self) -> bool:
+        """Whether the run was in a later term or epoch than this keeper, which follows it then."""
+        try:
+            info = self._store.info()
+        except RunNotFound:
+            return False
+        if info.state != "running" or info.descriptor == self._descriptor:
+            return False
+        self._follow(info)
+        return True
+
+    def _follow(self, info: RunInfo) -> None:
+        """Enter the term or epoch of the run, unless this keeper has, and publish the key of its instance."""
+        if info.descriptor != self._descriptor:
+            self._enter(info)
+        self._publish()
+
+    def _enter(self, info: RunInfo) -> None:
+        descriptor = self._identity.enter(info)
+        if self._served and self._served.descriptor.instance == descriptor.instance:
+            self._served.keeper.begin_term(descriptor.term, descriptor.first_version)
+            self._served.descriptor = descriptor
+        else:
+            self.close()
+            self._served = self._begin(info, descriptor)
+        self._descriptor = info.descriptor
+        self._after = FIRST  # a new leader asks again
+
+    def _begin(self, info: RunInfo, descriptor: RunDescriptor) -> _Served:
+        config = parse_config(info.config)
+        self._require_served(config, info.run)
+        parameters = ring_of(config, Manifest.unpack(info.manifest)).parameters
+        delete_former_logs(self._state, self._name, info.run, descriptor.instance)
+        release_log = ReleaseLog(log_path(self._state, self._name, info.run, descriptor.instance))
+        keeper = Keeper(
+            self._name, config, parameters, self._identity.scope, self._identity, release_log, release_log.key,
+            release_log.secret, self._policy.min_cohort or 0,
+        )  # fmt: skip
+        keeper.begin_term(descriptor.term, descriptor.first_version)
+        statement = KeeperKey(public=keeper.key.public, component=keeper.component).pack()
+        log.info("ready", run=info.run, keeper=self._name, key=keeper.key.id, file=str(release_log.path))
+        return _Served(descriptor, keeper, release_log, self._identity.sign(KEEPER, statement))
+
+    def _require_served(self, config: Config, run: str) -> None:
+        """Raise ConfigurationError for a run without this keeper, or with smaller crowds than it accepts."""
+        keepers, least = config.secure.keepers, self._policy.min_cohort
+        if self._name not in keepers:
+            names = f"the keepers {', '.join(keepers)}" if keepers else "no keepers"
+            raise ConfigurationError(
+                "NAME", self._name, f"run {run!r} has {names}", "pass one of the names in secure.keepers"
+            )
+        if least and least > config.secure.min_cohort:
+            raise ConfigurationError(
+                "min_cohort", least, f"run {run!r} has secure.min_cohort = {config.secure.min_cohort}, and this "
+                "keeper's policy asks for larger crowds", "let the operator raise it, or lower this one"
+            )  # fmt: skip
+        missing = [client for client in config.clients.ids if not self._identity.knows(client)]
+        if missing:
+            log.warning("clients are not on this keeper's roster: it refuses their updates", clients=missing)
+
+    def _publish(self) -> None:
+        """Publish the encryption key, again where Redis has lost it; raises StoreError where another process did."""
+        served = self._served
+        assert served is not None
+        there = self._store.published_key(self._name)
+        if there == served.statement:
+            served.published = True
+            return
+        if self._identity.is_own(there):
+            if served.published:
+                raise StoreError(
+                    f"another process of keeper {self._name} has published a key for run {self._store.run!r}: run only "
+                    "one, with the folder of its file (--state)"
+                )
+            log.warning(
+                "the file of this keeper's former process is lost: updates that were masked for its key end as "
+                "keeper_lost", keeper=self._name,
+            )  # fmt: skip
+        self._store.publish_key(self._name, served.statement)
+        served.published = True
+
+    # Asks
+
+    def _answers(self, ask: Ask) -> Iterator[tuple[str, bytes]]:
+        try:
+            match ask.kind:
+                case "offer":
+                    yield self._open(read(Offer, ask.body))
+                case "cohort":
+                    yield self._release(ask.body)
+        except WireError as error:
+            log.warning("ignored an ask", kind=ask.kind, because=str(error))
+
+    def _open(self, offer: Offer) -> tuple[str, bytes]:
+        opened = self._keeper.offer(offer)
+        if opened.refusal == "foreign" and self._moved_on():
+            opened = self._keeper.offer(offer)
+        if opened.refusal and self._first(opened.header):
+            log.warning(
+                "refused an update", client=offer.client, job=offer.job, reason=opened.refusal, detail=opened.detail
+            )
+        return OPENED, self._identity.sign(OPENED, opened.pack())
+
+    def _release(self, cohort: bytes) -> tuple[str, bytes]:
+        try:
+            answer = self._keeper.release(cohort)
+        except SignatureError:
+            if not self._moved_on():
+                raise
+            answer = self._keeper.release(cohort)
+        if isinstance(answer, MaskRefused):
+            if self._first(answer.cohort):
+                log.warning("refused a cohort", reason=answer.reason, detail=answer.detail)
+            return MASK_REFUSED, self._identity.sign(MASK_REFUSED, answer.pack())
+        masked = self._store.store_mask(self._name, answer)
+        what = f"released cohort of {answer.clients} clients for version {answer.version}"
+        log.info(what, updates=answer.updates, cohort=answer.cohort[:12])
+        return MASKED, self._identity.sign(MASKED, masked.pack())
+
+    @property
+    def _keeper(self) -> Keeper:
+        assert self._served is not None
+        return self._served.keeper
+
+    def _first(self, what: str) -> bool:
+        """Whether this is said for the first time."""
+        if what in self._said:
+            return False
+        self._said.add(what)
+        return True
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """Note the signal too, as an exception may be lost in a finalizer."""
+        if not self._told_to_stop:
+            self._told_to_stop = True
+            raise SystemExit(DONE)
