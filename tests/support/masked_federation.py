@@ -6,8 +6,7 @@ Real keepers verify, encrypt and remember (tests/secure); these only answer, so 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from fedqueue_coordinator.core.events import (
     Unmask,
     UpdateOpened,
     UpdateUnreadable,
+    WholeWords,
 )
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.reasons import RejectionReason
@@ -40,16 +40,6 @@ from tests.support.federation_run import Run
 KEEPERS = ("north", "south")
 SCOPE = Scope("run", "i" * 32)
 D = MANIFEST.parameters
-
-
-@dataclass(frozen=True)
-class WholeVector:
-    """Words in memory."""
-
-    words: Words
-
-    def pieces(self) -> Iterator[Words]:
-        yield self.words
 
 
 class MaskedRun(Run):
@@ -126,7 +116,7 @@ class MaskedRun(Run):
         weights = [weight for _, weight in cohort.members]
         pieces = [p.copy() for p in weighted_mask_sum(seeds, weights, D, dither, self.ring.dither)]
         words = np.concatenate(pieces) + np.uint32(self.added_to_masks)
-        return MasksReleased(keeper, cohort_id(SCOPE, cohort), WholeVector(words), {"digest": keeper})
+        return MasksReleased(keeper, cohort_id(SCOPE, cohort), WholeWords(words), {"digest": keeper})
 
     # Actions
 
@@ -147,7 +137,7 @@ class MaskedRun(Run):
     def _loaded(self, load: Load) -> Event:
         if load.arrived.job not in self.masked:
             return UpdateUnreadable(load, RejectionReason.UNREADABLE, "a chunk is gone")
-        return MaskedUpdateLoaded(load, WholeVector(self.masked[load.arrived.job]))
+        return MaskedUpdateLoaded(load, WholeWords(self.masked[load.arrived.job]))
 
     def restored_twin(self) -> Federation:
         committed, job_number, jobs, registered, last_jobs = self._began

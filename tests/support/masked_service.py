@@ -110,17 +110,19 @@ class ServedKeeper:
         """As after a crash of its process, whose file is as it was."""
         self._keeper, self._descriptor, self.after = None, b"", "0-0"
 
-    def act(self) -> None:
-        """Follow the run and answer what is asked."""
+    def act(self) -> bool:
+        """Follow the run and answer what is asked; return whether anything was."""
         if self.away or not self._follow():
-            return
+            return False
         assert self._keeper
+        before = self.after
         stream = self.store.keys.asks(self.name)
         for entry, fields in by_stream(self.store.redis.xread({stream: self.after})).get(stream, ()):
             self.after = entry.decode()
             kind, body = self._answer(fields[b"kind"].decode(), fields[b"body"])
             signed = self.identity.sign(kind, body)
             self.store.redis.xadd(self.store.keys.says(self.name), {"kind": kind, "body": signed})
+        return self.after != before
 
     def _follow(self) -> bool:
         try:

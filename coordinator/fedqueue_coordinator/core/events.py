@@ -94,6 +94,17 @@ class MaskedVector(Protocol):
 
 
 @dataclass(frozen=True)
+class WholeWords:
+    """A masked vector in memory: uint32 [parameters]."""
+
+    words: npt.NDArray[np.uint32]
+
+    def pieces(self) -> Iterable[npt.NDArray[np.uint32]]:
+        """As `MaskedVector.pieces`."""
+        return (self.words,)
+
+
+@dataclass(frozen=True)
 class UpdateLoaded:
     """The payload that `Load` asked for was read."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
@@ -15,24 +14,13 @@ from fedqueue.secure.ring import Words
 from fedqueue.tensors.blobs import CHUNK, BlobBuffer
 from fedqueue.tensors.frame import slices
 from fedqueue.transport.blob_store import READ
-from fedqueue_coordinator.core.events import Load, MaskedVector
+from fedqueue_coordinator.core.events import Load, MaskedVector, WholeWords
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.payload_reader import PayloadChanged
 
 ReadSpan = Callable[[int, BlobBuffer, int], None]
 """Fills an array with a blob's bytes from a position on; the third argument is the blob's size. Raises StoreError."""
-
-
-@dataclass(frozen=True)
-class WholeWords:
-    """A masked vector in memory."""
-
-    words: Words
-
-    def pieces(self) -> Iterator[Words]:
-        """As `MaskedVector.pieces`."""
-        yield self.words
 
 
 class StreamedWords:

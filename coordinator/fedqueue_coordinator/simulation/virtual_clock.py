@@ -28,6 +28,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import structlog
 
 from fedqueue.config.schema import Config
@@ -38,6 +39,7 @@ from fedqueue.local_update import compute_update, load_data
 from fedqueue.privacy.spending import Spending, charge_of_job, countable_rows, over_epsilon_of_run
 from fedqueue.private_training import check_example_privacy, simulated_key
 from fedqueue.protocol.messages import NO_EXAMPLES, Order
+from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task, make_model
 from fedqueue.tensors.encodings import Bytes
@@ -58,16 +60,21 @@ from fedqueue_coordinator.core.events import (
     Event,
     JobEnded,
     Load,
+    MaskedUpdateLoaded,
+    Offer,
     Stop,
     Tick,
+    Unmask,
     UpdateArrived,
     UpdateLoaded,
+    WholeWords,
     make_order,
 )
 from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record
 from fedqueue_coordinator.core.reasons import AbandonReason
 from fedqueue_coordinator.core.run_summary import RunResult
+from fedqueue_coordinator.simulation.simulated_keepers import SimulatedKeepers
 
 log = structlog.get_logger("fedqueue.coordinator")
 
@@ -122,7 +129,7 @@ class Job:
     wire: Bytes | None = None
     """The encoded update that it posts; None before training begins."""
     residual: Frame | None = None
-    """What the encoding left out of the update, for error feedback."""
+    """What the encoding left out of the update, for error feedback; None for a masked update."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,8 @@ class Simulation:
         self._model = LocalModel(datasets.task, module, first.manifest)
         self.federation = Federation(config, first, evaluates=datasets.test_data is not None)
         self._feedback = ErrorFeedback(self.federation.uplink)
+        self._keepers = SimulatedKeepers(config, first.manifest) if config.secure.on else None
+        self._digests: dict[int, str] = {}  # of the base versions of open jobs, in a run with keepers
         self._jobs: dict[str, Job] = {}
         self._versions: dict[int, Frame] = {}  # the base versions of open jobs
         self._users: Counter[int] = Counter()  # version → open jobs that train from it
@@ -239,8 +248,8 @@ class Simulation:
                 if job in self._jobs:  # otherwise the job was closed, and its worker has dropped the update
                     self.trace.append((self.now, "arrives", job))
                     posted = self._jobs[job]
-                    assert posted.residual is not None
-                    self._feedback.accepted(posted.order.client, posted.residual)
+                    if posted.residual is not None:
+                        self._feedback.accepted(posted.order.client, posted.residual)
                     self._handle(event)
             case JobEnded(job=job):
                 if job in self._jobs:
@@ -252,8 +261,7 @@ class Simulation:
         events = deque([event])
         while events:
             for action in self.federation.handle(events.popleft(), self.now):
-                if (outcome := self._perform(action)) is not None:
-                    events.append(outcome)
+                events.extend(self._perform(action))
 
     # The workers
 
@@ -266,6 +274,9 @@ class Simulation:
             wire = federation.downlink.encode(federation.model, job.base)
             self._versions[job.base] = federation.downlink.received(wire)
             self._versions[job.base].frozen = federation.model.frozen
+            if self._keepers:
+                self._digests[job.base] = digest_of(wire)
+                federation.published(job.base, self._digests[job.base])
         base = self._versions[job.base]
         local = Frame(base.manifest)
         data, _ = self.datasets.data(self.config, order.client)
@@ -275,6 +286,8 @@ class Simulation:
         try:
             noise_key = self._paid_noise_key(order, data)
             header = compute_update(self.datasets.task, self._model, data, order, base, local, progress, noise_key)
+            if self._keepers:
+                header, job.wire = self._keepers.mask(header, local, order, job.base, self._digests[job.base])
         except BudgetSpent as error:
             refused = JobEnded(entry, order.job, order.client, AbandonReason.REFUSED, str(error), final=True)
             self._schedule(self.now, refused)
@@ -284,8 +297,9 @@ class Simulation:
             failed = JobEnded(entry, order.job, order.client, AbandonReason.FAILED, exception_with_place(error))
             self._schedule(self.now + seconds, failed)
             return
-        header, job.wire = self._feedback.encode(order.client, local, header, order.seed)
-        job.residual = local
+        if not self._keepers:
+            header, job.wire = self._feedback.encode(order.client, local, header, order.seed)
+            job.residual = local
         seconds = self.timing.training_seconds(progress.batches, slowdown, order.seed)
         body = header.model_copy(update={"seconds": seconds}).pack()
         self._schedule(
@@ -310,8 +324,8 @@ class Simulation:
 
     # The service around the state machine
 
-    def _perform(self, action: Action) -> Event | None:
-        """Carry the action out; return the event that it results in, if any."""
+    def _perform(self, action: Action) -> list[Event]:
+        """Carry the action out; return the events that it results in."""
         match action:
             case Dispatch(job=job):
                 self._jobs[job] = Job(make_order(self.config, action))
@@ -320,9 +334,14 @@ class Simulation:
                 wire = self._jobs[arrived.job].wire
                 assert wire is not None
                 self._on_payload(arrived.job, arrived.attempt, wire)
+                if self._keepers:
+                    return [MaskedUpdateLoaded(action, WholeWords(wire.view(np.uint32)))]
                 delta = self.federation.uplink.decode(wire)
                 base = self._versions[arrived.base] if action.with_base else None
-                return UpdateLoaded(action, delta, base)
+                return [UpdateLoaded(action, delta, base)]
+            case Offer() | Unmask():
+                assert self._keepers
+                return self._keepers.answer(action)
             case Commit():
                 self.ledger.append(dict(action.record))
                 for arrived in action.merged:
@@ -341,7 +360,7 @@ class Simulation:
                 self._schedule(self.now, evaluated)
             case Stop():
                 pass
-        return None
+        return []
 
     def _forget(self, name: str) -> None:
         """Forget a job that has ended, and its base version unless another open job trains from that."""
@@ -351,6 +370,7 @@ class Simulation:
         self._users[job.base] -= 1
         if not self._users[job.base]:
             del self._users[job.base], self._versions[job.base]
+            self._digests.pop(job.base, None)
 
     def _final_version(self, stop: Stop) -> tuple[int, Frame]:
         """Return the version that reached the target, else the newest, and evaluate it if that has not happened."""

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hmac
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
 from fedqueue.config.schema import Config
@@ -140,6 +140,10 @@ class Release:
     def pieces(self) -> Iterator[Words]:
         """The sum, piece by piece; a piece is valid until the next one. Each call begins with the first."""
         return weighted_mask_sum(self._seeds, self._weights, self.nbytes // 4, self._dither_seed, self._dither)
+
+    def dithered_by(self, seed: bytes) -> Release:
+        """The same release with the dither of `seed`: for the simulation, whose bits do not depend on the masks."""
+        return replace(self, _dither_seed=seed)
 
 
 @dataclass
