@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -85,17 +85,19 @@ class LiveFederation:
     coordinator: int
     workers: Sequence[int]
     store: Store
+    start_standby: Callable[[], int]
+    """Starts a second coordinator, which waits until the first one's lease has ended; returns its process."""
     keepers: Sequence[int] = ()
 
     def measure(self, seconds: float, at_least: int = 20) -> Figures:
         """Measure for at least `seconds`, and until `at_least` updates are merged."""
         pids = [self.coordinator, self.server.process.pid, *self.keepers, *self.workers]
-        start, before, merged = time.monotonic(), [cpu_seconds(pid) for pid in pids], self._merged()
+        start, before, merged = time.monotonic(), [cpu_seconds(pid) for pid in pids], self.merged()
         moved = self._moved()
-        while time.monotonic() < start + seconds or self._merged() < merged + at_least:
+        while time.monotonic() < start + seconds or self.merged() < merged + at_least:
             time.sleep(0.05)
             assert all(Path(f"/proc/{pid}").exists() for pid in pids), "a process has ended"
-        took, updates = time.monotonic() - start, self._merged() - merged
+        took, updates = time.monotonic() - start, self.merged() - merged
         moved = self._moved() - moved
         coordinator, server, *others = (cpu_seconds(p) - b for p, b in zip(pids, before, strict=True))
         keepers, workers = others[: len(self.keepers)], others[len(self.keepers) :]
@@ -110,7 +112,8 @@ class LiveFederation:
         figures: Any = self.store.redis.info("stats")
         return int(figures["total_net_input_bytes"]) + int(figures["total_net_output_bytes"])
 
-    def _merged(self) -> int:
+    def merged(self) -> int:
+        """Return the number of updates in committed versions."""
         totals = self.store.redis.hget(self.store.keys.head, "totals")
         return int(msgpack.unpackb(totals)["updates"]) if totals else 0
 
@@ -150,10 +153,12 @@ def live_federation(
             "FEDQUEUE_SECURITY__EGRESS_LOG": str(folder / "egress"),
         }
 
-        def start(module: str, *arguments: str, program: Sequence[str] = (), keys: Path | None = None) -> int:
+        def start(
+            module: str, *arguments: str, program: Sequence[str] = (), keys: Path | None = None, log: str = ""
+        ) -> int:
             command = [sys.executable, *(program or ("-m", module)), *arguments, *sets]
             own = {"FEDQUEUE_SECURITY__KEYS": str(keys)} if keys else {}
-            process = child_processes.start(command, folder / f"{module}.log", {**environment, **own})
+            process = child_processes.start(command, folder / (log or f"{module}.log"), {**environment, **own})
             stack.callback(child_processes.stop, [process])
             return process.pid
 
@@ -170,7 +175,11 @@ def live_federation(
             start("fedqueue_keeper", keeper, str(config), keys=folder / "keys" / KEEPER_SITES / keeper)
             for keeper in keepers
         ]
-        running = LiveFederation(server, coordinator, pids, Store(connect(server.url), "bench"), started)
+        standby = ["coordinator", str(config), "--output", str(folder / "standby"), "--standby"]
+        running = LiveFederation(
+            server, coordinator, pids, Store(connect(server.url), "bench"),
+            lambda: start("fedqueue_coordinator", *standby, log="standby.log"), started,
+        )  # fmt: skip
         deadline = time.monotonic() + START_SECONDS
         while not _has_merged(running, at_work or 2 * workers):
             assert time.monotonic() < deadline, (folder / "fedqueue_coordinator.log").read_text()[-2000:]
@@ -180,7 +189,7 @@ def live_federation(
 
 def _has_merged(running: LiveFederation, updates: int) -> bool:
     with contextlib.suppress(redis.RedisError):
-        return running._merged() >= updates
+        return running.merged() >= updates
     return False
 
 

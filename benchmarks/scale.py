@@ -8,7 +8,8 @@ coordinator for each update is more exact than updates per second, since the wor
 - workers: 2 to 64 processes, forked from one, each with one client.
 - clients: 100 to 10,000 clients that have registered and left, beside four that train.
 - idle: 100 to 100,000 clients that are alive and wait for a job, beside four that train. The coordinator looks at their
-  leases as it does at those of clients with workers, but nothing renews these: they last an hour.
+  leases as it does at those of clients with workers, but nothing renews these: they last an hour. Also the updates
+  while all of them join at once, and the seconds in which a standby takes over.
 - simulated: as many clients in a simulation with 16 jobs at a time and a model of 100 KB. Any client may get a job.
 - status: `fedqueue status` of a run with 1,000 and 200,000 ledger records.
 - versions: a run of 10,000 versions and more; each point is the mean of a thousand.
@@ -22,8 +23,11 @@ import contextlib
 import io
 import itertools
 import json
+import os
+import signal
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,7 @@ from live_federation import LiveFederation, cpu_seconds, live_federation, reside
 from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Registration
 from fedqueue.protocol.msgpack import pack_record
+from fedqueue.transport.lua_scripts import script_digest
 from fedqueue.transport.store import Store
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.core.federation import Federation
@@ -44,6 +49,9 @@ SETTINGS = ["aggregation.strategy=fedasync", "aggregation.mixing=delta", "securi
 WORKERS = (2, 4, 8, 16, 32, 64)
 CLIENTS = (100, 1_000, 10_000)
 IDLE = (100, 1_000, 10_000, 100_000)
+LEAD_SECONDS, STANDBY_SECONDS = 2.0, 10.0  # of the leader's lease; until a standby has loaded torch
+AT_ONCE = 1_000  # clients of the crowd in one round trip
+ENTRIES = "local n = 0; for _, key in ipairs(KEYS) do n = n + redis.call('XLEN', key) end; return n"
 RECORDS = (1_000, 200_000)
 SIMULATED_UPDATES, SIMULATED_BYTES = 5_000, 100_000
 VERSIONS = 12_000
@@ -115,20 +123,76 @@ def simulated(numbers: list[int], updates: int) -> list[Row]:
 def idle(numbers: list[int], seconds: float) -> list[Row]:
     found = []
     for number in numbers:
-        with live_federation(BYTES, 4, [*SETTINGS, "dispatch.selection=examples"], forked=True) as running:
-            register_idle(running.store, number)
-            time.sleep(5.0 if number >= 100 else 1.0)  # until the coordinator has read all of their entries
-            found.append({"clients": number, **of(running, seconds)})
+        settings = ["dispatch.selection=examples", f"dispatch.leader_lease_seconds={LEAD_SECONDS}"]
+        with live_federation(BYTES, 4, [*SETTINGS, *settings], forked=True) as running:
+            crowd = Crowd(running.store, number)
+            burst = of_burst(running, crowd, seconds / 2)
+            found.append({"clients": number, **burst, **of(running, seconds), "takeover_seconds": of_takeover(running)})
             print(found[-1], flush=True)
     return found
 
 
-def register_idle(store: Store, number: int) -> None:
-    """Register clients without examples, which get no job by `dispatch.selection = "examples"`, for an hour."""
-    for i in range(number):
-        site = WorkerStore(store.redis, store.run, f"idle-{i}")
-        site.join([f"idle-{i}"], 3600.0)
-        site.register(Registration(client=f"idle-{i}", examples=0))
+def of_takeover(running: LiveFederation) -> float:
+    """Kill the coordinator; return the seconds until a standby merges, without the lease that it waits for."""
+    running.start_standby()
+    time.sleep(STANDBY_SECONDS)
+    os.kill(running.coordinator, signal.SIGKILL)
+    began = time.monotonic()
+    time.sleep(LEAD_SECONDS / 4)  # until a commit that was on its way is in Redis
+    merged = running.merged()
+    while running.merged() == merged:
+        time.sleep(0.01)
+    return time.monotonic() - began - LEAD_SECONDS
+
+
+def of_burst(running: LiveFederation, crowd: Crowd, seconds: float) -> Row:
+    """Let the whole crowd join again and again for `seconds`, or once if that takes longer."""
+    began, merged, bursts = time.monotonic(), running.merged(), 0
+    while time.monotonic() < began + seconds:
+        crowd.join()
+        crowd.wait_until_taken()
+        bursts += 1
+    took = time.monotonic() - began
+    return {
+        "joins_per_second": bursts * len(crowd.clients) / took,
+        "per_second_while_joining": (running.merged() - merged) / took,
+    }
+
+
+class Crowd:
+    """Clients without examples, which get no job by `dispatch.selection = "examples"`, with leases of an hour."""
+
+    def __init__(self, store: Store, number: int) -> None:
+        self.clients = [f"idle-{i}" for i in range(number)]
+        self._store = store
+        store.load_scripts()
+
+    def join(self) -> None:
+        """Register every client, in few round trips, because a client that waits for each would be slower."""
+        keys = self._store.keys
+        join, register = script_digest("join"), script_digest("register")
+        for some in self._slices():
+            pipe = self._store.redis.pipeline(transaction=False)
+            for client in some:
+                body = Registration(client=client, examples=0).pack()
+                pipe.evalsha(join, 1, keys.clients, "crowd", 3_600_000, keys.site_prefix, client)
+                streams = keys.site(client), keys.updates(client)
+                pipe.evalsha(register, 2, *streams, "crowd", body, keys.wakeup)
+            pipe.execute()
+
+    def wait_until_taken(self) -> None:
+        """Wait until the coordinator has acknowledged every entry of every client.
+
+        It takes them in their order, so the last ones are awaited first: to ask for all streams again and again would
+        keep the server from its work.
+        """
+        for some in reversed(list(self._slices())):
+            while self._store.redis.eval(ENTRIES, len(some), *map(self._store.keys.updates, some)):
+                time.sleep(0.01)
+
+    def _slices(self) -> Iterator[list[str]]:
+        for first in range(0, len(self.clients), AT_ONCE):
+            yield self.clients[first : first + AT_ONCE]
 
 
 def status(numbers: list[int]) -> list[Row]:
@@ -197,6 +261,14 @@ def table(record: dict[str, list[Row]]) -> str:
             lines += [f"| {part} | updates/s | coordinator, ms of CPU an update |", "|---|---|---|"]
             lines += [f"| {row[key]} | {row['per_second']:.0f} | {row['coordinator_ms']:.2f} |" for row in rows]
             lines.append("")
+    if rows := record.get("idle"):
+        lines += ["| clients | joins/s | updates/s while they join | takeover, s |", "|---|---|---|---|"]
+        lines += [
+            f"| {row['clients']} | {row['joins_per_second']:.0f} | {row['per_second_while_joining']:.0f} | "
+            f"{row['takeover_seconds']:.1f} |"
+            for row in rows
+        ]
+        lines.append("")
     if rows := record.get("simulated"):
         lines += ["| clients | start, s of CPU | simulated update, ms of CPU |", "|---|---|---|"]
         lines += [f"| {row['clients']} | {row['start_seconds']:.2f} | {row['update_ms']:.2f} |" for row in rows]

@@ -83,6 +83,21 @@ def test_entries_behind_a_lost_subscription_are_read(run: SampleRun) -> None:
     reader.close()
 
 
+def test_successor_reads_the_streams_of_others_later(run: SampleRun) -> None:
+    run.join()
+    run.posted()
+    Crowd(run.client, run.name).join(names(2 * STREAMS_AT_ONCE))
+    run.coordinator.report("evaluated", b"")
+    successor = Inbox(run.client, run.keys)
+    entries = successor.unacknowledged(["c0", "x5"])
+    assert [(e.client, e.kind) for e in entries] == [
+        ("c0", "joined"), ("c0", "update"), ("x5", "joined"), ("", "evaluated"),
+    ]  # fmt: skip
+    rest = [entry.client for _ in range(3) for entry in successor.receive(0.0)]
+    successor.close()
+    assert sorted(rest) == sorted({*names(2 * STREAMS_AT_ONCE)} - {"x5"})
+
+
 # The store
 
 
@@ -129,7 +144,7 @@ class Play:
     """A coordinator that leads, one round after another, until `over`; `marks` has (version, clients) of each round."""
 
     def __init__(self, scene: Scene, *steps: Callable[[], object]) -> None:
-        self.store = Stage(scene.redis, RUN, f"stage {id(self)}")
+        self.store = Stage(scene.redis, RUN, f"stage {id(self)}", scene.identity() if scene.signed else None)
         self.store.steps, self.store.watch = list(steps), self._watch
         self.now = 0.0
         self.coordinator = Coordinator(scene.config, scene.task, self.store, scene.folder, clock=lambda: self.now)
@@ -255,3 +270,33 @@ def test_crash_amid_dispatches_opens_no_job_twice(redis_client: redis.Redis, tmp
     assert {*successor.clients} == {*names(50)}
     assert len(successor.coordinator.federation.open_jobs) == len(successor.store.jobs()) == 5
     assert crowd.left_entries(names(50)) == 0
+
+
+# A successor
+
+
+def test_successor_merges_before_all_clients_have_returned(scene: Scene) -> None:
+    """Some of the clients are known and alive, others have left, others have joined meanwhile."""
+    site, crowd = scene.site("c0"), Crowd(scene.redis, RUN)
+    known, gone, new = names(700), names(300, "gone"), names(300, "new")
+    first = Play(scene, site.join, lambda: crowd.join([*known, *gone]))
+    first.until(lambda: len(first.clients) == 1001)
+    site.post()
+    crowd.leave(gone)
+    crowd.join(new)
+    successor = Play(scene)
+    successor.until(lambda: {*successor.clients} == {"c0", *known, *new} and not crowd.left_entries([*gone, *new]))
+    merged = [clients for version, clients in successor.marks if version == 1]
+    assert merged[0] < 600, "the update waited until the clients had returned"
+
+
+def test_successor_verifies_each_client_that_returns(redis_client: redis.Redis, tmp_path: Path) -> None:
+    """The record of c1, a registration, was forged by a writer of Redis; c0's is genuine."""
+    scene = Scene(redis_client, tmp_path)
+    first = Play(scene, scene.site("c0").join, scene.site("c1").join)
+    first.until(lambda: len(first.clients) == 2)
+    genuine = redis_client.hget(scene.keys.site("c0"), "registration")
+    redis_client.hset(scene.keys.site("c1"), "registration", genuine)
+    successor = Play(scene, lambda: None)
+    successor.until(lambda: True)
+    assert {*successor.clients} == {"c0"}

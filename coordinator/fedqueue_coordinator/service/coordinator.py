@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import shutil
 import time
 from collections import deque
@@ -141,6 +142,7 @@ class Coordinator:
         self._base_versions: BaseVersions
         self._keepers: KeeperExchange | None  # None in a run without keepers
         self._queues: rq_jobs.Queues
+        self._returning: deque[str]  # clients that the coordinator before this one knew
         self._leases: LeaseWatch
         self._clients_due: bool  # whether the lease watch has more clients to check at once
         self._lapsed_jobs: deque[str]  # jobs whose lease has ended, to close
@@ -271,11 +273,29 @@ class Coordinator:
         self._base_versions = BaseVersions(store, self.federation)
         for order in store.unstarted_orders():
             store.enqueue(self._rq_record(order, store.pack_order(order)))  # no change if RQ has the job
-        self._take(store.unacknowledged())
-        registrations = self._verifier.valid_registrations(store.signed_registrations())
-        for client in store.alive_clients():
-            if client in registrations:
-                self._handle(ClientJoined(client, registrations[client]))
+        known = store.clients()
+        alive = store.served(known)
+        self._returning = deque(sorted(known, key=lambda client: client not in alive))
+        # An update that no commit has acknowledged is of an open job.
+        self._take(store.unacknowledged({*self.federation.open_jobs.values(), *self._next_returning()}))
+        self._let_return()
+
+    def _next_returning(self) -> list[str]:
+        return list(itertools.islice(self._returning, TOGETHER))
+
+    def _let_return(self) -> None:
+        """Let a portion of the clients return that the coordinator before this one knew; the first are alive.
+
+        A signature takes 0.1 ms to verify, so a hundred thousand clients return while updates are merged.
+        """
+        some = self._next_returning()
+        valid = self._verifier.valid_registrations(self.store.registrations_of(some))
+        self.federation.restore_jobs({}, valid)
+        alive = self.store.served(list(valid))
+        for client in some:
+            self._returning.popleft()
+            if client in alive and client not in self.federation.clients:
+                self._handle(ClientJoined(client, valid[client]))
 
     def _delete_remains(self, missing: str) -> None:
         """Delete what Redis has kept of a run that cannot be resumed; raises RunLost if there is no checkpoint."""
@@ -315,7 +335,7 @@ class Coordinator:
     def _wait_seconds(self) -> float:
         """Longest time that the next read waits for an entry."""
         now = self._now()
-        more = now if self._clients_due or self._lapsed_jobs else None
+        more = now if self._returning or self._clients_due or self._lapsed_jobs else None
         ends = [now + MAX_WAIT_SECONDS, self._next_watch, self.federation.next_deadline(), more]
         return max(0.001, min(end for end in ends if end is not None) - now)
 
@@ -343,6 +363,8 @@ class Coordinator:
             self._take(self.store.sweep_some(self.federation.open_jobs.values()))
             self._clients_due = True
             self._lapsed_jobs = deque(self.store.find_expired())
+        if self._returning:
+            self._let_return()
         if self._clients_due:
             self._check_clients()
         if not self._clients_due:  # else a job might pass to a client that is gone too

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +15,7 @@ from fedqueue.errors import Fenced, SignatureError, StoreError, WireError
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.protocol.keys import RUNS
 from fedqueue.protocol.messages import Order, read
-from fedqueue.protocol.msgpack import pack_record
+from fedqueue.protocol.msgpack import MAX_MESSAGE, pack_record
 from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue.protocol.stream_entry import StreamEntry, split_entry_id
@@ -38,7 +38,7 @@ log = structlog.get_logger("fedqueue.coordinator")
 CLEAR_SECONDS = 60.0  # the lease while a run is deleted
 STAGED_SECONDS = 3600  # after which blobs expire that a leader staged and never committed
 SCANNED_JOBS = 1000  # open jobs that one commit may scan for the base versions that they need
-LEASES_AT_ONCE = 1000  # clients in one script: other clients of the server wait while it runs
+SITES_AT_ONCE = 1000  # clients in one script: other clients of the server wait while it runs
 MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # bounds on the payload keys deleted with a job: workers write these counts
 
 
@@ -493,6 +493,14 @@ class CoordinatorStore(Store):
         prefixes = [keys.attempt(""), keys.site_prefix, keys.job("")]
         return [job.decode() for job in self.script("find_expired", [keys.jobs], prefixes)]
 
+    def registrations_of(self, clients: Sequence[str]) -> dict[str, bytes]:
+        """Client → its registration as stored; absent or larger than a message: left out."""
+        found: dict[str, bytes] = {}
+        for some in _slices(clients, SITES_AT_ONCE):
+            records = self.script("registrations", [self.keys.site(client) for client in some], [MAX_MESSAGE])
+            found.update((client, record) for client, record in zip(some, records, strict=True) if record is not None)
+        return found
+
     def client_leases(self, clients: Sequence[str], most_seconds: float = 3600.0) -> dict[str, float]:
         """Client → seconds that its lease still lasts by the server's clock, at most `most_seconds`; 0 if it has ended.
 
@@ -500,8 +508,7 @@ class CoordinatorStore(Store):
         """
         arguments = [self.keys.site_prefix, round(most_seconds * 1000)]
         left: list[int] = []
-        for first in range(0, len(clients), LEASES_AT_ONCE):
-            some = clients[first : first + LEASES_AT_ONCE]
+        for some in _slices(clients, SITES_AT_ONCE):
             left += self.script("client_leases", [self.keys.clients], [*arguments, *some])
         return {client: ms / 1000 for client, ms in zip(clients, left, strict=True) if ms >= 0}
 
@@ -589,9 +596,9 @@ class CoordinatorStore(Store):
         """The next entries of the streams of `clients` and of some others, as `Inbox.sweep_some`."""
         return self._inbox.sweep_some(clients, count)
 
-    def unacknowledged(self) -> list[StreamEntry]:
-        """Every entry that no script has acknowledged, as `Inbox.unacknowledged`."""
-        return self._inbox.unacknowledged()
+    def unacknowledged(self, clients: Iterable[str] | None = None) -> list[StreamEntry]:
+        """The entries that no script has acknowledged, as `Inbox.unacknowledged`."""
+        return self._inbox.unacknowledged(clients)
 
     def report(self, kind: str, body: bytes) -> None:
         """Append an entry to the coordinator's own stream, such as a finished evaluation."""
@@ -624,6 +631,11 @@ def counts_of_all(records: Iterable[Mapping[str, Any]]) -> dict[str, int | bytes
         counts.update([counted] if counted else [])
         newest.update({kept: pack_record(record)} if kept else {})
     return {**counts, **newest}
+
+
+def _slices(clients: Sequence[str], length: int) -> Iterator[Sequence[str]]:
+    for first in range(0, len(clients), length):
+        yield clients[first : first + length]
 
 
 def _enqueue_call(record: RqJobRecord) -> Call:

@@ -77,15 +77,19 @@ class Inbox:
             self.close()  # a proxy may drop a connection without closing it; the next `receive` subscribes again
         return entries
 
-    def unacknowledged(self) -> list[StreamEntry]:
-        """Return every entry that no script has acknowledged, oldest first: the buffer, and new entries.
+    def unacknowledged(self, clients: Iterable[str] | None = None) -> list[StreamEntry]:
+        """Return the entries of `clients`, by default of all, that no script has acknowledged, oldest first.
 
         A script acknowledges an entry by deleting it, in the same step as its effect. So the result is the content of
-        all streams, and `receive` continues after it.
+        their streams and of the coordinator's own: the buffer, and new entries. `receive` continues after it, and
+        returns the content of the other streams in portions.
         """
         self._listen()
         self._last, self._urgent, self._named = {}, {}, {}
-        return self._read(self._streams(), None)
+        every = self._streams()
+        first = {*every} if clients is None else {self._keys.updates(client) for client in ("", *clients)}
+        self._name(stream for stream in every if stream not in first)
+        return self._read(sorted(first), None)
 
     def close(self) -> None:
         """Stop listening."""

@@ -113,7 +113,8 @@ def _resume(
     if config.secure.on:
         _restore_digests(federation, ledger, signed.model)
     jobs = {job.job: job.client for job in store.jobs()}
-    federation.restore_jobs(jobs, verifier.valid_registrations(store.signed_registrations()), store.last_jobs())
+    registered = verifier.valid_registrations(store.registrations_of(sorted({*jobs.values()})))
+    federation.restore_jobs(jobs, registered, store.last_jobs())  # the other clients return later
     if config.aggregation.filter.on:
         federation.restore_quarantines(ledger, federation.run_counters.seconds)
     log.info("resumed", run=config.name, version=info.version, jobs=len(jobs))
