@@ -43,10 +43,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             def now(cls, tz: Any = None) -> Any:
                 return datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)
 
+        patch.setattr(datetime, "datetime", Past)
+        write_certificates(root / "expired-ca", ["localhost"], ["client"], 30)
         for name, hosts in (("expired", ["localhost"]), ("elsewhere", ["redis.example.org"])):
-            if name == "expired":
-                patch.setattr(datetime, "datetime", Past)
-            else:
+            if name == "elsewhere":
                 patch.undo()
             target = root / name
             target.mkdir()
@@ -146,6 +146,10 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "good", {"client": "other"}, "the server does not know the CA of redis.cert_file",
     ),
     "an expired client certificate": ("good", {"client": "expired"}, "redis.cert_file has expired"),
+    "an expired CA": (
+        "expired-ca", {"ca": "expired-ca", "client": "expired-ca"}, "expired-ca/ca.pem expired on 2020-01-31",
+    ),
+    "an expired CA of the server": ("expired-ca", {}, "the server's certificate is not signed by redis.ca_file"),
 }  # fmt: skip
 
 

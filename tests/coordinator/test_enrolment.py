@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import shutil
 from collections.abc import Callable
@@ -181,6 +182,22 @@ def test_certs_renew_what_their_own_authority_issued(tmp_path: Path) -> None:
     write_certificates(tmp_path, ["localhost"], ["north"], 1)
     same = [name for name, data in before.items() if (tmp_path / name).read_bytes() == data]
     assert sorted(same) == ["ca.key", "ca.pem"]
+
+
+def test_certs_of_an_expired_authority_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_certificates(tmp_path, ["localhost"], ["north"], 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    today = datetime.datetime.now(datetime.UTC)
+
+    class Later(datetime.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Any:
+            return today + datetime.timedelta(days=2)
+
+    monkeypatch.setattr(datetime, "datetime", Later)
+    with pytest.raises(ConfigurationError, match=f"a CA that expired on {today + datetime.timedelta(days=1):%Y-%m-%d}"):
+        write_certificates(tmp_path, ["localhost"], ["north"], 30)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("name", ["ca", "server", "../x", "a/b", ""])

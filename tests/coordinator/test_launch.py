@@ -14,10 +14,12 @@ import pytest
 
 from fedqueue.errors import ConfigurationError, RunExists, ServerUnavailable
 from fedqueue.protocol.key_files import write_private
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator import embedded_server
 from fedqueue_coordinator.operator.embedded_server import make_socket_folder, remove_left_socket_folders
-from fedqueue_coordinator.operator.results import RESULT_FILENAMES
+from fedqueue_coordinator.operator.results import RESULT_FILENAMES, deliver_results
 from fedqueue_coordinator.operator.run_folder import Launch, RunFolder, read_launch, require_config
+from tests.support.builders import make_config, make_frame
 
 LAUNCH = Launch(Path("/somewhere/federation.toml"), ["training.local_epochs=2"], 3, run="toy")
 OTHER = replace(LAUNCH, config=Path("/elsewhere/federation.toml"))
@@ -342,10 +344,67 @@ def test_folder_of_a_second_run_in_its_place_is_left_to_it(folder: RunFolder, en
             assert not folder.reclaim()
         else:
             with second.opened(LAUNCH):
-                assert "cannot be made again" in folder.note(2, 2.0)
+                assert "another run has begun in it" in folder.note(2, 2.0)
                 assert folder.note(3, 4.0) == ""
                 assert not folder.reclaim()
                 assert second.version() == 0
+
+
+@pytest.mark.parametrize("same_number", [False, True], ids=["new", "same"])
+def test_first_run_changes_nothing_of_the_second(
+    folder: RunFolder, same_number: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file system may give a new folder the number of a deleted one."""
+    second = RunFolder(folder.path)
+    if same_number:
+        monkeypatch.setattr(RunFolder, "_found", lambda self: (1, 1))
+    with folder.opened(LAUNCH):
+        shutil.rmtree(folder.path)
+        with second.opened(OTHER):
+            second.note(5, 0.0)
+            for part in (second.redis, second.keys):
+                part.mkdir()
+                (part / "file").touch()
+            before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+            assert not folder.reclaim()
+            assert not folder.is_own()
+            folder.continued(LAUNCH)
+            folder.note_end(9, "failed")
+            folder.discard_server()
+            folder.discard()
+            assert (folder.version(), folder.interrupted()) == (0, "")
+            assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
+def test_results_beside_a_second_run_leave_it_alone(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    second, result = RunFolder(folder.path), RunResult(1, make_frame(), "versions: 1 of 1", False, [], {}, 1)
+    with folder.opened(LAUNCH):
+        shutil.rmtree(folder.path)
+        with second.opened(OTHER):
+            second.note(5, 0.0)
+            where = deliver_results(folder, make_config(), result, checkpoint_saved=True)[1].folder
+            assert where is not None
+            assert where.parent == tmp_path
+            assert second.interrupted() == "was interrupted at version 5"
+
+
+def test_deleted_folder_of_the_unfinished_run_is_made_again(folder: RunFolder) -> None:
+    finish(folder, "old")
+    with folder.opened(LAUNCH):
+        shutil.rmtree(folder.unfinished)
+        assert folder.reclaim()
+        assert folder.is_own()
+
+
+def test_egress_logs_of_a_removed_run_are_no_obstacle(folder: RunFolder) -> None:
+    folder.egress.mkdir(parents=True)
+    log = folder.egress / "toy-0123456789ab.jsonl"
+    log.write_text("{}")
+    begin(folder)
+    assert log.read_text() == "{}"
 
 
 def test_crash_between_two_files_leaves_no_mixed_results(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:

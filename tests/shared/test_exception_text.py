@@ -58,6 +58,7 @@ def test_full_shared_memory_is_named_with_what_to_do(error: BaseException) -> No
 
 
 def test_semaphore_without_shared_memory_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import multiprocessing.synchronize  # noqa: F401 - at its import, the real class is needed
     from multiprocessing import get_context
 
     def no_space(*args: object) -> None:

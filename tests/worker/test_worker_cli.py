@@ -126,7 +126,7 @@ def test_max_jobs_is_at_least_one(call: CommandLine, path: Path, jobs: str) -> N
         (["--url", "http://x"], "fedqueue: redis.url = 'http://…': unknown scheme; write one of redis://"),
         (["-u", "http://x"], "fedqueue: redis.url = 'http://…': unknown scheme; write one of redis://"),
         (["--set", "clients.cuont=3"], "fedqueue: clients.cuont = 3: unknown key; did you mean 'count'?"),
-        (["--set", "nonsense"], "fedqueue: --set = 'nonsense': no key or no value; write section.key=value"),
+        (["--set", "nonsense"], "fedqueue: override = 'nonsense': no key or no value; write section.key=value"),
         (["--run", "a b"], "fedqueue: name = 'a b': must be 1 to 64 letters"),
     ],
 )

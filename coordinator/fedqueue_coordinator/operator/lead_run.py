@@ -47,7 +47,9 @@ def lead_run(
             view.warn(notice)
         view.update(federation, now)
 
-    leading = Coordinator(config, task, store, folder.unfinished, on_progress, reopen=resume)
+    leading = Coordinator(
+        config, task, store, folder.unfinished, on_progress, reopen=resume, owns_folder=folder.reclaim
+    )
     for signum in stop_signals():
         signal.signal(signum, lambda *_: leading.pause())
     signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))

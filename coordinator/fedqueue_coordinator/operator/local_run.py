@@ -104,7 +104,14 @@ def run_federation(
         if overwrite:
             clear_ended(store, config.dispatch.leader_lease_seconds)
         coordinator = Coordinator(
-            config, task, store, folder.unfinished, progress.update, on_wait=progress.wait, reopen=resume
+            config,
+            task,
+            store,
+            folder.unfinished,
+            progress.update,
+            on_wait=progress.wait,
+            reopen=resume,
+            owns_folder=folder.reclaim,
         )
         progress.fail = coordinator.fail
         stack.enter_context(_signals(coordinator))
@@ -297,8 +304,9 @@ def _connected(url: str, config: Config, folder: RunFolder) -> Iterator[redis.Re
     try:
         yield connection
     finally:
-        folder.url_file.unlink(missing_ok=True)
-        folder.keep(folder.url_file)
+        if folder.is_own():
+            folder.url_file.unlink(missing_ok=True)
+            folder.keep(folder.url_file)
 
 
 @contextlib.contextmanager

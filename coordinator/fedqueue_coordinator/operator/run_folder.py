@@ -16,12 +16,14 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shlex
 import shutil
 import stat
 import tempfile
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,7 +33,10 @@ from fedqueue_coordinator.operator.embedded_server import SOCKET_PREFIX, answers
 
 LAUNCH_FILENAME = "launch.json"
 UNFINISHED = "unfinished"
+EGRESS = "egress"
+"""The folder of the sites' logs, to which each run adds files and which no command deletes."""
 PROGRESS_FILENAME = "progress.json"
+_EGRESS_LOG = re.compile(r".+-[0-9a-f]{12}\.jsonl")
 URL_FILE = "redis.url"
 SUMMARY_FILENAME = "summary.json"
 LOG_FILENAME = "coordinator.log"
@@ -77,6 +82,8 @@ class Launch:
     """The run's name."""
     origin: str = ""
     """What the results are of: the configuration file, or the task of a run that was started from Python."""
+    id: str = field(default="", compare=False)
+    """A random name of the unfinished run, by which its process finds out that another run has taken the folder."""
 
     @classmethod
     def read(cls, path: Path) -> Self | None:
@@ -113,11 +120,12 @@ class RunFolder:
         self.unfinished = path / UNFINISHED
         self.redis, self.keys = self.unfinished / "redis", self.unfinished / "keys"
         self.privacy = self.unfinished / "privacy"
-        self.logs, self.egress, self.url_file = path / "logs", path / "egress", path / URL_FILE
+        self.logs, self.egress, self.url_file = path / "logs", path / EGRESS, path / URL_FILE
         self._noted: tuple[int, float] = (0, float("-inf"))
         self._kept: dict[Path, tuple[bytes, int]] = {}
         self._lock, self._shared = contextlib.ExitStack(), False
         self._inode: tuple[int, int] | None = None
+        self._id = ""  # of the run that has opened the folder
         self._lost = False
 
     # Before a run
@@ -138,6 +146,7 @@ class RunFolder:
         unwritable = _Unwritable(self.path, self._words)
         with unwritable:
             self.path.mkdir(parents=True, exist_ok=True)
+        self._id = ""
         try:
             with contextlib.ExitStack() as lock:
                 lock.enter_context(self.locked(shared))
@@ -146,6 +155,7 @@ class RunFolder:
                 with unwritable:
                     self._begin(launch, keep=resume or (shared and self._same_run(launch) and not overwrite))
                 self._lock, self._shared, self._inode = lock, shared, self._found()
+                self._id = begun.id if (begun := self._begun()) else ""
                 self.keep(self.unfinished / LAUNCH_FILENAME)
                 yield
         finally:
@@ -153,6 +163,8 @@ class RunFolder:
 
     def _tidy(self) -> None:
         """Leave nothing behind of a run that could not begin, unless another process uses the folder too."""
+        if not self.is_own():
+            return
         with contextlib.suppress(OSError, RunExists, ConfigurationError), self.locked():
             begun = {entry.name for entry in self.unfinished.iterdir()} - {LAUNCH_FILENAME, WRITTEN}
             others = {entry.name for entry in self.path.iterdir()} - {UNFINISHED}
@@ -193,16 +205,19 @@ class RunFolder:
 
     def launch(self) -> Launch | None:
         """Return how the unfinished run was started, or else the one with the results; None in any other folder."""
-        return Launch.read(self.unfinished / LAUNCH_FILENAME) or Launch.read(self.path / LAUNCH_FILENAME)
+        return self._begun() or Launch.read(self.path / LAUNCH_FILENAME)
+
+    def _begun(self) -> Launch | None:
+        return Launch.read(self.unfinished / LAUNCH_FILENAME)
 
     def _same_run(self, launch: Launch) -> bool:
-        begun = Launch.read(self.unfinished / LAUNCH_FILENAME)
+        begun = self._begun()
         return begun is not None and (begun.command, begun.run) == (launch.command, launch.run)
 
     def _require_own(self, launch: Launch, overwrite: bool, shared: bool) -> None:
         former = self.launch()
         if former is None:
-            if foreign := sorted(e.name for e in self.path.iterdir() if not _harmless(e.name)):
+            if foreign := sorted(entry.name for entry in self.path.iterdir() if not _harmless(entry)):
                 named = ", ".join(foreign[:3]) + (", …" if len(foreign) > 3 else "")
                 problem = f"has files that no run of fedqueue made ({named})"
                 raise ConfigurationError(self._words.folder, str(self.path), problem, self._words.other_folder)
@@ -249,8 +264,9 @@ class RunFolder:
         if not keep:
             self.discard()
         self.unfinished.mkdir(exist_ok=True)
-        if not (self.unfinished / LAUNCH_FILENAME).exists():
-            launch.write(self.unfinished / LAUNCH_FILENAME)
+        begun = self._begun()
+        if begun is None or not begun.id:
+            replace(begun or launch, id=uuid.uuid4().hex).write(self.unfinished / LAUNCH_FILENAME)
         else:
             replace_text(self.unfinished / WRITTEN, "")  # the folder may have become read-only
 
@@ -263,18 +279,27 @@ class RunFolder:
             if path.is_file():
                 self._kept[path] = path.read_bytes(), stat.S_IMODE(path.stat().st_mode)
 
+    def is_own(self) -> bool:
+        """Return whether the unfinished run in the folder is the one that this object has opened; True if it has none.
+
+        It is not after the folder was deleted, also where another run has begun in a new one.
+        """
+        return not self._id or ((begun := self._begun()) is not None and begun.id == self._id)
+
     def reclaim(self) -> bool:
         """Make the opened folder again if it was deleted; returns whether the folder is still this run's.
 
         It is not where a folder cannot be made, or where another run has begun in a new one.
         """
-        if self._inode is not None and self._found() == self._inode:
+        same = self._inode is not None and self._found() == self._inode  # a new folder may get the number of a former
+        if same and self.is_own():
             return True
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock.enter_context(self.locked(self._shared))
-            if self.launch() is not None:
-                return self._shared
+            if not same:
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock.enter_context(self.locked(self._shared))
+            if self._begun() is not None or (not same and self.launch() is not None):
+                return self._shared and self.is_own()  # made again by a process that shares it
             for path, (data, mode) in self._kept.items():
                 write_private(path, data, mode)
         except (OSError, RunExists, ConfigurationError):
@@ -291,8 +316,9 @@ class RunFolder:
     def continued(self, launch: Launch) -> None:
         """Record the settings with which a resumed run has continued, for the next time."""
         with contextlib.suppress(OSError):
-            launch.write(self.unfinished / LAUNCH_FILENAME)
-            self.keep(self.unfinished / LAUNCH_FILENAME)
+            if self.is_own():
+                replace(launch, id=self._id).write(self.unfinished / LAUNCH_FILENAME)
+                self.keep(self.unfinished / LAUNCH_FILENAME)
 
     def note(self, version: int, now: float) -> str:
         """Note the version that the run has reached, at most once a second; `now` is in seconds of any clock.
@@ -312,17 +338,21 @@ class RunFolder:
         self._lost = not own
         if own:
             return f"{self.path} was deleted, and is made again: the results will be there, the logs so far are lost"
-        return f"{self.path} was deleted and cannot be made again: the results will be in {tempfile.gettempdir()}"
+        why = "another run has begun in it" if self.launch() else "cannot be made again"
+        return f"{self.path} was deleted and {why}: the results will be in {tempfile.gettempdir()}"
 
     def note_end(self, version: int, ended: str) -> None:
-        """Note the version and how the run ended: "was interrupted" or "failed"."""
-        self._write_progress({"version": version, "ended": ended})
+        """Note the version and how the run ended: "was interrupted" or "failed"; in a folder of this run only."""
+        if self.is_own():
+            self._write_progress({"version": version, "ended": ended})
 
     def _write_progress(self, progress: Mapping[str, Any]) -> None:
         with contextlib.suppress(OSError):  # a full disk: the note is for a message only
             replace_text(self.unfinished / PROGRESS_FILENAME, json.dumps(progress) + "\n")
 
     def _progress(self) -> dict[str, Any]:
+        if not self.is_own():
+            return {}
         try:
             progress = json.loads((self.unfinished / PROGRESS_FILENAME).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -367,11 +397,12 @@ class RunFolder:
 
     def discard(self) -> None:
         """Delete everything of the run that is not needed once its results are in their place."""
-        shutil.rmtree(self.unfinished, ignore_errors=True)
+        if self.is_own():
+            shutil.rmtree(self.unfinished, ignore_errors=True)
 
     def discard_server(self) -> None:
         """Delete the append-only file and the keys of a local run, which its checkpoint or its results outlive."""
-        for folder in (self.redis, self.keys):
+        for folder in (self.redis, self.keys) if self.is_own() else ():
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -409,9 +440,11 @@ def require_config(launch: Launch, folder: Path) -> None:
         raise ConfigurationError("CONFIG", str(launch.config), problem, hint)
 
 
-def _harmless(name: str) -> bool:
-    """Whether a folder may be used though it has an entry of this name, which fedqueue never writes."""
-    return name.startswith(".") or name == "lost+found"
+def _harmless(entry: Path) -> bool:
+    """Whether a folder may be used though it has this entry: a hidden one, or egress logs of runs that were removed."""
+    if entry.name == EGRESS and entry.is_dir():
+        return all(_EGRESS_LOG.fullmatch(log.name) for log in entry.iterdir())
+    return entry.name.startswith(".") or entry.name == "lost+found"
 
 
 class _Unwritable:

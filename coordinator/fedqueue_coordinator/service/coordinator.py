@@ -106,9 +106,11 @@ class Coordinator:
         failpoint: Callable[[str], None] = lambda point: None,
         on_wait: Callable[[], None] = lambda: None,
         reopen: bool = False,
+        owns_folder: Callable[[], bool] = lambda: True,
     ) -> None:
-        """`folder` is for the checkpoint; `failpoint` is called with the name of each crash point under test.
+        """`folder` is for the checkpoint and for kept payloads, which are written only if `owns_folder` returns true.
 
+        `failpoint` is called with the name of each crash point under test.
         `on_progress` gets the federation and the seconds of the run's clock after each round of the loop;
         `on_wait` is called before each wait for Redis. With `reopen`, a run that has ended is continued from the
         checkpoint. Raises ConfigurationError for an algorithm that cannot be made, and for
@@ -137,6 +139,7 @@ class Coordinator:
         self._memory = MemoryWatch(store.redis)
         self._on_wait = on_wait
         self._reopen = reopen
+        self._owns_folder = owns_folder
         self.federation: Federation
         self._payloads: PayloadReader
         self._base_versions: BaseVersions
@@ -353,7 +356,7 @@ class Coordinator:
             if (evaluation := self._unreported) is not None:
                 self._unreported = None
                 self._report(evaluation)
-            if self._checkpointer.due(self._now()):
+            if self._checkpointer.due(self._now()) and self._owns_folder():
                 self._publish()
                 ledger = self._ledger()
                 if damage := self._damage_of(ledger):  # the checkpoint before has the whole ledger
@@ -620,13 +623,14 @@ class Coordinator:
                 rq_jobs.delete_queue(store.redis, store.keys.queue(client))
         refused = store.refused()
         jobs = store.job_number()
-        if keep_payloads and not federation.epoch and not damage:  # a later epoch lacks the payloads of the one before
+        owned = self._owns_folder()
+        if keep_payloads and not federation.epoch and owned and not damage:  # a later epoch lacks the former payloads
             try:
                 keep_replay(self._folder / REPLAY_FOLDER, self.config, store, ledger, federation.model)
             except OSError as error:
                 log.error("payloads not kept, so the audit cannot replay the run; check the disk", error=str(error))
                 shutil.rmtree(self._folder / REPLAY_FOLDER, ignore_errors=True)
-        if damage:  # the newest checkpoint was saved with the whole ledger
+        if damage or not owned:  # the newest checkpoint was saved with the whole ledger
             self._checkpointer.join()
         elif self._ending or stopped.failed:  # the operator may want to continue it after all
             self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())

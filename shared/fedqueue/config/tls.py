@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import datetime
 import re
 import ssl
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedqueue.errors import ConfigurationError
 
-_EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 10, 62, 64  # OpenSSL's X509_V_ERR_…
+_NOT_YET_VALID, _EXPIRED, _OTHER_HOST, _OTHER_ADDRESS = 9, 10, 62, 64  # OpenSSL's X509_V_ERR_…
 _ALERTS = {
     "certificate required": "the server requires a client certificate: set redis.cert_file and redis.key_file",
     "handshake failure": "the server requires a client certificate or other ciphers: "
     "set redis.cert_file and redis.key_file",
     "unknown ca": "the server does not know the CA of redis.cert_file: use one that the server's CA has signed",
-    "certificate expired": "redis.cert_file has expired: replace it by a new one",
+    "certificate expired": "redis.cert_file has expired, or the CA that signed it: replace it by a new one",
     "bad certificate": "the server does not accept redis.cert_file: ask the server's operator for a new one",
     "certificate unknown": "the server does not accept redis.cert_file: ask the server's operator for a new one",
 }
@@ -62,20 +64,40 @@ class Tls:
     def explain(self, error: Exception) -> str:
         """What to change, for errors that do not pass by waiting; an empty string for all other errors."""
         if isinstance(error, ssl.SSLCertVerificationError):
-            if error.verify_code == _EXPIRED:
-                return "the server's certificate has expired: the server needs a new one"
-            if error.verify_code in (_OTHER_HOST, _OTHER_ADDRESS):
-                return (
-                    f"the server's certificate is for another host ({error.verify_message}): "
-                    "write a name that is in the certificate into the URL, or make a certificate for this name"
-                )
-            trusted = f"redis.ca_file {self.ca_file}" if self.ca_file else "a CA of this system"
-            return (
-                f"the server's certificate is not signed by {trusted} ({error.verify_message}): "
-                "set redis.ca_file to the file of the server's CA"
-            )
+            return self._explain_verification(error)
         text = str(error).lower().replace("_", " ")
         if "wrong version number" in text or "record layer failure" in text:
             return "the server does not speak TLS on this port: is it redis:// instead of rediss://?"
         alert = re.search(r"alert ([a-z ]+?) *[\](']", text)
         return _ALERTS.get(alert[1], "") if alert else ""
+
+    def _explain_verification(self, error: ssl.SSLCertVerificationError) -> str:
+        """Say why this machine does not accept the server's certificate, and what to change."""
+        if error.verify_code == _EXPIRED:
+            if expired := _expired(self.ca_file):
+                return f"redis.ca_file {self.ca_file} {expired}: the server needs a certificate of a new CA"
+            return "the server's certificate has expired: the server needs a new one"
+        if error.verify_code == _NOT_YET_VALID:
+            return "the server's certificate is not valid yet: compare the clocks of both machines"
+        if error.verify_code in (_OTHER_HOST, _OTHER_ADDRESS):
+            return (
+                f"the server's certificate is for another host ({error.verify_message}): "
+                "write a name that is in the certificate into the URL, or make a certificate for this name"
+            )
+        trusted = f"redis.ca_file {self.ca_file}" if self.ca_file else "a CA of this system"
+        return (
+            f"the server's certificate is not signed by {trusted} ({error.verify_message}): "
+            "set redis.ca_file to the file of the server's CA"
+        )
+
+
+def _expired(ca_file: str | None) -> str:
+    """Say when the last CA in a PEM file expired; an empty string if one is valid, and for no such file."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(ca_file)
+    except (ssl.SSLError, OSError, TypeError):
+        return ""
+    ends = [ssl.cert_time_to_seconds(str(certificate["notAfter"])) for certificate in context.get_ca_certs()]
+    expired = bool(ends) and max(ends) < time.time()
+    return f"expired on {datetime.datetime.fromtimestamp(max(ends), datetime.UTC):%Y-%m-%d}" if expired else ""

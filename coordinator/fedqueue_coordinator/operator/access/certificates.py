@@ -35,7 +35,8 @@ def write_certificates(folder: Path, hosts: Sequence[str], clients: Sequence[str
     and IP addresses of the server. The certificates are valid for `days`. Keys are readable by their owner only.
 
     Raises ConfigurationError, before anything is written, for less than one day, for a client name that cannot be a
-    file's or is the authority's or the server's, and for a file of one of these names from elsewhere.
+    file's or is the authority's or the server's, for a file of one of these names from elsewhere, and for an authority
+    that has expired.
     """
     if days < 1:
         raise ConfigurationError("--days", days, "must be at least 1")
@@ -76,6 +77,10 @@ def _former_authority(folder: Path) -> tuple[Key, x509.Certificate] | None:
         raise _foreign(folder, AUTHORITY) from None
     if not isinstance(key, Key) or key.public_key() != certificate.public_key():
         raise _foreign(folder, AUTHORITY)
+    if certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
+        problem = f"has a CA that expired on {certificate.not_valid_after_utc:%Y-%m-%d}, and what it signs is refused"
+        hint = "choose another folder for a new CA, and give its ca.pem to every machine"
+        raise ConfigurationError("DIR", str(folder), problem, hint)
     return key, certificate
 
 
