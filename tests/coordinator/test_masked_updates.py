@@ -140,6 +140,37 @@ def test_cohort_closes_below_its_size_if_no_client_is_left() -> None:
     assert len(run.ledger[-1]["merged"]) == 2
 
 
+def test_cohort_that_is_no_crowd_is_levelled_down() -> None:
+    """Three clients are all there are, and weigh 6, 6 and 5: more than one part in three."""
+    run = start_masked("c0", "c1", "c2", min_cohort=3, secure={"weight_levels": 8})
+    for _ in range(2):
+        posted(run, "c0", "c1", "c2")
+    for client, base in (("c0", 1), ("c1", 1), ("c2", 0)):
+        run.post_masked(client, 3.0, base=base)
+    for client in ("c0", "c1", "c2"):
+        run.post_masked(client, 1.0)  # does not fit beside the first, so its client is held
+    assert run.federation.version == 2
+    before = run.x
+    run.tick()
+    assert [line["level"] for line in run.merged[6:]] == [5, 5, 5, 6, 6, 6]  # those that waited make one more
+    assert run.x - before == pytest.approx(3.0 * 5 / 8 + 1.0 * 6 / 8, abs=1e-3)
+
+
+def test_member_without_weight_left_waits_for_the_next_version() -> None:
+    """With s(τ) = 1 / (1 + τ): two members of c0 weigh 4 each, and that of c1 weighs 2."""
+    staleness = {"function": "polynomial", "a": 1.0}
+    run = start_masked("c0", "c1", buffer_size=2, secure={"weight_levels": 8}, aggregation={"staleness": staleness})
+    for _ in range(3):
+        posted(run, "c0", "c1")
+    for client, base in (("c0", 2), ("c0", 2), ("c1", 0), ("c0", 3), ("c1", 3)):
+        run.post_masked(client, 1.0, base=base)
+    assert (run.federation.version, run.federation.buffered) == (3, 3)
+    run.tick()
+    assert [(line["client"], line["level"]) for line in run.merged[6:8]] == [("c0", 2), ("c1", 2)]
+    assert (run.federation.version, run.federation.buffered) == (4, 3)
+    assert run.rejections == []
+
+
 def test_run_without_a_crowd_says_what_it_waits_for() -> None:
     run = start_masked("c0", "c1", min_cohort=3)
     for _ in range(2):

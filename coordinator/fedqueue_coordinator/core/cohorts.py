@@ -7,7 +7,8 @@ the order of their arrival, as long as the weights of a client's members add up 
 further update of the client waits for the next version. A cohort is full if it has K members and is a crowd: at least
 m = `min_cohort` clients, and m · (weight of any client) ≤ Σ w. While the keepers release a cohort, no member is added.
 
-A member's weight is an integer: W · s(τ), rounded, at the version that the cohort is merged into.
+A member's weight is an integer: W · s(τ), rounded, at the version that the cohort is merged into. Members whose weights
+make no crowd, and which no client can add to, are levelled down: to the m-th largest weight of a client.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class Cohorts:
         self._keepers = config.secure.keepers
         self._levels = config.secure.weight_levels
         self._waiting: dict[str, Waiting] = {}  # digest → update, in the order of arrival
-        self._proposed = dict(proposed.members) if proposed else {}
+        # Digest → weight of the members of the coming cohort, where they are settled before their payloads are added.
+        self._settled = dict(proposed.members) if proposed else {}
         self._unreleased: set[str] = set()  # keepers whose mask of the cohort under way is awaited
         self._proposed_at = 0.0
 
@@ -69,9 +71,9 @@ class Cohorts:
         """Add an update that is now offered to every keeper."""
         self._waiting[digest] = Waiting(digest, arrived, header, now, set(self._keepers))
 
-    def was_proposed(self, digest: str) -> bool:
-        """Whether the update is a member of the cohort that a former coordinator has shown to the keepers."""
-        return digest in self._proposed
+    def is_settled(self, digest: str) -> bool:
+        """Whether the update is to be a member of the coming cohort, as a former coordinator has proposed it."""
+        return digest in self._settled
 
     def is_member(self, digest: str) -> bool:
         """Whether the update is in the sum."""
@@ -92,13 +94,16 @@ class Cohorts:
             del self._waiting[update.digest]
             if self.loading is update:
                 self.loading = None
-            if update.digest in self._proposed:
-                self._proposed = {}  # that cohort cannot be made any more
+            if update.digest in self._settled:
+                self._settled = {}  # that cohort cannot be made any more
 
     # Members
 
-    def weight(self, base: int, version: int) -> int:
-        """The weight of an update that was trained from `base`, at `version`."""
+    def weight(self, update: Waiting, version: int) -> int:
+        """The weight of an update at `version`."""
+        return self._settled.get(update.digest) or self._level(update.arrived.base, version)
+
+    def _level(self, base: int, version: int) -> int:
         return level(max(0, version - base), self._config)
 
     def next(self, version: int) -> Waiting | None:
@@ -119,9 +124,9 @@ class Cohorts:
         """Updates that may become members at `version`, in the order of their arrival."""
         weights = self._member_weights()
         for update in self._waiting.values():
-            client, weight = update.arrived.client, self.weight(update.arrived.base, version)
-            if self._proposed:
-                if self._proposed.get(update.digest) == weight:
+            client, weight = update.arrived.client, self._level(update.arrived.base, version)
+            if self._settled:
+                if 0 < self._settled.get(update.digest, 0) <= weight:
                     yield update
             elif not update.unopened and weights[client] + weight <= self._levels:
                 yield update
@@ -140,7 +145,7 @@ class Cohorts:
         `arriving`: the bases of updates of the client that arrive at this moment.
         """
         bases = [update.arrived.base for update in self._waiting.values() if update.arrived.client == client]
-        weights = [self.weight(base, version) for base in [*bases, *arriving]]
+        weights = [self._level(base, version) for base in [*bases, *arriving]]
         return self._member_weights()[client] + sum(weights) > self._levels
 
     @property
@@ -155,7 +160,7 @@ class Cohorts:
 
         0 while a cohort is under way: which version takes them is not known yet.
         """
-        if self.under_way or self._proposed:
+        if self.under_way or self._settled:
             return 0
         waits = [update for update in self._waiting.values() if not update.unopened and update is not self.loading]
         return len(waits) - sum(1 for update in self._eligible(version) if update is not self.loading)
@@ -170,8 +175,8 @@ class Cohorts:
     @property
     def is_full(self) -> bool:
         """Whether the members make a version."""
-        if self._proposed:
-            return len(self.members) == len(self._proposed)
+        if self._settled:
+            return len(self.members) == len(self._settled)
         return len(self.members) >= self._config.buffer_size and self.is_crowd
 
     @property
@@ -186,13 +191,30 @@ class Cohorts:
 
     def propose(self, version: int, now: float) -> Cohort:
         """The cohort of the present members, which every keeper is asked to release."""
-        self._unreleased, self._proposed_at, self._proposed = set(self._keepers), now, {}
+        self._unreleased, self._proposed_at, self._settled = set(self._keepers), now, {}
         return Cohort(version=version, members=tuple((m.update.digest, m.weight) for m in self.members))
 
-    def abandon_proposed(self) -> None:
+    def give_up_settled(self) -> None:
         """Give up the cohort of a former coordinator if it lacks a member: nothing of it will arrive any more."""
-        if self._proposed and not self.loading:
-            self._proposed = {}
+        if not self.loading:
+            self._settled = {}
+
+    def level_down(self) -> bool:
+        """Settle a cohort of the members with smaller weights, which is a crowd; False if too few clients have one.
+
+        Each client weighs as much as the m-th largest does at most. A member for which nothing is left waits for
+        another version. The caller takes the members, gives them back, and loads them again.
+        """
+        least, weights = self._config.secure.min_cohort, self._member_weights()
+        if len(weights) < least:
+            return False
+        left = dict.fromkeys(weights, sorted(weights.values())[-least])
+        for member in self.members:
+            client = member.update.arrived.client
+            if weight := min(member.weight, left[client]):
+                self._settled[member.update.digest] = weight
+                left[client] -= weight
+        return True
 
     @property
     def under_way(self) -> bool:

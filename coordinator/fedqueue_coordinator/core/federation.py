@@ -387,7 +387,7 @@ class Federation:
             offer = admit_offer(arrived)
         except Inadmissible:
             return None
-        if not self._cohorts.was_proposed(offer_digest(offer)):
+        if not self._cohorts.is_settled(offer_digest(offer)):
             return None
         self._arriving.add(arrived.job)
         return self._offer(arrived, read(MaskedUpdate, unverified_body(arrived.entry.body)), now)
@@ -398,7 +398,7 @@ class Federation:
         A keeper refuses as spent what it has released in the cohort under way, too, if that is offered again.
         """
         member = self._cohorts.is_member(opened.offer)
-        settled = not opened.refusal or self._cohorts.was_proposed(opened.offer)
+        settled = not opened.refusal or self._cohorts.is_settled(opened.offer)
         if settled or (member and opened.refusal == "spent"):
             self._cohorts.opened(opened.offer, opened.keeper)
             return self._load_next(now)
@@ -428,7 +428,7 @@ class Federation:
         assert self._sum
         arrived, header, update = loaded.load.arrived, loaded.load.header, self._cohorts.loading
         assert update
-        staleness, level = self.version - arrived.base, self._cohorts.weight(arrived.base, self.version)
+        staleness, level = self.version - arrived.base, self._cohorts.weight(update, self.version)
         self._sum.add(loaded.masked.pieces(), level, header.examples, staleness)
         self._cohorts.add(level)
         self._arriving.discard(arrived.job)
@@ -627,15 +627,23 @@ class Federation:
         return actions + self._dispatch(now)
 
     def _propose_if_due(self, now: float) -> list[Action]:
-        """Ask for the masks of a cohort that no client can add to, if the keepers release it.
+        """Ask for the masks of a cohort that no client can add to, with lower weights if it is no crowd with these.
 
         All updates of a resumed run have been read by now: a former coordinator's cohort that lacks one never comes.
         """
-        self._cohorts.abandon_proposed()
+        self._cohorts.give_up_settled()
         if loads := self._load_next(now):
             return loads
-        grows = self._cohorts.may_grow(self.version) or self._scheduler.can_train
-        return [] if grows or not self._cohorts.is_crowd else [self._propose(now)]
+        if self._cohorts.may_grow(self.version) or self._scheduler.can_train:
+            return []
+        if self._cohorts.is_crowd:
+            return [self._propose(now)]
+        if not self._cohorts.level_down():
+            return []
+        members = self._cohorts.take_members()
+        self._discard_sum()
+        self._cohorts.give_back(members)
+        return self._load_next(now)
 
     def _round_closes(self, now: float) -> bool:
         """Whether the round behind a barrier closes with the updates it has: at its deadline, or if no client can join.

@@ -7,7 +7,7 @@ What keeps a client hidden, whatever the coordinator and Redis do:
 - A seed is in at most one released cohort. The log says so durably before a mask leaves.
 - A cohort has enough clients, none of which outweighs the others (`cohort.crowd_problem`).
 - Each member's header is signed by a client of the keeper's own roster.
-- The keeper computes the weights itself, from the base versions in the signed headers.
+- No member weighs more than its staleness allows, by the base version in its signed header.
 - All updates from one base version were trained from the same model.
 - Versions do not go back within a term of the coordinator.
 
@@ -301,10 +301,10 @@ class Keeper:
         wrong = [
             header
             for header, held, weight in zip(headers, members, weights, strict=True)
-            if held.base > version or weight != level(version - held.base, self._config)
+            if held.base > version or weight > level(version - held.base, self._config)
         ]
         if wrong:
-            raise _RefusedCohort("weight", f"{len(wrong)} weights are not those of their staleness", wrong)
+            raise _RefusedCohort("weight", f"{len(wrong)} weights are larger than their staleness allows", wrong)
         crowd = zip((held.client for held in members), weights, strict=True)
         if problem := crowd_problem(crowd, self._min_cohort, secure.weight_levels):
             raise _RefusedCohort("crowd", problem)
