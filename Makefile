@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= 1000000
+# Few tests at a time go to a process, in the order of the collection: slow tests first, so both processes end together.
+TWO_PROCESSES := --numprocesses 2 --dist load --maxschedchunk 4
 
 .PHONY: help demo test test-fast check docs format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
   bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure bench-secure-kernels dist release-check hooks clean
@@ -15,12 +17,12 @@ demo: $(INSTALLED)  ## set up everything, then train the digits task to its targ
 
 test: $(INSTALLED)  ## set up everything, then run all tests; fails below 90 % coverage of lines and branches
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/coverage run -m pytest $(TWO_PROCESSES)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered
 
 test-fast: $(INSTALLED)  ## run the tests that start no process but a Redis server
-	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist worksteal
+	$(BIN)/pytest -m "not slow" $(TWO_PROCESSES)
 
 check: $(INSTALLED) docs  ## check lint, format, types, insecure code, known vulnerabilities of the pinned versions, and the documentation
 	$(BIN)/ruff check .

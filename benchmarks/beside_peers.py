@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from live_federation import live_federation, spread
+from live_federation import QUICK_SECONDS, live_federation, spread
 from peers import work
 from peers.environments import FOLDER, PEERS
 from peers.running import MIB, rate, seconds_to
@@ -165,7 +165,7 @@ def main() -> None:
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that exit handlers end the started processes
     if options.quick:
-        options.what, options.sizes, options.repeats, options.seconds = "sizes", "100000", 1, 1.0
+        options.what, options.sizes, options.repeats, options.seconds = "sizes", "100000", 1, QUICK_SECONDS
     if options.install:
         FOLDER.mkdir(exist_ok=True)
         for peer in PEERS.values():

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from live_federation import live_federation, spread
+from live_federation import QUICK_SECONDS, live_federation, spread
 
 WORKERS, BYTES = 4, 1_000
 MODES = {
@@ -75,12 +75,12 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one mode, one second, as a smoke test")
+    parser.add_argument("--quick", action="store_true", help="one mode, once, as a smoke test")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
-    repeats, seconds = (1, 1.0) if options.quick else (options.repeats, options.seconds)
+    repeats, seconds = (1, QUICK_SECONDS) if options.quick else (options.repeats, options.seconds)
     rows: list[dict[str, Any]] = [
         {
             "mode": mode,

@@ -31,6 +31,8 @@ from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 
 TICK = os.sysconf("SC_CLK_TCK")
 START_SECONDS = 120.0
+QUICK_SECONDS = 0.2
+"""Duration of each measurement of a smoke test."""
 CONFIG = """
 name = "bench"
 [task]
@@ -208,7 +210,7 @@ def size_options(description: str | None, sizes: Sequence[int]) -> argparse.Name
     options = parser.parse_args()
     options.sizes = [100_000] if options.quick else [int(size) for size in options.sizes.split(",")]
     if options.quick:
-        options.repeats, options.seconds = 1, 1.0
+        options.repeats, options.seconds = 1, QUICK_SECONDS
     return options
 
 

@@ -27,12 +27,13 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from instant_task import InstantTask
-from live_federation import LiveFederation, cpu_seconds, live_federation, resident_bytes
+from live_federation import QUICK_SECONDS, LiveFederation, cpu_seconds, live_federation, resident_bytes
 
 from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Registration
@@ -57,6 +58,12 @@ SIMULATED_UPDATES, SIMULATED_BYTES = 5_000, 100_000
 VERSIONS = 12_000
 SOAK_SECONDS, EVERY_SECONDS = 600.0, 10.0
 Row = dict[str, Any]
+Start = Callable[[int], AbstractContextManager[LiveFederation]]
+"""Starts a federation with this number of workers."""
+
+
+def start_federation(workers: int, settings: Sequence[str] = ()) -> AbstractContextManager[LiveFederation]:
+    return live_federation(BYTES, workers, [*SETTINGS, *settings], forked=True)
 
 
 def of(running: LiveFederation, seconds: float) -> Row:
@@ -69,19 +76,19 @@ def of(running: LiveFederation, seconds: float) -> Row:
     }
 
 
-def workers(numbers: list[int], seconds: float) -> list[Row]:
+def workers(start: Start, numbers: list[int], seconds: float) -> list[Row]:
     found = []
     for number in numbers:
-        with live_federation(BYTES, number, SETTINGS, forked=True) as running:
+        with start(number) as running:
             found.append({"workers": number, **of(running, seconds)})
             print(found[-1], flush=True)
     return found
 
 
-def clients(numbers: list[int], seconds: float) -> list[Row]:
+def clients(start: Start, numbers: list[int], seconds: float) -> list[Row]:
     found = []
     for number in numbers:
-        with live_federation(BYTES, 4, SETTINGS, forked=True) as running:
+        with start(4) as running:
             for i in range(number):
                 site = WorkerStore(running.store.redis, running.store.run, f"gone-{i}")
                 site.join([f"gone-{i}"], 0.001)
@@ -124,7 +131,7 @@ def idle(numbers: list[int], seconds: float) -> list[Row]:
     found = []
     for number in numbers:
         settings = ["dispatch.selection=examples", f"dispatch.leader_lease_seconds={LEAD_SECONDS}"]
-        with live_federation(BYTES, 4, [*SETTINGS, *settings], forked=True) as running:
+        with start_federation(4, settings) as running:
             crowd = Crowd(running.store, number)
             burst = of_burst(running, crowd, seconds / 2)
             found.append({"clients": number, **burst, **of(running, seconds), "takeover_seconds": of_takeover(running)})
@@ -195,10 +202,10 @@ class Crowd:
             yield self.clients[first : first + AT_ONCE]
 
 
-def status(numbers: list[int]) -> list[Row]:
+def status(start: Start, numbers: list[int]) -> list[Row]:
     found = []
     for number in numbers:
-        with live_federation(BYTES, 2, SETTINGS, forked=True) as running:
+        with start(2) as running:
             pipe = running.store.redis.pipeline(transaction=False)
             record = pack_record({"kind": "abandoned", "client": "client-0", "reason": "failed", "error": "x" * 100})
             for _ in range(number):
@@ -215,9 +222,9 @@ def status(numbers: list[int]) -> list[Row]:
     return found
 
 
-def versions(number: int, step: int) -> list[Row]:
+def versions(start: Start, number: int, step: int) -> list[Row]:
     found: list[Row] = []
-    with live_federation(BYTES, 4, SETTINGS, forked=True) as running:
+    with start(4) as running:
         while not found or found[-1]["version"] < number:
             figures = running.measure(0.0, step)
             cpu = 1e3 * figures.coordinator_cpu / figures.updates
@@ -234,9 +241,9 @@ def versions(number: int, step: int) -> list[Row]:
     return found
 
 
-def soak(seconds: float, every: float) -> list[Row]:
+def soak(start: Start, seconds: float, every: float) -> list[Row]:
     found: list[Row] = []
-    with live_federation(BYTES, 4, SETTINGS, forked=True) as running:
+    with start(4) as running:
         began = time.monotonic()
         while time.monotonic() < began + seconds:
             time.sleep(every)
@@ -327,19 +334,28 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, help="draw the rows there")
     options = parser.parse_args()
     quick = options.quick
-    seconds = 1.0 if quick else options.seconds
-    measures = {
-        "workers": lambda: workers([2] if quick else list(WORKERS), seconds),
-        "clients": lambda: clients([10] if quick else list(CLIENTS), seconds),
-        "idle": lambda: idle([10] if quick else list(IDLE), seconds),
-        "simulated": lambda: simulated([10] if quick else list(IDLE), 40 if quick else SIMULATED_UPDATES),
-        "status": lambda: status([10] if quick else list(RECORDS)),
-        "versions": lambda: versions(40 if quick else VERSIONS, 20 if quick else 1000),
-        "soak": lambda: soak(2.0, 0.5) if quick else soak(SOAK_SECONDS, EVERY_SECONDS),
-    }
+    seconds = QUICK_SECONDS if quick else options.seconds
     record = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
-    for part in options.parts.split(","):
-        record[part] = measures[part]()
+    with contextlib.ExitStack() as stack:
+        if quick:  # one small federation for most parts is up sooner than five
+            running = stack.enter_context(start_federation(2))
+
+            def start(workers: int) -> AbstractContextManager[LiveFederation]:
+                return contextlib.nullcontext(running)
+
+        else:
+            start = start_federation
+        measures = {
+            "workers": lambda: workers(start, [2] if quick else list(WORKERS), seconds),
+            "clients": lambda: clients(start, [10] if quick else list(CLIENTS), seconds),
+            "idle": lambda: idle([10] if quick else list(IDLE), seconds),
+            "simulated": lambda: simulated([10] if quick else list(IDLE), 40 if quick else SIMULATED_UPDATES),
+            "status": lambda: status(start, [10] if quick else list(RECORDS)),
+            "versions": lambda: versions(start, 40 if quick else VERSIONS, 20 if quick else 1000),
+            "soak": lambda: soak(start, 1.0, 0.25) if quick else soak(start, SOAK_SECONDS, EVERY_SECONDS),
+        }
+        for part in options.parts.split(","):
+            record[part] = measures[part]()
     print(table(record))
     if options.json:
         options.json.write_text(json.dumps(record, indent=2) + "\n")

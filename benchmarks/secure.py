@@ -16,7 +16,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from live_federation import live_federation, spread
+from live_federation import QUICK_SECONDS, live_federation, spread
 
 WORKERS, CLIENTS, BUFFER = 2, 12, 10
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
@@ -84,7 +84,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes, counts = ([int(n) for n in words.split(",")] for words in (options.sizes, options.keepers))
     if options.quick:
-        sizes, counts, options.repeats, options.seconds = [100_000], [0, 1], 1, 1.0
+        sizes, counts, options.repeats, options.seconds = [100_000], [0, 1], 1, QUICK_SECONDS
     rows: list[dict[str, Any]] = []
     for nbytes in sizes:
         found = measure(nbytes, counts, options.repeats, options.seconds, versions=1 if options.quick else 3)

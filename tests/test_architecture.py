@@ -5,11 +5,8 @@ from __future__ import annotations
 import ast
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 import fedqueue
 
@@ -27,8 +24,6 @@ MAY_IMPORT = {
     "fedqueue_keeper": {"fedqueue", "fedqueue_keeper"},
 }
 MODULES = [(package, path) for package, folder in PACKAGES.items() for path in sorted(folder.rglob("*.py"))]
-each_module = pytest.mark.parametrize(("package", "path"), MODULES, ids=[f"{p}/{m.name}" for p, m in MODULES])
-
 EXECUTES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml", "jsonpickle"}
 """Formats that can carry code."""
 CALLS = {"eval", "exec", "compile", "__import__"}
@@ -74,55 +69,61 @@ def test_there_are_modules_to_look_at() -> None:
     assert {package for package, _ in MODULES} == set(PACKAGES)
 
 
-@each_module
-def test_services_import_only_the_shared_package_and_themselves(package: Any, path: Any) -> None:
-    ours = {name.partition(".")[0] for name in imported(path)} & set(PACKAGES)
-    assert ours <= MAY_IMPORT[package], f"{path.name} imports {ours - MAY_IMPORT[package]}"
+def offenders(find: Callable[[str, Path], object]) -> dict[str, object]:
+    """Return what `find(package, path)` finds in each module that breaks a rule."""
+    found = {f"{package}/{path.name}": find(package, path) for package, path in MODULES}
+    return {module: what for module, what in found.items() if what}
 
 
-@each_module
-def test_nothing_that_can_carry_code_is_imported(package: Any, path: Any) -> None:
-    assert not {name.partition(".")[0] for name in imported(path)} & EXECUTES
+def test_services_import_only_the_shared_package_and_themselves() -> None:
+    def find(package: str, path: Path) -> object:
+        return ({name.partition(".")[0] for name in imported(path)} & set(PACKAGES)) - MAY_IMPORT[package]
+
+    assert offenders(find) == {}
 
 
-@each_module
-def test_nothing_is_evaluated_or_loaded_as_code(package: Any, path: Any) -> None:
-    tree = tree_of(path)
-    used = names_used(path)
-    assert not used & CALLS
-    assert not used & {f"{module}.{name}" for module, name in LOADERS}
-    assert not imported(path) & {f"{module}.{name}" for module, name in LOADERS}
-    shells = [k for n in ast.walk(tree) if isinstance(n, ast.Call) for k in n.keywords if k.arg == "shell"]
-    assert not shells
+def test_nothing_that_can_carry_code_is_imported() -> None:
+    assert offenders(lambda _, path: {name.partition(".")[0] for name in imported(path)} & EXECUTES) == {}
 
 
-@each_module
-def test_environment_is_read_in_few_places(package: Any, path: Any) -> None:
-    touches = {name for name in names_used(path) if name in ("os.environ", "os.getenv", "environ", "getenv")}
-    assert not touches or path.name in READS_ENVIRONMENT
+def test_nothing_is_evaluated_or_loaded_as_code() -> None:
+    loaders = {f"{module}.{name}" for module, name in LOADERS}
+
+    def find(_: str, path: Path) -> object:
+        calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+        shells = {"shell" for call in calls for keyword in call.keywords if keyword.arg == "shell"}
+        return (names_used(path) & (CALLS | loaders)) | (imported(path) & loaders) | shells
+
+    assert offenders(find) == {}
 
 
-@each_module
-def test_name_of_a_module_says_what_it_is_about(package: Any, path: Any) -> None:
-    assert path.stem not in VAGUE
+def test_environment_is_read_in_few_places() -> None:
+    readers = {"os.environ", "os.getenv", "environ", "getenv"}
+    assert offenders(lambda _, path: names_used(path) & readers if path.name not in READS_ENVIRONMENT else ()) == {}
 
 
-@each_module
-def test_every_module_says_what_it_is_for(package: Any, path: Any) -> None:
-    assert ast.get_docstring(tree_of(path))
+def test_name_of_a_module_says_what_it_is_about() -> None:
+    assert offenders(lambda _, path: path.stem in VAGUE) == {}
 
 
-@each_module
-def test_no_module_keeps_mutable_state(package: Any, path: Any) -> None:
+def test_every_module_says_what_it_is_for() -> None:
+    assert offenders(lambda _, path: not ast.get_docstring(tree_of(path))) == {}
+
+
+def test_no_module_keeps_mutable_state() -> None:
     """A constant table is allowed; an empty container at module level would be filled later."""
-    for node in tree_of(path).body:
-        value = getattr(node, "value", None)
-        if isinstance(node, ast.Assign | ast.AnnAssign) and value is not None:
-            empty = isinstance(value, ast.List | ast.Dict | ast.Set) and not ast.unparse(value).strip("[]{}")
-            made = isinstance(value, ast.Call) and ast.unparse(value.func) in ("list", "dict", "set", "defaultdict")
-            assert not empty, ast.unparse(node)
-            assert not made, ast.unparse(node)
-    assert not [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
+
+    def find(_: str, path: Path) -> object:
+        found: list[ast.AST] = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Global)]
+        for node in tree_of(path).body:
+            value = getattr(node, "value", None)
+            if isinstance(node, ast.Assign | ast.AnnAssign) and value is not None:
+                empty = isinstance(value, ast.List | ast.Dict | ast.Set) and not ast.unparse(value).strip("[]{}")
+                made = isinstance(value, ast.Call) and ast.unparse(value.func) in ("list", "dict", "set", "defaultdict")
+                found += [node] if empty or made else []
+        return [ast.unparse(node) for node in found]
+
+    assert offenders(find) == {}
 
 
 def test_only_the_keys_module_spells_keys_of_redis() -> None:
