@@ -1,11 +1,11 @@
 """What [privacy.examples] costs in accuracy: the two examples at several ε, under the virtual clock.
 
     python benchmarks/row_privacy.py                                        both tables, three seeds each
-    python benchmarks/row_privacy.py --example hospitals --seeds 1 --epsilon 8      a short one
+    python benchmarks/row_privacy.py --quick                                one row, of one seed
 
 Each client may train JOBS jobs, with the same settings at every ε: batches, steps, learning rate and C were chosen at
-ε = 3 on another seed. "none" is the same training without clipping and noise. A seed decides the initial model, the
-partition or the split into training and test rows, and under the virtual clock the noise.
+ε = 3 on another seed. "none" is as many updates without clipping and noise, with the example's own settings. A seed
+decides the initial model, the partition or the split into training and test rows, and the noise.
 """
 
 from __future__ import annotations
@@ -26,20 +26,17 @@ ROOT = Path(__file__).resolve().parents[1]
 JOBS = 20
 DELTA = 1e-4
 EPSILONS = ("1", "3", "8", "none")
-QUICK = ["--example", "hospitals", "--seeds", "1", "--epsilon", "8"]
-"""What the tests run."""
-SETTINGS: dict[str, tuple[int, float, tuple[str, ...], tuple[str, ...]]] = {
+SETTINGS: dict[str, tuple[int, float, tuple[str, ...], str, tuple[str, ...]]] = {
     "digits": (
-        8, 1.5, ("accuracy", "loss"),
-        ("training.batch_size=128", "training.local_steps=2", "training.learning_rate=1.0", "stop.target={}"),
+        8, 1.5, ("accuracy", "loss"), "stop.target={}",
+        ("training.batch_size=128", "training.local_steps=2", "training.learning_rate=1.0"),
     ),
     "hospitals": (
-        4, 0.5, ("accuracy", "auc", "loss"),
-        ("training.batch_size=32", "training.local_steps=8", "training.learning_rate=0.5",
-         "task.options.central_test=true"),
+        4, 0.5, ("accuracy", "auc", "loss"), "task.options={central_test = true, usual_scaling = true}",
+        ("training.batch_size=32", "training.local_steps=8", "training.learning_rate=0.5"),
     ),
 }  # fmt: skip
-"""Example → clients, C, metrics, and other settings."""
+"""Example → clients, C, metrics, a setting of every run, and settings of the training with noise."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -48,7 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--example", choices=SETTINGS, action="append")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epsilon", choices=EPSILONS, action="append")
+    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
+    if options.quick:
+        options.example, options.seeds, options.epsilon = ["hospitals"], 1, ["8"]
     torch.set_num_threads(1)
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
     for example in options.example or SETTINGS:
@@ -65,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(example: str, epsilon: str, seed: int) -> tuple[dict[str, float], list[float]]:
     """Simulate a run; return the metrics of its last version, and the noise multiplier of each client."""
-    clients, clip_norm, _, settings = SETTINGS[example]
+    clients, clip_norm, _, always, with_noise = SETTINGS[example]
     updates = JOBS * clients
     overrides = [
-        f"seed={seed}", f"task.options.seed={seed}", "training.device=cpu", "stop.seconds=off",
-        f"evaluation.every_versions={updates // 4}", f"stop.versions={updates // 4}", *settings,
+        f"seed={seed}", always, f"task.options.seed={seed}", "training.device=cpu", "stop.seconds=off",
+        f"evaluation.every_versions={updates // 4}", f"stop.versions={updates // 4}",
     ]  # fmt: skip
     if epsilon != "none":
+        overrides += with_noise
         overrides += [
             f"privacy.examples.{key}={value}"
             for key, value in {"epsilon": epsilon, "jobs": JOBS, "delta": DELTA, "max_grad_norm": clip_norm}.items()

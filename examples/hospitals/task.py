@@ -39,6 +39,15 @@ CATEGORIES = {
     "slope": ("upsloping", "flat", "downsloping"),
     "thal": ("normal", "fixed defect", "reversable defect"),
 }
+USUAL = {
+    "age": (55, 10),
+    "trestbps": (130, 20),
+    "chol": (220, 50),
+    "thalch": (140, 25),
+    "oldpeak": (1, 1),
+    "ca": (0.5, 1),
+}
+"""Column → mean and deviation that are known without any row: numbers of a textbook, not of this table."""
 ZERO_IS_MISSING = ("trestbps", "chol")  # a living patient has a blood pressure, and cholesterol
 FEATURES = 2 * len(NUMBERS) + sum(map(len, CATEGORIES.values()))
 TEST_EVERY = 4  # every fourth row of each outcome is for testing only
@@ -62,13 +71,22 @@ class HospitalsTask(Task):
     must be the same in every process of a run. central_test: let the coordinator evaluate on the four held-out sets
     together, which only a public benchmark allows: in a real federation it has no patient's row. mixed: deal the
     training rows of all four out to them at random, as many to each as it had, so that they differ no more than chance
-    has it: to compare with, and again for a public benchmark only.
+    has it: to compare with, and again for a public benchmark only. usual_scaling: scale by USUAL and not by the
+    hospital's own rows, so that no row has a part in how another one is encoded, as differential privacy assumes.
     """
 
-    def __init__(self, model: str = "logistic", seed: int = 0, central_test: bool = False, mixed: bool = False) -> None:
+    def __init__(
+        self,
+        model: str = "logistic",
+        seed: int = 0,
+        central_test: bool = False,
+        mixed: bool = False,
+        usual_scaling: bool = False,
+    ) -> None:
         if model not in MODELS:
             raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
         self.architecture, self.seed, self.central_test, self.mixed = model, seed, central_test, mixed
+        self.usual_scaling = usual_scaling
 
     def model(self) -> torch.nn.Module:
         """Maps float32 (n, FEATURES) to scores of healthy and ill, float32 (n, 2)."""
@@ -77,12 +95,12 @@ class HospitalsTask(Task):
     def train_data(self, client: Client) -> HospitalRows:
         if client.id not in HOSPITALS:
             raise TaskError(f"no hospital is called {client.id!r}; known: {', '.join(HOSPITALS)}")
-        own = prepare(read_rows(HOSPITALS[client.id]), self.seed)
+        own = prepare(read_rows(HOSPITALS[client.id]), self.seed, self.usual_scaling)
         return self._dealt(client.id, own) if self.mixed else own
 
     def _dealt(self, hospital: str, own: HospitalRows) -> HospitalRows:
         """As many rows as the hospital has, of all that the four encoded; what it tests on stays its own."""
-        each = [prepare(read_rows(name), self.seed) for name in HOSPITALS.values()]
+        each = [prepare(read_rows(name), self.seed, self.usual_scaling) for name in HOSPITALS.values()]
         rows, ill = (torch.cat(parts) for parts in zip(*(one.tensors for one in each), strict=True))
         sizes = [len(one) for one in each]
         dealt = torch.from_numpy(np.random.default_rng(self.seed).permutation(len(ill)))
@@ -138,11 +156,11 @@ def read_rows(hospital: str) -> list[Row]:
         return [row for row in csv.DictReader(file) if row["dataset"] == hospital]
 
 
-def prepare(rows: Sequence[Row], seed: int) -> HospitalRows:
-    """One hospital's rows, ready to train on and to test on; only the former decide how both are encoded."""
+def prepare(rows: Sequence[Row], seed: int, usual_scaling: bool = False) -> HospitalRows:
+    """One hospital's rows, ready to train on and to test on; only the former, or USUAL, decide how both are encoded."""
     ill = np.array([int(row["num"]) > 0 for row in rows], dtype=np.int64)
     train, test = hold_out(ill, seed)
-    encoded, labels = torch.from_numpy(encode(rows, train)), torch.from_numpy(ill)
+    encoded, labels = torch.from_numpy(encode(rows, train, usual_scaling)), torch.from_numpy(ill)
     return HospitalRows((encoded[train], labels[train]), (encoded[test], labels[test]))
 
 
@@ -153,16 +171,18 @@ def hold_out(ill: Indices, seed: int) -> tuple[Indices, Indices]:
     return np.delete(by_outcome, np.s_[::TEST_EVERY]), by_outcome[::TEST_EVERY]
 
 
-def encode(rows: Sequence[Row], own: Indices) -> npt.NDArray[np.float32]:
+def encode(rows: Sequence[Row], own: Indices, usual_scaling: bool = False) -> npt.NDArray[np.float32]:
     """float32 (n, FEATURES) without a gap: standardised numbers, whether each was missing, categories one-hot.
 
-    Mean and deviation come from the rows `own`. A missing number becomes their mean, which is 0 (so does every number
-    of a column that this hospital never measured); a missing category is all zeros.
+    Mean and deviation come from the rows `own`, or from USUAL. A missing number becomes their mean, which is 0 (so does
+    every number of a column that this hospital never measured); a missing category is all zeros.
     """
     numbers = np.array([[_number(row, name) for name in NUMBERS] for row in rows])
     missing = np.isnan(numbers)
     measured = np.ma.masked_invalid(numbers[own])
     mean, deviation = measured.mean(axis=0).filled(0.0), measured.std(axis=0).filled(1.0)
+    if usual_scaling:
+        mean, deviation = np.array([USUAL[name] for name in NUMBERS]).T
     scaled = (numbers - mean) / np.where(deviation > 0, deviation, 1.0)
     one_hot = [[row[name] == value for name, values in CATEGORIES.items() for value in values] for row in rows]
     return np.hstack([np.where(missing, 0.0, scaled), missing, one_hot]).astype(np.float32)

@@ -89,6 +89,7 @@ def test_loader_of_the_task_is_refused_before_the_run() -> None:
     {"aggregation": {"strategy": "fedavg"}},
     {"aggregation": {"strategy": "fedasync"}},
     {"aggregation": {"buffer_size": 2, "weight_by_examples": True}},
+    {"aggregation": {"buffer_size": 3}, "secure": {"keepers": ["one", "two"], "clip_norm": 10.0}},
 ])  # fmt: skip
 def test_noise_goes_together_with_what_follows_it(sections: dict[str, Any]) -> None:
     result = simulate(PointsTask(), NOISE, **sections)

@@ -52,6 +52,14 @@ def test_both_outcomes_are_held_out_in_proportion(hospital: str) -> None:
         assert 0 < tested.sum() < len(tested)
 
 
+def test_usual_scaling_encodes_each_row_by_itself() -> None:
+    rows = example.read_rows("Cleveland")[:40]
+    together = example.encode(rows, np.arange(40), usual_scaling=True)
+    alone = [example.encode([one], np.arange(1), usual_scaling=True)[0] for one in rows]
+    assert np.array_equal(together, np.stack(alone))
+    assert not np.array_equal(together, example.encode(rows, np.arange(40)))
+
+
 @pytest.mark.parametrize("hospital", SIZES)
 def test_missing_values_leave_no_gap_and_no_outlier(hospital: str) -> None:
     data = example.HospitalsTask().train_data(Client(hospital))

@@ -115,3 +115,10 @@ def test_site_on_a_breaking_line_delivers_at_its_first_attempt(tmp_path: Path) -
     assert (row["attempt"], row["lapsed"], row["breaks"]) == (1, [], 3)
     assert row["seconds"] > 30
     assert max(row["down_bytes"], row["up_bytes"]) < 1.7 * 6e6, "more than the missing pieces were sent again"
+
+
+def test_cost_of_row_privacy_is_measured() -> None:
+    shown = run("row_privacy.py", "--quick")
+    row = next(line for line in shown.splitlines() if line.startswith("| 8 |"))
+    accuracy = float(row.split("|")[3])
+    assert 0.7 < accuracy < 1.0

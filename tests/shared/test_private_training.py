@@ -99,6 +99,19 @@ def test_gradients_are_those_of_single_rows(make: Any, together: bool) -> None:
     torch.testing.assert_close(found.float(), gradients_by_hand(task, model, data), atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("make", [perceptron, convolution])
+def test_gradients_are_those_of_opacus(make: Any) -> None:
+    opacus = pytest.importorskip("opacus")
+    task, data = Plain(make), rows(12)
+    model = task.model()
+    found = RowGradients(task, model, data, CPU, together=True).of(np.arange(12))
+    wrapped = opacus.GradSampleModule(model, loss_reduction="sum")
+    inputs, labels = data.tensors
+    torch.autograd.backward(torch.nn.functional.cross_entropy(wrapped(inputs), labels, reduction="sum"))
+    expected = torch.cat([p.grad_sample.reshape(12, -1) for p in wrapped.parameters()], 1)
+    torch.testing.assert_close(found.float(), expected, atol=1e-6, rtol=1e-5)
+
+
 class Pairs(Dataset[Any]):
     """Rows that are mappings, of different lengths if `ragged`."""
 

@@ -21,7 +21,8 @@ from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunFailed, StoreError, TaskError
 from fedqueue.leak.attacks import ENCODINGS, Attacks, Chosen, Gallery, Seen, encoded, mean_update
-from fedqueue.leak.measurement import NOTHING, Measurement, above, parse_limits
+from fedqueue.leak.measurement import NOTHING, ROW_NOISE, Measurement, above, parse_limits
+from fedqueue.leak.rehearsal import protection
 from fedqueue.leak.report import print_table, write_leak
 from fedqueue.leak.row_data import Indices, Rows, all_of, hold_out, matched, part, rows_of, rows_of_job
 from fedqueue.private_training import simulated_key
@@ -234,7 +235,7 @@ def _measure(
     attacks = Attacks(task, module, rows, control, config.seed)
     every = [one for block in singles for one in block]
     codec = uplink_codec(config.compression, recording.first.manifest)
-    posted = NOTHING if codec.encoding is None else codec.name
+    posted = protection(config, codec)
     say(f"attacking single updates ({posted})")
     measurements = attacks.on_updates(every, "coordinator", posted)
     galleries = [attacks.gallery("one update", every, measurements)]
@@ -250,7 +251,7 @@ def _measure(
         if arrived := encoded(every, name, config.seed):
             measurements += attacks.on_updates(arrived, "coordinator", name, configured=False)
     say("attacking the steps between versions")
-    measurements += attacks.on_updates(steps, "participant", "none")
+    measurements += attacks.on_updates(steps, "participant", ROW_NOISE if config.example_privacy else NOTHING)
     if references:
         models = _references(recording, datasets, rows, references, say)
         say("attacking the last model")

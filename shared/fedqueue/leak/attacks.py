@@ -126,6 +126,8 @@ class Attacks:
         def attack(one: Seen, client: str) -> Unit | None:
             labels = self._members(one, client).labels
             assert labels is not None
+            if not len(labels):  # a step of noise alone, with [privacy.examples]
+                return None
             bias = self._delta_of(one.delta, self.last, "bias")
             true = shares(labels, len(bias))
             found = label_correlation(bias, true)
@@ -294,4 +296,4 @@ def _first_mean(values: Numbers, *others: Numbers) -> float:
 
 def _flat(rows: Rows) -> torch.Tensor:
     assert rows.inputs is not None
-    return rows.inputs.reshape(len(rows), -1)
+    return rows.inputs.flatten(1)

@@ -20,6 +20,8 @@ ATTACKS = {
 """Name of an attack → what its value is."""
 NOTHING = "none"
 """The protection of an update as it is posted in float32."""
+ROW_NOISE = "noise for rows"
+"""The protection of an update of a run with [privacy.examples]."""
 FORMAT = 1
 
 

@@ -9,14 +9,14 @@ from typing import Any
 from fedqueue.config.client import Client
 from fedqueue.config.schema import Config
 from fedqueue.leak.attacks import ENCODINGS, Attacks, Gallery, Seen, encoded
-from fedqueue.leak.measurement import NOTHING, Measurement
+from fedqueue.leak.measurement import NOTHING, ROW_NOISE, Measurement
 from fedqueue.leak.row_data import all_of, hold_out, matched, rows_of, rows_of_job
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
 from fedqueue.private_training import check_example_privacy, simulated_key
 from fedqueue.protocol.messages import Order
 from fedqueue.task import Task, make_model
-from fedqueue.tensors.codec import uplink_codec
+from fedqueue.tensors.codec import Codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import check_device, check_training, set_seed
@@ -74,7 +74,7 @@ def rehearse(
     rows = rows_of(task, trained, config.seed, all_of(seen_rows))
     control = matched(rows_of(task, held_out, config.seed), rows, config.seed)
     attacks = Attacks(task, module, {client.id: rows}, {client.id: control}, config.seed)
-    posted = NOTHING if codec.encoding is None else codec.name
+    posted = protection(config, codec)
     measurements = attacks.on_updates(seen, "coordinator", posted)
     galleries = [attacks.gallery("one update", seen, measurements)]
     for name in ENCODINGS if compare and posted == NOTHING else ():
@@ -82,3 +82,9 @@ def rehearse(
             measurements += attacks.on_updates(arrived, "coordinator", name, configured=False)
     kind = "test_data()" if test is not None else "a quarter of the client's rows, held out"
     return Rehearsal(measurements, galleries, kind)
+
+
+def protection(config: Config, codec: Codec) -> str:
+    """Return what protects an update of this run as it is posted with this codec; NOTHING if nothing does."""
+    encoding = "" if codec.encoding is None else codec.name
+    return " and ".join(filter(None, [ROW_NOISE if config.example_privacy else "", encoding])) or NOTHING
