@@ -27,13 +27,17 @@ from fedqueue_coordinator.operator.access.acl import (
     SHARED_WORKER,
     write_access_folders,
 )
+from fedqueue_coordinator.operator.access.enrolment import KEEPER_SITES
+from fedqueue_keeper.cli import app as keeper_app
 from fedqueue_worker.cli import app as worker_app
 from tests.compose.run import CLIENT_EXPIRED
 
 ROOT = Path(__file__).parents[1]
-SERVICES = ("coordinator", "worker")
+KEEPERS = ("university", "audit-office")
+SERVICES = ("coordinator", "worker", *(f"keeper-{name}" for name in KEEPERS))
+IMAGES = ("coordinator", "worker", "keeper")
 BUILT = ("keys", "access", *SERVICES)
-APPS = {"fedqueue": coordinator_app, "fedqueue-worker": worker_app}
+APPS = {"fedqueue": coordinator_app, "fedqueue-worker": worker_app, "fedqueue-keeper": keeper_app}
 INTERPOLATION = re.compile(r"(?<!\$)\$\{(\w+)(?::?([-?])([^}]*))?\}")
 APP_FOLDER = PurePosixPath("/app")  # in the images; has the repository's `examples`
 
@@ -144,6 +148,7 @@ EXAMPLES: dict[str, str] = {
     "FEDQUEUE_STOP__VERSIONS": "10",
     "FEDQUEUE_STOP__SECONDS": "600",
     "FEDQUEUE_STOP__TARGET": "{accuracy = 0.9}",
+    "FEDQUEUE_SECURE__KEEPERS": '["university", "audit-office"]',
 }
 """A value for each setting that compose passes on."""
 
@@ -156,6 +161,7 @@ def test_every_setting_is_a_key_of_the_configuration(stack: dict[str, Any], serv
     assert config.redis.password_file == environment["FEDQUEUE_REDIS__PASSWORD_FILE"]
     assert len(config.clients.ids) == int(environment["FEDQUEUE_CLIENTS__COUNT"]) >= 12
     assert config.stop.target == {"accuracy": 0.9}
+    assert config.secure.keepers == KEEPERS
 
 
 def test_unknown_setting_is_an_error(stack: dict[str, Any]) -> None:
@@ -169,7 +175,8 @@ def test_unknown_setting_is_an_error(stack: dict[str, Any]) -> None:
 def test_each_part_has_its_own_user_and_the_file_no_password(stack: dict[str, Any]) -> None:
     text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
     assert not re.search(r"REDIS_PASSWORD|requirepass|://[^@\s]*:[^@\s]*@", text)
-    for service, user in (("coordinator", COORDINATOR), ("worker", SHARED_WORKER)):
+    keepers = {f"keeper-{name}": f"keeper-{name}" for name in KEEPERS}
+    for service, user in {"coordinator": COORDINATOR, "worker": SHARED_WORKER, **keepers}.items():
         url = urlsplit(settings(stack, service)["FEDQUEUE_REDIS__URL"])
         assert (url.scheme, url.username, url.password, url.port) == ("redis", user, None, 6379)
         assert stack["services"][service]["depends_on"][url.hostname] == {"condition": "service_healthy"}
@@ -184,10 +191,12 @@ def test_each_part_mounts_only_its_own_secret(stack: dict[str, Any]) -> None:
         "access": [
             f"access:{APP_FOLDER}/access",
             *(f"access-{user}:{APP_FOLDER}/access/{user}" for user in (SERVER_FOLDER, COORDINATOR, SHARED_WORKER)),
+            *(f"access-keeper-{name}:{APP_FOLDER}/access/keeper-{name}" for name in KEEPERS),
         ],
         "redis": ["access-server:/access:ro"],
         "coordinator": [f"access-coordinator:{APP_FOLDER}/access/coordinator:ro"],
         "worker": [f"access-worker:{APP_FOLDER}/access/worker:ro"],
+        **{f"keeper-{name}": [f"access-keeper-{name}:{APP_FOLDER}/access/keeper-{name}:ro"] for name in KEEPERS},
     }
 
 
@@ -268,6 +277,19 @@ def test_keys_are_made_first_and_private_ones_stay_apart(stack: dict[str, Any]) 
     assert stack["services"]["keys"]["command"][-1] == folder
 
 
+def test_each_keeper_has_a_key_and_a_log_of_its_own(stack: dict[str, Any]) -> None:
+    mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
+    for name in KEEPERS:
+        service = f"keeper-{name}"
+        assert stack["services"][service]["profiles"] == ["keepers"]
+        assert parse("fedqueue-keeper", stack["services"][service]["command"])["name"] == name
+        folder = settings(stack, service)["FEDQUEUE_SECURITY__KEYS"]
+        assert [m for m in mounts[service] if "access" not in m] == [f"{service}:{APP_FOLDER}/{folder}"]
+        holders = {part for part, held in mounts.items() if any(m.startswith(f"{service}:") for m in held)}
+        assert holders == {"keys", service}
+        assert f"{service}:{APP_FOLDER}/keys/{KEEPER_SITES}/{name}" in mounts["keys"]
+
+
 def test_redis_writes_where_its_volume_is(stack: dict[str, Any]) -> None:
     mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
     folder = mounts["redis"][0].partition(":")[2]
@@ -301,19 +323,20 @@ def test_server_refuses_values_larger_than_a_chunk(stack: dict[str, Any]) -> Non
     assert f"\nproto-max-bulk-len {CHUNK}\n" in stack["services"]["redis"]["command"][-1]
 
 
-def test_both_images_are_built_by_the_same_steps() -> None:
-    """With equal steps the engine builds them once, and both images share the layer that has torch."""
-    coordinator, worker = (Dockerfile(ROOT / service / "Dockerfile") for service in SERVICES)
-    assert coordinator.stages[:-1] == worker.stages[:-1]
+def test_images_are_built_by_the_same_steps() -> None:
+    """With equal steps the engine builds them once, and the images share the layer that has torch."""
+    worker = Dockerfile(ROOT / "worker" / "Dockerfile")
     shared = [i for i, (name, _) in enumerate(worker.stages[-1]) if name == "COPY"][-1]
-    assert coordinator.stages[-1][: shared + 1] == worker.stages[-1][: shared + 1]
+    for image in (Dockerfile(ROOT / name / "Dockerfile") for name in IMAGES):
+        assert image.stages[:-1] == worker.stages[:-1]
+        assert image.stages[-1][: shared + 1] == worker.stages[-1][: shared + 1]
 
 
 def test_only_the_coordinators_image_has_plots_and_numba() -> None:
-    coordinator, worker = (Dockerfile(ROOT / service / "Dockerfile") for service in SERVICES)
+    coordinator, worker, keeper = (Dockerfile(ROOT / name / "Dockerfile") for name in IMAGES)
     copied = ("COPY", "--from=coordinator-extras /extras/ /")
     assert copied in coordinator.stages[-1]
-    assert copied not in worker.stages[-1]
+    assert copied not in worker.stages[-1] + keeper.stages[-1]
 
 
 def test_torch_is_the_cpu_build_unless_told_otherwise(dockerfile: Dockerfile, stack: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILE = ROOT / "docker-compose.yml"
-DOCKERFILES = (ROOT / "coordinator/Dockerfile", ROOT / "worker/Dockerfile")
+DOCKERFILES = tuple(ROOT / part / "Dockerfile" for part in ("coordinator", "worker", "keeper"))
 
 RUN = "elastic"
 LEASE_SECONDS = 10.0  # the default of dispatch.lease_seconds: a killed worker's client expires after it

@@ -13,8 +13,10 @@ for _module in (
     "fedqueue_coordinator.operator.progress_view",
     "fedqueue_coordinator.operator.local_run",
     "fedqueue_coordinator.operator.results",
+    "fedqueue_keeper.process",
     "fedqueue_worker.process",
     "tests.support.chaos.coordinator_with_faults",
+    "tests.support.chaos.keeper_with_skew",
     "tests.support.chaos.worker_with_skew",
 ):
     importlib.import_module(_module)

@@ -11,15 +11,17 @@ from fedqueue.config.training import TrainingConfig
 
 
 class ToyTask(Task):
-    """`raises`: id of the client whose training raises, or `*` for all; `batch_seconds`: duration of a batch."""
+    """`raises`: id of the client whose training raises, or `*` for all; `batch_seconds`: duration of a batch.
 
-    def __init__(self, raises: str = "", batch_seconds: float = 0.0) -> None:
-        self.raises, self.batch_seconds = raises, batch_seconds
+    With `buffers` false, the model has GroupNorm in place of BatchNorm, and so no running statistics.
+    """
+
+    def __init__(self, raises: str = "", batch_seconds: float = 0.0, buffers: bool = True) -> None:
+        self.raises, self.batch_seconds, self.buffers = raises, batch_seconds, buffers
 
     def model(self) -> torch.nn.Module:
-        return torch.nn.Sequential(
-            torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 2)
-        )
+        norm = torch.nn.BatchNorm1d(8) if self.buffers else torch.nn.GroupNorm(2, 8)
+        return torch.nn.Sequential(torch.nn.Linear(4, 8), norm, torch.nn.ReLU(), torch.nn.Linear(8, 2))
 
     def train_data(self, client: Client) -> Dataset[Any]:
         self._client = client.id

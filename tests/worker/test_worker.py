@@ -434,7 +434,7 @@ def test_outage_in_rqs_loop_is_named_without_a_traceback(
     ]
 
 
-def test_a_policy_that_requires_keepers_leaves_the_client_out_unread(fake_run: SampleRun, task: Noise) -> None:
+def test_policy_that_requires_keepers_leaves_the_client_out(fake_run: SampleRun, task: Noise) -> None:
     worker = Worker(fake_run.config, task, fake_run.worker(new_token()), Policy(min_keepers=1))
     with pytest.raises(LoadFailed, match="client-0: this site's policy: min_keepers: the run has no keepers"):
         worker.run([["client-0"]])

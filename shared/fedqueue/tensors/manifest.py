@@ -265,7 +265,7 @@ class Manifest:
             hint = "set aggregation.running_statistics = 'frozen', or use GroupNorm or LayerNorm, which have none"
             if e.rule:
                 hint = f'write aggregation.buffers = {{ "{e.name}" = "frozen" }}'
-            raise ManifestMismatch(f"model: buffer {e.name} cannot be masked, and would tell of each client; {hint}")
+            raise ManifestMismatch(f"model: masks hide no buffer, so {e.name} would tell about its client; {hint}")
 
     def pack(self) -> bytes:
         """The manifest as msgpack: for each tensor the fields of TensorSpec, in their order."""

@@ -1,12 +1,13 @@
-"""Starts the federation for chaos tests: a server, a proxy in front of it, coordinators and workers."""
+"""Starts the federation for chaos tests: a server, a proxy in front of it, coordinators, workers and any keepers."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import redis
 
 from fedqueue.config.names import ENVIRONMENT_PREFIX
 from fedqueue.transport.connection import connect
-from fedqueue_coordinator.operator.access.enrolment import enroll_missing
+from fedqueue_coordinator.operator.access.enrolment import KEEPER, KEEPER_SITES, enroll_missing
 from fedqueue_coordinator.operator.audit.audit_input import AuditInput, read_audit_input
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from tests.support import toy_task
@@ -64,19 +65,29 @@ class Lost(AssertionError):
 class Chaos:
     """Holds the federation that faults act on. Call `tick` often: it supervises, and ends timed faults."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
+    def __init__(self, folder: Path, seed: int, keepers: Sequence[str] = ()) -> None:
         self.folder, self.rng = folder, random.Random(seed)
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "federation.toml"
         password = folder / "redis.password"
         password.write_text(PASSWORD)
         security = f'[security]\nkeys = "{folder}/keys"\negress_log = "{folder}/egress"\n'
-        config.write_text(f'{CONFIG}[redis]\npassword_file = "{password}"\n{security}')
+        secure = f"[secure]\nkeepers = {json.dumps(list(keepers))}\n"
+        own = CONFIG.replace("{ batch_seconds", "{ buffers = false, batch_seconds") if keepers else CONFIG
+        config.write_text(f'{own}[redis]\npassword_file = "{password}"\n{security}{secure}')
+        enroll_missing(folder / "keys", keepers, role=KEEPER)
         enroll_missing(folder / "keys", sum(SHARES, ()), site=folder / "keys")
         self.server = TcpServer(folder / "redis")
         self.proxy = TcpProxy(self.server.port)
         self.store = CoordinatorStore(connect(self.server.url, retries=0), RUN, "spectator")
-        self.fleet = Fleet(folder, config, self.server.address_through(self.proxy.port), SHARES, coordinators=2)
+        self.fleet = Fleet(
+            folder,
+            config,
+            self.server.address_through(self.proxy.port),
+            SHARES,
+            coordinators=2,
+            keepers={name: folder / "keys" / KEEPER_SITES / name for name in keepers},
+        )
         self._later: list[tuple[float, Callable[[], Any]]] = []
         self.accepted: list[str] = []
         """Duplicates that were not refused."""

@@ -30,7 +30,9 @@ STORE = (
     "after expire_clients.lua",
     "after leader.lua",
 )
-POINTS = SERVICE + STORE
+WITH_KEEPERS = ("before propose.lua", "after propose.lua")
+"""Passed only in a run with keepers."""
+POINTS = SERVICE + STORE + WITH_KEEPERS
 
 
 class StoreWithPoints(CoordinatorStore):

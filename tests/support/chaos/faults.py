@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -119,6 +121,41 @@ def skew_clock(chaos: Chaos) -> None:
     one.monotonic.value += chaos.rng.uniform(0, 300)
 
 
+def kill_keeper(chaos: Chaos) -> None:
+    _keeper(chaos).send(signal.SIGKILL)
+
+
+def terminate_keeper(chaos: Chaos) -> None:
+    _keeper(chaos).send(signal.SIGTERM)
+
+
+def stop_continue_keeper(chaos: Chaos) -> None:
+    """Stop a keeper for longer than the leases of coordinators and clients."""
+    keeper = _keeper(chaos)
+    keeper.stopped = True
+    keeper.send(signal.SIGSTOP)
+
+    def undo() -> None:
+        keeper.stopped = False
+        keeper.send(signal.SIGCONT)
+
+    chaos.later(LEASE_SECONDS + chaos.rng.uniform(0.3, 1.0), undo)
+
+
+def kill_all_keepers_and_the_coordinator(chaos: Chaos) -> None:
+    kill_coordinator(chaos)
+    for keeper in chaos.fleet.keepers:
+        keeper.send(signal.SIGKILL)
+
+
+def lose_a_keepers_file(chaos: Chaos) -> None:
+    """Kill a keeper and delete its encryption key and its log, as a lost disk does."""
+    keeper = _keeper(chaos)
+    keeper.send(signal.SIGKILL)
+    chaos.wait(lambda: not keeper.alive, "the keeper is dead")
+    shutil.rmtree(Path(keeper.arguments[keeper.arguments.index("--keys") + 1]) / "state")
+
+
 KINDS: dict[str, Callable[[Chaos], None]] = {
     "kill_worker": kill_worker,
     "terminate_worker": terminate_worker,
@@ -131,8 +168,26 @@ KINDS: dict[str, Callable[[Chaos], None]] = {
     "duplicate_post": duplicate_post,
     "skew_clock": skew_clock,
 }
-AT_POINTS = {f"kill_coordinator_at:{point}": kill_coordinator_at(point) for point in crash_points.POINTS}
+AT_POINTS = {
+    f"kill_coordinator_at:{point}": kill_coordinator_at(point) for point in crash_points.SERVICE + crash_points.STORE
+}
 FAULTS = {**KINDS, **AT_POINTS}
+KEEPER_FAULTS: dict[str, Callable[[Chaos], None]] = {
+    "kill_keeper": kill_keeper,
+    "terminate_keeper": terminate_keeper,
+    "stop_continue_keeper": stop_continue_keeper,
+    "kill_all_keepers_and_the_coordinator": kill_all_keepers_and_the_coordinator,
+    "lose_a_keepers_file": lose_a_keepers_file,
+    **{f"kill_coordinator_at:{point}": kill_coordinator_at(point) for point in crash_points.WITH_KEEPERS},
+}
+"""For a federation with keepers."""
+
+
+def _keeper(chaos: Chaos) -> Member:
+    able = [one for one in chaos.fleet.keepers if one.alive and not one.stopped]
+    if not able:
+        raise NotNow
+    return chaos.rng.choice(able)
 
 
 def _worker(chaos: Chaos) -> Member:

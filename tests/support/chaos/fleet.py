@@ -1,4 +1,4 @@
-"""Runs coordinators and workers for a chaos run, and restarts each after its death, as a supervisor does.
+"""Runs coordinators, workers and keepers for a chaos run, and restarts each after its death, as a supervisor does.
 
 Each process is forked from one that has already imported everything, so a restart costs no import of torch.
 """
@@ -9,13 +9,13 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from tests.support.chaos import coordinator_with_faults, crash_points, worker_with_skew
+from tests.support.chaos import coordinator_with_faults, crash_points, keeper_with_skew, worker_with_skew
 from tests.support.forked import CONTEXT
 
 RESTART_SECONDS = 0.3  # a supervisor's delay before it restarts a program
@@ -73,13 +73,20 @@ class Fleet:
     """Holds all members. Call `supervise` often."""
 
     def __init__(
-        self, folder: Path, config: Path, url: str, shares: Sequence[Sequence[str]], coordinators: int
+        self,
+        folder: Path,
+        config: Path,
+        url: str,
+        shares: Sequence[Sequence[str]],
+        coordinators: int,
+        keepers: Mapping[str, Path],
     ) -> None:
+        """`keepers` is the name of each keeper with its folder of keys."""
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         self.supervising = True
 
         def member(name: str, main: Any, *arguments: str) -> Member:
-            return Member(name, main, [str(config), "--redis", url, *arguments], folder / "logs" / f"{name}.log")
+            return Member(name, main, [*arguments, str(config), "--redis", url], folder / "logs" / f"{name}.log")
 
         self.coordinators = [
             member(f"coordinator-{i}", coordinator_with_faults.main, "--standby", "--output", str(folder / f"out-{i}"))
@@ -89,12 +96,15 @@ class Fleet:
             member(f"worker-{i}", worker_with_skew.main, *(w for client in share for w in ("--client", client)))
             for i, share in enumerate(shares)
         ]
+        self.keepers = [
+            member(f"keeper-{name}", keeper_with_skew.main, "--keys", str(keys), name) for name, keys in keepers.items()
+        ]
         for one in self.members:
             one.start()
 
     @property
     def members(self) -> list[Member]:
-        return [*self.coordinators, *self.workers]
+        return [*self.coordinators, *self.workers, *self.keepers]
 
     def supervise(self) -> None:
         """Restart each program that ended at least `RESTART_SECONDS` ago."""

@@ -6,7 +6,7 @@ import itertools
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from fedqueue.errors import FedqueueError
 from fedqueue_coordinator.operator.audit.audit import Check, audit, ok
 from fedqueue_coordinator.operator.audit.audit_input import read_audit_input
 from tests.support.chaos.arena import TARGET, Chaos, Lost
-from tests.support.chaos.faults import FAULTS, NotNow
+from tests.support.chaos.faults import FAULTS, KEEPER_FAULTS, NotNow
 from tests.support.chaos.schedule import schedule
 from tests.support.forked import warm_up
 
@@ -68,12 +68,12 @@ class Report:
         yield "survived" if self.good else "NOT SURVIVED"
 
 
-def survive(folder: Path, seconds: float, seed: int, names: list[str]) -> Report:
+def survive(folder: Path, seconds: float, seed: int, names: list[str], keepers: Sequence[str] = ()) -> Report:
     """Inject faults into a new federation in `folder` for `seconds`, then end it; each commit after a fault counts."""
     warm_up()
     report = Report()
     began = time.monotonic()
-    chaos = Chaos(folder, seed)
+    chaos = Chaos(folder, seed, keepers)
     try:
         chaos.wait(lambda: chaos.version() >= 2, "the first versions", 90)
         began = time.monotonic()
@@ -108,7 +108,7 @@ def _harm(chaos: Chaos, together: tuple[str, ...], report: Report) -> None:
     for name in together:
         for _ in range(100):
             try:
-                FAULTS[name](chaos)
+                {**FAULTS, **KEEPER_FAULTS}[name](chaos)
             except (NotNow, redis.RedisError):  # no leader or no server yet after the previous fault
                 chaos.tick()
                 continue
