@@ -11,6 +11,8 @@ import pytest
 import redis
 
 from fedqueue_coordinator.core.run_summary import RunResult
+from fedqueue_coordinator.operator.audit.replay import replay_folder
+from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
 from tests.support.masked_service import (
     KEEPER_NAMES,
     MaskedSites,
@@ -97,6 +99,8 @@ def test_death_of_a_coordinator_changes_no_bit(
             result, died, _ = run_masked(fake_client, tmp_path / f"{point} {passage}", Script(point, passage))
             assert died == 1
             assert np.array_equal(result.model.buffer, whole.model.buffer), (point, passage)
+            again = replay_folder(tmp_path / f"{point} {passage}" / "run" / REPLAY_FOLDER, result.ledger)
+            assert (again.updates, again.problems) == (6, [])
             deaths += 1
     assert deaths >= 6
 

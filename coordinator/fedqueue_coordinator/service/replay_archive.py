@@ -1,4 +1,4 @@
-"""Keeps what a replay of a finished run needs: version 0, the last version and every merged payload, as files."""
+"""Keeps what a replay of a finished run needs, as files: version 0, the last one, each merged payload, and masks."""
 
 from __future__ import annotations
 
@@ -32,10 +32,26 @@ def kept_payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -
     return read
 
 
+def kept_masks(store: CoordinatorStore, manifest: Manifest) -> Callable[[str, str], BlobBuffer]:
+    """Return a function (cohort, keeper) → its masks; it raises BlobMissing for those that Redis has not kept."""
+
+    def read(cohort: str, keeper: str) -> BlobBuffer:
+        masks = np.empty(4 * manifest.parameters, np.uint8)
+        store.read_blob(store.keys.kept_mask(cohort, keeper), masks)
+        return masks
+
+    return read
+
+
+def masks_file(cohort: str, keeper: str) -> str:
+    """The name of the file with a keeper's masks of a cohort."""
+    return f"masks.{cohort}.{keeper}.bin"
+
+
 def keep_replay(
     folder: Path, config: Config, store: CoordinatorStore, ledger: Sequence[Mapping[str, Any]], head: Frame
 ) -> None:
-    """Copy the first version, the last one (exact) and every merged payload out of Redis into `folder`."""
+    """Copy the first version, the last one (exact), every merged payload and all masks out of Redis into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(config.model_dump_json(), encoding="utf-8")
     if config.aggregation.own:
@@ -44,7 +60,9 @@ def keep_replay(
     head.buffer.tofile(folder / "head.bin")
     first = store.read_model(0, downlink_codec(config.compression, head.manifest))
     first.buffer.tofile(folder / "version-0.bin")
-    read_payload = kept_payloads(config, store, head.manifest)
+    read_payload, read_masks = kept_payloads(config, store, head.manifest), kept_masks(store, head.manifest)
     for record in ledger:
         for line in record["merged"] if record["kind"] == "version" else ():
             read_payload(line["job"], line["attempt"]).tofile(folder / f"{line['job']}.{line['attempt']}.bin")
+        for keeper in record.get("masks", ()):
+            read_masks(record["cohort"], keeper).tofile(folder / masks_file(record["cohort"], keeper))

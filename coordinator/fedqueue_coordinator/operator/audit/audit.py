@@ -1,4 +1,4 @@
-"""The checks of `fedqueue audit`: invariants I1 to I4 of PROTOCOL.md, and the coordinator's signatures (S)."""
+"""The checks of `fedqueue audit`: I1 to I4, S5 and S7 of PROTOCOL.md, and the coordinator's signatures (S)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fedqueue.protocol.keys import job_without_tag
 from fedqueue_coordinator.operator.audit.audit_input import AuditInput, LedgerRecord
+from fedqueue_coordinator.operator.audit.masked_versions import MaskedVersions
 from fedqueue_coordinator.operator.audit.signatures import Signatures
 
 
@@ -16,7 +17,7 @@ class Check:
     """The result of one check: `problems` is empty if the invariant holds as far as it was checked."""
 
     name: str
-    """The invariant's number in PROTOCOL.md (I1 to I4), or S for signatures."""
+    """The invariant's number in PROTOCOL.md, or S for the coordinator's signatures."""
     invariant: str
     problems: Sequence[str]
     skipped: str = ""
@@ -56,6 +57,7 @@ def audit(audit_input: AuditInput) -> list[Check]:
             _falling_tokens(audit_input.ledger),
         ),
         _signature_check(audit_input.signatures),
+        *_masked_checks(audit_input.masked),
     ]  # fmt: skip
 
 
@@ -126,6 +128,20 @@ def _signature_check(signatures: Signatures | None) -> Check:
     counts = ", ".join(f"{kind} {count}" for kind, count in signatures.checked.items())
     invariant = f"{invariant} ({counts})" if counts else invariant
     return Check("S", invariant, signatures.problems, signatures.unchecked, checked=bool(counts))
+
+
+def _masked_checks(masked: MaskedVersions | None) -> list[Check]:
+    """Return the checks of a run with keepers."""
+    if masked is None:
+        return []
+    crowds = f"each version is the sum of a crowd, and no update is in two of them ({masked.versions} versions)"
+    invariant = "the keepers have signed the masks of each version's cohort"
+    if not masked.answers:
+        answers = Check("S7", invariant, [], masked.unchecked, checked=False)
+    else:
+        counted = f"{invariant} ({masked.answers} answers)"
+        answers = Check("S7", counted, masked.answer_problems, masked.unchecked)
+    return [Check("S5", crowds, masked.crowd_problems), answers]
 
 
 def _falling_tokens(ledger: Iterable[LedgerRecord]) -> list[str]:

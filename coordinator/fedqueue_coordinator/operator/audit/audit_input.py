@@ -9,13 +9,18 @@ from pathlib import Path
 from typing import Any, cast
 
 from fedqueue.config.loading import parse_config
-from fedqueue.errors import BlobMissing, RunNotFound, StoreError
+from fedqueue.config.schema import Config
+from fedqueue.errors import BlobMissing, RunNotFound, StoreError, WireError
+from fedqueue.protocol.messages import read
 from fedqueue.protocol.msgpack import unpack_record
+from fedqueue.protocol.run_info import RunInfo
+from fedqueue.protocol.signed_envelope import RunDescriptor, Scope, unverified_body
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import list_runs
-from fedqueue_coordinator.operator.audit.replay import Replay, replay_folder, replay_store
+from fedqueue_coordinator.operator.audit.masked_versions import MaskedVersions, check_masked_versions
+from fedqueue_coordinator.operator.audit.replay import Replay, read_archive, replay_folder, replay_store
 from fedqueue_coordinator.operator.audit.signatures import Signatures, verify_signatures
 from fedqueue_coordinator.operator.runs import finished_runs, reachable_servers, read_ledger, read_summary
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
@@ -46,6 +51,8 @@ class AuditInput:
     """True if the configuration in Redis names an aggregation of the user's own, which is never imported from there."""
     signatures: Signatures | None = None
     """None for the results in a folder, where nothing is signed."""
+    masked: MaskedVersions | None = None
+    """None for a run without keepers, and for results in a folder without the configuration."""
 
 
 def read_audit_input(run: str, url: str, keys: Path = Path("keys")) -> AuditInput:
@@ -73,7 +80,7 @@ def read_run_in_redis(store: CoordinatorStore, keys: Path) -> AuditInput:
     raise StoreError(f"run {store.run!r} is changing too fast to audit; retry, or audit it after it has ended")
 
 
-def _read_snapshot(store: CoordinatorStore, key_folder: Path) -> Callable[[], AuditInput] | None:
+def _read_snapshot(store: CoordinatorStore, keys: Path) -> Callable[[], AuditInput] | None:
     """Read everything that changes during a run in one transaction; None if the run changed before that transaction.
 
     The returned function adds the replay and the signatures, whose inputs do not change. It raises BlobMissing if the
@@ -86,18 +93,18 @@ def _read_snapshot(store: CoordinatorStore, key_folder: Path) -> Callable[[], Au
     replayable = config.ledger.keep_payloads and not own_code and not info.epoch
     manifest = Manifest.unpack(info.manifest)
     frame = store.read_model(info.version, downlink_codec(config.compression, manifest)) if replayable else None
-    keys = store.keys
-    names = [name.decode() for name in cast(set[bytes], store.redis.smembers(keys.jobs))]
+    of_run = store.keys
+    names = [name.decode() for name in cast(set[bytes], store.redis.smembers(of_run.jobs))]
     streams = ["", *store.clients()]
     pipe = store.redis.pipeline(transaction=True)
-    pipe.hmget(keys.head, "version", "job_number")
-    pipe.smembers(keys.jobs)
-    pipe.scard(keys.clients)
-    pipe.xrange(keys.ledger)
+    pipe.hmget(of_run.head, "version", "job_number")
+    pipe.smembers(of_run.jobs)
+    pipe.scard(of_run.clients)
+    pipe.xrange(of_run.ledger)
     for job in names:
-        pipe.hget(keys.attempt(job), "posted")
+        pipe.hget(of_run.attempt(job), "posted")
     for client in streams:
-        pipe.xrange(keys.updates(client))
+        pipe.xrange(of_run.updates(client))
     (version, dispatched), jobs, clients, ledger, *rest = pipe.execute()
     if {job.decode() for job in jobs} - set(names) or clients >= len(streams) or int(version) != info.version:
         return None
@@ -113,12 +120,31 @@ def _read_snapshot(store: CoordinatorStore, key_folder: Path) -> Callable[[], Au
         info.version,
         replay_store(config, store, manifest, records, frame) if frame else None,
         own_code,
-        verify_signatures(store, info, records, key_folder),
+        verify_signatures(store, info, records, keys),
+        _masked_versions(config, info, records, keys),
     )
+
+
+def _masked_versions(
+    config: Config, info: RunInfo, records: Sequence[LedgerRecord], keys: Path
+) -> MaskedVersions | None:
+    if not config.secure.on:
+        return None
+    body = unverified_body(info.descriptor)  # it is verified by `verify_signatures`
+    try:
+        instance = read(RunDescriptor, body).instance
+    except WireError:
+        return check_masked_versions(config, records)
+    return check_masked_versions(config, records, Scope(info.run, instance, info.epoch), keys)
 
 
 def read_result_folder(folder: Path) -> AuditInput:
     """Read the results that `write_results` left in `folder`, and the payloads that the run kept; raises StoreError."""
     summary, ledger = read_summary(folder, "run", "jobs_dispatched", "versions"), read_ledger(folder)
     replay = replay_folder(folder / REPLAY_FOLDER, ledger) if (folder / REPLAY_FOLDER).exists() else None
-    return AuditInput(summary["run"], ledger, summary["jobs_dispatched"], {}, None, summary["versions"], replay)
+    masked = None
+    if replay and (config := read_archive(folder / REPLAY_FOLDER).config).secure.on:
+        masked = check_masked_versions(config, ledger)
+    return AuditInput(
+        summary["run"], ledger, summary["jobs_dispatched"], {}, None, summary["versions"], replay, masked=masked
+    )

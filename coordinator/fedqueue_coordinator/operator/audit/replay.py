@@ -13,15 +13,18 @@ import numpy as np
 from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
 from fedqueue.errors import BlobMissing, StoreError, WireError
+from fedqueue.protocol.signed_envelope import digest_of
+from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution
+from fedqueue_coordinator.algorithms.masked_sum import MaskedSum
 from fedqueue_coordinator.algorithms.registry import make_aggregator
 from fedqueue_coordinator.algorithms.server_optimizer import ServerOptimizer
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
-from fedqueue_coordinator.service.replay_archive import OWN_CODE, kept_payloads
+from fedqueue_coordinator.service.replay_archive import OWN_CODE, kept_masks, kept_payloads, masks_file
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ def no_follower(version: int, model: Frame) -> None:
     """No-op, where no caller follows the versions of a replay."""
 
 
+def no_masks(cohort: str, keeper: str) -> BlobBuffer:
+    """Raise BlobMissing, where a run has no keepers."""
+    raise BlobMissing(f"masks of keeper {keeper} for cohort {cohort}")
+
+
 def replay(
     config: Config,
     ledger: Sequence[Mapping[str, Any]],
@@ -46,12 +54,14 @@ def replay(
     expected: Frame | None,
     rounded: bool = False,
     on_version: Callable[[int, Frame], None] = no_follower,
+    read_masks: Callable[[str, str], BlobBuffer] = no_masks,
 ) -> Replay:
     """Repeat every merge of the ledger on `model`, version 0, in place, and compare the result with `expected`.
 
     `read_payload(job, attempt)` returns a payload as it was posted, or raises BlobMissing. With `rounded`, `expected`
     is the last version as it was published to workers; otherwise it has the exact float32 parameters.
     `on_version(version, model)` is called with each version from 0 on; it may keep a copy of the model.
+    `read_masks(cohort, keeper)` returns what a keeper released, in a run with keepers.
     """
     uplink = uplink_codec(config.compression, model.manifest, config.secure.on)
     downlink = downlink_codec(config.compression, model.manifest)
@@ -67,7 +77,19 @@ def replay(
     bases = {0: published(0)} if aggregator.needs_base else {}
     updates, problems = 0, []
     on_version(0, model)
+    if config.secure.on:
+        masked_sum = MaskedSum(accumulator, ring_of(config, model.manifest), config)
     for record in versions:
+        if config.secure.on:
+            try:
+                problems += _unmask(masked_sum, record, read_payload, read_masks)
+            except BlobMissing as error:
+                return Replay(updates, [f"a payload of version {record['version']} cannot be read: {error}"])
+            updates += len(record["merged"])
+            optimizer.step(masked_sum.finish(aggregator, model))
+            masked_sum.clear()
+            on_version(record["version"], model)
+            continue
         for line in record["merged"]:
             try:
                 delta = uplink.decode(read_payload(line["job"], line["attempt"]))
@@ -96,12 +118,39 @@ def replay(
     return Replay(updates, problems)
 
 
+def _unmask(
+    masked_sum: MaskedSum,
+    record: Mapping[str, Any],
+    read_payload: Callable[[str, int], BlobBuffer],
+    read_masks: Callable[[str, str], BlobBuffer],
+) -> list[str]:
+    """Add the masked updates of a version, and take the masks off; returns differences from the ledger.
+
+    Raises BlobMissing for a payload or masks that were not kept.
+    """
+    problems = []
+    for line in record["merged"]:
+        words = read_payload(line["job"], line["attempt"]).view(np.uint32)
+        masked_sum.add([words], line["level"], line["examples"], line["staleness"])
+    for keeper, released in record.get("masks", {}).items():
+        masks = read_masks(record["cohort"], keeper)
+        if digest_of(masks) != released["digest"]:
+            problems.append(f"the masks of keeper {keeper} for version {record['version']} are not those in the ledger")
+        masked_sum.subtract([masks.view(np.uint32)])
+    if masked_sum.norm() > masked_sum.largest_norm:
+        problems.append(f"the sum of version {record['version']} is longer than sums of clipped updates are")
+    return problems
+
+
 def replay_store(
     config: Config, store: CoordinatorStore, manifest: Manifest, ledger: Sequence[Mapping[str, Any]], head: Frame
 ) -> Replay:
     """Replay from the payloads in Redis up to `head`, the newest version as stored."""
     first = store.read_model(0, downlink_codec(config.compression, manifest))
-    return replay(config, ledger, first, kept_payloads(config, store, manifest), head, rounded=True)
+    return replay(
+        config, ledger, first, kept_payloads(config, store, manifest), head, rounded=True,
+        read_masks=kept_masks(store, manifest),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -115,6 +164,8 @@ class Archive:
     """The last version, with the exact float32 parameters."""
     read_payload: Callable[[str, int], BlobBuffer]
     """(job, attempt) → payload as posted; raises BlobMissing."""
+    read_masks: Callable[[str, str], BlobBuffer]
+    """(cohort, keeper) → masks as released, in a run with keepers; raises BlobMissing."""
 
 
 def read_archive(folder: Path) -> Archive:
@@ -134,10 +185,15 @@ def read_archive(folder: Path) -> Archive:
         first, head = Frame(manifest, read("version-0.bin")), Frame(manifest, read("head.bin"))
     except (OSError, ValueError, WireError) as error:
         raise StoreError(f"{folder} has a damaged file, so the run cannot be replayed: {error}") from None
-    return Archive(config, first, head, lambda job, attempt: read(f"{job}.{attempt}.bin"))
+    return Archive(
+        config, first, head, lambda job, attempt: read(f"{job}.{attempt}.bin"),
+        lambda cohort, keeper: read(masks_file(cohort, keeper)),
+    )  # fmt: skip
 
 
 def replay_folder(folder: Path, ledger: Sequence[Mapping[str, Any]]) -> Replay:
     """Replay from the files that `keep_replay` wrote to `folder`; raises StoreError if one is missing or damaged."""
     archive = read_archive(folder)
-    return replay(archive.config, ledger, archive.first, archive.read_payload, archive.head)
+    return replay(
+        archive.config, ledger, archive.first, archive.read_payload, archive.head, read_masks=archive.read_masks
+    )
