@@ -125,6 +125,27 @@ def test_keeper_that_was_away_is_asked_all_the_same(fake_client: redis.Redis, tm
     assert any("waiting for keeper south" in text for text in said)
 
 
+def test_run_says_which_keeper_has_not_joined_it(fake_client: redis.Redis, tmp_path: Path) -> None:
+    make_keys(tmp_path / "keys")
+    sites = MaskedSites(fake_client, masked_service_config(), tmp_path / "keys")
+    sites.keepers[1].away = True
+    said: list[str] = []
+
+    def follow(point: str) -> None:
+        if point != "before receive":
+            return
+        said.append(coordinator.federation.waiting_for(1e6))
+        if len(said) == 6:  # an encryption key of a former instance of the run is of no use
+            fake_client.copy(sites.store.keys.keeper("north"), sites.store.keys.keeper("south"))
+        sites.posts = len(said) >= 12
+        sites.keepers[1].away = not sites.posts
+
+    coordinator = make_coordinator(fake_client, sites, tmp_path / "keys", tmp_path, follow)
+    assert coordinator.run()
+    assert all("waiting for keeper south, which has not joined the run" in text for text in said[1:12])
+    assert not any("joined the run" in text for text in said[14:])
+
+
 def test_keeper_that_loses_its_file_costs_its_updates_only(fake_client: redis.Redis, tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     sites = MaskedSites(fake_client, masked_service_config(), tmp_path / "keys")

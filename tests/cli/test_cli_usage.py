@@ -303,3 +303,16 @@ def test_configuration_in_a_pipe_is_refused(call: CommandLine, folder: Path) -> 
     code, _, err = call("run", folder / "f.toml")
     assert code == 2
     assert "save it as a file" in err
+
+
+def test_coordinator_needs_the_public_key_of_each_keeper(call: CommandLine, tmp_path: Path) -> None:
+    path = tmp_path / "federation.toml"
+    path.write_text(
+        'task = { entrypoint = "task.py:T" }\nstop = { versions = 1 }\nsecure = { keepers = ["north", "south"] }\n'
+    )
+    keys = tmp_path / "keys"
+    assert call("enroll", "--config", str(path), "--keys", str(keys))[0] == 0
+    (keys / "keepers" / "south.pub").unlink()
+    code, _, err = call("coordinator", str(path), "-u", "redis://127.0.0.1:1", "--set", f"security.keys='{keys}'")
+    assert code == 2
+    assert "keepers/south.pub': no valid public key of this keeper of the run; ask the keeper's operator" in err

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedqueue_coordinator.core.events import Close, Commit, Dispatch, Load, Offer, Stop, Unmask
+from fedqueue_coordinator.core.events import Close, Commit, Dispatch, KeepersAbsent, Load, Offer, Stop, Unmask
 from tests.support.builders import make_config, of_kind
 from tests.support.masked_federation import KEEPERS, MaskedRun, start_masked
 
@@ -211,6 +211,18 @@ def test_run_names_the_keeper_that_it_waits_for() -> None:
     run.post_masked("c0", 1.0)
     assert run.federation.waiting_for(4.0) == ""
     assert "waiting for keeper north" in run.federation.waiting_for(60.0)
+
+
+def test_run_names_a_keeper_that_has_not_joined() -> None:
+    run = start_masked("c0", "c1", "c2", secure={"wait_seconds": 30})
+    run.tell(KeepersAbsent(frozenset({"south"})))
+    assert run.federation.waiting_for(4.0) == ""
+    assert run.federation.waiting_for(7.0) == "waiting for keeper south, which has not joined the run for 7 s"
+    run.tell(KeepersAbsent(frozenset()))
+    assert run.federation.waiting_for(60.0) == ""
+    run.tell(KeepersAbsent(frozenset({"south"})))
+    (stop,) = of_kind(run.tick(30.0), Stop)
+    assert (stop.failed, stop.because.startswith("keeper south did not join the run for 30 s")) == (True, True)
 
 
 def test_run_ends_if_a_keeper_is_away_for_too_long() -> None:

@@ -136,6 +136,8 @@ def coordinator(
     identity = (
         load_coordinator_identity(Path(security.keys), settings.name) if security.signatures == "required" else None
     )
+    if identity:
+        identity.require_keepers(settings.secure.keepers)
     task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
     connection = connect(url, tls=settings.redis.tls)
     check(connection, url)

@@ -64,6 +64,7 @@ class Cohorts:
         self._settled = dict(proposed.members) if proposed else {}
         self._unreleased: set[str] = set()  # keepers whose mask of the cohort under way is awaited
         self._proposed_at = 0.0
+        self._absent: dict[str, float] = {}  # keeper without an encryption key → since when
 
     # Arrival
 
@@ -242,10 +243,19 @@ class Cohorts:
 
     # What the keepers have not answered
 
+    def absent(self, keepers: Iterable[str], now: float) -> None:
+        """Note which keepers have not begun to take part in this run instance."""
+        self._absent = {keeper: self._absent.get(keeper, now) for keeper in sorted(keepers)}
+
+    def has_begun(self, keeper: str) -> bool:
+        """Whether the keeper has begun to take part in this run instance."""
+        return keeper not in self._absent
+
     @property
     def awaited(self) -> tuple[str, float] | None:
-        """The keeper that has been awaited for longest, and since when; None if no answer is awaited."""
+        """The keeper that has been awaited for longest, and since when; None if no keeper is awaited."""
         waits = [(self._proposed_at, keeper) for keeper in self._unreleased]
+        waits += [(since, keeper) for keeper, since in self._absent.items()]
         waits += [(update.since, keeper) for update in self._waiting.values() for keeper in update.unopened]
         since, keeper = min(waits, default=(0.0, ""))
         return (keeper, since) if keeper else None

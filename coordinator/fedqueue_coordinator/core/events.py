@@ -132,6 +132,13 @@ class UpdateUnreadable:
 
 
 @dataclass(frozen=True)
+class KeepersAbsent:
+    """These keepers have stored no encryption key for this run instance, so that no client can mask an update."""
+
+    keepers: frozenset[str]
+
+
+@dataclass(frozen=True)
 class UpdateOpened:
     """A keeper has answered an `Offer`: it can take the update's mask off, or says why it never will."""
 
@@ -236,7 +243,7 @@ class Tick:
 
 Event = (
     ClientJoined | ClientLeft | ClientUnavailable | UpdateArrived | UpdateLoaded | UpdateUnreadable
-    | UpdateOpened | MaskedUpdateLoaded | MasksReleased | CohortRefused
+    | KeepersAbsent | UpdateOpened | MaskedUpdateLoaded | MasksReleased | CohortRefused
     | InvalidEntry | JobEnded | LeaseExpired | JobLapsed | JobStays | Evaluated | Tick
 )  # fmt: skip
 

@@ -73,6 +73,7 @@ from fedqueue_coordinator.core.events import (
     JobEnded,
     JobLapsed,
     JobStays,
+    KeepersAbsent,
     LeaseExpired,
     Load,
     MaskedUpdateLoaded,
@@ -229,7 +230,7 @@ class Federation:
                 actions += self._merge(load, delta, base, now)
             case UpdateUnreadable(load, reason, detail):
                 actions += [self._reject(load.arrived, reason, detail, now), *self._load_next(now)]
-            case UpdateOpened() | MaskedUpdateLoaded() | MasksReleased() | CohortRefused():
+            case KeepersAbsent() | UpdateOpened() | MaskedUpdateLoaded() | MasksReleased() | CohortRefused():
                 actions += self._handle_masked(event, now)
             case InvalidEntry():
                 actions.append(self._refuse_entry(event, now))
@@ -360,9 +361,12 @@ class Federation:
     # The path of a masked update
 
     def _handle_masked(
-        self, event: UpdateOpened | MaskedUpdateLoaded | MasksReleased | CohortRefused, now: float
+        self, event: KeepersAbsent | UpdateOpened | MaskedUpdateLoaded | MasksReleased | CohortRefused, now: float
     ) -> list[Action]:
         match event:
+            case KeepersAbsent(keepers):
+                self._cohorts.absent(keepers, now)
+                return []
             case UpdateOpened():
                 return self._open(event, now)
             case MaskedUpdateLoaded():
@@ -507,7 +511,8 @@ class Federation:
         if longest is None or awaited is None or now < longest:
             return None
         seconds = f"{self.config.secure.wait_seconds:g} s (secure.wait_seconds)"
-        return Stop(f"keeper {awaited[0]} did not answer for {seconds}", failed=True)
+        what = "answer" if self._cohorts.has_begun(awaited[0]) else "join the run"
+        return Stop(f"keeper {awaited[0]} did not {what} for {seconds}", failed=True)
 
     # What the caller reads
 

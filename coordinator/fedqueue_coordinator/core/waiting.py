@@ -33,7 +33,8 @@ def _waiting_for_keeper(cohorts: Cohorts, now: float) -> str:
     if not cohorts.awaited or now - cohorts.awaited[1] < KEEPER_SECONDS:
         return ""
     keeper, since = cohorts.awaited
-    return f"waiting for keeper {keeper}, which has not answered for {now - since:.0f} s"
+    missing = "has not answered" if cohorts.has_begun(keeper) else "has not joined the run"
+    return f"waiting for keeper {keeper}, which {missing} for {now - since:.0f} s"
 
 
 def _waiting_for_crowd(config: Config, scheduler: Scheduler, cohorts: Cohorts) -> str:

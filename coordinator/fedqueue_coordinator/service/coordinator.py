@@ -326,8 +326,12 @@ class Coordinator:
     # Events
 
     def _hear_keepers(self) -> None:
-        """Handle the keepers' answers, if any are awaited."""
-        if self._keepers and self.federation.awaits_keepers:
+        """Handle the absence of keepers, and their answers, if any are awaited."""
+        if not self._keepers:
+            return
+        for event in self._keepers.absences():
+            self._handle(event)
+        if self.federation.awaits_keepers:
             for event in self._keepers.answers():
                 self._handle(event)
 

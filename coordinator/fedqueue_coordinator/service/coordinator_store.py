@@ -559,6 +559,10 @@ class CoordinatorStore(Store):
         for keeper in keepers:
             self.redis.xtrim(self.keys.asks(keeper), maxlen=0, approximate=False)
 
+    def keeper_statement(self, keeper: str) -> bytes:
+        """The signed `KeeperKey` that is stored for the keeper; empty without any."""
+        return cast(bytes, self.redis.getrange(self.keys.keeper(keeper), 0, MAX_MESSAGE))
+
     def answers(self, after: Mapping[str, str], count: int = 256) -> list[Answer]:
         """The next answers of each keeper (→ position of the last one that was read), which are deleted."""
         streams = {self.keys.says(keeper): position for keeper, position in after.items()}

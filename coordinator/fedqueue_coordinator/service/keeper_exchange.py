@@ -16,10 +16,10 @@ import structlog
 from fedqueue.errors import SignatureError, StoreError, WireError
 from fedqueue.protocol.messages import Cohort, Masked, MaskRefused, Opened, read
 from fedqueue.protocol.messages import Offer as OfferMessage
-from fedqueue.protocol.signed_envelope import MASK_REFUSED, MASKED, OPENED
+from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED
 from fedqueue.secure.cohort import cohort_id, offer_digest
 from fedqueue.tensors.blobs import chunks_of
-from fedqueue_coordinator.core.events import CohortRefused, Event, MasksReleased, Offer, UpdateOpened
+from fedqueue_coordinator.core.events import CohortRefused, Event, KeepersAbsent, MasksReleased, Offer, UpdateOpened
 from fedqueue_coordinator.service.coordinator_store import Answer, CoordinatorStore
 from fedqueue_coordinator.service.inbox import FIRST
 from fedqueue_coordinator.service.masked_words import read_words
@@ -39,6 +39,7 @@ class KeeperExchange:
         self._cohort = ""  # id of the one under way
         self._proposed = b""
         self._cohort_asks: list[tuple[str, str]] = []
+        self._absent: frozenset[str] | None = None  # keepers that have not joined the run
         self._told_again: set[str] = set()  # keepers that were offered the cohort's members a second time
         store.drop_all_asks(keepers)
 
@@ -85,6 +86,28 @@ class KeeperExchange:
             self._store.drop_asks(asks)
 
     # Answers
+
+    def absences(self) -> Iterator[Event]:
+        """Yield an event if other keepers than before have not joined the run: their encryption key is missing.
+
+        Once all have joined, a keeper that is away is one that does not answer.
+        """
+        if self._absent == frozenset():
+            return
+        absent = frozenset(keeper for keeper in self._keepers if not self._has_joined(keeper))
+        if absent != self._absent:
+            self._absent = absent
+            yield KeepersAbsent(absent)
+
+    def _has_joined(self, keeper: str) -> bool:
+        """Whether the keeper has signed an encryption key for this run instance: that of a former one is of no use."""
+        identity = self._store.identity
+        assert identity
+        try:
+            identity.open_keeper(KEEPER, keeper, self._store.keeper_statement(keeper))
+        except SignatureError:
+            return False
+        return True
 
     def answers(self) -> Iterator[Event]:
         """Yield the events of the keepers' next answers; one that is not valid is logged and ignored."""

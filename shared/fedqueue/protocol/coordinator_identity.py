@@ -213,6 +213,10 @@ class CoordinatorIdentity:
         """The cohort in the envelope; raises SignatureError unless this coordinator signed it."""
         return read(Cohort, self._own(COHORT, self._scope, [], data))
 
+    def require_keepers(self, keepers: Iterable[str]) -> None:
+        """Raise ConfigurationError unless this coordinator has the public key of each of these keepers."""
+        self._keepers.require(keepers, "ask the keeper's operator for it, and enroll it: `fedqueue enroll --keeper`")
+
     def open_keeper(self, kind: str, keeper: str, data: bytes) -> bytes:
         """The body of a keeper's envelope; raises NotEnrolled without a key of it, SignatureError if it is invalid."""
         keys = self._keepers.keys_of(keeper)

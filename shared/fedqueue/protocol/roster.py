@@ -7,6 +7,7 @@ A file is checked for changes at each message of its owner, so enrolling, rotati
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from fedqueue.config.names import CLIENT_ID
@@ -34,6 +35,14 @@ class Roster:
             return bool(self.keys_of(name))
         except NotEnrolled:
             return False
+
+    def require(self, names: Iterable[str], hint: str) -> None:
+        """Raise ConfigurationError unless there is a public key of each of `names`; `hint` says how to get one."""
+        for name in names:
+            if not self.has(name):
+                file = f"{self._folder.name}/{name}.pub"
+                problem = f"no valid public key of this {self._what} of the run"
+                raise ConfigurationError("security.keys", file, problem, hint)
 
     def keys_of(self, name: str) -> list[PublicKey]:
         """The public keys of `name`; raises NotEnrolled for one without a valid file."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError
+from fedqueue.errors import ConfigurationError, SignatureError
 from fedqueue.protocol.followed_run import FollowedRun
 from fedqueue.protocol.key_files import (
     COORDINATOR,
@@ -106,14 +106,8 @@ class SiteIdentity:
 
     def require_keepers(self, keepers: Iterable[str]) -> None:
         """Raise ConfigurationError unless this site has the public key of each of these keepers."""
-        for keeper in keepers:
-            try:
-                self._keepers.keys_of(keeper)
-            except NotEnrolled:
-                raise ConfigurationError(
-                    "security.keys", f"{KEEPERS}/{keeper}.pub", "no valid public key of this keeper of the run",
-                    "ask the keeper's operator for it: masks protect an update only where a site knows its keepers",
-                ) from None  # fmt: skip
+        hint = "ask the keeper's operator for it: masks protect an update only where a site knows its keepers"
+        self._keepers.require(keepers, hint)
 
     def keeper_key(self, keeper: str, component: int, data: bytes) -> bytes:
         """The public encryption key of a keeper, out of what Redis has of it.
