@@ -48,7 +48,14 @@ def lead_run(
         view.update(federation, now)
 
     leading = Coordinator(
-        config, task, store, folder.unfinished, on_progress, reopen=resume, owns_folder=folder.reclaim
+        config,
+        task,
+        store,
+        folder.unfinished,
+        on_progress,
+        reopen=resume,
+        owns_folder=folder.reclaim,
+        deliver_ended=folder.has_unfinished_run,
     )
     for signum in stop_signals():
         signal.signal(signum, lambda *_: leading.pause())

@@ -112,6 +112,7 @@ def run_federation(
             on_wait=progress.wait,
             reopen=resume,
             owns_folder=folder.reclaim,
+            deliver_ended=resume,
         )
         progress.fail = coordinator.fail
         stack.enter_context(_signals(coordinator))

@@ -127,6 +127,8 @@ class RunFolder:
         self._inode: tuple[int, int] | None = None
         self._id = ""  # of the run that has opened the folder
         self._lost = False
+        self.has_unfinished_run = False
+        """Whether the folder, when it was opened, had a run without complete results that is to be continued."""
 
     # Before a run
 
@@ -152,8 +154,10 @@ class RunFolder:
                 lock.enter_context(self.locked(shared))
                 if not resume:
                     self._require_own(launch, overwrite, shared)
+                keep = resume or (shared and self._same_run(launch) and not overwrite)
+                self.has_unfinished_run = keep and self._begun() is not None
                 with unwritable:
-                    self._begin(launch, keep=resume or (shared and self._same_run(launch) and not overwrite))
+                    self._begin(launch, keep)
                 self._lock, self._shared, self._inode = lock, shared, self._found()
                 self._id = begun.id if (begun := self._begun()) else ""
                 self.keep(self.unfinished / LAUNCH_FILENAME)

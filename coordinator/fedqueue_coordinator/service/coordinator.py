@@ -107,14 +107,16 @@ class Coordinator:
         on_wait: Callable[[], None] = lambda: None,
         reopen: bool = False,
         owns_folder: Callable[[], bool] = lambda: True,
+        deliver_ended: bool = False,
     ) -> None:
         """`folder` is for the checkpoint and for kept payloads, which are written only if `owns_folder` returns true.
 
         `failpoint` is called with the name of each crash point under test.
         `on_progress` gets the federation and the seconds of the run's clock after each round of the loop;
         `on_wait` is called before each wait for Redis. With `reopen`, a run that has ended is continued from the
-        checkpoint. Raises ConfigurationError for an algorithm that cannot be made, and for
-        a target without test data to measure it on.
+        checkpoint. With `deliver_ended`, `run` returns the result of a run that has ended in Redis again, as its
+        coordinator may have died before it wrote the results. Raises ConfigurationError for an algorithm that cannot be
+        made, and for a target without test data to measure it on.
         """
         self.config = config
         self.task = task
@@ -139,7 +141,8 @@ class Coordinator:
         self._memory = MemoryWatch(store.redis)
         self._on_wait = on_wait
         self._reopen = reopen
-        self._owns_folder = owns_folder
+        self._owns_folder, self._deliver_ended = owns_folder, deliver_ended
+        self._ended_before = False  # whether the run had ended in Redis before this process led it
         self.federation: Federation
         self._payloads: PayloadReader
         self._base_versions: BaseVersions
@@ -249,12 +252,20 @@ class Coordinator:
         store = self.store
         if self._reopen and store.has_ended() and self._checkpointer.path.exists():
             store.clear()
+        self._ended_before = store.has_ended()
         if store.has_remains():
             self._delete_remains("its head or its configuration is missing")
         checkpoint = None if store.exists() else load_checkpoint(self._checkpointer.path)
         try:
             self.federation = restore_federation(
-                self.config, store, self.task, checkpoint, self._evaluator is not None, self._verifier, self._memory
+                self.config,
+                store,
+                self.task,
+                checkpoint,
+                self._evaluator is not None,
+                self._verifier,
+                self._memory,
+                ended_too=self._deliver_ended or self._known,  # this process may have ended it, and lost the reply
             )
         except BlobMissing as error:
             self._delete_remains(str(error))
@@ -634,7 +645,7 @@ class Coordinator:
             except OSError as error:
                 log.error("payloads not kept, so the audit cannot replay the run; check the disk", error=str(error))
                 shutil.rmtree(self._folder / REPLAY_FOLDER, ignore_errors=True)
-        if damage or not owned:  # the newest checkpoint was saved with the whole ledger
+        if damage or not owned or self._ended_before:  # the newest checkpoint was saved with the whole ledger
             self._checkpointer.join()
         elif self._ending or stopped.failed:  # the operator may want to continue it after all
             self._checkpointer.start(Checkpoint.from_federation(federation, ledger), self._now())
@@ -647,6 +658,7 @@ class Coordinator:
                 chunks_of(federation.downlink.largest),
                 [0] if keep_payloads else [],
                 self.config.secure.keepers,
+                stopped.failed,
             )
         return RunResult(
             version, model, stopped.because, stopped.failed, ledger, refused, jobs,
@@ -679,7 +691,7 @@ class Coordinator:
                 return evaluator.snapshot
             if evaluator.snapshot[0] == federation.version:
                 return federation.version, federation.model
-        if evaluator and not federation.stopped.failed:
+        if evaluator and not federation.stopped.failed and not self._ended_before:  # else it has been evaluated
             evaluator.start(federation.version, federation.model)
             evaluator.join()
             self._take(self.store.sweep())

@@ -184,8 +184,9 @@ class CoordinatorStore(Store):
         model_chunks: int,
         versions: Sequence[int] = (),
         keepers: Sequence[str] = (),
+        failed: bool = False,
     ) -> None:
-        """Mark the run as ended; its head, `versions` and records expire after `retention_seconds`.
+        """Mark the run as ended, or as `failed`; its head, `versions` and records expire after `retention_seconds`.
 
         Working keys, those of `keepers` included, and all other versions are deleted. The leader's key stays, so that
         no fencing token is issued twice. `model_chunks` is the number of chunks of the largest version. Raises Fenced.
@@ -200,7 +201,7 @@ class CoordinatorStore(Store):
                     *map(keys.asks, keepers), *map(keys.says, keepers),
                 ],
                 [
-                    self.token, stopped_because,
+                    self.token, stopped_because, int(failed),
                     keys.model_prefix, model_chunks + 1,  # and the chunk of the signature
                     keys.site_prefix, keys.updates_prefix, *versions,
                 ],

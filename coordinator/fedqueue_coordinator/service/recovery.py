@@ -23,6 +23,7 @@ from fedqueue.tensors.codec import downlink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import check_training, set_seed
+from fedqueue_coordinator.core.events import Stop
 from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import abandoned_record, epoch_record
 from fedqueue_coordinator.core.reasons import AbandonReason
@@ -47,8 +48,11 @@ def restore_federation(
     evaluates: bool,
     verifier: EntryVerifier,
     memory: MemoryWatch,
+    ended_too: bool = False,
 ) -> Federation:
     """Make the federation of the run in Redis, or of `checkpoint`, or of a new run; the caller leads the run.
+
+    With `ended_too`, a run in Redis may have ended; the federation has stopped then.
 
     Raises RunExists for a run that has ended, ManifestMismatch for another model, ConfigurationError for settings that
     cannot change during a run, StoreError for a checkpoint of another run, and SignatureError for forged contents.
@@ -60,7 +64,7 @@ def restore_federation(
     check_example_privacy(config.privacy.examples, task, module)
     memory.check_policy(config, manifest)
     if store.exists():
-        return _resume(config, store, manifest, evaluates, verifier)
+        return _resume(config, store, manifest, evaluates, verifier, ended_too)
     if checkpoint:
         return _new_epoch(config, store, manifest, checkpoint, evaluates)
     federation = Federation(config, initial_model(config, module), evaluates=evaluates)
@@ -73,11 +77,17 @@ def restore_federation(
 
 
 def _resume(
-    config: Config, store: CoordinatorStore, manifest: Manifest, evaluates: bool, verifier: EntryVerifier
+    config: Config,
+    store: CoordinatorStore,
+    manifest: Manifest,
+    evaluates: bool,
+    verifier: EntryVerifier,
+    ended_too: bool,
 ) -> Federation:
     """Resume from the head. The contents of a signed run, and all registrations, are verified again."""
     info = store.info()
-    if info.state != "running":
+    ended = info.state != "running"
+    if ended and not ended_too:
         hint = (
             f"`fedqueue remove {config.name}` deletes it, another name (the key `name`) starts another run, and the "
             "option --resume of `fedqueue run` and `fedqueue coordinator` continues one that failed or was interrupted "
@@ -117,6 +127,8 @@ def _resume(
     federation.restore_jobs(jobs, registered, store.last_jobs())  # the other clients return later
     if config.aggregation.filter.on:
         federation.restore_quarantines(ledger, federation.run_counters.seconds)
+    if ended:
+        federation.stopped = Stop(info.stopped_because, info.failed)
     log.info("resumed", run=config.name, version=info.version, jobs=len(jobs))
     return federation
 

@@ -24,3 +24,5 @@ class RunInfo:
     """The signed `RunDescriptor`; empty in an unsigned run."""
     config_digest: str = ""
     """SHA-256 of the configuration's text, in hex."""
+    failed: bool = False
+    """Whether the run has ended as failed."""

@@ -73,6 +73,7 @@ class Store(BlobStore, ScriptRunner):
             leader=(leader or b"").decode(),
             descriptor=config.get(b"descriptor", b""),
             config_digest=hashlib.sha256(config[b"config"]).hexdigest(),
+            failed=config.get(b"failed") == b"1",
         )
 
     def ledger(self) -> list[dict[str, Any]]:

@@ -8,19 +8,20 @@
 -- KEYS[6...]               the working keys to delete
 -- ARGV[1]  token           the caller's fencing token
 -- ARGV[2]  because         why the run ended
--- ARGV[3]  model_prefix    of model keys (all prefixes: same slot)
--- ARGV[4]  model_chunks    upper bound on the chunks of a version
--- ARGV[5]  site_prefix     of site keys: their registrations and counts stay
--- ARGV[6]  updates_prefix  of streams of updates
--- ARGV[7...]               versions to keep besides the head
+-- ARGV[3]  failed          '1' if it ended as failed
+-- ARGV[4]  model_prefix    of model keys (all prefixes: same slot)
+-- ARGV[5]  model_chunks    upper bound on the chunks of a version
+-- ARGV[6]  site_prefix     of site keys: their registrations and counts stay
+-- ARGV[7]  updates_prefix  of streams of updates
+-- ARGV[8...]               versions to keep besides the head
 -- Returns 1, or -1 if another coordinator leads.
 local leader_key, config_key, head_key, versions_key, clients_key = unpack(KEYS, 1, 5)
 local first_working_key = 6
-local token, because, model_prefix, model_chunks, site_prefix, updates_prefix = unpack(ARGV, 1, 6)
-local first_version = 7
+local token, because, failed, model_prefix, model_chunks, site_prefix, updates_prefix = unpack(ARGV, 1, 7)
+local first_version = 8
 
 if redis.call('HGET', leader_key, 'token') ~= token then return -1 end
-redis.call('HSET', config_key, 'state', 'ended', 'stopped_because', because)
+redis.call('HSET', config_key, 'state', 'ended', 'stopped_because', because, 'failed', failed)
 local kept = {[redis.call('HGET', head_key, 'version')] = true}
 for i = first_version, #ARGV do kept[ARGV[i]] = true end
 for _, version in ipairs(redis.call('ZRANGE', versions_key, 0, -1)) do
