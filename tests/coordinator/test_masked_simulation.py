@@ -110,7 +110,7 @@ def test_task_whose_update_is_not_finite_fails_its_client() -> None:
 
 
 def test_model_with_buffers_cannot_be_masked() -> None:
-    with pytest.raises(ManifestMismatch, match="cannot be masked"):
+    with pytest.raises(ManifestMismatch, match="masks hide no buffer"):
         Simulation(masked_config(), ClientDatasets(PointsTask()), TIMING)
 
 
