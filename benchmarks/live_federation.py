@@ -87,8 +87,8 @@ class LiveFederation:
     coordinator: int
     workers: Sequence[int]
     store: Store
-    start_standby: Callable[[], int]
-    """Starts a second coordinator, which waits until the first one's lease has ended; returns its process."""
+    start_standby: Callable[[], None]
+    """Starts a second coordinator, and returns when it waits for the first one's lease to end."""
     keepers: Sequence[int] = ()
 
     def measure(self, seconds: float, at_least: int = 20) -> Figures:
@@ -177,11 +177,16 @@ def live_federation(
             start("fedqueue_keeper", keeper, str(config), keys=folder / "keys" / KEEPER_SITES / keeper)
             for keeper in keepers
         ]
-        standby = ["coordinator", str(config), "--output", str(folder / "standby"), "--standby"]
-        running = LiveFederation(
-            server, coordinator, pids, Store(connect(server.url), "bench"),
-            lambda: start("fedqueue_coordinator", *standby, log="standby.log"), started,
-        )  # fmt: skip
+
+        def start_standby() -> None:
+            arguments = ["coordinator", str(config), "--output", str(folder / "standby"), "--standby"]
+            start("fedqueue_coordinator", *arguments, log="standby.log")
+            deadline = time.monotonic() + START_SECONDS
+            while "waiting to lead" not in (log := (folder / "standby.log").read_text()):
+                assert time.monotonic() < deadline, log[-2000:]
+                time.sleep(0.1)
+
+        running = LiveFederation(server, coordinator, pids, Store(connect(server.url), "bench"), start_standby, started)
         deadline = time.monotonic() + START_SECONDS
         while not _has_merged(running, at_work or 2 * workers):
             assert time.monotonic() < deadline, (folder / "fedqueue_coordinator.log").read_text()[-2000:]

@@ -10,6 +10,8 @@ import pytest
 import redis
 
 from fedqueue.protocol.stream_entry import StreamEntry
+from fedqueue.transport import rq_jobs
+from fedqueue_coordinator.operator.access.enrolment import enroll_missing
 from fedqueue_coordinator.service import inbox
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.inbox import STREAMS_AT_ONCE, Inbox
@@ -27,6 +29,13 @@ def names(count: int, prefix: str = "x") -> list[str]:
 # The inbox
 
 
+def heard(run: SampleRun, urgent: int, others: int) -> None:
+    """Let the notifications of that many streams arrive: a server delivers them after the step that publishes them."""
+    reader = run.coordinator._inbox
+    while (len(reader._urgent), len(reader._named)) != (urgent, others):
+        reader._hear(0.0)
+
+
 def test_stream_of_a_client_with_a_job_is_read_first(run: SampleRun) -> None:
     run.join()
     run.coordinator.unacknowledged()
@@ -34,6 +43,7 @@ def test_stream_of_a_client_with_a_job_is_read_first(run: SampleRun) -> None:
     crowd = Crowd(run.client, run.name)
     crowd.join(names(300))
     run.posted()
+    heard(run, 1, 300)
     first = run.coordinator.receive(0.0)
     assert [entry.kind for entry in first].count("update") == 1
     assert len(first) == STREAMS_AT_ONCE + 1
@@ -49,6 +59,7 @@ def test_updates_of_many_clients_leave_room_for_joins(run: SampleRun) -> None:
     crowd = Crowd(run.client, run.name)
     crowd.join(busy)
     crowd.join(names(3))
+    heard(run, 2 * STREAMS_AT_ONCE, 3)
     first = run.coordinator.receive(0.0)
     assert {*names(3)} <= {entry.client for entry in first}
     assert len(first) == STREAMS_AT_ONCE + 3
@@ -61,9 +72,11 @@ def test_client_that_gets_a_job_moves_ahead_of_the_burst(run: SampleRun, monkeyp
     run.coordinator.unacknowledged()
     crowd = Crowd(run.client, run.name)
     crowd.join(names(9))
+    heard(run, 0, 9)
     assert [entry.client for entry in run.coordinator.receive(0.0)] == ["x0", "x1"]
     busy.add("x8")
     crowd.leave(["x8"])
+    heard(run, 1, 6)
     assert [(entry.client, entry.kind) for entry in run.coordinator.receive(0.0)] == [
         ("x2", "joined"), ("x3", "joined"), ("x8", "joined"), ("x8", "left"),
     ]  # fmt: skip
@@ -203,6 +216,27 @@ def test_burst_of_leaves_is_taken_in_portions(scene: Scene) -> None:
     assert crowd.left_entries([*names(200), *names(200, "y")]) == 0
 
 
+def test_forged_registration_amid_a_burst_joins_nobody(redis_client: redis.Redis, tmp_path: Path) -> None:
+    """Forged entries are in the same portion as genuine ones: each signature is verified for itself."""
+    scene = Scene(redis_client, tmp_path)
+    sites = names(12)
+    enroll_missing(scene.key_folder, sites)
+
+    def burst() -> None:
+        for client in sites[:6]:
+            scene.site(client).join()
+        genuine = scene.entries("x0")[0][1]
+        for client in sites[6:]:
+            redis_client.sadd(scene.keys.clients, client)
+            redis_client.xadd(scene.keys.updates(client), genuine)  # type: ignore[arg-type]
+            redis_client.publish(scene.keys.wakeup, scene.keys.updates(client))
+
+    play = Play(scene, burst)
+    play.until(lambda: not Crowd(redis_client, RUN).left_entries(sites))
+    assert {*play.clients} == {*sites[:6]}
+    assert scene.reasons() == ["forged"] * 6
+
+
 def test_thousand_expired_leases_delay_no_update(scene: Scene) -> None:
     site, crowd = scene.site("c0"), Crowd(scene.redis, RUN)
 
@@ -300,3 +334,17 @@ def test_successor_verifies_each_client_that_returns(redis_client: redis.Redis, 
     successor = Play(scene, lambda: None)
     successor.until(lambda: True)
     assert {*successor.clients} == {"c0"}
+
+
+# The end
+
+
+def test_end_asks_rq_only_about_clients_that_had_a_job(scene: Scene, monkeypatch: pytest.MonkeyPatch) -> None:
+    site, crowd = scene.site("c0"), Crowd(scene.redis, RUN)
+    asked = []
+    monkeypatch.setattr(rq_jobs, "delete_queue", lambda client, queue: asked.append(queue))
+    play = Play(scene, site.join, lambda: crowd.join(names(300)), *[lambda: None] * 9)
+    play.store.steps.append(lambda: play.coordinator.interrupt("enough"))
+    play.until(lambda: False)
+    assert asked == [scene.keys.queue("c0")]
+    assert all(scene.redis.ttl(key) > 0 for key in scene.redis.scan_iter("fedqueue:{*") if not key.endswith(b":leader"))

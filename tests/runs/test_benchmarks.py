@@ -91,6 +91,9 @@ def test_growth_is_measured_in_all_directions_and_drawn(tmp_path: Path) -> None:
     record = json.loads((tmp_path / "rows.json").read_text())
     assert [row["clients"] for row in record["clients"]] == [10]
     assert [row["workers"] for row in record["workers"]] == [2]
+    (idle,) = record["idle"]
+    assert min(idle["joins_per_second"], idle["per_second_while_joining"]) > 0
+    assert 0 < idle["takeover_seconds"] < 60
     assert record["versions"][-1]["version"] >= 40
     assert record["soak"][-1]["coordinator_bytes"] > 0
     assert picture.stat().st_size > 10_000

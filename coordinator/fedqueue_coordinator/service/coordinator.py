@@ -634,7 +634,7 @@ class Coordinator:
             stopped = Stop(damage, failed=True)
         registered = store.registrations().keys()
         if not stopped.resumable:
-            for client in registered:
+            for client in store.last_jobs():  # no other client has a queue
                 rq_jobs.delete_queue(store.redis, store.keys.queue(client))
         refused = store.refused()
         jobs = store.job_number()

@@ -6,7 +6,7 @@ import uuid
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import redis
 import structlog
@@ -35,10 +35,12 @@ if TYPE_CHECKING:  # RQ, which a command that only shows a run does without
 
 log = structlog.get_logger("fedqueue.coordinator")
 
+T = TypeVar("T")
+
 CLEAR_SECONDS = 60.0  # the lease while a run is deleted
 STAGED_SECONDS = 3600  # after which blobs expire that a leader staged and never committed
 SCANNED_JOBS = 1000  # open jobs that one commit may scan for the base versions that they need
-SITES_AT_ONCE = 1000  # clients in one script: other clients of the server wait while it runs
+SITES_AT_ONCE = 1000  # clients in one script, or keys in one pipeline: others wait for the server meanwhile
 MOST_ATTEMPTS, MOST_CHUNKS = 64, 4096  # bounds on the payload keys deleted with a job: workers write these counts
 
 
@@ -207,8 +209,11 @@ class CoordinatorStore(Store):
                 ],
             )
         )  # fmt: skip
-        for key in self.all_keys():
-            self.redis.expire(key, max(1, round(retention_seconds)))
+        for some in _slices(self.all_keys(), SITES_AT_ONCE):
+            pipe = self.redis.pipeline(transaction=False)
+            for key in some:
+                pipe.expire(key, max(1, round(retention_seconds)))
+            pipe.execute()
 
     def restore(self, version: int, job_number: int, ledger: Iterable[Mapping[str, Any]]) -> None:
         """Write back a checkpoint's ledger and counters; `publish` of `version` then makes it the head."""
@@ -494,8 +499,12 @@ class CoordinatorStore(Store):
         prefixes = [keys.attempt(""), keys.site_prefix, keys.job("")]
         return [job.decode() for job in self.script("find_expired", [keys.jobs], prefixes)]
 
-    def registrations_of(self, clients: Sequence[str]) -> dict[str, bytes]:
+    def signed_registrations(self) -> dict[str, bytes]:
         """Client → its registration as stored; absent or larger than a message: left out."""
+        return self.registrations_of(self.clients())
+
+    def registrations_of(self, clients: Sequence[str]) -> dict[str, bytes]:
+        """As `signed_registrations`, of some clients."""
         found: dict[str, bytes] = {}
         for some in _slices(clients, SITES_AT_ONCE):
             records = self.script("registrations", [self.keys.site(client) for client in some], [MAX_MESSAGE])
@@ -638,9 +647,9 @@ def counts_of_all(records: Iterable[Mapping[str, Any]]) -> dict[str, int | bytes
     return {**counts, **newest}
 
 
-def _slices(clients: Sequence[str], length: int) -> Iterator[Sequence[str]]:
-    for first in range(0, len(clients), length):
-        yield clients[first : first + length]
+def _slices(names: Sequence[T], length: int) -> Iterator[Sequence[T]]:
+    for first in range(0, len(names), length):
+        yield names[first : first + length]
 
 
 def _enqueue_call(record: RqJobRecord) -> Call:
