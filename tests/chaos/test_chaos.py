@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.chaos.arena import TARGET
-from tests.support.chaos.faults import FAULTS, KINDS
+from tests.support.chaos.faults import FAULTS, KEEPER_FAULTS, KINDS
 from tests.support.chaos.schedule import schedule
 from tests.support.chaos.survive import survive
 
@@ -25,6 +25,20 @@ def test_federation_survives_a_seeded_schedule_of_faults(tmp_path: Path) -> None
         assert not any(check.problems for check in checks), (when, checks)
     assert report.doubled == 0
     assert report.accuracy >= TARGET
+    assert report.survived.total() >= 5
+
+
+@pytest.mark.slow
+@pytest.mark.server
+@pytest.mark.timeout(300)
+def test_federation_with_keepers_survives_their_deaths(tmp_path: Path) -> None:
+    names = [*KEEPER_FAULTS, "kill_coordinator", "kill_worker", "restart_redis"]
+    report = survive(tmp_path, SECONDS, seed=4, names=names, keepers=["university", "audit-office"])
+    assert report.problems == [], "\n".join(report.lines())
+    for when, checks in report.checks.items():
+        assert not any(check.problems for check in checks), (when, checks)
+    assert report.doubled == 0
+    assert report.accuracy > 0.7
     assert report.survived.total() >= 5
 
 

@@ -120,3 +120,31 @@ def test_run_with_kept_payloads_is_attacked_afterwards(call: CommandLine, config
     code, _, err = call("leak", "leaky")
     assert code == 2
     assert "rehearse instead, which holds out a quarter of each client's rows: fedqueue leak " in err
+
+
+KEEPERS = ["--set", "secure.keepers=['university', 'audit-office']", "--set", "aggregation.buffer_size=3"]
+
+
+def test_with_keepers_the_coordinator_sees_no_more_than_all(call: CommandLine, config: Path, folder: Path) -> None:
+    code, _, err = call("leak", config, "-o", folder / "out", "--references", "0", *KEEPERS)
+    assert code == 0, err
+    found, record = values(folder / "out")
+    (protection,) = {protection for _, protection in found}
+    assert protection == "keepers: sums over 3 clients or more"
+    assert all(m["configured"] for m in found.values())
+    assert found["labels", protection]["value"] < 0.8
+    shared = values(folder / "out", "participant")[0]
+    for attack in ("labels", "rows", "membership"):
+        assert found[attack, protection]["value"] == pytest.approx(shared[attack, "none"]["value"], abs=0.02)
+    assert record["updates_attacked"] == 32
+
+
+@pytest.mark.slow
+@pytest.mark.server
+def test_run_with_keepers_is_attacked_by_its_sums(call: CommandLine, config: Path, folder: Path) -> None:
+    assert call("run", config, "-q", "--set", "ledger.keep_payloads=true", *KEEPERS)[0] == 0
+    code, _, err = call("leak", "leaky", "--references", "0", "--updates", "16")
+    assert code == 0, err
+    assert {protection for _, protection in values(folder / "runs" / "leaky")[0]} == {
+        "keepers: sums over 3 clients or more"
+    }

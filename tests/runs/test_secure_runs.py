@@ -99,7 +99,6 @@ buffer_size = 3
 running_statistics = "frozen"
 [secure]
 keepers = ["university", "audit-office"]
-weight_levels = 1
 [stop]
 versions = 6
 """

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
 from fedqueue.config.schema import Config
 from fedqueue.secure.ring import PIECE, Ring, Words, weighs_examples
@@ -65,9 +66,17 @@ class MaskedSum:
         """The bound of `norm` where every client has clipped and every keeper has answered truly."""
         return self._ring.largest_norm(self.weight)
 
+    def mean(self) -> npt.NDArray[np.float32]:
+        """Σ s_i Δ_i / Σ s_i, float32 [parameters], once all keepers' masks are taken off."""
+        return (self._words.view(np.int32) * (self._factor / self._accumulator.weights)).astype(np.float32)
+
+    @property
+    def _factor(self) -> float:
+        return self._ring.scale / self._ring.weight_levels * (self._most_examples or 1)
+
     def finish(self, aggregator: Aggregator, model: Frame) -> Step:
         """The strategy's step for the unmasked sum; buffers and counters stay as they are in `model`."""
-        factor = self._ring.scale / self._ring.weight_levels * (self._most_examples or 1)
+        factor = self._factor
         signed = self._words.view(np.int32)
         floats = self._words.view(np.float32)
         for where in slices(len(signed), PIECE):

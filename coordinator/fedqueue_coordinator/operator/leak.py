@@ -33,6 +33,7 @@ from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.encodings import Bytes
 from fedqueue.tensors.frame import Frame
 from fedqueue.training import set_seed
+from fedqueue_coordinator.algorithms.masked_sum import MaskedSum
 from fedqueue_coordinator.core.events import Dispatch, make_order
 from fedqueue_coordinator.core.federation import initial_model
 from fedqueue_coordinator.core.run_summary import RunResult
@@ -40,7 +41,7 @@ from fedqueue_coordinator.operator.audit.replay import read_archive, replay
 from fedqueue_coordinator.operator.plain_console import PlainConsole
 from fedqueue_coordinator.operator.run_folder import LAUNCH_FILENAME, Launch
 from fedqueue_coordinator.operator.runs import finished_runs, read_ledger
-from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
+from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER, masks_file
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 
 SUMS = (4, 8)
@@ -50,13 +51,14 @@ BLOCK = max(SUMS)
 
 @dataclass(frozen=True)
 class Recording:
-    """What a run left: its configuration, ledger, version 0, last model, and payloads."""
+    """What a run left: its configuration, ledger, version 0, last model, payloads, and with keepers their masks."""
 
     config: Config
     ledger: Sequence[Mapping[str, Any]]
     first: Frame
     head: Frame
     read_payload: Callable[[str, int], BlobBuffer]
+    read_masks: Callable[[str, str], BlobBuffer]
     simulated: bool = False
     """Whether the noise of each job is known: with [privacy.examples], it decides which rows were seen."""
 
@@ -184,23 +186,26 @@ def _data_of_run(folder: Path) -> tuple[Config, LeakDatasets]:
 
 def _recorded(folder: Path, config: Config) -> Recording:
     archive = read_archive(folder / REPLAY_FOLDER)
-    return Recording(config, read_ledger(folder), archive.first, archive.head, archive.read_payload)
+    return Recording(config, read_ledger(folder), archive.first, archive.head, archive.read_payload, archive.read_masks)
 
 
 def _simulated(config: Config, datasets: ClientDatasets, folder: Path) -> Recording:
-    """Run the configuration under the virtual clock; payloads are kept in `folder`."""
+    """Run the configuration under the virtual clock; payloads, and with keepers masks, are kept in `folder`."""
     name: Callable[[str, int], Path] = lambda job, attempt: folder / f"{job}.{attempt}.bin"  # noqa: E731
 
     def keep(job: str, attempt: int, wire: Bytes) -> None:
         wire.tofile(name(job, attempt))
 
     timing = TimingModel(config.compare.batch_seconds, config.compare.job_seconds, config.compare.jitter)
-    simulation = Simulation(config, datasets, timing, on_payload=keep)
+    simulation = Simulation(
+        config, datasets, timing, on_payload=keep,
+        on_masks=lambda cohort, keeper, masks: masks.tofile(folder / masks_file(cohort, keeper)),
+    )  # fmt: skip
     first = simulation.federation.model.copy()
     result = _completed(simulation)
     return Recording(
         config, result.ledger, first, result.model, lambda job, attempt: np.fromfile(name(job, attempt), np.uint8),
-        simulated=True,
+        lambda cohort, keeper: np.fromfile(folder / masks_file(cohort, keeper), np.uint8), simulated=True,
     )  # fmt: skip
 
 
@@ -225,14 +230,45 @@ def _measure(
     if not blocks:
         raise StoreError(f"the run merged fewer than {BLOCK} updates: too few to attack")
     say(f"reading {len(blocks) * BLOCK} updates")
-    singles, steps = _seen(recording, datasets, blocks)
-    clients = sorted({client for one in [*(s for b in singles for s in b), *steps] for client in one.trained})
+    singles, sums_of_versions, steps = _seen(recording, datasets, blocks)
+    every = [one for block in singles for one in block]
+    arrived = sums_of_versions if config.secure.on else every
+    clients = sorted({client for one in [*arrived, *steps] for client in one.trained})
     rows, control = {}, {}
     for client in clients:
-        trained = all_of(s.trained[client] for b in singles for s in b if client in s.trained)
+        trained = all_of(one.trained[client] for one in arrived if client in one.trained)
         rows[client] = rows_of(task, datasets.data(config, client)[0], config.seed, trained)
         control[client] = matched(rows_of(task, datasets.control(client), config.seed), rows[client], config.seed)
     attacks = Attacks(task, module, rows, control, config.seed)
+    if config.secure.on:
+        least = min(len(one.trained) for one in sums_of_versions)
+        seen = f"keepers: sums over {least} clients or more"
+        if config.example_privacy:
+            seen += f", {ROW_NOISE}"
+        say(f"attacking the sums of {len(sums_of_versions)} versions")
+        measurements = attacks.on_updates(sums_of_versions, "coordinator", seen)
+        galleries = [attacks.gallery("a version's sum", sums_of_versions, measurements)]
+    else:
+        measurements, galleries = _on_single_updates(recording, attacks, singles, say)
+    say("attacking the steps between versions")
+    measurements += attacks.on_updates(steps, "participant", ROW_NOISE if config.example_privacy else NOTHING)
+    if references:
+        models = _references(recording, datasets, rows, references, say)
+        say("attacking the last model")
+        recording.head.frozen = recording.first.frozen
+        measurements += attacks.on_model(recording.head, models)
+    about = {
+        "control_rows": "test_data()" if datasets.test_data is not None else "a quarter of each client's, held out",
+        "updates_attacked": len(every) or sum(map(len, blocks)), "reference_models": references,
+    }  # fmt: skip
+    return measurements, galleries, about
+
+
+def _on_single_updates(
+    recording: Recording, attacks: Attacks, singles: Sequence[Sequence[Seen]], say: Callable[[str], None]
+) -> tuple[list[Measurement], list[Gallery]]:
+    """Attack what a coordinator without keepers receives, and what it would see of sums and other encodings."""
+    config = recording.config
     every = [one for block in singles for one in block]
     codec = uplink_codec(config.compression, recording.first.manifest)
     posted = protection(config, codec)
@@ -250,18 +286,7 @@ def _measure(
         say(f"attacking updates in {name}")
         if arrived := encoded(every, name, config.seed):
             measurements += attacks.on_updates(arrived, "coordinator", name, configured=False)
-    say("attacking the steps between versions")
-    measurements += attacks.on_updates(steps, "participant", ROW_NOISE if config.example_privacy else NOTHING)
-    if references:
-        models = _references(recording, datasets, rows, references, say)
-        say("attacking the last model")
-        recording.head.frozen = recording.first.frozen
-        measurements += attacks.on_model(recording.head, models)
-    about = {
-        "control_rows": "test_data()" if datasets.test_data is not None else "a quarter of each client's, held out",
-        "updates_attacked": len(every), "reference_models": references,
-    }  # fmt: skip
-    return measurements, galleries, about
+    return measurements, galleries
 
 
 def _blocks(ledger: Sequence[Mapping[str, Any]], updates: int) -> list[list[Mapping[str, Any]]]:
@@ -274,8 +299,11 @@ def _blocks(ledger: Sequence[Mapping[str, Any]], updates: int) -> list[list[Mapp
 
 def _seen(
     recording: Recording, datasets: LeakDatasets, blocks: Sequence[Sequence[Mapping[str, Any]]]
-) -> tuple[list[list[Seen]], list[Seen]]:
-    """Return the updates of each block, and the steps between two versions in which they were merged."""
+) -> tuple[list[list[Seen]], list[Seen], list[Seen]]:
+    """Return the updates of each block, the sums of versions, and the steps between the versions that merged them.
+
+    With keepers there are sums and no updates, without them updates and no sums.
+    """
     config = recording.config
     chosen = {line["job"] for block in blocks for line in block}
     records = [r for r in recording.ledger if r["kind"] == "version" and any(m["job"] in chosen for m in r["merged"])]
@@ -289,10 +317,18 @@ def _seen(
             versions[version] = downlink.received(downlink.encode(model, version)).copy()
             versions[version].frozen = model.frozen
 
-    done = replay(config, recording.ledger, recording.first.copy(), recording.read_payload, None, on_version=keep)
+    means: dict[int, torch.Tensor] = {}
+
+    def keep_mean(version: int, masked_sum: MaskedSum) -> None:
+        if version in wanted:
+            means[version] = torch.from_numpy(masked_sum.mean())
+
+    done = replay(
+        config, recording.ledger, recording.first.copy(), recording.read_payload, None,
+        on_version=keep, read_masks=recording.read_masks, on_sum=keep_mean,
+    )  # fmt: skip
     if done.problems:
         raise StoreError(f"the payloads do not fit the ledger: {done.problems[0]}; `fedqueue audit` says more")
-    uplink = uplink_codec(config.compression, recording.first.manifest)
 
     def trained(line: Mapping[str, Any]) -> dict[str, Indices | None]:
         number = int(job_without_tag(line["job"]).rpartition("-")[2])
@@ -302,10 +338,11 @@ def _seen(
         return {line["client"]: rows_of_job(datasets.task, data, order, noise_key)}
 
     def update(line: Mapping[str, Any]) -> Seen:
+        uplink = uplink_codec(config.compression, recording.first.manifest)
         delta = uplink.received(recording.read_payload(line["job"], line["attempt"]))
         return Seen(versions[line["base"]], delta, trained(line))
 
-    steps = []
+    steps, sums = [], []
     for record in records:
         before, after = versions[record["version"] - 1], versions[record["version"]].copy()
         after.parameters.sub_(before.parameters)
@@ -313,7 +350,13 @@ def _seen(
         for client, seen in (pair for line in record["merged"] for pair in trained(line).items()):
             rows[client] = all_of([rows.get(client, seen), seen])
         steps.append(Seen(before, after, rows))
-    return [[update(line) for line in block] for block in blocks], steps
+        if record["version"] in means:
+            mean = before.copy()
+            mean.parameters.copy_(means[record["version"]])
+            sums.append(Seen(before, mean, rows))
+    if config.secure.on:
+        return [], sums, steps
+    return [[update(line) for line in block] for block in blocks], [], steps
 
 
 def _references(

@@ -61,6 +61,7 @@ from fedqueue_coordinator.core.events import (
     JobEnded,
     Load,
     MaskedUpdateLoaded,
+    MasksReleased,
     Offer,
     Stop,
     Tick,
@@ -154,7 +155,8 @@ class Simulation:
     The sections [redis], [security] and [checkpoint] of `config` have no effect. Times such as stop.seconds are virtual
     seconds. The constructor seeds torch's global random generator with config.seed and builds the model.
     `on_progress(federation, now)` is called after each event, with `now` in virtual seconds. `on_payload(job, attempt,
-    payload)` is called with each update that the coordinator loads, as it was posted.
+    payload)` is called with each update that the coordinator loads, as it was posted, and `on_masks(cohort, keeper,
+    masks)` with each sum of masks that a keeper releases.
     """
 
     def __init__(
@@ -164,6 +166,7 @@ class Simulation:
         timing: TimingModel,
         on_progress: Callable[[Federation, float], None] = lambda federation, now: None,
         on_payload: Callable[[str, int, Bytes], None] = lambda job, attempt, payload: None,
+        on_masks: Callable[[str, str, Bytes], None] = lambda cohort, keeper, masks: None,
     ) -> None:
         self.config, self.datasets, self.timing = config, datasets, timing
         self.now = 0.0
@@ -171,7 +174,7 @@ class Simulation:
         self.ledger: list[LedgerRecord] = []
         self.trace: list[tuple[float, str, str]] = []
         """(virtual seconds, "begins" | "arrives" | "waits", job) in order, with which a real run can be driven."""
-        self._on_progress, self._on_payload = on_progress, on_payload
+        self._on_progress, self._on_payload, self._on_masks = on_progress, on_payload, on_masks
         require_test_data(config.stop.target, datasets.test_data)
         self._device = check_device(config.training.device)
         set_seed(config.seed)
@@ -341,7 +344,11 @@ class Simulation:
                 return [UpdateLoaded(action, delta, base)]
             case Offer() | Unmask():
                 assert self._keepers
-                return self._keepers.answer(action)
+                answers = self._keepers.answer(action)
+                for said in answers:
+                    if isinstance(said, MasksReleased) and isinstance(said.masks, WholeWords):
+                        self._on_masks(said.cohort, said.keeper, said.masks.words.view(np.uint8))
+                return answers
             case Commit():
                 self.ledger.append(dict(action.record))
                 for arrived in action.merged:

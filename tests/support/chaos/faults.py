@@ -76,7 +76,12 @@ def kill_coordinator_at(point: str) -> Callable[[Chaos], None]:
 
 def restart_redis(chaos: Chaos) -> None:
     chaos.server.kill()
-    chaos.later(chaos.rng.uniform(0.0, 0.6), chaos.server.start)
+
+    def undo() -> None:
+        if chaos.server.process.poll() is not None:  # two of these faults may overlap
+            chaos.server.start()
+
+    chaos.later(chaos.rng.uniform(0.0, 0.6), undo)
 
 
 def drop_connections(chaos: Chaos) -> None:

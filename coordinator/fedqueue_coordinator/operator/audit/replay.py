@@ -41,6 +41,10 @@ def no_follower(version: int, model: Frame) -> None:
     """No-op, where no caller follows the versions of a replay."""
 
 
+def no_observer(version: int, masked_sum: MaskedSum) -> None:
+    """No-op, where no caller looks at the unmasked sums of a replay."""
+
+
 def no_masks(cohort: str, keeper: str) -> BlobBuffer:
     """Raise BlobMissing, where a run has no keepers."""
     raise BlobMissing(f"masks of keeper {keeper} for cohort {cohort}")
@@ -55,13 +59,15 @@ def replay(
     rounded: bool = False,
     on_version: Callable[[int, Frame], None] = no_follower,
     read_masks: Callable[[str, str], BlobBuffer] = no_masks,
+    on_sum: Callable[[int, MaskedSum], None] = no_observer,
 ) -> Replay:
     """Repeat every merge of the ledger on `model`, version 0, in place, and compare the result with `expected`.
 
     `read_payload(job, attempt)` returns a payload as it was posted, or raises BlobMissing. With `rounded`, `expected`
     is the last version as it was published to workers; otherwise it has the exact float32 parameters.
     `on_version(version, model)` is called with each version from 0 on; it may keep a copy of the model.
-    `read_masks(cohort, keeper)` returns what a keeper released, in a run with keepers.
+    `read_masks(cohort, keeper)` returns what a keeper released, in a run with keepers; there `on_sum(version, sum)` is
+    called with the unmasked sum of each version.
     """
     uplink = uplink_codec(config.compression, model.manifest, config.secure.on)
     downlink = downlink_codec(config.compression, model.manifest)
@@ -86,6 +92,7 @@ def replay(
             except BlobMissing as error:
                 return Replay(updates, [f"a payload of version {record['version']} cannot be read: {error}"])
             updates += len(record["merged"])
+            on_sum(record["version"], masked_sum)
             optimizer.step(masked_sum.finish(aggregator, model))
             masked_sum.clear()
             on_version(record["version"], model)
