@@ -93,3 +93,18 @@ def test_checkpoints_are_periodic_and_deleted_at_the_end(tmp_path: Path) -> None
     checkpointer.delete()
     assert load_checkpoint(tmp_path / "c") is None
     assert not Checkpointer(tmp_path / "c", seconds=None).due(1e9)
+
+
+def test_part_of_a_checkpoint_is_not_left_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, CHECKPOINT)
+
+    def fill(arrays: object, new: Path, metadata: object) -> None:
+        new.write_bytes(b"a part")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", fill)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, replace(CHECKPOINT, version=8))
+    assert list(tmp_path.iterdir()) == [path]
+    assert same(load_checkpoint(path), CHECKPOINT)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedqueue.errors import ConfigurationError, RunExists, ServerUnavailable
+from fedqueue.errors import ConfigurationError, RunExists, ServerUnavailable, StoreError
 from fedqueue.protocol.key_files import write_private
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator import embedded_server
@@ -389,6 +389,28 @@ def test_results_beside_a_second_run_leave_it_alone(
             assert where is not None
             assert where.parent == tmp_path
             assert second.interrupted() == "was interrupted at version 5"
+
+
+@pytest.mark.parametrize("command", ["run", "coordinator"])
+def test_results_that_no_disk_takes_can_be_had_later(
+    folder: RunFolder, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> Any:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("fedqueue_coordinator.operator.results.write_results", full)
+    result = RunResult(1, make_frame(), "versions: 1 of 1", False, [], {}, 1)
+    launch = replace(LAUNCH, command=command)
+    with folder.opened(launch):
+        folder.note(1, 0.0)
+        with pytest.raises(StoreError) as caught:
+            deliver_results(folder, make_config(), result, checkpoint_saved=False)
+    expected = {
+        "run": f"run --resume {folder.path}",
+        "coordinator": f"coordinator {LAUNCH.config} --output {folder.path}",
+    }
+    assert f"free space, then `fedqueue {expected[command]}`" in str(caught.value)
+    assert RunFolder(folder.path).version() == 1
 
 
 def test_deleted_folder_of_the_unfinished_run_is_made_again(folder: RunFolder) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from fedqueue.config.aggregation import AggregationConfig
 from fedqueue.errors import ConfigurationError, ManifestMismatch
@@ -226,6 +227,8 @@ class Surplus(nn.Linear):
         return {**super().state_dict(*args, **kwargs), "calibration": torch.ones(5)}
 
 
+two_tensor: Any = TwoTensor  # torch's own example of a tensor that wraps others, as DTensor does
+
 REFUSED = {
     "lazy": (lambda: nn.LazyLinear(2), "weight has no shape yet .* run one batch"),
     "lazy buffer": (lambda: nn.Sequential(nn.Linear(1, 1), nn.LazyBatchNorm1d()), "1.weight has no shape yet"),
@@ -236,6 +239,7 @@ REFUSED = {
     "quantized": (
         lambda: with_buffers(q=torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)), r"q is torch\.qint8",
     ),
+    "sharded": (lambda: with_buffers(t=two_tensor(torch.ones(2), torch.ones(2))), "t is a TwoTensor.*in fit"),
     "sparse": (lambda: with_buffers(s=torch.eye(2).to_sparse()), r"s is torch\.sparse_coo"),
     "extra state": (lambda: nn.Sequential(Extra(1, 1)), "0._extra_state is a dict; extra state is federated if"),
     "extra state without a setter": (lambda: OneWay(1, 1), "_extra_state cannot be loaded: define set_extra_state"),

@@ -63,7 +63,7 @@ def _write_elsewhere(
     except (OSError, SafetensorError) as error:
         raise StoreError(
             f"the results cannot be written to {folder.path} ({why}), nor to {tempfile.gettempdir()} ({error}); "
-            f"free space, then `fedqueue export {config.name} --output FILE` while the run is in Redis"
+            f"free space, then {folder.how_to_deliver()}"
         ) from error
 
 

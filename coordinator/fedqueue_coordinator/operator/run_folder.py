@@ -259,6 +259,13 @@ class RunFolder:
             return f"coordinator {shlex.quote(str(launch.config))} --output {shlex.quote(str(self.path))}{ended}"
         return f"run --resume {shlex.quote(str(self.path))}"
 
+    def how_to_deliver(self) -> str:
+        """Say how results that could not be written can be had of a run that has ended."""
+        launch = self.launch()
+        if launch is None or launch.command not in ("run", "coordinator"):
+            return "run it again"
+        return f"`fedqueue {self.command_to_resume()}`, which writes them from what is in Redis"
+
     def version(self) -> int:
         """Return the version that the unfinished run reached, as far as it was noted."""
         version = self._progress().get("version", 0)

@@ -97,10 +97,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "ledger": np.frombuffer(msgpack.packb(checkpoint.ledger), np.uint8),
     }
     new = path.with_suffix(".new")
-    safetensors.numpy.save_file(arrays, new, {"format": FORMAT, "checkpoint": json.dumps(plain)})
-    with new.open("rb") as file:
-        os.fsync(file.fileno())
-    new.replace(path)
+    try:
+        safetensors.numpy.save_file(arrays, new, {"format": FORMAT, "checkpoint": json.dumps(plain)})
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        new.replace(path)
+    except BaseException:
+        new.unlink(missing_ok=True)  # a part of it would keep a full disk full
+        raise
 
 
 def load_checkpoint(path: Path) -> Checkpoint | None:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fedqueue.errors import ManifestMismatch
 
@@ -124,6 +125,11 @@ def _refuse_unusable(name: str, tensor: torch.Tensor) -> None:
         )
     if tensor.is_meta:
         raise ManifestMismatch(f"model: {name} is on the meta device, so it has no values: build it on the CPU")
+    if is_traceable_wrapper_subclass(tensor):  # DTensor of fully_shard, quantized weights of torchao, and the like
+        raise ManifestMismatch(
+            f"model: {name} is a {type(tensor).__name__}, which has no plain values: return the plain module from "
+            "model(), and shard, quantize or wrap it in fit()"
+        )
     if tensor.layout != torch.strided:
         raise ManifestMismatch(f"model: {name} is {tensor.layout}: make it dense with to_dense()")
     if 0 in tensor.stride() and any(s == 0 and n > 1 for s, n in zip(tensor.stride(), tensor.shape, strict=True)):

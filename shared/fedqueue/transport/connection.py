@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import redis
+import structlog
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.connection import Connection, UnixDomainSocketConnection
 from redis.retry import Retry
@@ -21,6 +23,9 @@ from fedqueue.errors import ConfigurationError, ServerUnavailable
 from fedqueue.exception_text import one_line
 from fedqueue.transport.pool import Pool, TcpConnection, TlsConnection, UnixConnection
 from fedqueue.transport.sentinel import SENTINEL, TLS_SENTINEL, connect_through_sentinels
+
+log = structlog.get_logger("fedqueue.transport")
+T = TypeVar("T")
 
 SOCKET_SECONDS = 60.0  # without a byte; longer than a blocking read
 SILENT_SECONDS = 30  # after which a line is lost on which nothing is acknowledged
@@ -59,10 +64,29 @@ class SharedRetry(Retry):
     """One retry policy for all connections of a client.
 
     redis-py deep-copies the policy into each connection; this one stays shared, so `limit_retries` reaches them all.
+    A server that does not answer is waited for in silence by redis-py, for SOCKET_SECONDS at each try. This policy
+    warns at the first try, in a process that has configured its logs.
     """
+
+    _silent = False
 
     def __deepcopy__(self, memo: object) -> SharedRetry:
         return self
+
+    def call_with_retry(self, do: Callable[[], T], fail: Callable[..., Any], *arguments: Any, **options: Any) -> T:
+        """As in redis-py, with a warning once for each time that the server does not answer."""
+
+        def warn_and_fail(error: Exception, *failures: int) -> None:
+            if isinstance(error, redis.TimeoutError) and not self._silent and structlog.is_configured():
+                self._silent = True
+                log.warning("Redis accepts connections and does not answer: trying again", error=one_line(str(error)))
+            fail(error, *failures)
+
+        result = super().call_with_retry(do, warn_and_fail, *arguments, **options)
+        if self._silent:
+            self._silent = False
+            log.info("Redis answers again")
+        return result
 
 
 def limit_retries(client: redis.Redis) -> None:
