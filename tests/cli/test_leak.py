@@ -42,6 +42,7 @@ def values(path: Path, view: str = "coordinator") -> tuple[dict[tuple[str, str],
     return {(m["attack"], m["protection"]): m for m in record["measurements"] if m["view"] == view}, record
 
 
+@pytest.mark.slow
 def test_rehearsal_reads_single_rows_even_out_of_sums(call: CommandLine, config: Path, folder: Path) -> None:
     code, out, err = call("leak", config, "-o", folder / "out", "--references", "2")
     assert code == 0, err
@@ -71,6 +72,7 @@ def test_model_that_overfits_betrays_its_rows(call: CommandLine, config: Path, f
     assert model["control"] == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_limit_that_is_broken_is_exit_code_1_with_the_number(call: CommandLine, config: Path, folder: Path) -> None:
     code, _, err = call("leak", config, "-o", "out", "--references", "0", "--at-most", "rows=0.01", "--updates", "8")
     assert code == 1

@@ -15,8 +15,10 @@ from torch.utils.data import TensorDataset
 
 from fedqueue import Task
 from fedqueue.config.loading import parse_config
+from fedqueue.config.schema import Config
 from fedqueue.errors import ManifestMismatch
 from fedqueue.tensors.frame import Frame
+from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.audit.replay import replay_folder
 from fedqueue_coordinator.operator.export import export_model
 from fedqueue_coordinator.operator.results import save_model
@@ -76,7 +78,7 @@ class RichTask(Task):
         return TensorDataset(x, (x[:, 0] > 0).long())
 
 
-def rich_config(**sections: Any) -> Any:
+def rich_config(**sections: Any) -> Config:
     tree: dict[str, Any] = {
         "name": "rich",
         "task": {"entrypoint": "task.py:RichTask"},
@@ -93,7 +95,7 @@ def rich_config(**sections: Any) -> Any:
     return parse_config(tree)
 
 
-def simulated(config: Any) -> tuple[Simulation, Any]:
+def simulated(config: Config) -> tuple[Simulation, RunResult]:
     simulation = Simulation(config, ClientDatasets(RichTask()), TimingModel(batch_seconds=1.0, jitter=0.2))
     return simulation, simulation.run()
 
@@ -155,25 +157,34 @@ def test_saved_file_loads_into_the_task_model(tmp_path: Path) -> None:
         assert tensor.dtype == result.state_dict()[name].dtype
 
 
-@pytest.mark.parametrize(
-    ("aggregation", "compression"),
-    [
-        ({"strategy": "fedasync"}, {}),
-        ({"strategy": "fedbuff", "buffer_size": 3, "running_statistics": "drift"}, {}),
-        ({"strategy": "fedbuff", "buffer_size": 3, "robust": {"rule": "median"}}, {}),
-        ({"strategy": "fedasync"}, {"uplink": "int8", "downlink": "bfloat16", "int8_block": 16}),
-        ({"strategy": "fedbuff"}, {"uplink": "topk", "downlink": "int8", "topk_ratio": 0.2, "uplink_lossless": "zstd"}),
-        ({"strategy": "fedavg"}, {"uplink": "randomk", "downlink": "float16", "topk_ratio": 0.2}),
-    ],
-    ids=["fedasync", "drift", "median", "int8", "topk-zstd", "randomk"],
-)
-def test_rich_model_has_the_same_bits_over_redis(
-    redis_client: redis.Redis, tmp_path: Path, aggregation: dict[str, Any], compression: dict[str, Any]
-) -> None:
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fedasync": ({"strategy": "fedasync"}, {}),
+    "drift": ({"strategy": "fedbuff", "buffer_size": 3, "running_statistics": "drift"}, {}),
+    "median": ({"strategy": "fedbuff", "buffer_size": 3, "robust": {"rule": "median"}}, {}),
+    "int8": ({"strategy": "fedasync"}, {"uplink": "int8", "downlink": "bfloat16", "int8_block": 16}),
+    "topk-zstd": (
+        {"strategy": "fedbuff"},
+        {"uplink": "topk", "downlink": "int8", "topk_ratio": 0.2, "uplink_lossless": "zstd"},
+    ),
+    "randomk": ({"strategy": "fedavg"}, {"uplink": "randomk", "downlink": "float16", "topk_ratio": 0.2}),
+}
+"""Aggregation and compression of each run."""
+
+
+@pytest.fixture(scope="module", params=RUNS.values(), ids=list(RUNS))
+def simulated_run(request: pytest.FixtureRequest) -> tuple[Config, Simulation, RunResult]:
+    """One simulation for both servers."""
+    aggregation, compression = request.param
     config = rich_config(
         aggregation=aggregation, compression=compression, stop={"versions": 8}, ledger={"keep_payloads": True}
     )
-    simulation, expected = simulated(config)
+    return config, *simulated(config)
+
+
+def test_rich_model_has_the_same_bits_over_redis(
+    redis_client: redis.Redis, tmp_path: Path, simulated_run: tuple[Config, Simulation, RunResult]
+) -> None:
+    config, simulation, expected = simulated_run
     store = Workers(redis_client, config.name, "owner")
     store.begin(config, RichTask(), simulation.trace)
     real = led(config, RichTask(), store, tmp_path)
