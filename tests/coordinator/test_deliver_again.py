@@ -54,7 +54,7 @@ def test_ended_run_of_another_folder_is_refused(scene: Scene) -> None:
 
 
 @pytest.mark.parametrize(("end", "failed"), [(Coordinator.fail, True), (Coordinator.interrupt, False)])
-def test_run_that_failed_or_was_interrupted_keeps_its_checkpoint(
+def test_failed_or_interrupted_run_keeps_its_checkpoint(
     scene: Scene, end: Callable[[Coordinator, str], None], failed: bool
 ) -> None:
     site = scene.site("c0")
