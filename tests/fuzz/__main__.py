@@ -51,13 +51,11 @@ def main() -> None:
 
 
 def fuzz(name: str, runs: int, seed: int) -> None:
-    import tracemalloc
 
     import atheris
 
     from tests.support.decoders import DECODERS, ToShow, check
 
-    tracemalloc.start()
     done, started = 0, resident()
     began = time.monotonic()
 

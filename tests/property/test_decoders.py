@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +22,6 @@ from tests.support.decoders import DECODERS, Decoder, ToShow, check
 CORPUS = Path(__file__).parents[1] / "corpus"
 FOUND = sorted(path for path in CORPUS.rglob("*") if path.is_file() and path.suffix != ".md")
 each_decoder = pytest.mark.parametrize("name", DECODERS)
-
-
-@pytest.fixture(autouse=True)
-def _memory_is_traced() -> Iterator[None]:
-    tracemalloc.start()
-    yield
-    tracemalloc.stop()
 
 
 def changed(seed: bytes) -> st.SearchStrategy[bytes]:

@@ -77,8 +77,7 @@ def check(name: str, data: bytes) -> None:
 
 def _measure(name: str, decoder: Decoder, data: bytes) -> tuple[float, int]:
     """Measure one decoding: seconds of CPU, and peak memory in bytes."""
-    tracemalloc.reset_peak()
-    before, _ = tracemalloc.get_traced_memory()
+    tracemalloc.start()
     began = time.process_time()
     try:
         decoder.decode(data)
@@ -86,7 +85,10 @@ def _measure(name: str, decoder: Decoder, data: bytes) -> tuple[float, int]:
         pass
     except Exception as error:
         raise ToShow(f"{name}: {type(error).__name__}: {error}") from error
-    return time.process_time() - began, tracemalloc.get_traced_memory()[1] - before
+    finally:
+        seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    return seconds, peak
 
 
 def _message(kind: Any, **fields: Any) -> Decoder:
