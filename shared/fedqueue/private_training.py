@@ -105,7 +105,9 @@ class PrivateJob:
 
 
 def _state_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors_by_name(model).items()}
+    """Copies of all parameters and buffers, those that are never saved too: a gradient could depend on them."""
+    tensors = {**dict(model.named_buffers()), **tensors_by_name(model)}
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
@@ -149,6 +151,11 @@ def check_example_privacy(privacy: ExamplePrivacyConfig, task: Task, model: torc
                         "privacy.examples", None, f"the model has {layer} with {option}, which changes the rows of "
                         "the table that occur", f"make it without {option}",
                     )  # fmt: skip
+    if task.stateful_clients:
+        raise ConfigurationError(
+            "privacy.examples", None, f"{type(task).__name__}.stateful_clients is set, so that a job would find in the "
+            "model what rows of an earlier one left there", "leave one of the two out",
+        )  # fmt: skip
     fit: Any = inspect.unwrap(type(task).fit)
     if fit is not Task.fit and "fit" not in fit.__code__.co_names:
         raise ConfigurationError(

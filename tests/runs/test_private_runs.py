@@ -24,6 +24,7 @@ def test_run_ends_when_every_budget_is_used_up(start: Callable[..., Program], tm
     summary, ledger = read_results(tmp_path / "out")
     assert summary["stopped_because"].startswith("no site trains further jobs: ")
     assert summary["privacy"].startswith("rows: noise for ε = 3 in 3 jobs of a client, norm 1, δ = 0.0001")
+    assert summary["privacy"] in program.text
     assert summary["complete"]
     merged = [line for record in ledger if record["kind"] == "version" for line in record["merged"]]
     assert {line["client"] for line in merged} == {"cleveland", "hungary", "switzerland", "va"}

@@ -261,7 +261,7 @@ def test_training_learns_despite_the_noise() -> None:
 
 def test_proximal_term_pulls_back_to_the_base() -> None:
     without, with_term = (
-        Site(Plain(), {"local_steps": 30, "proximal_mu": mu}, noise_multiplier=1e-6).job()[1].norm()
+        Site(Plain(), {"local_steps": 30, "proximal_mu": mu}, noise_multiplier=0.001).job()[1].norm()
         for mu in (0.0, 1.5)
     )
     assert with_term < 0.8 * without
@@ -367,21 +367,22 @@ def test_fit_cannot_train_longer_than_was_paid_for() -> None:
     assert torch.equal(Site(TrainsLonger()).job()[1], Site(Plain()).job()[1])
 
 
-def test_buffer_that_rows_change_makes_no_update() -> None:
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffer_that_rows_change_makes_no_update(persistent: bool) -> None:
     class Counting(torch.nn.Module):
         seen: torch.Tensor
 
-        def __init__(self) -> None:
+        def __init__(self, persistent: bool) -> None:
             super().__init__()
             self.inner = perceptron()
-            self.register_buffer("seen", torch.zeros(()))
+            self.register_buffer("seen", torch.zeros(()), persistent)
 
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:
             self.seen += inputs.detach().sum()
             return self.inner(inputs)  # type: ignore[no-any-return]
 
     with pytest.raises(TaskError, match="'seen' outside of the private steps"):
-        Site(Plain(Counting), backend="loop").job()
+        Site(Plain(lambda: Counting(persistent)), backend="loop").job()
 
 
 # Before the run
@@ -421,6 +422,13 @@ def test_fit_that_never_calls_the_default_one_is_refused(kind: type[Plain], refu
         return
     with pytest.raises(ConfigurationError, match=r"Replaces has a fit of its own.*super\(\).fit"):
         check_example_privacy(site.privacy, kind(), perceptron())
+
+
+def test_state_of_a_client_in_the_model_is_refused() -> None:
+    task = Plain()
+    task.stateful_clients = True
+    with pytest.raises(ConfigurationError, match=r"Plain.stateful_clients is set"):
+        check_example_privacy(Site(Plain()).privacy, task, perceptron())
 
 
 class Stream(torch.utils.data.IterableDataset[Any]):

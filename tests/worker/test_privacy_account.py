@@ -16,7 +16,7 @@ import torch
 from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.privacy import ExamplePrivacyConfig
 from fedqueue.config.training import TrainingConfig
-from fedqueue.errors import BudgetSpent, ConfigurationError, PolicyRefusal
+from fedqueue.errors import BudgetSpent, ConfigurationError, LoadFailed, PolicyRefusal
 from fedqueue.privacy.accountant import epsilon_of, step_rdp
 from fedqueue.privacy.spending import Charge
 from fedqueue.protocol.messages import Ending, Update, read
@@ -24,7 +24,9 @@ from fedqueue_worker.egress_log import NO_EGRESS_LOG
 from fedqueue_worker.job_runner import JobRunner
 from fedqueue_worker.policy import ALLOW_ALL, Policy, load_policy
 from fedqueue_worker.privacy_account import PrivacyAccount
+from fedqueue_worker.process import Worker, new_token
 from tests.support.sample_run import SampleRun
+from tests.support.small_task import SmallTask
 from tests.support.training_site import TrainingSite
 
 DELTA = 1e-5
@@ -305,6 +307,66 @@ def test_unprotected_job_opens_no_account(run: SampleRun, tmp_path: Path) -> Non
     assert read(Update, entry.body).metrics["mean_age"] == 61.25
     assert not (tmp_path / "none").exists()
     assert site.runner.privacy_spent() == []
+
+
+# Joining a run
+
+
+class TwentyRows(SmallTask):
+    def __init__(self, batch_norm: bool = False) -> None:
+        super().__init__(batch_norm)
+        self.loaded = 0
+
+    def train_data(self, client: Client) -> Any:
+        self.loaded += 1
+        return torch.utils.data.TensorDataset(torch.randn(20, 3), torch.ones(20).long())
+
+
+def joining(client: Any, folder: Path, policy: Policy, noise: bool = True, task: Task | None = None) -> Worker:
+    """A worker of client-0 of a run that is under way."""
+    examples = PRIVACY.model_dump() if noise else {}
+    privacy = {"examples": examples, "folder": str(folder)}
+    run = SampleRun(client, batch_norm=isinstance(task, TwentyRows) and task._batch_norm, privacy=privacy)
+    return Worker(run.config, task or TwentyRows(), run.worker(new_token()), policy)
+
+
+@pytest.mark.usefixtures("process_restored")
+def test_used_up_client_takes_no_part(fake_client: Any, tmp_path: Path) -> None:
+    worker = joining(fake_client, tmp_path, limited(cost(1)))
+    PrivacyAccount(tmp_path, "client-0", ALLOW_ALL).charge("before", CHARGE, PRIVACY)
+    with pytest.raises(LoadFailed, match=r"client-0: this site's policy: max_epsilon: the job would bring client-0"):
+        worker.run([["client-0"]])
+
+
+@pytest.mark.usefixtures("process_restored")
+def test_run_without_noise_is_declined_unread(fake_client: Any, tmp_path: Path) -> None:
+    task = TwentyRows()
+    with pytest.raises(LoadFailed, match=r"client-0: this site's policy: max_epsilon: the job adds no noise"):
+        joining(fake_client, tmp_path, limited(8.0), noise=False, task=task).run([["client-0"]])
+    assert task.loaded == 0
+
+
+@pytest.mark.usefixtures("process_restored")
+def test_damaged_account_ends_the_worker(fake_client: Any, tmp_path: Path) -> None:
+    (tmp_path / "privacy-client-0.json").write_text("{")
+    with pytest.raises(ConfigurationError, match="no privacy account can be read there"):
+        joining(fake_client, tmp_path, ALLOW_ALL).run([["client-0"]])
+
+
+@pytest.mark.usefixtures("process_restored")
+def test_model_that_mixes_rows_ends_the_worker(fake_client: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"the model has BatchNorm1d \(1\)"):
+        joining(fake_client, tmp_path, ALLOW_ALL, task=TwentyRows(batch_norm=True)).run([["client-0"]])
+
+
+@pytest.mark.usefixtures("process_restored")
+def test_last_lines_say_what_was_spent(fake_client: Any, tmp_path: Path) -> None:
+    worker = joining(fake_client, tmp_path, limited(8.0))
+    worker.run([["client-0"]], burst=True)
+    assert worker.privacy_spent == [
+        "client-0 has spent ε = 0.000 of 8 at δ = 1e-05 in 0 jobs, and 0.000 in the 0 of this run "
+        "(privacy-client-0.json)"
+    ]
 
 
 @pytest.mark.parametrize(

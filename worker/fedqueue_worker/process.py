@@ -208,13 +208,19 @@ class Worker:
         return clients
 
     def _load(self, runner: JobRunner, heartbeat: Heartbeat, run_config: Config) -> None:
-        """Load the data of each client, then register those that are ready: a job would wait while others load."""
+        """Load the data of each client, then register those that are ready: a job would wait while others load.
+
+        Raises ConfigurationError where the privacy account of a client is damaged.
+        """
         registrations = []
+        if run_config.example_privacy:
+            for name in self.clients:
+                runner.account(name)
         for client in map(self.config.clients.client, list(self.clients)):
             try:
                 self.policy.check_secure(run_config.secure)
-                data, examples = load_data(self.task, client, run_config.seed)
                 self.policy.check_noise(run_config.example_privacy)
+                data, examples = load_data(self.task, client, run_config.seed)
                 if privacy := run_config.example_privacy:
                     runner.require_affordable(client.id, data, run_config.training, privacy)
                 self.policy.check_leak(self._on_this_machine(run_config), self.task, client, data)

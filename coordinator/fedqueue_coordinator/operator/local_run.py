@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import redis
 
+from fedqueue.config.privacy import NO_PRIVACY
 from fedqueue.config.schema import Config
 from fedqueue.errors import MissingExtra, RunExists, ServerUnavailable
 from fedqueue.exception_text import one_line
@@ -244,6 +245,8 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: 
     view.say(f"{summary['run']}: {metrics}{merged if summary['versions'] else ', no update was merged'}", "bold")
     if masked := describe_masking(summary):
         view.say(masked)
+    if summary.get("privacy", NO_PRIVACY) != NO_PRIVACY:
+        view.say(summary["privacy"])
     report = folder / "report.png"
     paths = [f"report: {report}"] if report.exists() else []
     paths += [f"model: {folder / 'model.safetensors'}", f"numbers: {folder / 'summary.json'}"]

@@ -6,18 +6,20 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedqueue.config.sections import OFF, Count, Positive, Section, Text, refuse
+from fedqueue.config.sections import OFF, Count, Section, Text, refuse
+
+NO_PRIVACY = "no differential privacy"
 
 
 class ExamplePrivacyConfig(Section):
     """Differential privacy of each row, by DP-SGD at the site (docs/how-to/row-privacy.md). The coordinator sends these
     settings with each job. Off unless `noise_multiplier` or `epsilon` is set."""
 
-    max_grad_norm: Annotated[Positive | None, OFF] = None
+    max_grad_norm: Annotated[Annotated[float, Field(ge=1e-6, le=1e6)] | None, OFF] = None
     """The gradient of each row, over all trainable parameters, is scaled down to at most this L2 norm (C). Required."""
-    noise_multiplier: Annotated[Positive | None, OFF] = None
+    noise_multiplier: Annotated[Annotated[float, Field(ge=1e-3, le=1e5)] | None, OFF] = None
     """Standard deviation of the Gaussian noise in each step, as a multiple of `max_grad_norm`: σ = z · C."""
-    epsilon: Annotated[Positive | None, OFF] = None
+    epsilon: Annotated[Annotated[float, Field(gt=0, le=1000)] | None, OFF] = None
     """Instead of `noise_multiplier`: each site takes the smallest noise with which `jobs` jobs of one client cost at
     most this ε, and refuses the jobs of the run that would cost more."""
     jobs: Annotated[Count | None, OFF] = None
@@ -64,7 +66,7 @@ class ExamplePrivacyConfig(Section):
     def sentence(self) -> str:
         """What holds for the updates of a run with these settings."""
         if not self.on:
-            return "no differential privacy"
+            return NO_PRIVACY
         noise = (
             f"noise multiplier {self.noise_multiplier:g}"
             if self.noise_multiplier

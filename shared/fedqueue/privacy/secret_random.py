@@ -11,11 +11,6 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import AES
-from cryptography.hazmat.primitives.ciphers.modes import CTR
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 KEY_BYTES = 32
 GRID_BITS = 18
@@ -29,6 +24,13 @@ class SecretRandom:
 
     def __init__(self, key: bytes, purpose: str) -> None:
         """`key` has 32 random bytes, which are used for one job and then forgotten."""
+        # Here, because most runs need none of it: 8 MB in each worker.
+        from cryptography.hazmat.primitives import hashes
+        from cryptography.hazmat.primitives.ciphers import Cipher
+        from cryptography.hazmat.primitives.ciphers.algorithms import AES
+        from cryptography.hazmat.primitives.ciphers.modes import CTR
+        from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
         if len(key) != KEY_BYTES:
             raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
         derived = HKDF(hashes.SHA256(), KEY_BYTES, None, f"fedqueue/1 {purpose}".encode()).derive(key)

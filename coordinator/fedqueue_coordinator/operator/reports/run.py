@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedqueue.config.privacy import NO_PRIVACY
 from fedqueue.errors import MissingExtra
 from fedqueue_coordinator.core.run_summary import describe_masking, main_metric
 
@@ -36,7 +37,8 @@ def draw_report(path: Path, summary: Mapping[str, Any], ledger: Sequence[Mapping
         axes = figure.subplots(2, 2)
         rejected = sum(summary["updates_rejected"].values()) - summary["updates_rejected"].get("run_ended", 0)
         abandoned = summary["jobs_abandoned"] - summary["abandoned_because"].get("run_ended", 0)
-        private = "\n".join(line for line in (describe_masking(summary), summary.get("privacy", "")) if line)
+        noise = summary.get("privacy", NO_PRIVACY)
+        private = "\n".join(line for line in (describe_masking(summary), noise) if line not in ("", NO_PRIVACY))
         figure.suptitle(
             f"{summary['run']} · {summary['strategy']} · {summary['versions']} versions of {summary['updates_merged']} "
             f"updates in {summary['seconds']:.1f} s · {rejected} rejected, {abandoned} abandoned\n"
