@@ -243,9 +243,8 @@ class KeeperProcess:
         if opened.refusal == "foreign" and self._moved_on():
             opened = self._keeper.offer(offer)
         if opened.refusal and self._first(opened.header):
-            log.warning(
-                "refused an update", client=offer.client, job=offer.job, reason=opened.refusal, detail=opened.detail
-            )
+            say = log.debug if opened.refusal == "spent" else log.warning  # a restarted keeper is asked again
+            say("refused an update", client=offer.client, job=offer.job, reason=opened.refusal, detail=opened.detail)
         return OPENED, self._identity.sign(OPENED, opened.pack())
 
     def _release(self, cohort: bytes) -> tuple[str, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -347,6 +348,63 @@ def test_ask_of_the_next_epoch_is_not_refused(serving: Site) -> None:
 
 
 # What it does not serve
+
+
+def signed_again(run: MaskedRun, config: dict[str, Any]) -> None:
+    """The coordinator signs another configuration for the same run instance, which no honest one does."""
+    run.config_text = json.dumps(config).encode()
+    descriptor = run.coordinator._descriptor(
+        run.scope.instance, 0, 0, digest_of(run.config_text), digest_of(run.manifest), ""
+    )
+    run._described(descriptor, 0)
+
+
+def test_changed_configuration_is_not_followed(serving: Site) -> None:
+    config = json.loads(serving.run.config_text)
+    config["secure"]["min_cohort"] = 2
+    signed_again(serving.run, config)
+    serving.run.write(serving.client)
+    with pytest.raises(SignatureError, match="has signed another configuration or manifest for the same run"):
+        serving.step()
+
+
+def test_changed_configuration_opens_no_update_after_a_restart(serving: Site) -> None:
+    """A restarted keeper cannot know the former configuration, but clients have bound their seeds to it."""
+    updates = posted(serving.run)
+    config = json.loads(serving.run.config_text)
+    config["secure"]["min_cohort"] = 2
+    signed_again(serving.run, config)
+    serving.run.write(serving.client)
+    serving.process.close()
+    serving.start()
+    serving.offer(*updates)
+    serving.step()
+    assert [answer.refusal for answer in serving.said()] == ["unmaskable"] * 4
+
+
+def test_replayed_epoch_gets_a_key_that_opens_nothing(serving: Site) -> None:
+    """Redis shows a keeper that starts again the former epoch: the key that its updates were masked for is gone."""
+    former, updates = serving.run.info, posted(serving.run)
+    serving.run.begin(epoch=1)
+    serving.run.write(serving.client)
+    serving.step()
+    serving.process.close()
+    serving.run.info = former
+    serving.run.write(serving.client)
+    serving.start()
+    serving.step()
+    assert [serving.process._keeper.offer(update.offer).refusal for update in updates] == ["keeper_lost"] * 4
+
+
+def test_epoch_that_goes_back_is_not_followed(serving: Site) -> None:
+    former = serving.run.info
+    serving.run.begin(epoch=1)
+    serving.run.write(serving.client)
+    serving.step()
+    serving.run.info = former
+    serving.run.write(serving.client)
+    with pytest.raises(SignatureError, match="went back from epoch 1 to 0"):
+        serving.step()
 
 
 def test_unsigned_run_is_not_served(site: Site) -> None:

@@ -9,9 +9,11 @@ import msgpack
 import numpy as np
 import pytest
 
+from fedqueue.config.secure import MAX_MEMBERS
 from fedqueue.errors import SignatureError, WireError
 from fedqueue.protocol.key_files import CLIENTS, SigningKey, write_public_keys
 from fedqueue.protocol.messages import Cohort, MaskRefused
+from fedqueue.protocol.signed_envelope import MASK_REFUSED
 from fedqueue.secure.keeper import Keeper, MemoryLog, Release
 from fedqueue.secure.masks import new_seed
 from fedqueue.secure.seed_envelope import KeeperPrivateKey
@@ -363,3 +365,13 @@ def test_repr_shows_no_secret(run: MaskedRun, keeper: Keeper) -> None:
     for secret in (*seeds, keeper._secret, answer._dither_seed, keeper.key.to_bytes()[:16]):
         assert repr(secret)[2:-1] not in shown
         assert secret.hex() not in shown
+
+
+def test_largest_cohort_and_its_refusal_can_be_sent(run: MaskedRun, keeper: Keeper) -> None:
+    """Each of the members has a refusal of its own name, and the answer stays below the size of a message."""
+    members = tuple((f"{i:064x}", 8) for i in range(MAX_MEMBERS))
+    signed = run.coordinator.sign_cohort(Cohort(version=2**53 - 1, members=members))
+    answer = refusal(keeper, signed)
+    assert (answer.reason, len(answer.headers)) == ("unknown", MAX_MEMBERS)
+    longest = answer.model_copy(update={"detail": "\N{GREEK SMALL LETTER TAU}" * 500})
+    assert run.coordinator.open_keeper(MASK_REFUSED, "k0", run.identities["k0"].sign(MASK_REFUSED, longest.pack()))

@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedqueue.config.loading import parse_config
+from fedqueue.config.schema import Config
 from fedqueue.errors import WireError
 from fedqueue.protocol.signed_envelope import Scope
 from fedqueue.secure.masks import new_seed
@@ -20,10 +22,29 @@ from fedqueue.secure.seed_envelope import (
     seal_seed,
     seed_info,
 )
+from tests.support.masked_run import masked_config
+
+
+def config(**secure: Any) -> Config:
+    return masked_config(["k"], "abcde", 3, **secure)
+
 
 KEY, OTHER_KEY = KeeperPrivateKey.generate(), KeeperPrivateKey.generate()
-FIELDS: tuple[Any, ...] = (Scope("r", "i" * 32, 1), "a", "r-1", 1, 2, "0" * 64, "1" * 64, 0, "k", 6)
-CHANGED: tuple[Any, ...] = (Scope("r", "j" * 32, 1), "b", "r-2", 2, 3, "2" * 64, "3" * 64, 1, "l", 7)
+TERMS, OTHER_TERMS = config(), config(min_cohort=2)
+FIELDS: tuple[Any, ...] = (Scope("r", "i" * 32, 1), TERMS, "a", "r-1", 1, 2, "0" * 64, "1" * 64, 0, "k", 6)
+CHANGED: tuple[Any, ...] = (
+    Scope("r", "j" * 32, 1),
+    config(min_cohort=2),
+    "b",
+    "r-2",
+    2,
+    3,
+    "2" * 64,
+    "3" * 64,
+    1,
+    "l",
+    7,
+)
 
 
 def test_seed_is_opened_by_its_keeper() -> None:
@@ -92,3 +113,25 @@ def test_private_key_survives_its_bytes() -> None:
 def test_private_key_of_another_size_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match="not a keeper's private key"):
         KeeperPrivateKey.from_bytes(bytes(size))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"secure": {"min_cohort": 2}},
+        {"secure": {"weight_levels": 4}},
+        {"secure": {"clip_norm": 1.0}},
+        {"secure": {"keepers": ["k", "l"]}},
+        {"aggregation": {"buffer_size": 4}},
+        {"aggregation": {"staleness": {"a": 2.0}}},
+        {"aggregation": {"strategy": "fadas"}},
+    ],
+    ids=str,
+)
+def test_terms_that_keepers_go_by_are_bound(changed: dict[str, Any]) -> None:
+    """A coordinator cannot tell sites of crowds of five, and keepers of crowds of two."""
+    tree = config().model_dump(exclude_none=True)
+    other = parse_config({**tree, **{name: {**tree[name], **part} for name, part in changed.items()}})
+    info = seed_info(*FIELDS)
+    assert seed_info(FIELDS[0], other, *FIELDS[2:]) != info
+    assert seed_info(FIELDS[0], parse_config({**tree, "stop": {"versions": 3}}), *FIELDS[2:]) == info

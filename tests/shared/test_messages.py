@@ -11,17 +11,41 @@ from pydantic import ValidationError
 
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import WireError
-from fedqueue.protocol.messages import MAX_METRICS, Ending, Evaluation, Order, Registration, Update, read
+from fedqueue.protocol.messages import (
+    MAX_METRICS,
+    Cohort,
+    Ending,
+    Evaluation,
+    KeeperKey,
+    Masked,
+    MaskedUpdate,
+    MaskRefused,
+    Offer,
+    Opened,
+    Order,
+    Registration,
+    Update,
+    read,
+)
 from fedqueue.protocol.msgpack import MAX_MESSAGE, pack, unpack
 
 UPDATE = {"examples": 10, "encoding": "float32", "nbytes": 64, "chunks": 1, "metrics": {"loss": 0.5}, "seconds": 1.5}
 ORDER = {"run": "r", "job": "r-1", "client": "c", "seed": 3, "training": TrainingConfig().model_dump()}
+DIGEST = "ab" * 32
+SEED = {"component": 0, "keeper": "k", "key": "0" * 16, "sealed": b"sealed"}
 GOOD: dict[Any, dict[str, Any]] = {
     Update: UPDATE,
     Order: ORDER,
     Registration: {"client": "c", "examples": 0},
     Ending: {"reason": "failed", "error": "E: no"},
     Evaluation: {"version": 3, "metrics": {"accuracy": 1.0}, "error": ""},
+    MaskedUpdate: {**UPDATE, "encoding": "ring32", "digest": DIGEST, "model": DIGEST, "seeds": [SEED]},
+    KeeperKey: {"public": b"public", "component": 2},
+    Offer: {"client": "c", "job": "r-1", "attempt": 1, "base": 3, "header": b"header"},
+    Opened: {"header": DIGEST, "refusal": "spent", "detail": "d"},
+    Cohort: {"version": 3, "members": [[DIGEST, 8], ["0" * 64, 1]]},
+    Masked: {"cohort": DIGEST, "digest": DIGEST, "nbytes": 64, "chunks": 1},
+    MaskRefused: {"cohort": DIGEST, "reason": "weight", "detail": "d", "headers": [DIGEST]},
 }
 
 

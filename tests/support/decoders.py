@@ -27,7 +27,22 @@ from fedqueue.config.loading import parse_config
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, FedqueueError, StoreError, WireError
 from fedqueue.protocol.key_files import SigningKey, read_public_keys
-from fedqueue.protocol.messages import Ending, Evaluation, Order, Registration, Update, read
+from fedqueue.protocol.messages import (
+    Cohort,
+    Ending,
+    Evaluation,
+    KeeperKey,
+    Masked,
+    MaskedUpdate,
+    MaskRefused,
+    Offer,
+    Opened,
+    Order,
+    Registration,
+    SealedSeed,
+    Update,
+    read,
+)
 from fedqueue.protocol.msgpack import unpack_record
 from fedqueue.protocol.signed_envelope import (
     ORDER,
@@ -40,6 +55,7 @@ from fedqueue.protocol.signed_envelope import (
     sign_envelope,
 )
 from fedqueue.protocol.stream_entry import StreamEntry
+from fedqueue.secure.seed_envelope import KeeperPrivateKey, seal_seed
 from fedqueue.tensors.codec import uplink_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
@@ -151,6 +167,7 @@ _FOLDER = tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm"
 _FILE, _KEYS = Path(_FOLDER.name) / "checkpoint.safetensors", Path(_FOLDER.name) / "c0.pub"
 _KEY = SigningKey(Ed25519PrivateKey.from_private_bytes(bytes(32)))  # fixed: a stored input keeps its meaning
 _SCOPE, _DIGEST = Scope("r", "i" * 32, 1), digest_of(b"")
+_KEEPER = KeeperPrivateKey.from_bytes(bytes(range(96)))
 _ROW = ["w", "float32", [2, 3], 0, 6, "parameter", "", [], []]
 _COUNTER = ["n", "int64", [], 0, 1, "counter", "", [], []]
 _MANIFEST = Manifest.unpack(
@@ -170,6 +187,27 @@ DECODERS: dict[str, Decoder] = {
     "registration": _message(Registration, client="c0", examples=10),
     "ending": _message(Ending, reason="failed", error="E: x"),
     "evaluation": _message(Evaluation, version=1, metrics={"loss": 1.0}),
+    "masked_update": _message(
+        MaskedUpdate,
+        examples=3,
+        encoding="ring32",
+        nbytes=160,
+        chunks=1,
+        seconds=0.1,
+        digest=_DIGEST,
+        model=_DIGEST,
+        seeds=(SealedSeed(component=0, keeper="k0", key=_KEEPER.id, sealed=bytes(1168)),),
+    ),
+    "keeper_key": _message(KeeperKey, public=_KEEPER.public, component=0),
+    "offer": _message(Offer, client="c0", job="r-00000001", attempt=1, base=2, header=b"header"),
+    "opened": _message(Opened, header=_DIGEST, refusal="spent", detail="x"),
+    "cohort": _message(Cohort, version=3, members=((_DIGEST, 8), (_DIGEST[::-1], 5))),
+    "masked": _message(Masked, cohort=_DIGEST, digest=_DIGEST, nbytes=160, chunks=1),
+    "mask_refused": _message(MaskRefused, cohort=_DIGEST, reason="spent", detail="x", headers=(_DIGEST,)),
+    "sealed_seed": Decoder(
+        lambda data: _KEEPER.open_seed(data, b"info"), (WireError,), (seal_seed(bytes(32), _KEEPER.public, b"info"),)
+    ),
+    "keeper_public": Decoder(lambda data: seal_seed(bytes(32), data, b"info"), (WireError,), (_KEEPER.public,)),
     "seal": _message(SignedEnvelope, body=b"said", key="0" * 16, session="s", signature=bytes(64)),
     "sealed": Decoder(_sealed, (WireError,), (sign_envelope(_KEY, ORDER, _SCOPE, ["c0", 1], b"said", "s"),)),
     "descriptor": _message(

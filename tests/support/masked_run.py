@@ -184,7 +184,7 @@ class MaskedRun:
         """The seed, encrypted to the keeper of its component."""
         keeper = self.keepers[component]
         info = seed_info(
-            self.scope, client, job, attempt, base, model, payload, component, keeper, self.parameters
+            self.scope, self.config, client, job, attempt, base, model, payload, component, keeper, self.parameters
         )  # fmt: skip
         public = self.publics[keeper]
         return SealedSeed(

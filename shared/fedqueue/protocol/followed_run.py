@@ -34,7 +34,8 @@ class FollowedRun:
         """Verify the run's descriptor, and follow it; returns it, and whether it is of a later term or epoch.
 
         Raises SignatureError if the coordinator did not sign the descriptor, if configuration or manifest in Redis
-        differ from its digests, and if it belongs to an earlier epoch or term, or to another run of this name.
+        differ from its digests, if they are others than before in this epoch, and if it belongs to an earlier epoch or
+        term, or to another run of this name.
         """
         try:
             descriptor = read(RunDescriptor, self._open(RUN_DESCRIPTOR, Scope(self.run), [], info.descriptor))
@@ -57,6 +58,8 @@ class FollowedRun:
             raise SignatureError("another run of this name has replaced this one: restart this process to serve it")
         if known and descriptor.epoch == known.epoch and descriptor.term < known.term:
             raise SignatureError(f"the run went back from term {known.term} to {descriptor.term}")
+        if known and descriptor.instance == known.instance and _contents(descriptor) != _contents(known):
+            raise SignatureError("the coordinator has signed another configuration or manifest for the same run")
         if known and descriptor.frozen != known.frozen:
             raise SignatureError("the run has other frozen tensors than before: restart this process to fetch them")
         self.descriptor = descriptor
@@ -68,3 +71,7 @@ class FollowedRun:
 
     def _open(self, kind: str, scope: Scope, about: Sequence[str | int], data: bytes) -> bytes:
         return open_envelope(data, self._coordinator.keys, kind, scope, about, "the coordinator").body
+
+
+def _contents(descriptor: RunDescriptor) -> tuple[str, str]:
+    return descriptor.config, descriptor.manifest

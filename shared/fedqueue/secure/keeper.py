@@ -249,7 +249,7 @@ class Keeper:
 
     def _info(self, offer: Offer, update: MaskedUpdate) -> bytes:
         return seed_info(
-            self._scope, offer.client, offer.job, offer.attempt, offer.base, update.model, update.digest,
+            self._scope, self._config, offer.client, offer.job, offer.attempt, offer.base, update.model, update.digest,
             self.component, self.name, self._parameters,
         )  # fmt: skip
 

@@ -79,8 +79,8 @@ class Masking:
         sealed = []
         for component, (keeper, key, seed) in enumerate(zip(self.keepers, keys, seeds, strict=True)):
             info = seed_info(
-                attempt.scope, order.client, order.job, attempt.number, attempt.base, attempt.model, digest,
-                component, keeper, self._manifest.parameters,
+                attempt.scope, self._config, order.client, order.job, attempt.number, attempt.base, attempt.model,
+                digest, component, keeper, self._manifest.parameters,
             )  # fmt: skip
             envelope = seal_seed(seed, key, info)
             sealed.append(SealedSeed(component=component, keeper=keeper, key=key_id(key), sealed=envelope))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey, MLKEM768PublicKey
@@ -22,6 +23,7 @@ from cryptography.hazmat.primitives.hpke import (
     Suite,
 )
 
+from fedqueue.config.schema import Config
 from fedqueue.errors import WireError
 from fedqueue.protocol.msgpack import pack
 from fedqueue.protocol.signed_envelope import DOMAIN, Scope
@@ -93,6 +95,7 @@ def seal_seed(seed: bytes, public: bytes, info: bytes) -> bytes:
 
 def seed_info(
     scope: Scope,
+    config: Config,
     client: str,
     job: str,
     attempt: int,
@@ -105,10 +108,22 @@ def seed_info(
 ) -> bytes:
     """What a seed belongs to, for `seal_seed` and `open_seed`: different fields give different bytes.
 
-    `model` is the digest of the base version, `payload` that of the masked payload of `parameters` words.
+    `model` is the digest of the base version, `payload` that of the masked payload of `parameters` words. `config` is
+    the run's, as this party has it: a coordinator could sign one for sites and another for keepers. The settings that
+    say which cohorts are released have to be the same at both.
     """
     where = [scope.run, scope.instance, scope.epoch, client, job, attempt, base]
-    return pack([DOMAIN, "seed", *where, model, payload, component, keeper, parameters])
+    return pack([DOMAIN, "seed", *where, model, payload, component, keeper, parameters, _terms(config)])
+
+
+def _terms(config: Config) -> list[Any]:
+    """The settings that say which sums are released, and how a client's update enters them."""
+    aggregation = config.aggregation
+    return [
+        config.secure.model_dump(mode="json", exclude={"wait_seconds"}),
+        config.buffer_size,
+        [aggregation.strategy, aggregation.weight_by_examples, aggregation.staleness.model_dump(mode="json")],
+    ]
 
 
 @lru_cache(maxsize=8)  # a worker encrypts to the same three keys in each job
