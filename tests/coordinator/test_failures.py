@@ -112,6 +112,14 @@ def test_barrier_names_the_clients_that_it_waits_for() -> None:
     assert run.federation.waiting_for(0.0).endswith("; client-2 cannot load its data: OSError: no disk")
 
 
+def test_barrier_names_a_client_that_a_policy_leaves_out() -> None:
+    run = start("client-0", aggregation=BARRIER)
+    unavailable(run, "client-2", f"{SITE_POLICY}min_keepers: the run has no keepers")
+    assert run.federation.waiting_for(0.0).endswith(
+        "; client-2 takes no part: this site's policy: min_keepers: the run has no keepers"
+    )
+
+
 def test_run_with_a_job_under_way_waits_for_nothing() -> None:
     run = start("client-0")
     assert run.federation.waiting_for(0.0) == ""

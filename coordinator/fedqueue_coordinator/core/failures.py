@@ -49,6 +49,11 @@ MILD = {f"update rejected ({reason})" for reason in (RejectionReason.STALE, Reje
 """What is not shown in quiet mode: an update that was only too late or too old, and a metric that is not finite."""
 
 
+def what_is_missing(error: str) -> str:
+    """What an `Unavailable` client does not do, by its error: take part, or load its data."""
+    return NO_PART if error.startswith(SITE_POLICY) else UNAVAILABLE
+
+
 @dataclass
 class FailureKind:
     """All failures of one kind; `client` and `text` are those of the first."""
@@ -115,10 +120,8 @@ class Failures:
         """Count a client whose data cannot be loaded, that has no examples, or that its site's policy leaves out."""
         if error == NO_EXAMPLES:
             self._add(client, NO_PART, "it has no examples")
-        elif error.startswith(SITE_POLICY):
-            self._add(client, NO_PART, error)
         else:
-            self._add(client, UNAVAILABLE, error)
+            self._add(client, what_is_missing(error), error)
 
     def evaluated(self, version: int, metrics: Mapping[str, float], error: str) -> None:
         """Count a central evaluation that failed, and each of its metrics that is not finite."""

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Mapping
 from fedqueue.config.schema import Config
 from fedqueue.exception_text import one_line
 from fedqueue_coordinator.core.cohorts import Cohorts
+from fedqueue_coordinator.core.failures import what_is_missing
 from fedqueue_coordinator.core.scheduler import Scheduler
 
 KEEPER_SECONDS = 5.0
@@ -104,4 +105,7 @@ def _why(config: Config) -> str:
 
 def _reasons(clients: Iterable[str], unavailable: Mapping[str, str]) -> str:
     known = [client for client in clients if client in unavailable]
-    return f"; {known[0]} cannot load its data: {one_line(unavailable[known[0]])}" if known else ""
+    if not known:
+        return ""
+    error = unavailable[known[0]]
+    return f"; {known[0]} {what_is_missing(error)}: {one_line(error)}"
