@@ -273,15 +273,15 @@ def test_a_job_that_is_closed_waits_no_longer(site: MaskedSite, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        (lambda site: site.publish("k1", 1, SigningKey.generate()), "keeper is signed with key"),
+        (lambda site: site.publish("k1", 1, SigningKey.generate()), "is not that of keeper k1 for this run"),
         (lambda site: site.publish("k1", 0), "keeper k1 states its key for component 0, not 1"),
         (
             lambda site: site.run.client.set(
                 site.run.keys.keeper("k1"), site.run.client.get(site.run.keys.keeper("k0"))
             ),
-            "not a key of keeper k1",
+            "is not that of keeper k1 for this run",
         ),
-        (lambda site: site.run.client.set(site.key("k1"), b"\xc0"), "keeper k1 must sign it"),
+        (lambda site: site.run.client.set(site.key("k1"), b"\xc0"), "is not that of keeper k1 for this run"),
         (
             lambda site: (site.parties.folder / "site" / KEEPERS / "k1.pub").unlink(),
             "keeper k1 is not enrolled",

@@ -115,7 +115,14 @@ class SiteIdentity:
         Raises SignatureError unless the keeper signed it for this run instance and this component.
         """
         keys = self._keepers.keys_of(keeper)
-        stated = read(KeeperKey, open_envelope(data, keys, KEEPER, self.scope, [keeper], f"keeper {keeper}").body)
+        try:
+            envelope = open_envelope(data, keys, KEEPER, self.scope, [keeper], f"keeper {keeper}")
+        except SignatureError:
+            raise SignatureError(
+                f"the encryption key in Redis is not that of keeper {keeper} for this run: it is not signed with a key "
+                f"in this site's {KEEPERS}/{keeper}.pub; compare that file with the keeper's operator"
+            ) from None
+        stated = read(KeeperKey, envelope.body)
         if stated.component != component:
             raise SignatureError(f"keeper {keeper} states its key for component {stated.component}, not {component}")
         return stated.public
