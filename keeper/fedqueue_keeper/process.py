@@ -259,7 +259,7 @@ class KeeperProcess:
                 log.warning("refused a cohort", reason=answer.reason, detail=answer.detail)
             return MASK_REFUSED, self._identity.sign(MASK_REFUSED, answer.pack())
         masked = self._store.store_mask(self._name, answer)
-        what = f"released cohort of {answer.clients} clients for version {answer.version}"
+        what = f"released cohort of {answer.clients} clients for version {answer.version + 1}"
         log.info(what, updates=answer.updates, cohort=answer.cohort[:12])
         return MASKED, self._identity.sign(MASKED, masked.pack())
 

@@ -148,7 +148,7 @@ def test_keeper_serves_the_run_to_its_end(organisation: Organisation) -> None:
     assert [read(Opened, body).refusal for body in organisation.answers(OPENED)] == ["", "", ""]
     organisation.run.write(organisation.client, state="ended")
     assert keeper.wait() == 0
-    assert "released cohort of 3 clients for version 0" in keeper.text
+    assert "released cohort of 3 clients for version 1" in keeper.text
     assert keeper.text.splitlines()[-1] == "fedqueue-keeper: the run has ended: test"
     assert not list((organisation.folder / "state").rglob("*.sqlite*"))
 

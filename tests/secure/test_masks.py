@@ -13,7 +13,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedqueue.secure.masks import DITHER, MASK, MaskStream, add_masks, new_seed, weighted_mask_sum
+from fedqueue.secure.masks import DITHER, DITHER_AGAIN, MASK, MaskStream, add_masks, new_seed, weighted_mask_sum
 from fedqueue.secure.ring import PIECE
 
 SEEDS = [bytes([i]) * 32 for i in range(8)]
@@ -121,6 +121,18 @@ def test_the_dither_is_uniform_around_zero(dither: int) -> None:
     expected = len(drawn) / dither
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert abs(statistic - (dither - 1)) < 6 * (2 * (dither - 1)) ** 0.5, "χ² has mean D − 1, variance 2 (D − 1)"
+
+
+def test_words_that_would_bias_the_dither_are_drawn_again() -> None:
+    """With 3 · 2³⁰ values, a quarter of the words is beyond them. The oracle draws again with Python's integers."""
+    values, count = 3 * 2**30, 200
+    drawn, spare = words_of(ASIDE, count, DITHER), iter(words_of(ASIDE, 4 * count, DITHER_AGAIN))
+    while beyond := [i for i, word in enumerate(drawn) if word >= values]:
+        for i in beyond:
+            drawn[i] = next(spare)
+    without, with_dither = mask_sum(SEEDS[:1], [1], count), mask_sum(SEEDS[:1], [1], count, values)
+    expected = [(x - (word - (values - 1) // 2)) % 2**32 for x, word in zip(without, drawn, strict=True)]
+    assert with_dither == expected
 
 
 def test_one_level_has_no_dither() -> None:

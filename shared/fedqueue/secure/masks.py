@@ -19,9 +19,10 @@ from fedqueue.secure.ring import PIECE, Words
 from fedqueue.tensors.frame import slices
 
 SEED_BYTES = 32
-MASK, DITHER, ROUNDING = b"fedqueue/1 mask", b"fedqueue/1 dither", b"fedqueue/1 rounding"
+MASK, ROUNDING = b"fedqueue/1 mask", b"fedqueue/1 rounding"
+DITHER, DITHER_AGAIN = b"fedqueue/1 dither", b"fedqueue/1 dither again"
 """What a stream is for: streams of one seed for different uses are independent of each other."""
-_ZEROS = memoryview(bytes(8 * PIECE))
+_ZEROS = memoryview(bytes(4 * PIECE))
 
 
 def new_seed() -> bytes:
@@ -36,8 +37,8 @@ class MaskStream:
         key = HKDF(SHA256(), SEED_BYTES, None, use).derive(seed)
         self._cipher = Cipher(algorithms.AES256(key), modes.CTR(bytes(16))).encryptor()
 
-    def next_into(self, words: Words | npt.NDArray[np.uint64]) -> None:
-        """Fill a contiguous little-endian array with the next words."""
+    def next_into(self, words: Words) -> None:
+        """Fill a contiguous array with the next words."""
         data = words.view(np.uint8)
         for part in slices(len(data), len(_ZEROS)):
             self._cipher.update_into(_ZEROS[: part.stop - part.start], data[part].data)
@@ -65,8 +66,8 @@ def weighted_mask_sum(
     the next one. Memory: a few pieces, and a cipher for each seed.
     """
     streams = [(MaskStream(seed), np.uint32(weight)) for seed, weight in zip(seeds, weights, strict=True)]
-    noise = MaskStream(dither_seed, DITHER)
-    total, scratch = (np.empty(min(PIECE, parameters), np.uint32) for _ in range(2))
+    noise = _Dither(dither_seed, dither)
+    total, scratch, more = (np.empty(min(PIECE, parameters), np.uint32) for _ in range(3))
     for where in slices(parameters, PIECE):
         piece, words = total[: where.stop - where.start], scratch[: where.stop - where.start]
         piece.fill(0)
@@ -75,18 +76,28 @@ def weighted_mask_sum(
             np.multiply(words, weight, out=words)
             np.add(piece, words, out=piece)
         if dither > 1:
-            np.subtract(piece, _dither(noise, len(piece), dither), out=piece)
+            noise.next_into(words, more[: len(piece)])
+            np.subtract(piece, words, out=piece)
         yield piece
 
 
-def _dither(noise: MaskStream, length: int, values: int) -> Words:
-    """Integers r − ⌊(values − 1) / 2⌋ mod 2³² with r uniform over 0 … values − 1, up to a bias of values / 2⁶⁴.
+class _Dither:
+    """The dither of one cohort: integers that are uniform over `values` consecutive ones around 0."""
 
-    r = ⌊x · values / 2⁶⁴⌋ for a word x of 64 bits (Lemire, arXiv 1805.10941), computed from the halves of x.
-    """
-    x = np.empty(length, np.uint64)
-    noise.next_into(x)
-    factor, half = np.uint64(values), np.uint64(32)
-    carried = (x & np.uint64(2**32 - 1)) * factor >> half
-    drawn = ((x >> half) * factor + carried >> half).astype(np.uint32)
-    return drawn - np.uint32((values - 1) // 2)
+    def __init__(self, seed: bytes, values: int) -> None:
+        self._words, self._again = MaskStream(seed, DITHER), MaskStream(seed, DITHER_AGAIN)
+        self._values, self._offset = np.uint32(values), np.uint32((values - 1) // 2)
+        self._limit = np.uint32(2**32 - 1 - 2**32 % values)  # of words that are uniform modulo `values`
+
+    def next_into(self, words: Words, scratch: Words) -> None:
+        """Fill `words` with the next integers, modulo 2³²; `scratch` has the same length."""
+        self._words.next_into(words)
+        while words.max() > self._limit:
+            beyond = np.flatnonzero(words > self._limit)
+            drawn = np.empty(len(beyond), np.uint32)
+            self._again.next_into(drawn)
+            words[beyond] = drawn
+        np.floor_divide(words, self._values, out=scratch)
+        np.multiply(scratch, self._values, out=scratch)
+        np.subtract(words, scratch, out=words)
+        np.subtract(words, self._offset, out=words)
