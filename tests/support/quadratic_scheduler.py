@@ -370,11 +370,12 @@ class QuadraticScheduler:
 
     # Dispatch
 
-    def dispatch(self, arriving: int, buffered: int, now: float) -> list[Dispatch]:
+    def dispatch(self, arriving: int, buffered: int, now: float, backlog: int = 0) -> list[Dispatch]:
         """Give jobs to idle clients while slots are free.
 
-        `arriving` updates are being read and `buffered` ones wait for the next version.
+        `arriving` updates are being read and `buffered` ones wait for the next version. No update waits for a keeper.
         """
+        assert backlog == 0
         self._started = self._started or len(self.clients) >= self._config.minimum_clients
         dispatched: list[Dispatch] = []
         while self._started and self._idle and self._has_room(arriving + buffered):

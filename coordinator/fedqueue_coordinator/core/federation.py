@@ -252,7 +252,8 @@ class Federation:
                 ending = self._judge(event, now)
             case Tick():
                 self._scheduler.end_rests(now)
-        self._release_clients()
+        if self._sum:
+            self._release_clients()
         actions += self._dispatch(now)
         if isinstance(event, Tick):
             actions += self._close_if_due(now)
