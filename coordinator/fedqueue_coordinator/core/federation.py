@@ -252,8 +252,7 @@ class Federation:
                 ending = self._judge(event, now)
             case Tick():
                 self._scheduler.end_rests(now)
-        if self._sum:
-            self._release_clients()
+        self._release_clients()
         actions += self._dispatch(now)
         if isinstance(event, Tick):
             actions += self._close_if_due(now)
@@ -502,6 +501,8 @@ class Federation:
 
     def _release_clients(self) -> None:
         """Let clients train again whose updates the coming version takes."""
+        if not self._sum:
+            return
         for client in sorted(self._scheduler.held):
             if not self._cohorts.is_ahead(client, self.version):
                 self._scheduler.release(client)
