@@ -118,8 +118,8 @@ def keeper(
     folder = keys or Path(settings.security.keys)
     identity = load_keeper_identity(folder, settings.name, name)
     own = policy or (folder / FILE if (folder / FILE).exists() else None)
+    check(connect(url, tls=settings.redis.tls), url)
     connection = connect(url, retries=0, tls=settings.redis.tls)  # each outage is seen: answers may be lost in it
-    check(connection, url)
 
     from fedqueue_keeper.keeper_store import KeeperStore
     from fedqueue_keeper.process import NO_POLICY, KeeperProcess

@@ -29,8 +29,23 @@ class Ask:
     body: bytes
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What changes in a run: whether it runs, why it ended, and its signed description."""
+
+    state: str
+    stopped_because: str
+    descriptor: bytes
+
+
 class KeeperStore(Store):
-    """A keeper's view of the run; its Redis user needs no other commands than those here and in `Store.info`."""
+    """A keeper's view of the run; its Redis user needs no other commands than those here and in `info`."""
+
+    def glance(self) -> Glance | None:
+        """What the keeper follows of the run, without its configuration and manifest; None if there is no such run."""
+        fields = ["state", "stopped_because", "descriptor"]
+        state, because, descriptor = cast("list[bytes | None]", self.redis.hmget(self.keys.config, fields))
+        return None if state is None else Glance(state.decode(), (because or b"").decode(), descriptor or b"")
 
     def published_key(self, keeper: str) -> bytes:
         """The signed statement of the keeper's encryption key as stored; empty without any."""

@@ -6,6 +6,7 @@ again, or whose connection was lost, reads from the first ask on and answers all
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from fedqueue.secure.keeper import Keeper
 from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.retry import RedisRetry
-from fedqueue_keeper.keeper_store import FIRST, Ask, KeeperStore
+from fedqueue_keeper.keeper_store import FIRST, Ask, Glance, KeeperStore
 from fedqueue_keeper.policy import KeeperPolicy
 from fedqueue_keeper.release_log import ReleaseLog, delete_former_logs, log_path
 
@@ -45,9 +46,8 @@ class _Served:
     descriptor: RunDescriptor
     keeper: Keeper
     log: ReleaseLog
-    statement: bytes
-    """The signed statement of the encryption key."""
     published: bool = False
+    """Whether this process has published its encryption key."""
 
 
 class KeeperProcess:
@@ -110,8 +110,9 @@ class KeeperProcess:
         Waits at most LOOK_SECONDS. It is safe to repeat after an error of Redis.
         """
         if self._clock() >= self._look_at:
-            if ended_because := self._look():
-                return ended_because
+            with contextlib.suppress(RunNotFound):  # it was deleted between two reads
+                if ended_because := self._look():
+                    return ended_because
             self._look_at = self._clock() + LOOK_SECONDS
         if self._served is None:
             self._sleep(LOOK_SECONDS / 5)
@@ -127,39 +128,38 @@ class KeeperProcess:
 
     def _look(self) -> str:
         """Follow the run where it has changed; returns why it has ended, or an empty string."""
-        try:
-            info = self._store.info()
-        except RunNotFound:
+        seen = self._store.glance()
+        if seen is None:
             if self._first("missing"):
                 log.info("waiting for a coordinator to start the run", run=self._store.run)
             return ""
         self._said.discard("missing")
-        if info.state != "running":
+        if seen.state != "running":
             self.close()
-            delete_former_logs(self._state, self._name, info.run)
-            return f"the run has ended: {info.stopped_because}"
-        if info.descriptor:
-            self._follow(info)
-        elif info.version >= 0:
-            problem = f"run {info.run!r} is not signed"
+            delete_former_logs(self._state, self._name, self._store.run)
+            return f"the run has ended: {seen.stopped_because}"
+        if seen.descriptor:
+            self._follow(seen)
+        elif self._store.info().version >= 0:
+            problem = f"run {self._store.run!r} is not signed"
             raise ConfigurationError("security.signatures", "off", problem, "keepers serve signed runs only")
         return ""
 
     def _moved_on(self) -> bool:
         """Whether the run was in a later term or epoch than this keeper, which follows it then."""
+        seen = self._store.glance()
+        if seen is None or seen.state != "running" or seen.descriptor == self._descriptor:
+            return False
         try:
-            info = self._store.info()
-        except RunNotFound:
+            self._follow(seen)
+        except RunNotFound:  # it was deleted between two reads
             return False
-        if info.state != "running" or info.descriptor == self._descriptor:
-            return False
-        self._follow(info)
         return True
 
-    def _follow(self, info: RunInfo) -> None:
+    def _follow(self, seen: Glance) -> None:
         """Enter the term or epoch of the run, unless this keeper has, and publish the key of its instance."""
-        if info.descriptor != self._descriptor:
-            self._enter(info)
+        if seen.descriptor != self._descriptor:
+            self._enter(self._store.info())
         self._publish()
 
     def _enter(self, info: RunInfo) -> None:
@@ -184,9 +184,8 @@ class KeeperProcess:
             release_log.secret, self._policy.min_cohort or 0,
         )  # fmt: skip
         keeper.begin_term(descriptor.term, descriptor.first_version)
-        statement = KeeperKey(public=keeper.key.public, component=keeper.component).pack()
         log.info("ready", run=info.run, keeper=self._name, key=keeper.key.id, file=str(release_log.path))
-        return _Served(descriptor, keeper, release_log, self._identity.sign(KEEPER, statement))
+        return _Served(descriptor, keeper, release_log)
 
     def _require_served(self, config: Config, run: str) -> None:
         """Raise ConfigurationError for a run without this keeper, or with smaller crowds than it accepts."""
@@ -206,11 +205,15 @@ class KeeperProcess:
             log.warning("clients are not on this keeper's roster: it refuses their updates", clients=missing)
 
     def _publish(self) -> None:
-        """Publish the encryption key, again where Redis has lost it; raises StoreError where another process did."""
+        """Publish the encryption key, again where Redis has lost it, and after a rotation of the signing key.
+
+        Raises StoreError where another process of this keeper has published its own since.
+        """
         served = self._served
         assert served is not None
-        there = self._store.published_key(self._name)
-        if there == served.statement:
+        key = KeeperKey(public=served.keeper.key.public, component=served.keeper.component)
+        statement, there = self._identity.sign(KEEPER, key.pack()), self._store.published_key(self._name)
+        if there == statement:
             served.published = True
             return
         if self._identity.is_own(there):
@@ -223,7 +226,7 @@ class KeeperProcess:
                 "the file of this keeper's former process is lost: updates that were masked for its key end as "
                 "keeper_lost", keeper=self._name,
             )  # fmt: skip
-        self._store.publish_key(self._name, served.statement)
+        self._store.publish_key(self._name, statement)
         served.published = True
 
     # Asks

@@ -98,7 +98,7 @@ def site(tmp_path: Path, fake_client: redis.Redis, steps: Steps, monkeypatch: py
     run = MaskedRun(tmp_path, weight_levels=2)
     run.write(fake_client)
     site = Site(run, fake_client)
-    for name in ("set", "get", "xread", "hgetall"):
+    for name in ("set", "get", "xread", "hmget"):
         whole = getattr(fake_client, name)
         monkeypatch.setattr(
             fake_client, name, lambda *a, whole=whole, **k: steps.step(lambda: whole(*a, **k)), raising=True

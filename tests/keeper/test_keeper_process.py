@@ -13,7 +13,7 @@ import pytest
 import redis
 
 from fedqueue.errors import ConfigurationError, SignatureError, StoreError
-from fedqueue.protocol.key_files import CLIENTS, SigningKey
+from fedqueue.protocol.key_files import CLIENTS, KEEPERS, SigningKey, write_public_keys
 from fedqueue.protocol.messages import KeeperKey, Masked, MaskRefused, Opened, read
 from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED, digest_of
 from fedqueue.tensors import blobs
@@ -189,6 +189,33 @@ def test_senseless_ask_is_passed_over(serving: Site, kind: str, body: bytes) -> 
     released(serving)
 
 
+def test_no_secret_is_in_redis_or_in_the_log(serving: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    stranger = serving.run.post("e")
+    (serving.run.folder / CLIENTS / "e.pub").unlink()
+    serving.offer(stranger, *posted(serving.run))
+    serving.step()
+    served: Any = serving.process._served
+    secrets = [held.seed for held in served.keeper._held.values()]
+    assert len(secrets) == 4
+    secrets += [served.log.secret, served.log.key.to_bytes()[:64], served.log.key.to_bytes()[64:]]
+    serving.ask("cohort", serving.run.propose(0, posted(serving.run)))  # refused: unknown
+    serving.step()
+    serving.said()
+    released(serving)
+    client: Any = serving.client
+    stored = b"".join(client.execute_command("DUMP", key) for key in client.execute_command("KEYS", "*"))
+    stored += b"".join(
+        value for key in (serving.keys.says("k0"), serving.keys.asks("k0"))
+        for _, fields in client.xrange(key) for value in fields.values()
+    )  # fmt: skip
+    shown = capsys.readouterr().out
+    assert "refused a cohort" in shown
+    for secret in secrets:
+        assert secret not in stored
+        assert secret.hex() not in shown + repr(serving.process.__dict__) + repr(served)
+        assert repr(secret)[2:-1] not in shown + repr(serving.process.__dict__) + repr(served)
+
+
 # Restarts
 
 
@@ -255,6 +282,16 @@ def test_key_of_a_later_process_ends_the_former(serving: Site) -> None:
     with pytest.raises(StoreError, match="another process of keeper k0 has published a key"):
         serving.step()
     other.process.close()
+
+
+def test_rotated_signing_key_signs_the_encryption_key_again(serving: Site) -> None:
+    former = read(KeeperKey, serving.run.coordinator.open_keeper(KEEPER, "k0", serving.published()))
+    new = SigningKey.generate()
+    new.save(serving.run.folder / "k0.key")
+    write_public_keys(serving.run.folder / KEEPERS / "k0.pub", [new.public])
+    serving.step()
+    assert read(KeeperKey, serving.run.coordinator.open_keeper(KEEPER, "k0", serving.published())) == former
+    released(serving)
 
 
 def test_key_by_somebody_else_is_replaced(serving: Site) -> None:

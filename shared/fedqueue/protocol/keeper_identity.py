@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedqueue.errors import ConfigurationError, SignatureError
+from fedqueue.errors import ConfigurationError, NotEnrolled, SignatureError
 from fedqueue.protocol.followed_run import FollowedRun
 from fedqueue.protocol.key_files import (
     CLIENTS,
@@ -67,6 +67,8 @@ class KeeperIdentity:
         signed the header for this run, job, attempt and base. The envelope must be encoded as clients encode it: other
         bytes of the same header would name the same update a second time.
         """
+        if not self.knows(offer.client):
+            raise NotEnrolled(f"client {offer.client} is not on the roster of keeper {self.name}, its folder {CLIENTS}")
         keys = self._clients.keys_of(offer.client)
         about: list[str | int] = [offer.client, offer.job, offer.attempt, offer.base]
         envelope = open_envelope(offer.header, keys, UPDATE, self.scope, about, f"client {offer.client}")

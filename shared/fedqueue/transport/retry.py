@@ -63,8 +63,9 @@ def _hint(error: redis.RedisError) -> str:
     if not denied:
         return ""
     return (
-        " (a worker's Redis user serves its own client only, and runs only the scripts of the version that wrote the "
-        "rules: check --client, or run `fedqueue acl` again)"
+        " (a worker's Redis user serves its own client only, a keeper's only the keeper of its name, and both run only "
+        "the scripts of the version that wrote the rules: check --client or the keeper's NAME, or run `fedqueue acl` "
+        "again)"
     )
 
 
