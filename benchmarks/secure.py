@@ -2,7 +2,7 @@
 
     python benchmarks/secure.py [--quick] [--repeats 3] [--sizes 1000,1000000] [--keepers 0,1,2] [--json FILE]
 
-Federations of two worker processes for twelve clients, whose training is instant, take turns: FedBuff with ten updates
+Federations of two worker processes for forty clients, whose training is instant, take turns: FedBuff with ten updates
 to a version, signed, with no keeper and with one to three. CPU time is that of all processes of a role, for one merged
 update. Bytes are those that the server received and sent, for one merged update. With everything on one machine, the
 keepers take time from the workers; on machines of their own they would not.
@@ -18,7 +18,7 @@ from typing import Any
 
 from live_federation import QUICK_SECONDS, live_federation, spread
 
-WORKERS, CLIENTS, BUFFER = 2, 12, 10
+WORKERS, CLIENTS, BUFFER = 2, 40, 10
 SIZES = (1_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 NAMES = ("university", "audit-office", "foundation")
 SETTINGS = [

@@ -132,6 +132,6 @@ def test_summary_counts_what_each_keeper_released() -> None:
     assert (summary["keepers"], summary["smallest_cohort"]) == ({"audit": 2, "university": 2}, 3)
     said = describe_masking(summary)
     assert said.startswith(
-        "updates were masked: audit released 2, university released 2 cohorts of at least 3 clients;"
+        "updates were masked: cohorts of at least 3 clients, released by keepers: audit 2, university 2; robust rules"
     )
     assert describe_masking(summarize("run", "fedbuff", 7, "versions: 2 of 2", LEDGER, {})) == ""

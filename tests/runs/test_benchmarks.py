@@ -107,6 +107,16 @@ def test_peak_memory_is_told_in_models(tmp_path: Path) -> None:
     assert row["coordinator"] > 0
 
 
+def test_keepers_are_measured_by_role(tmp_path: Path) -> None:
+    shown = run("secure.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    without, one = json.loads((tmp_path / "rows.json").read_text())
+    assert (without["keepers"], one["keepers"]) == (0, 1)
+    assert (without["keeper_peak"], without["keeper_ms"]) == (0, 0)
+    assert one["keeper_peak"] > 0
+    assert one["moved"] > without["moved"] > 100_000
+    assert shown.count("| 0.1 MB | 1 |") == 2
+
+
 def test_signatures_are_measured_beside_a_run_without(tmp_path: Path) -> None:
     assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
 

@@ -54,7 +54,7 @@ def test_local_run_makes_keys_and_starts_keepers(config: Path, start: Callable[.
     assert summary["keepers"] == dict.fromkeys(sorted(KEEPERS), 12)
     assert summary["smallest_cohort"] >= 3
     assert program.text.count("keepers and coordinator on one machine: this protects nobody") == 1
-    assert "updates were masked: audit-office released 12, university released 12 cohorts of at least 3" in program.text
+    assert "clients, released by keepers: audit-office 12, university 12; robust rules" in program.text
     assert not any(map(alive, offspring))
     assert not (tmp_path / "out" / "unfinished").exists(), "keys and the keepers' files are deleted with the run"
     for record in ledger:

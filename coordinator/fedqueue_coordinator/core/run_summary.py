@@ -163,10 +163,11 @@ def describe_masking(summary: Mapping[str, Any]) -> str:
     """Say which keepers released how many cohorts, and what such a run does without; empty for one without keepers."""
     if not summary.get("keepers"):
         return ""
-    counts = ", ".join(f"{keeper} released {count}" for keeper, count in summary["keepers"].items())
+    released = ", ".join(f"{keeper} {count}" for keeper, count in summary["keepers"].items())
+    least = summary["smallest_cohort"]
     return (
-        f"updates were masked: {counts} cohorts of at least {summary['smallest_cohort']} clients; robust rules, limits "
-        "on norms and compression of updates are not available"
+        f"updates were masked: cohorts of at least {least} clients, released by keepers: {released}; robust rules, "
+        "limits on norms and compression of updates are not available"
     )
 
 
