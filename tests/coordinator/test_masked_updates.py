@@ -255,14 +255,21 @@ def test_update_that_a_keeper_cannot_open_is_rejected(refusal: str, reason: str)
     assert run.opens("north", run.offers[0]) == []
 
 
-def test_cohort_is_proposed_again_without_spent_members() -> None:
-    run = start_masked("c0", "c1", "c2", "c3")
+def refused_cohort(buffer_size: int = 3) -> MaskedRun:
+    """A run whose cohort of c0, c1 and c2 is under way, and awaits both keepers."""
+    run = start_masked("c0", "c1", "c2", "c3", buffer_size=buffer_size)
     run.silent = set(KEEPERS)
     posted(run, "c0", "c1", "c2")
     for offer in run.offers:
         for keeper in KEEPERS:
             run.opens(keeper, offer)
-    actions = run.refuses("north", "spent", [run.offer_of("c1")])
+    return run
+
+
+def test_cohort_is_proposed_again_without_spent_members() -> None:
+    run = refused_cohort()
+    assert run.refuses("north", "spent", [run.offer_of("c1")]) == []
+    actions = run.refuses("south", "spent", [run.offer_of("c1")])
     assert run.rejections == ["spent"]
     assert len(of_kind(actions, Load)) == 2  # the sum is begun again
     run.silent = set()
@@ -271,14 +278,22 @@ def test_cohort_is_proposed_again_without_spent_members() -> None:
     assert run.x == pytest.approx((1 + 3 + 7) / 3, abs=1e-3)
 
 
+@pytest.mark.parametrize("first", KEEPERS)
+def test_members_are_spent_if_only_one_keeper_refuses(first: str) -> None:
+    """Else the next cohort would be refused by the one keeper and released by the other, and so on for ever."""
+    run = refused_cohort()
+    (other,) = set(KEEPERS) - {first}
+    run.releases(other)
+    assert run.rejections == []
+    run.refuses(first, "unknown", [run.offer_of("c1")])
+    assert sorted(run.rejections) == ["keeper_lost", "spent", "spent"]
+    assert (run.federation.version, run.federation.buffered) == (0, 0)
+
+
 def test_answer_to_a_cohort_that_was_refused_is_ignored() -> None:
-    run = start_masked("c0", "c1", "c2", "c3")
-    run.silent = set(KEEPERS)
-    posted(run, "c0", "c1", "c2")
-    for offer in run.offers:
-        for keeper in KEEPERS:
-            run.opens(keeper, offer)
-    run.refuses("north", "spent", [run.offer_of("c1")])
+    run = refused_cohort()
+    for keeper in KEEPERS:
+        run.refuses(keeper, "spent", [run.offer_of("c1")])
     assert run.releases("south") == []
     assert run.federation.version == 0
 
@@ -297,7 +312,6 @@ def test_refusal_of_the_whole_cohort_ends_the_run() -> None:
 def test_keeper_that_lost_its_key_expels_members() -> None:
     run = start_masked("c0", "c1", "c2")
     posted(run, "c0", "c1")
-    assert run.opens("north", run.offer_of("c0"), "spent") == []
     run.opens("north", run.offer_of("c0"), "keeper_lost")
     assert (run.rejections, run.federation.buffered) == (["keeper_lost"], 1)
 
@@ -409,6 +423,30 @@ def test_proposed_cohort_that_lacks_a_member_is_given_up() -> None:
     assert run.federation.version == 0
     run.tick()
     assert [line["client"] for line in run.merged] == ["c1", "c2", "c3"]
+
+
+def test_members_that_are_spent_end_with_a_cohort_given_up() -> None:
+    run = killed_mid_unmask()
+    run.unacknowledged.pop(next(iter(run.unacknowledged)))
+    run.silent = set(KEEPERS)
+    run.restart()
+    for offer in (run.offer_of("c1"), run.offer_of("c2")):
+        run.opens("north", offer, "spent")  # north has released the cohort
+    run.tick()
+    assert run.rejections == ["spent"] * 2
+    assert run.federation.buffered == 0
+
+
+def test_answers_count_that_came_before_a_cohort_was_given_up() -> None:
+    run = killed_mid_unmask()
+    run.unacknowledged.pop(next(iter(run.unacknowledged)))
+    run.silent = set(KEEPERS)
+    run.restart()
+    for offer in run.offers[-3:]:
+        for keeper in KEEPERS:
+            run.opens(keeper, offer)  # the payloads of c1 and c2 are loaded by now
+    run.tick()
+    assert [offer for offer, _ in run.proposed[-1].members] == [run.offer_of(client) for client in ("c1", "c2", "c3")]
 
 
 def test_proposed_cohort_of_an_earlier_version_is_ignored() -> None:

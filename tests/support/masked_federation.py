@@ -50,6 +50,8 @@ class MaskedRun(Run):
         self.ring: Ring = ring_of(config, MANIFEST)
         self.silent: set[str] = set()
         """Keepers that do not answer by themselves."""
+        self.pending: list[tuple[str, str]] = []
+        """Keeper and offer, for each answer of a silent keeper."""
         self.offers: list[str] = []
         """Digests of all offers, in order."""
         self.proposed: list[Cohort] = []
@@ -127,6 +129,7 @@ class MaskedRun(Run):
                 digest = offer_digest(offer)
                 self.offers.append(digest)
                 self._job_of_offer[digest] = arrived.job
+                self.pending += [(keeper, digest) for keeper in self.keepers if keeper in self.silent]
                 return [UpdateOpened(keeper, digest) for keeper in answering]
             case Unmask(cohort):
                 self.cohort = cohort
@@ -154,7 +157,8 @@ def start_masked(*clients: str, buffer_size: int = 3, min_cohort: int = 2, **sec
     """Start a run with two keepers at version 0, with these clients alive; a version adds the mean of K deltas."""
     secure = {"keepers": KEEPERS, "min_cohort": min_cohort, "weight_levels": 1, **sections.pop("secure", {})}
     aggregation = {"strategy": "fedbuff", "buffer_size": buffer_size, **sections.pop("aggregation", {})}
-    names = {"names": clients if len(clients) >= buffer_size else (*clients, "c7", "c8", "c9")}
+    all_clients = sections.pop("names", clients if len(clients) >= buffer_size else (*clients, "c7", "c8", "c9"))
+    names = {"names": all_clients}
     config = make_config(secure=secure, aggregation=aggregation, clients=names, **sections)
     run = MaskedRun(config, make_frame())
     run.join(*clients)

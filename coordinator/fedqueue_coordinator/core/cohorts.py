@@ -22,7 +22,7 @@ from fedqueue.config.secure import MAX_MEMBERS
 from fedqueue.protocol.messages import Cohort, MaskedUpdate
 from fedqueue.secure.cohort import crowd_problem
 from fedqueue.secure.ring import level
-from fedqueue_coordinator.core.events import UpdateArrived
+from fedqueue_coordinator.core.events import UpdateArrived, UpdateOpened
 
 
 @dataclass
@@ -37,6 +37,8 @@ class Waiting:
     """When it was offered to the keepers."""
     unopened: set[str]
     """The keepers that have not answered yet."""
+    refusal: UpdateOpened | None = None
+    """The refusal of a keeper, of an update that is a member all the same (see `Cohorts.is_settled`)."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ class Cohorts:
         self._waiting: dict[str, Waiting] = {}  # digest → update, in the order of arrival
         # Digest → weight of the members of the coming cohort, where they are settled before their payloads are added.
         self._settled = dict(proposed.members) if proposed else {}
-        self._unreleased: set[str] = set()  # keepers whose mask of the cohort under way is awaited
+        self._unanswered: set[str] = set()  # keepers whose answer to the cohort under way is awaited
         self._proposed_at = 0.0
         self._absent: dict[str, float] = {}  # keeper without an encryption key → since when
 
@@ -80,14 +82,12 @@ class Cohorts:
         """Whether the update is in the sum."""
         return any(member.update.digest == digest for member in self.members)
 
-    def opened(self, digest: str, keeper: str) -> None:
-        """Note that the keeper can take the update's mask off."""
-        if update := self._waiting.get(digest):
+    def opened(self, digest: str, keeper: str) -> Waiting | None:
+        """Note that the keeper has answered the offer of an update that waits or is a member; return the update."""
+        update = self._waiting.get(digest) or next((m.update for m in self.members if m.update.digest == digest), None)
+        if update:
             update.unopened.discard(keeper)
-
-    def waiting(self, digest: str) -> Waiting | None:
-        """The waiting update with this digest."""
-        return self._waiting.get(digest)
+        return update
 
     def drop(self, job: str) -> None:
         """Forget the waiting update of a job, which is rejected."""
@@ -95,8 +95,6 @@ class Cohorts:
             del self._waiting[update.digest]
             if self.loading is update:
                 self.loading = None
-            if update.digest in self._settled:
-                self._settled = {}  # that cohort cannot be made any more
 
     # Members
 
@@ -192,13 +190,22 @@ class Cohorts:
 
     def propose(self, version: int, now: float) -> Cohort:
         """The cohort of the present members, which every keeper is asked to release."""
-        self._unreleased, self._proposed_at, self._settled = set(self._keepers), now, {}
+        self._unanswered, self._proposed_at, self._settled = set(self._keepers), now, {}
         return Cohort(version=version, members=tuple((m.update.digest, m.weight) for m in self.members))
 
-    def give_up_settled(self) -> None:
-        """Give up the cohort of a former coordinator if it lacks a member: nothing of it will arrive any more."""
-        if not self.loading:
-            self._settled = {}
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether a cohort is settled and nothing is left that could complete it."""
+        return bool(self._settled) and not self.loading
+
+    def unsettle(self) -> list[tuple[UpdateArrived, UpdateOpened]]:
+        """Give up the settled cohort: its updates wait as others do. Returns the refusals that were put off for them.
+
+        The caller empties the sum.
+        """
+        self._settled = {}
+        self.give_back(self.take_members())
+        return [(update.arrived, update.refusal) for update in self._waiting.values() if update.refusal]
 
     def level_down(self) -> bool:
         """Settle a cohort of the members with smaller weights, which is a crowd; False if too few clients have one.
@@ -220,21 +227,21 @@ class Cohorts:
     @property
     def under_way(self) -> bool:
         """Whether the keepers are asked to release the present members."""
-        return bool(self._unreleased)
+        return bool(self._unanswered)
 
     def awaits(self, keeper: str) -> bool:
         """Whether the cohort under way lacks the keeper's answer."""
-        return keeper in self._unreleased
+        return keeper in self._unanswered
 
-    def released(self, keeper: str) -> bool:
-        """Note that the keeper has released the cohort; return whether all have."""
-        self._unreleased.discard(keeper)
-        return not self._unreleased
+    def answered(self, keeper: str) -> bool:
+        """Note that the keeper has released or refused the cohort; return whether all have."""
+        self._unanswered.discard(keeper)
+        return not self._unanswered
 
     def take_members(self) -> list[Member]:
         """Empty the cohort, which is merged or rejected; return its members."""
         members, self.members = self.members, []
-        self._unreleased = set()
+        self._unanswered = set()
         return members
 
     def give_back(self, members: Iterable[Member]) -> None:
@@ -254,7 +261,7 @@ class Cohorts:
     @property
     def awaited(self) -> tuple[str, float] | None:
         """The keeper that has been awaited for longest, and since when; None if no keeper is awaited."""
-        waits = [(self._proposed_at, keeper) for keeper in self._unreleased]
+        waits = [(self._proposed_at, keeper) for keeper in self._unanswered]
         waits += [(since, keeper) for keeper, since in self._absent.items()]
         waits += [(update.since, keeper) for update in self._waiting.values() for keeper in update.unopened]
         since, keeper = min(waits, default=(0.0, ""))

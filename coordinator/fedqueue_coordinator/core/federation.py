@@ -173,7 +173,8 @@ class Federation:
             model.parameters.copy_(state[MODEL]["parameters"])
         self._cohorts = Cohorts(config, proposed if proposed and proposed.version == version else None)
         self._sum = MaskedSum(self._accumulator, ring_of(config, model.manifest), config) if config.secure.on else None
-        self._answers: dict[str, Mapping[str, Any]] = {}  # keeper → its answer to the cohort under way
+        self._answers: dict[str, Mapping[str, Any]] = {}  # keeper → its release of the cohort under way
+        self._refused: dict[str, tuple[RejectionReason, str]] = {}  # its members that a keeper refuses
         self._no_masks: Stop | None = None  # the end of the run, if a keeper refuses every cohort
         self._models: dict[int, str] = {}  # version → digest of the model as published, for those that may be a base
         self._buffer: list[tuple[UpdateArrived, dict[str, Any]]] = []  # with the record of each
@@ -374,7 +375,7 @@ class Federation:
             case MasksReleased():
                 return self._unmask(event, now)
             case CohortRefused():
-                return self._split_cohort(event, now)
+                return self._refuse(event, now)
 
     def _offer(self, arrived: UpdateArrived, header: MaskedUpdate, now: float) -> Offer:
         """Show the update to the keepers; raises Inadmissible."""
@@ -399,18 +400,29 @@ class Federation:
     def _open(self, opened: UpdateOpened, now: float) -> list[Action]:
         """Load what every keeper can unmask, and reject what one of them cannot.
 
-        A keeper refuses as spent what it has released in the cohort under way, too, if that is offered again.
+        A keeper that is offered an update again refuses what it has released as spent, also of the cohort under way:
+        there, its answer to the cohort counts.
         """
-        member = self._cohorts.is_member(opened.offer)
-        settled = not opened.refusal or self._cohorts.is_settled(opened.offer)
-        if settled or (member and opened.refusal == "spent"):
-            self._cohorts.opened(opened.offer, opened.keeper)
-            return self._load_next(now)
-        reason, detail = REFUSED_OFFERS[opened.refusal], f"keeper {opened.keeper}: {opened.detail}"
-        if member:
-            return self._expel({opened.offer}, reason, detail, now)
-        update = self._cohorts.waiting(opened.offer)
-        return [self._reject(update.arrived, reason, detail, now)] if update else []
+        update = self._cohorts.opened(opened.offer, opened.keeper)
+        if update is None:
+            return []
+        if opened.refusal and self._cohorts.is_settled(opened.offer):
+            update.refusal = opened
+        elif opened.refusal and not self._cohorts.is_member(opened.offer):
+            return [self._reject_unopened(update.arrived, opened, now), *self._load_next(now)]
+        elif opened.refusal and not self._cohorts.under_way:
+            return self._expel(opened, now)
+        return self._load_next(now)
+
+    def _reject_unopened(self, arrived: UpdateArrived, refused: UpdateOpened, now: float) -> Close:
+        detail = f"keeper {refused.keeper}: {refused.detail}"
+        return self._reject(arrived, REFUSED_OFFERS[refused.refusal], detail, now)
+
+    def _expel(self, refused: UpdateOpened, now: float) -> list[Action]:
+        """Reject a member of the coming cohort; the others are added again."""
+        self._cohorts.give_back(self._cohorts.take_members())
+        self._discard_sum()
+        return self._open(refused, now)
 
     def _load_next(self, now: float) -> list[Action]:
         """Load the next update that may become a member of the coming cohort."""
@@ -445,7 +457,7 @@ class Federation:
         return [self._propose(now)] if self._cohorts.is_full else self._load_next(now)
 
     def _propose(self, now: float) -> Unmask:
-        self._answers = {}
+        self._answers, self._refused = {}, {}
         return Unmask(self._cohorts.propose(self.version, now))
 
     def _unmask(self, released: MasksReleased, now: float) -> list[Action]:
@@ -453,10 +465,15 @@ class Federation:
         assert self._sum
         if not self._cohorts.awaits(released.keeper):
             return []
-        self._sum.subtract(released.masks.pieces())
         self._answers[released.keeper] = released.sealed
-        if not self._cohorts.released(released.keeper):
+        if not self._refused:
+            self._sum.subtract(released.masks.pieces())
+        if not self._cohorts.answered(released.keeper):
             return []
+        return self._break_up(now) if self._refused else self._make_masked_version(released.cohort, now)
+
+    def _make_masked_version(self, cohort: str, now: float) -> list[Action]:
+        assert self._sum
         members, norm, most = self._cohorts.take_members(), self._sum.norm(), self._sum.largest_norm
         if norm > most:
             self._discard_sum()
@@ -467,30 +484,42 @@ class Federation:
         masks = {keeper: dict(self._answers[keeper]) for keeper in self.config.secure.keepers}
         step = self._sum.finish(self._aggregator, self.model)
         self._sum.clear()
-        details = {"cohort": released.cohort, "masks": masks, "trained_from": self._models.get(self.version, "")}
+        details = {"cohort": cohort, "masks": masks, "trained_from": self._models.get(self.version, "")}
         return [*self._publish(step, now, details), *self._load_next(now)]
 
-    def _split_cohort(self, refused: CohortRefused, now: float) -> list[Action]:
-        """Reject the members that a keeper cannot release; the others wait for the next cohort.
+    def _refuse(self, refused: CohortRefused, now: float) -> list[Action]:
+        """Note which members a keeper refuses; what becomes of the others depends on the answers of the other keepers.
 
         A refusal that is about no member ends the run: the keeper would refuse any other cohort, too.
         """
         if not self._cohorts.awaits(refused.keeper):
             return []
         reason = REFUSED_MEMBERS.get(refused.reason)
-        if reason is None or not any(map(self._cohorts.is_member, refused.offers)):
+        named = [offer for offer in refused.offers if self._cohorts.is_member(offer)]
+        if reason is None or not named:
             why = f"keeper {refused.keeper} releases no masks for version {self.version + 1}"
             self._no_masks = Stop(f"{why} ({refused.reason}): {refused.detail}", failed=True)
             return []
-        return self._expel(refused.offers, reason, f"keeper {refused.keeper}: {refused.detail}", now)
+        self._refused.update(dict.fromkeys(named, (reason, f"keeper {refused.keeper}: {refused.detail}")))
+        return self._break_up(now) if self._cohorts.answered(refused.keeper) else []
 
-    def _expel(self, offers: Container[str], reason: RejectionReason, detail: str, now: float) -> list[Action]:
-        """Reject members of the cohort; the others are added to the next one, after the sum was begun again."""
+    def _break_up(self, now: float) -> list[Action]:
+        """Reject the members that a keeper refused; the others wait for the next cohort.
+
+        If another keeper has released this cohort, all its members are spent. In the next cohort they would be refused
+        there, while the first keeper released what is new in it, and so on for ever.
+        """
         members = self._cohorts.take_members()
         self._discard_sum()
         self._cohorts.give_back(members)
-        named = [member.update.arrived for member in members if member.update.digest in offers]
-        return [*(self._reject(arrived, reason, detail, now) for arrived in named), *self._load_next(now)]
+        released = ", ".join(self._answers)
+        spent = RejectionReason.SPENT, f"keeper {released} has released its mask in a cohort that another one refused"
+        rejected = [
+            self._reject(member.update.arrived, *why, now)
+            for member in members
+            if (why := self._refused.get(member.update.digest, spent if released else None))
+        ]
+        return [*rejected, *self._load_next(now)]
 
     def _discard_sum(self) -> None:
         """Empty the sum of a cohort that becomes no version."""
@@ -638,7 +667,8 @@ class Federation:
 
         All updates of a resumed run have been read by now: a former coordinator's cohort that lacks one never comes.
         """
-        self._cohorts.give_up_settled()
+        if self._cohorts.is_incomplete:
+            return self._give_up_settled(now)
         if loads := self._load_next(now):
             return loads
         if self._cohorts.may_grow(self.version) or self._scheduler.can_train:
@@ -651,6 +681,13 @@ class Federation:
         self._discard_sum()
         self._cohorts.give_back(members)
         return self._load_next(now)
+
+    def _give_up_settled(self, now: float) -> list[Action]:
+        """Let the members of a former coordinator's cohort wait for others; what a keeper has released is spent."""
+        refused = self._cohorts.unsettle()
+        self._discard_sum()
+        rejected = [self._reject_unopened(arrived, refusal, now) for arrived, refusal in refused]
+        return [*rejected, *self._load_next(now)]
 
     def _round_closes(self, now: float) -> bool:
         """Whether the round behind a barrier closes with the updates it has: at its deadline, or if no client can join.
