@@ -11,9 +11,10 @@ import redis
 from typer.testing import CliRunner
 
 from fedqueue.errors import ConfigurationError
-from fedqueue.transport.store import Store
+from fedqueue.secure.keeper import Release
 from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.operator.access.acl import chosen_parties
+from fedqueue_keeper.keeper_store import FIRST, KeeperStore
 from tests.support.acl_server import KEEPERS, AclServer, GuardedRun
 
 pytestmark = pytest.mark.server
@@ -38,16 +39,17 @@ def asked(guarded: AclServer, led: GuardedRun) -> GuardedRun:
 
 @pytest.mark.parametrize("keeper", KEEPERS)
 def test_keeper_may_run_the_commands_it_needs(guarded: AclServer, asked: GuardedRun, keeper: str) -> None:
-    keys, own = asked.keys, guarded.user(f"keeper-{keeper}")
-    assert Store(own, "sample").info().version == 0
-    own.set(keys.keeper(keeper), b"signed key")
-    assert own.get(keys.keeper(keeper)) == b"signed key"
-    answer: Any = own.xread({keys.asks(keeper): "0"}, block=1)
-    assert len(answer) == 1
-    own.xadd(keys.says(keeper), {"kind": "opened", "body": b"x"})
-    assert own.publish(keys.wakeup, keys.says(keeper)) == 0
-    chunk = f"{keys.mask(COHORT, keeper)}:0"
-    own.set(chunk, b"mask", ex=60)
+    own = KeeperStore(guarded.user(f"keeper-{keeper}"), "sample")
+    assert own.info().version == 0
+    assert own.glance().state == "running"
+    own.publish_key(keeper, b"signed key")
+    assert own.published_key(keeper) == b"signed key"
+    [ask] = own.asks(keeper, FIRST, 0.001)
+    assert (ask.kind, ask.body) == ("offer", b"x")
+    own.say(keeper, [("opened", b"x")])
+    release = Release(COHORT, 1, 3, 3, 40, (b"0" * 32,) * 3, (1, 1, 1), b"1" * 32, 1)
+    assert own.store_mask(keeper, release).chunks == 1
+    assert guarded.user("coordinator").strlen(f"{own.keys.mask(COHORT, keeper)}:0") == 40
     assert guarded.denied() == []
 
 

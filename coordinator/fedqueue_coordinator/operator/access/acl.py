@@ -108,8 +108,8 @@ def keeper_rights(run: str, keeper: str) -> list[Right]:
     keys = Keys(run)
     return [
         Right((*CONNECTION, *TRANSACTION)),
-        Right(("hget", "hgetall"), _reading([keys.config, keys.head, keys.leader])),
-        Right(("xread", "xrange"), _reading([keys.asks(keeper)])),
+        Right(("hget", "hmget", "hgetall"), _reading([keys.config, keys.head, keys.leader])),
+        Right(("xread",), _reading([keys.asks(keeper)])),
         Right(("xadd",), (f"%W~{keys.says(keeper)}",)),
         Right(("get", "set"), (f"~{keys.keeper(keeper)}",)),
         Right(("publish",), (f"&{keys.wakeup}",)),
