@@ -637,12 +637,15 @@ class Federation:
     @property
     def _longest_wait(self) -> float | None:
         """Time at which a keeper has been awaited for secure.wait_seconds, or None."""
-        limit, awaited = self.config.secure.wait_seconds, self._cohorts.awaited
+        limit = self.config.secure.wait_seconds
+        awaited = None if limit is None else self._cohorts.awaited
         return None if limit is None or awaited is None else awaited[1] + limit
 
     # Slots
 
     def _dispatch(self, now: float) -> list[Action]:
+        if self._sum is None:
+            return [*self._scheduler.dispatch(len(self._arriving), len(self._buffer), now)]
         arriving = len(self._arriving) - self._cohorts.left_over(self.version)
         return [*self._scheduler.dispatch(arriving, len(self._buffer), now, self._cohorts.backlog)]
 
