@@ -41,7 +41,8 @@ def asked(guarded: AclServer, led: GuardedRun) -> GuardedRun:
 def test_keeper_may_run_the_commands_it_needs(guarded: AclServer, asked: GuardedRun, keeper: str) -> None:
     own = KeeperStore(guarded.user(f"keeper-{keeper}"), "sample")
     assert own.info().version == 0
-    assert own.glance().state == "running"
+    assert (glance := own.glance()) is not None
+    assert glance.state == "running"
     own.publish_key(keeper, b"signed key")
     assert own.published_key(keeper) == b"signed key"
     [ask] = own.asks(keeper, FIRST, 0.001)
