@@ -5,14 +5,12 @@ min_cohort = 5     # no sum over fewer clients is released, whatever the run's c
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from fedqueue.config.loading import toml_text
-from fedqueue.errors import ConfigurationError
+from fedqueue.config.policy_file import read_policy
 
 FILE = "keeper.toml"
 
@@ -28,17 +26,4 @@ class KeeperPolicy(BaseModel):
 
 def load_keeper_policy(path: Path) -> KeeperPolicy:
     """Read a policy file; raises ConfigurationError with the key, its value and the accepted values."""
-    try:
-        return KeeperPolicy.model_validate(tomllib.loads(toml_text(path.read_bytes())))
-    except OSError as error:
-        raise ConfigurationError("--policy", str(path), f"cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError("--policy", str(path), f"is not TOML: {error}") from None
-    except ValidationError as error:
-        first, hint = error.errors(include_url=False)[0], ""
-        key = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            problem, hint = "unknown key", f"known keys: {', '.join(KeeperPolicy.model_fields)}"
-        else:
-            problem = first["msg"].replace("Input should ", "must ")
-        raise ConfigurationError(f"{path.name}: {key}", first["input"], problem, hint) from None
+    return read_policy(KeeperPolicy, path)

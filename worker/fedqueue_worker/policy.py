@@ -30,21 +30,20 @@ holds for it too: its calls of `progress()` are counted, or where it makes none 
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedqueue.config.client import Client
-from fedqueue.config.loading import toml_text
 from fedqueue.config.names import KeeperName
+from fedqueue.config.policy_file import read_policy
 from fedqueue.config.privacy import ExamplePrivacyConfig
 from fedqueue.config.schema import Config
 from fedqueue.config.sections import refuse
 from fedqueue.config.secure import SecureConfig
 from fedqueue.config.training import TrainingConfig
-from fedqueue.errors import BudgetSpent, ConfigurationError, PolicyRefusal
+from fedqueue.errors import BudgetSpent, PolicyRefusal
 from fedqueue.privacy.spending import Spending, over_budget
 from fedqueue.protocol.messages import Order, Update
 from fedqueue.task import Task
@@ -212,20 +211,4 @@ ALLOW_ALL = Policy()
 
 def load_policy(path: Path) -> Policy:
     """Read a policy file; raises ConfigurationError with the key, its value and the accepted values."""
-    try:
-        return Policy.model_validate(tomllib.loads(toml_text(path.read_bytes())))
-    except OSError as error:
-        raise ConfigurationError("--policy", str(path), f"cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigurationError("--policy", str(path), f"is not TOML: {error}") from None
-    except ValidationError as error:
-        first, hint = error.errors(include_url=False)[0], ""
-        key = ".".join(map(str, first["loc"]))
-        value = first["input"]
-        if first["type"] == "refused":
-            key, value, problem, hint = "", None, first["ctx"]["message"], first["ctx"]["hint"]
-        elif first["type"] == "extra_forbidden":
-            problem, hint = "unknown key", f"known keys: {', '.join(Policy.model_fields)}"
-        else:
-            problem = first["msg"].replace("Input should ", "must ")
-        raise ConfigurationError(f"{path.name}: {key}" if key else path.name, value, problem, hint) from None
+    return read_policy(Policy, path)
