@@ -75,6 +75,16 @@ def test_masked_results_are_replayed_from_kept_masks(run: MaskedResult) -> None:
     assert not check_of(checks, "S7").checked
 
 
+def test_audit_without_the_configuration_says_so(run: MaskedResult) -> None:
+    shutil.rmtree(run.folder / REPLAY_FOLDER)
+    checks = audit(read_result_folder(run.folder))
+    assert ok(checks)
+    assert not check_of(checks, "S5").checked
+    assert "configuration" in check_of(checks, "S5").skipped
+    assert not check_of(checks, "S7").checked
+    assert "in Redis" in check_of(checks, "S7").skipped
+
+
 def test_replay_finds_masks_that_were_changed(run: MaskedResult) -> None:
     (path, *_) = sorted((run.folder / REPLAY_FOLDER).glob("masks.*.north.bin"))
     masks = np.fromfile(path, np.uint32)

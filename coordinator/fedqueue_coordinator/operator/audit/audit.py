@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from fedqueue.protocol.keys import job_without_tag
 from fedqueue_coordinator.operator.audit.audit_input import AuditInput, LedgerRecord
-from fedqueue_coordinator.operator.audit.masked_versions import MaskedVersions
 from fedqueue_coordinator.operator.audit.signatures import Signatures
+
+UNSIGNED = "results in a folder are not signed: audit the run while it is in Redis"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def audit(audit_input: AuditInput) -> list[Check]:
             _falling_tokens(audit_input.ledger),
         ),
         _signature_check(audit_input.signatures),
-        *_masked_checks(audit_input.masked),
+        *_masked_checks(audit_input),
     ]  # fmt: skip
 
 
@@ -123,25 +124,27 @@ def _replay_check(audit_input: AuditInput) -> Check:
 def _signature_check(signatures: Signatures | None) -> Check:
     invariant = "the data in Redis is the data that the coordinator signed"
     if signatures is None:
-        why = "results in a folder are not signed: audit the run while it is in Redis"
-        return Check("S", invariant, [], why, checked=False)
+        return Check("S", invariant, [], UNSIGNED, checked=False)
     counts = ", ".join(f"{kind} {count}" for kind, count in signatures.checked.items())
     invariant = f"{invariant} ({counts})" if counts else invariant
     return Check("S", invariant, signatures.problems, signatures.unchecked, checked=bool(counts))
 
 
-def _masked_checks(masked: MaskedVersions | None) -> list[Check]:
+def _masked_checks(audit_input: AuditInput) -> list[Check]:
     """Return the checks of a run with keepers."""
+    crowds = "each version is the sum of a crowd, and no update is in two of them"
+    signed = "the keepers have signed the masks of each version's cohort"
+    masked = audit_input.masked
     if masked is None:
-        return []
-    crowds = f"each version is the sum of a crowd, and no update is in two of them ({masked.versions} versions)"
-    invariant = "the keepers have signed the masks of each version's cohort"
+        if not any("cohort" in record for record in audit_input.ledger):
+            return []
+        why = "the run's configuration was not kept; set ledger.keep_payloads = true before a run to keep it"
+        return [Check("S5", crowds, [], why, checked=False), Check("S7", signed, [], UNSIGNED, checked=False)]
     if not masked.answers:
-        answers = Check("S7", invariant, [], masked.unchecked, checked=False)
+        answers = Check("S7", signed, [], masked.unchecked, checked=False)
     else:
-        counted = f"{invariant} ({masked.answers} answers)"
-        answers = Check("S7", counted, masked.answer_problems, masked.unchecked)
-    return [Check("S5", crowds, masked.crowd_problems), answers]
+        answers = Check("S7", f"{signed} ({masked.answers} answers)", masked.answer_problems, masked.unchecked)
+    return [Check("S5", f"{crowds} ({masked.versions} versions)", masked.crowd_problems), answers]
 
 
 def _falling_tokens(ledger: Iterable[LedgerRecord]) -> list[str]:
