@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import redis
-import structlog
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.connection import Connection, UnixDomainSocketConnection
 from redis.retry import Retry
@@ -24,7 +23,6 @@ from fedqueue.exception_text import one_line
 from fedqueue.transport.pool import Pool, TcpConnection, TlsConnection, UnixConnection
 from fedqueue.transport.sentinel import SENTINEL, TLS_SENTINEL, connect_through_sentinels
 
-log = structlog.get_logger("fedqueue.transport")
 T = TypeVar("T")
 
 SOCKET_SECONDS = 60.0  # without a byte; longer than a blocking read
@@ -77,7 +75,7 @@ class SharedRetry(Retry):
         """As in redis-py, with a warning once for each time that the server does not answer."""
 
         def warn_and_fail(error: Exception, *failures: int) -> None:
-            if isinstance(error, redis.TimeoutError) and not self._silent and structlog.is_configured():
+            if isinstance(error, redis.TimeoutError) and not self._silent and (log := _log()):
                 self._silent = True
                 log.warning("Redis accepts connections and does not answer: trying again", error=one_line(str(error)))
             fail(error, *failures)
@@ -85,8 +83,16 @@ class SharedRetry(Retry):
         result = super().call_with_retry(do, warn_and_fail, *arguments, **options)
         if self._silent:
             self._silent = False
-            log.info("Redis answers again")
+            if log := _log():
+                log.info("Redis answers again")
         return result
+
+
+def _log() -> Any:
+    """The log of this module, in a process that has configured its logs; else None."""
+    import structlog  # not by commands that log nothing
+
+    return structlog.get_logger("fedqueue.transport") if structlog.is_configured() else None
 
 
 def limit_retries(client: redis.Redis) -> None:
