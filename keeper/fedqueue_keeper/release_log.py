@@ -1,7 +1,7 @@
 """A keeper's file for one run instance: its private key, the secret of its dithers, and what it has released.
 
-Key and log are one SQLite file, so that whoever loses the log loses the key: no seed can be released a second time. It
-must never be restored from a copy, which would have the key and an older log.
+Key and log are one SQLite file. A keeper that loses its log loses its key too: no seed is released a second time.
+The file must never be restored from a copy, which would have the key and an older log.
 
 A commit is on disk before it returns. SQLite flushes the file, then clears the head of the rollback journal and flushes
 that, because a journal that came back after a power failure would undo the commit. (It deletes the journal only where

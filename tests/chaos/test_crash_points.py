@@ -7,7 +7,6 @@ before and after each command cover every instant at which a coordinator can die
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,8 @@ from fedqueue_coordinator.operator.audit.audit import audit, ok
 from fedqueue_coordinator.operator.audit.audit_input import read_audit_input
 from fedqueue_coordinator.operator.results import write_results
 from tests.support.chaos import crash_points
-from tests.support.scripted_run import Killed, run_to_the_end, scripted_config
+from tests.support.mortal_coordinator import Script
+from tests.support.scripted_run import run_to_the_end, scripted_config
 
 MODES: dict[str, dict[str, Any]] = {
     "fedbuff": {
@@ -50,19 +50,6 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
 }
 MAY_DIFFER = {"seconds", "at", "token", "client", "share"}  # times, leaders, and which idle client trained the job
-
-
-class Script:
-    """Counts the passages of each point; kills the coordinator at the n-th passage of one point."""
-
-    def __init__(self, point: str = "", passage: int = 0) -> None:
-        self.passed: Counter[str] = Counter()
-        self._point, self._passage = point, passage
-
-    def __call__(self, point: str) -> None:
-        self.passed[point] += 1
-        if point == self._point and self.passed[point] == self._passage:
-            raise Killed(point)
 
 
 def essence(result: RunResult) -> tuple[bytes, list[Any]]:

@@ -21,20 +21,7 @@ from tests.support.masked_service import (
     make_keys,
     masked_service_config,
 )
-from tests.support.scripted_run import Killed
-
-
-class Script:
-    """Counts the passages of each point; kills the coordinator at the n-th passage of one point."""
-
-    def __init__(self, point: str = "", passage: int = 0) -> None:
-        self.passed: Counter[str] = Counter()
-        self._point, self._passage = point, passage
-
-    def __call__(self, point: str) -> None:
-        self.passed[point] += 1
-        if point == self._point and self.passed[point] == self._passage:
-            raise Killed(point)
+from tests.support.mortal_coordinator import Script
 
 
 def run_masked(client: redis.Redis, folder: Path, *deaths: Any, **sections: Any) -> tuple[RunResult, int, MaskedSites]:

@@ -16,8 +16,9 @@ from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from fedqueue_coordinator.service.leader_election import LeaseRenewal
 from tests.support.builders import EXAMPLES
+from tests.support.mortal_coordinator import Killed
 from tests.support.sample_run import SampleRun
-from tests.support.scripted_run import Killed, Workers, lead, scripted_config
+from tests.support.scripted_run import Workers, lead, scripted_config
 from tests.support.small_task import SmallTask
 
 

@@ -17,9 +17,9 @@ from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.inbox import STREAMS_AT_ONCE, Inbox
 from tests.support.chaos.crash_points import StoreWithPoints
 from tests.support.crowd import Crowd
+from tests.support.mortal_coordinator import Killed
 from tests.support.sample_run import SampleRun
 from tests.support.scene import RUN, Scene
-from tests.support.scripted_run import Killed
 
 
 def names(count: int, prefix: str = "x") -> list[str]:

@@ -34,7 +34,6 @@ from fedqueue.protocol.messages import KeeperKey, Masked, MaskRefused, Offer, Or
 from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED, digest_of
 from fedqueue.protocol.site_identity import SiteIdentity
-from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.secure.keeper import Keeper, KeeperLog, MemoryLog, Release
 from fedqueue.secure.masked_update import Attempt, Masking
 from fedqueue.secure.masks import new_seed
@@ -49,8 +48,7 @@ from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.inbox import by_stream
 from tests.support.builders import EXAMPLES, make_update
-from tests.support.chaos.crash_points import StoreWithPoints
-from tests.support.scripted_run import Killed
+from tests.support.mortal_coordinator import Killed, MortalStore, dead_after, ticking_clock
 from tests.support.small_task import SmallTask
 
 SITES = ("a", "b", "c", "d")
@@ -227,45 +225,16 @@ class MaskedSites:
         return int(self.store.redis.hget(self.store.keys.head, "version") or 0) >= (self.config.stop.versions or 0)
 
 
-class MortalStore(StoreWithPoints):
-    """The coordinator's store; lets sites and keepers act before the coordinator waits for entries."""
-
-    sites: MaskedSites
-
-    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
-        self.sites.act()
-        self.at("before receive")
-        return super().receive(0.001, count)
-
-
 def make_coordinator(
     client: redis.Redis, sites: MaskedSites, keys: Path, folder: Path, at: Callable[[str], None]
 ) -> Coordinator:
     """A coordinator which `at` may kill by raising Killed; nothing reaches Redis after that."""
-    dead = False
-
-    def hook(point: str) -> None:
-        nonlocal dead
-        if dead:
-            raise Killed(point)
-        try:
-            at(point)
-        except Killed:
-            dead = True
-            raise
-
     identity = CoordinatorIdentity(sites.config.name, read_signing_key(keys / COORDINATOR_KEY), keys)
     store = MortalStore(client, sites.config.name, f"owner-{id(object())}", identity)
-    store.at, store.sites = hook, sites
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        now += 1.0
-        return now
-
+    hook = dead_after(at)
+    store.at, store.others = hook, sites
     return Coordinator(
-        sites.config, SmallTask(batch_norm=False), store, folder, clock=clock, sleep=lambda seconds: None,
+        sites.config, SmallTask(batch_norm=False), store, folder, clock=ticking_clock(), sleep=lambda seconds: None,
         failpoint=hook,
     )  # fmt: skip
 

@@ -17,7 +17,6 @@ import torch
 from fedqueue.config.loading import parse_config
 from fedqueue.config.schema import Config
 from fedqueue.protocol.messages import Ending, Registration
-from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.worker_store import Claim, WorkerStore
@@ -25,15 +24,11 @@ from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
 from tests.support.builders import EXAMPLES, make_update
-from tests.support.chaos.crash_points import StoreWithPoints
+from tests.support.mortal_coordinator import Killed, MortalStore, dead_after, ticking_clock
 from tests.support.small_task import SmallTask
 
 CLIENTS = ("a", "b", "c")
 AHEAD = 2  # jobs that a worker claims before it posts its own, so that updates are stale
-
-
-class Killed(BaseException):
-    """Stands for SIGKILL within one process."""
 
 
 def scripted_config(**sections: Any) -> Config:
@@ -113,44 +108,15 @@ def _next_millisecond() -> None:
         pass
 
 
-class Mortal(StoreWithPoints):
-    """The coordinator's store; lets the workers act before the coordinator waits for entries."""
-
-    workers: Workers
-
-    def receive(self, block_seconds: float, count: int = 32) -> list[StreamEntry]:
-        self.workers.act()
-        self.at("before receive")
-        return super().receive(0.001, count)
-
-
 def lead(client: redis.Redis, workers: Workers | None, config: Config, folder: Path, at: Callable[[str], None]) -> Any:
     """Run one coordinator from taking the lead to the end of the run; raises Killed where `at` does."""
-    dead = False
-
-    def hook(point: str) -> None:
-        nonlocal dead
-        if dead:
-            raise Killed(point)
-        try:
-            at(point)
-        except Killed:
-            dead = True
-            raise
-
-    store = Mortal(client, config.name, f"owner-{id(object())}")
+    hook = dead_after(at)
+    store = MortalStore(client, config.name, f"owner-{id(object())}")
     store.at = hook
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        now += 1.0  # so that every backoff is over by the next tick
-        return now
-
     coordinator = Coordinator(
-        config, SmallTask(), store, folder, clock=clock, sleep=lambda seconds: None, failpoint=hook
+        config, SmallTask(), store, folder, clock=ticking_clock(), sleep=lambda seconds: None, failpoint=hook
     )
-    store.workers = workers or Workers(client, config)
+    store.others = workers or Workers(client, config)
     return coordinator.run()
 
 

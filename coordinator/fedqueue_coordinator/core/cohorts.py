@@ -139,7 +139,7 @@ class Cohorts:
     # Slots
 
     def is_ahead(self, client: str, version: int, *arriving: int) -> bool:
-        """Whether the client has posted more than the coming version takes of it: a further job would be in vain.
+        """Whether the client has posted more than one version takes of a client, so that it needs no further job now.
 
         `arriving`: the bases of updates of the client that arrive at this moment.
         """

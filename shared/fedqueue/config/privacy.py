@@ -92,5 +92,5 @@ class PrivacyConfig(Section):
 
     folder: Text = Field(default="privacy", exclude=True)
     """`fedqueue-worker`: folder of this site's accounts, `privacy-CLIENT.json`, which say how much privacy each
-    client's rows have spent. Whoever deletes an account forgets what was spent."""
+    client's rows have spent. With a deleted account, what was spent is forgotten."""
     examples: ExamplePrivacyConfig = ExamplePrivacyConfig()

@@ -35,7 +35,7 @@ def largest_cohort(config: Config) -> int:
 
 
 def refusal_of_masking(config: Config) -> PydanticCustomError | None:
-    """The error that names each setting which does not go with keepers, one a line; None where there is none."""
+    """The error that names each setting that keepers exclude, one setting a line; None if there is no such setting."""
     problems = list(_problems(config)) if config.secure.on else []
     if not problems:
         return None

@@ -73,7 +73,7 @@ class KeeperIdentity:
         about: list[str | int] = [offer.client, offer.job, offer.attempt, offer.base]
         envelope = open_envelope(offer.header, keys, UPDATE, self.scope, about, f"client {offer.client}")
         if envelope.pack() != offer.header:
-            raise SignatureError(f"the header was encoded anew after client {offer.client} signed it")
+            raise SignatureError(f"the header has other bytes than client {offer.client} sent: it was encoded again")
         return envelope.body
 
     def open_cohort(self, data: bytes) -> bytes:

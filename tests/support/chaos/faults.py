@@ -37,15 +37,7 @@ def terminate_worker(chaos: Chaos) -> None:
 
 def stop_continue_worker(chaos: Chaos) -> None:
     """Stop a worker until its lease expires; on waking, the worker posts its old update."""
-    worker = _worker(chaos)
-    worker.stopped = True
-    worker.send(signal.SIGSTOP)
-
-    def undo() -> None:
-        worker.stopped = False
-        worker.send(signal.SIGCONT)
-
-    chaos.later(LEASE_SECONDS + chaos.rng.uniform(0.3, 1.0), undo)
+    _stop_continue(chaos, _worker(chaos))
 
 
 def kill_coordinator(chaos: Chaos) -> None:
@@ -136,15 +128,7 @@ def terminate_keeper(chaos: Chaos) -> None:
 
 def stop_continue_keeper(chaos: Chaos) -> None:
     """Stop a keeper for longer than the leases of coordinators and clients."""
-    keeper = _keeper(chaos)
-    keeper.stopped = True
-    keeper.send(signal.SIGSTOP)
-
-    def undo() -> None:
-        keeper.stopped = False
-        keeper.send(signal.SIGCONT)
-
-    chaos.later(LEASE_SECONDS + chaos.rng.uniform(0.3, 1.0), undo)
+    _stop_continue(chaos, _keeper(chaos))
 
 
 def kill_all_keepers_and_the_coordinator(chaos: Chaos) -> None:
@@ -186,6 +170,18 @@ KEEPER_FAULTS: dict[str, Callable[[Chaos], None]] = {
     **{f"kill_coordinator_at:{point}": kill_coordinator_at(point) for point in crash_points.WITH_KEEPERS},
 }
 """For a federation with keepers."""
+
+
+def _stop_continue(chaos: Chaos, member: Member) -> None:
+    """Stop a process until leases have expired."""
+    member.stopped = True
+    member.send(signal.SIGSTOP)
+
+    def undo() -> None:
+        member.stopped = False
+        member.send(signal.SIGCONT)
+
+    chaos.later(LEASE_SECONDS + chaos.rng.uniform(0.3, 1.0), undo)
 
 
 def _keeper(chaos: Chaos) -> Member:
