@@ -171,7 +171,7 @@ class MaskedWorkers(CoordinatorStore):
         progress = local_model.progress(client, claim.version, lambda: None)
         update = compute_update(self.task, local_model, data, order, base, local, progress)
         attempt = Attempt(self.site.scope, claim.attempt, claim.version, digest)
-        keys = [self.worker.keeper_key(keeper, i) for i, keeper in enumerate(KEEPER_NAMES)]
+        keys = self.worker.keeper_keys(KEEPER_NAMES)
         self.training[job] = claim, *self.masking.mask(update, local, order, attempt, [k for k in keys if k])
 
 

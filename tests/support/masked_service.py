@@ -199,7 +199,7 @@ class MaskedSites:
         codec = downlink_codec(self.config.compression, self.manifest)
         model = digest_of(self.store.read_wire(claim.version, codec))
         attempt = Attempt(self.identity.scope, claim.attempt, claim.version, model)
-        public = [self.store.keeper_key(keeper, i) for i, keeper in enumerate(KEEPER_NAMES)]
+        public = self.store.keeper_keys(KEEPER_NAMES)
         update = make_update(frame.buffer.nbytes, seconds=0.1)
         header, payload = self.masking.mask(update, frame, order, attempt, [key for key in public if key])
         assert self.store.post(claim, header, payload) == ""

@@ -100,6 +100,7 @@ class JobRunner:
         configuration that the policy's `max_leak` was measured with. `privacy_folder` has the clients' accounts.
         """
         self._measured, self._masking = measured, masking
+        self._keepers_known = False  # every keeper has stored a key: none of them is waited for before a training
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
@@ -227,7 +228,7 @@ class JobRunner:
             self._retrying.release_base(claim)
         heartbeat.enter(Phase.TRAINING)
         made_progress()
-        if self._masking:
+        if self._masking and not self._keepers_known:
             self._keeper_keys(self._masking)  # before the training: the work would be lost with its attempt
 
         def trained_batch() -> None:
@@ -273,19 +274,21 @@ class JobRunner:
     def _keeper_keys(self, masking: Masking) -> list[bytes]:
         """The keepers' public encryption keys; waits for a keeper that has stored none.
 
-        Raises JobClosed once the job is no longer this attempt's, and SignatureError as `WorkerStore.keeper_key`.
+        Raises JobClosed once the job is no longer this attempt's, and SignatureError as `WorkerStore.keeper_keys`.
         """
-        keys = []
-        for component, keeper in enumerate(masking.keepers):
-            waiting = False
-            while (key := self._retrying.keeper_key(keeper, component)) is None:
-                if not waiting:
+        waiting: set[str] = set()
+        while True:
+            keys = self._retrying.keeper_keys(masking.keepers)
+            known = [key for key in keys if key is not None]
+            if len(known) == len(keys):
+                self._keepers_known = True
+                return known
+            for keeper, key in zip(masking.keepers, keys, strict=True):
+                if key is None and keeper not in waiting:
                     log.warning("waiting for a keeper's key: its operator must start it", keeper=keeper)
-                waiting = True
-                self._heartbeat.progress()
-                time.sleep(KEEPER_POLL_SECONDS)
-            keys.append(key)
-        return keys
+                    waiting.add(keeper)
+            self._heartbeat.progress()
+            time.sleep(KEEPER_POLL_SECONDS)
 
     def account(self, client: str) -> PrivacyAccount:
         """Return the client's privacy account, which is opened at its first use; raises as PrivacyAccount."""

@@ -65,9 +65,9 @@ class RetryingStore:
         decode_into(into, codec, wire)
         return digest
 
-    def keeper_key(self, keeper: str, component: int) -> bytes | None:
-        """As `WorkerStore.keeper_key`."""
-        return self._retry.call(partial(self._store.keeper_key, keeper, component))
+    def keeper_keys(self, keepers: Sequence[str]) -> list[bytes | None]:
+        """As `WorkerStore.keeper_keys`."""
+        return self._retry.call(partial(self._store.keeper_keys, keepers))
 
     def fetch_frozen(self, nbytes: int, moved: Moved, after_piece: Callable[[], None]) -> BlobBuffer:
         """The model's frozen tensors, of `nbytes` bytes; as `fetch_model`."""

@@ -61,6 +61,7 @@ class Cohorts:
         self._config = config
         self._keepers = config.secure.keepers
         self._levels = config.secure.weight_levels
+        self._level_of: dict[int, int] = {}  # staleness → weight
         self._waiting: dict[str, Waiting] = {}  # digest → update, in the order of arrival
         # Digest → weight of the members of the coming cohort, where they are settled before their payloads are added.
         self._settled = dict(proposed.members) if proposed else {}
@@ -103,7 +104,10 @@ class Cohorts:
         return self._settled.get(update.digest) or self._level(update.arrived.base, version)
 
     def _level(self, base: int, version: int) -> int:
-        return level(max(0, version - base), self._config)
+        staleness = max(0, version - base)
+        if (known := self._level_of.get(staleness)) is None:
+            known = self._level_of[staleness] = level(staleness, self._config)
+        return known
 
     def next(self, version: int) -> Waiting | None:
         """The next update to load at `version`, or None; the caller loads it, and then calls `add` or `drop`."""
@@ -143,9 +147,20 @@ class Cohorts:
 
         `arriving`: the bases of updates of the client that arrive at this moment.
         """
-        bases = [update.arrived.base for update in self._waiting.values() if update.arrived.client == client]
-        weights = [self._level(base, version) for base in [*bases, *arriving]]
-        return self._member_weights()[client] + sum(weights) > self._levels
+        arrives = sum(self._level(base, version) for base in arriving)
+        return self._posted_weights(version)[client] + arrives > self._levels
+
+    def caught_up(self, clients: Iterable[str], version: int) -> list[str]:
+        """Those of the clients that are not ahead, in the order of their names."""
+        posted = self._posted_weights(version)
+        return sorted(client for client in clients if posted[client] <= self._levels)
+
+    def _posted_weights(self, version: int) -> Counter[str]:
+        """Client → the weights of its members and of its updates that wait, as they are at `version`."""
+        weights = self._member_weights()
+        for update in self._waiting.values():
+            weights[update.arrived.client] += self._level(update.arrived.base, version)
+        return weights
 
     @property
     def backlog(self) -> int:

@@ -530,11 +530,10 @@ class Federation:
 
     def _release_clients(self) -> None:
         """Let clients train again whose updates the coming version takes."""
-        if not self._sum:
+        if not (self._sum and self._scheduler.held):
             return
-        for client in sorted(self._scheduler.held):
-            if not self._cohorts.is_ahead(client, self.version):
-                self._scheduler.release(client)
+        for client in self._cohorts.caught_up(self._scheduler.held, self.version):
+            self._scheduler.release(client)
 
     def _keeper_away(self, now: float) -> Stop | None:
         """End the run where a keeper has been awaited for longer than it may be."""

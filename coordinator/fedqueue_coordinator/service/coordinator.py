@@ -575,7 +575,9 @@ class Coordinator:
         self._handled.append((entry, record))
 
     def _settle(self) -> None:
-        """Acknowledge the entries that have been handled, in one step."""
+        """Acknowledge the entries that have been handled, and send the offers of updates, each in one step."""
+        if self._keepers:
+            self._keepers.send()
         if self._handled:
             handled, self._handled = self._handled, []
             self.store.ack(handled)

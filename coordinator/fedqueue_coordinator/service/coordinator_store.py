@@ -539,12 +539,14 @@ class CoordinatorStore(Store):
 
     # Keepers
 
-    def ask(self, keepers: Sequence[str], kind: str, body: bytes) -> dict[str, str]:
-        """Append an ask to each keeper's stream; returns keeper → position of the ask."""
+    def ask(self, keepers: Sequence[str], kind: str, bodies: Sequence[bytes]) -> list[dict[str, str]]:
+        """Append asks to each keeper's stream; returns keeper → position for each of the asks."""
         pipe = self.redis.pipeline(transaction=False)
-        for keeper in keepers:
-            pipe.xadd(self.keys.asks(keeper), {"kind": kind, "body": body})
-        return {keeper: entry.decode() for keeper, entry in zip(keepers, pipe.execute(), strict=True)}
+        for body in bodies:
+            for keeper in keepers:
+                pipe.xadd(self.keys.asks(keeper), {"kind": kind, "body": body})
+        entries = iter(pipe.execute())
+        return [{keeper: next(entries).decode() for keeper in keepers} for _ in bodies]
 
     def propose(self, keepers: Sequence[str], cohort: bytes) -> dict[str, str]:
         """Note the signed cohort as the one under way, and ask all keepers for its masks; as `ask`. Raises Fenced."""
@@ -559,10 +561,7 @@ class CoordinatorStore(Store):
 
     def drop_asks(self, asks: Iterable[tuple[str, str]]) -> None:
         """Delete asks, each a keeper and a position, that need no answer any more."""
-        pipe = self.redis.pipeline(transaction=False)
-        for keeper, entry in asks:
-            pipe.xdel(self.keys.asks(keeper), entry)
-        pipe.execute()
+        self._delete_entries((self.keys.asks(keeper), position) for keeper, position in asks)
 
     def drop_all_asks(self, keepers: Iterable[str]) -> None:
         """Delete every ask; the positions of later ones still rise."""
@@ -586,11 +585,18 @@ class CoordinatorStore(Store):
             for entry, fields in entries
         ]  # fmt: skip
         if answers:
-            pipe = self.redis.pipeline(transaction=False)
-            for answer in answers:
-                pipe.xdel(self.keys.says(answer.keeper), answer.position)
-            pipe.execute()
+            self._delete_entries((self.keys.says(answer.keeper), answer.position) for answer in answers)
         return answers
+
+    def _delete_entries(self, entries: Iterable[tuple[str, str]]) -> None:
+        """Delete entries, each a stream and a position, in one round trip."""
+        of_stream: dict[str, list[str]] = {}
+        for stream, position in entries:
+            of_stream.setdefault(stream, []).append(position)
+        pipe = self.redis.pipeline(transaction=False)
+        for stream, positions in of_stream.items():
+            pipe.xdel(stream, *positions)
+        pipe.execute()
 
     # What workers report: test doubles of the run override these, so they are methods of the store
 

@@ -35,6 +35,8 @@ class KeeperExchange:
         self._store, self._keepers, self._nbytes = store, keepers, nbytes
         self._after = dict.fromkeys(keepers, FIRST)
         self._offers: dict[str, OfferMessage] = {}  # digest → an offer whose job has not ended
+        self._offered: dict[str, str] = {}  # job → the digest of its offer
+        self._unsent: list[OfferMessage] = []
         self._asks: dict[str, list[tuple[str, str]]] = {}  # job → its asks: keeper and position
         self._cohort = ""  # id of the one under way
         self._proposed = b""
@@ -46,13 +48,20 @@ class KeeperExchange:
     # Asking
 
     def offer(self, offer: Offer) -> None:
-        """Show an update to every keeper."""
-        message = offer.offer
-        self._offers[offer_digest(message)] = message
-        self._ask(self._keepers, message)
+        """Show an update to every keeper, at the next `send`."""
+        digest = offer_digest(offer.offer)
+        self._offers[digest], self._offered[offer.offer.job] = offer.offer, digest
+        self._unsent.append(offer.offer)
+
+    def send(self) -> None:
+        """Send the offers that have collected, in one round trip."""
+        if self._unsent:
+            offers, self._unsent = self._unsent, []
+            self._ask(self._keepers, offers)
 
     def propose(self, cohort: Cohort) -> None:
         """Ask every keeper for the masks of a cohort; raises Fenced."""
+        self.send()
         identity = self._store.identity
         assert identity
         self._cohort, self._told_again = cohort_id(identity.scope, cohort), set()
@@ -71,15 +80,22 @@ class KeeperExchange:
 
     def _forget(self, jobs: Iterable[str]) -> list[tuple[str, str]]:
         """Forget the offers of jobs, and return their asks."""
-        gone = {job for job in jobs if job in self._asks}
-        self._offers = {digest: offer for digest, offer in self._offers.items() if offer.job not in gone}
-        return [ask for job in gone for ask in self._asks.pop(job)]
+        self.send()
+        asks: list[tuple[str, str]] = []
+        for job in jobs:
+            if job in self._asks:
+                asks += self._asks.pop(job)
+                del self._offers[self._offered.pop(job)]
+        return asks
 
-    def _ask(self, keepers: Sequence[str], offer: OfferMessage) -> None:
-        self._asks.setdefault(offer.job, []).extend(self._store.ask(keepers, "offer", offer.pack()).items())
+    def _ask(self, keepers: Sequence[str], offers: Sequence[OfferMessage]) -> None:
+        positions = self._store.ask(keepers, "offer", [offer.pack() for offer in offers])
+        for offer, asked in zip(offers, positions, strict=True):
+            self._asks.setdefault(offer.job, []).extend(asked.items())
 
     def _ask_again(self, keeper: str) -> None:
-        self._cohort_asks += self._store.ask([keeper], "cohort", self._proposed).items()
+        (asked,) = self._store.ask([keeper], "cohort", [self._proposed])
+        self._cohort_asks += asked.items()
 
     def _drop(self, asks: Sequence[tuple[str, str]]) -> None:
         if asks:
@@ -161,8 +177,7 @@ class KeeperExchange:
         known = [self._offers[digest] for digest in refused.headers if digest in self._offers]
         if refused.reason == "unknown" and known and keeper not in self._told_again:
             self._told_again.add(keeper)
-            for offer in known:
-                self._ask([keeper], offer)
+            self._ask([keeper], known)
             self._ask_again(keeper)
             return None
         log.warning("keeper refuses a cohort", keeper=keeper, reason=refused.reason, detail=refused.detail)

@@ -139,15 +139,21 @@ class WorkerStore(Store):
             self.identity.enter(self.info())
         return self.identity.check_version(version, download.into, download.envelope or b"")
 
-    def keeper_key(self, keeper: str, component: int) -> bytes | None:
-        """The key that this keeper's seeds are encrypted to, verified; None while the keeper has not stored one.
+    def keeper_keys(self, keepers: Sequence[str]) -> list[bytes | None]:
+        """The key that each keeper's seeds are encrypted to, verified; None while a keeper has not stored one.
 
-        Raises SignatureError for a key that the keeper did not sign for this run instance and component.
+        `keepers` are those of the run, in the order of their components. Raises SignatureError for a key that the
+        keeper did not sign for this run instance and component.
         """
         if self.identity is None:
-            raise SignatureError(f"the key of keeper {keeper} cannot be verified in an unsigned run")
-        data = cast(bytes, self.redis.getrange(self.keys.keeper(keeper), 0, MAX_MESSAGE))
-        return self.identity.keeper_key(keeper, component, data) if data else None
+            raise SignatureError("the keys of keepers cannot be verified in an unsigned run")
+        pipe = self.redis.pipeline(transaction=False)
+        for keeper in keepers:
+            pipe.getrange(self.keys.keeper(keeper), 0, MAX_MESSAGE)
+        return [
+            self.identity.keeper_key(keeper, component, data) if data else None
+            for component, (keeper, data) in enumerate(zip(keepers, pipe.execute(), strict=True))
+        ]
 
     def verify_frozen(self, frozen: BlobBuffer) -> None:
         """Raise SignatureError for other tensors than those that the coordinator signed."""
