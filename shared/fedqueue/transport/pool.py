@@ -39,6 +39,11 @@ class _CopyFree(Receiving):
     def _construct_command_packer(self, packer: Any) -> Any:
         return packer or _Packer(PythonRespSerializer(self._buffer_cutoff, self.encoder.encode))  # type: ignore[attr-defined]
 
+    def connect(self) -> None:
+        """Connect, unless connected: redis-py finds that out only behind its retries, before each command."""
+        if self._sock is None:  # type: ignore[attr-defined]
+            super().connect()  # type: ignore[misc]
+
 
 class TcpConnection(_CopyFree, Connection):
     """The connection for `redis://`."""
