@@ -102,7 +102,7 @@ from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.scheduler import Scheduler
 from fedqueue_coordinator.core.server_state import AGGREGATION, FILTER, MODEL, OPTIMIZER, load_state, save_state
 from fedqueue_coordinator.core.stop_conditions import require_usable_target, stop_reason, target_reached
-from fedqueue_coordinator.core.waiting import dead_end, waiting_for
+from fedqueue_coordinator.core.waiting import budgets_end, dead_end, waiting_for
 
 REFUSED_OFFERS = {
     "unmaskable": RejectionReason.UNMASKABLE,
@@ -673,7 +673,8 @@ class Federation:
             return self._give_up_settled(now)
         if loads := self._load_next(now):
             return loads
-        if self._cohorts.may_grow(self.version) or self._scheduler.can_train:
+        ends = not self.open_jobs and budgets_end(self.config, self._scheduler)
+        if self._cohorts.may_grow(self.version) or (self._scheduler.can_train and not ends):
             return []
         if self._cohorts.is_crowd:
             return [self._propose(now)]
@@ -842,15 +843,25 @@ class Federation:
         if self._scheduler.all_set_aside:
             worst = self.failures.most_frequent
             text = f": {worst.line}" if worst else ""
-            if self._scheduler.any_declines and self.version:
+            if self._scheduler.declining and self.version:
                 return self.stop(Stop(f"no site trains further jobs{text}"), now)
             return self.stop(Stop(f"every client failed too often and was set aside{text}", failed=True), now)
-        if ending := ending or self._no_masks or self._keeper_away(now):
+        if ending := ending or self._no_masks or self._keeper_away(now) or self._budgets_end():
             return self.stop(ending, now)
         started = self.run_counters.started
         trained = None if started is None else now - started
         because = stop_reason(self.config.stop, self.version, self.run_counters.updates, trained)
         return self.stop(self._end_at(because), now) if because else []
+
+    def _budgets_end(self) -> Stop | None:
+        """End the run once the clients that still train can make no further version."""
+        if not (self._sum and self.version and self._scheduler.declining):
+            return None
+        if self.open_jobs or self._cohorts.may_grow(self.version) or self._cohorts.is_crowd:
+            return None
+        why = budgets_end(self.config, self._scheduler)
+        worst = self.failures.most_frequent
+        return Stop(why + (f": {worst.line}" if worst else "")) if why else None
 
     def _end_at(self, limit: str) -> Stop:
         """End at a limit; without any merged update the run has failed."""

@@ -11,7 +11,7 @@ depends on changes (`_place`).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence, Set
 
 from fedqueue.config.schema import Config
 from fedqueue.protocol.keys import job_name
@@ -144,9 +144,9 @@ class Scheduler:
         return 0 < len(self.registered) <= len(excluded) and self.registered.keys() <= excluded
 
     @property
-    def any_declines(self) -> bool:
-        """Whether a site trains no further job of this run."""
-        return bool(self._backoff.declining)
+    def declining(self) -> Set[str]:
+        """The clients whose sites train no further job of this run."""
+        return self._backoff.declining
 
     # Updates
 

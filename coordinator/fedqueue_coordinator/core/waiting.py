@@ -80,10 +80,21 @@ def dead_end(config: Config, scheduler: Scheduler, gone: Container[str], unavail
     if scheduler.started and all(map(scheduler.is_set_aside, left)):
         return f"no client is left that can train{_named(lost)}{_reasons(lost, unavailable)}"
     least = config.secure.min_cohort if config.secure.on else 0
-    if (crowd := len(left) - sum(map(scheduler.is_set_aside, left))) < least:
+    crowd = len(left) - sum(map(scheduler.is_set_aside, left))
+    if crowd < least and not budgets_end(config, scheduler):
         needed = f"{crowd} clients are left that can train, and a version needs {least} (secure.min_cohort)"
         return f"{needed}{_named(lost)}{_reasons(lost, unavailable)}"
     return ""
+
+
+def budgets_end(config: Config, scheduler: Scheduler) -> str:
+    """Describe how used-up privacy budgets leave fewer clients than a version needs; empty while enough are left."""
+    if not (config.secure.on and scheduler.declining):
+        return ""
+    left = len({*config.clients.ids, *scheduler.registered} - scheduler.declining)
+    if left >= config.secure.min_cohort:
+        return ""
+    return f"{left} clients train further jobs, and a version needs {config.secure.min_cohort} (secure.min_cohort)"
 
 
 def names(clients: Iterable[str]) -> str:
