@@ -29,7 +29,10 @@ EXECUTES = {"pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudp
 CALLS = {"eval", "exec", "compile", "__import__"}
 LOADERS = {("torch", "load"), ("np", "load"), ("numpy", "load"), ("torch.jit", "load"), ("os", "system")}
 VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc", "base", "tools", "lib", "core"}
-READS_ENVIRONMENT = {"loading.py", "runs.py", "child_processes.py", "main.py", "cli.py", "prefork.py"}
+READS_ENVIRONMENT = {
+    "loading.py", "runs.py", "child_processes.py", "main.py", "cli.py", "prefork.py",
+    "mlflow_tracker.py",  # sets what MLflow reads when it is imported: no telemetry, and that a folder may be its store
+}  # fmt: skip
 
 
 TEST_NAME = re.compile(r"^\s*(?:async )?def (test_\w+)", re.MULTILINE)

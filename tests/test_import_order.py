@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.transport", "fedqueue_coordinator.algorithms"),
     ("fedqueue_coordinator.core",),
     ("fedqueue_coordinator.service", "fedqueue_coordinator.simulation", "fedqueue_worker", "fedqueue_keeper"),
+    ("fedqueue_coordinator.tracking",),
     ("fedqueue_coordinator.operator",),
     ("fedqueue_coordinator.cli", "fedqueue_coordinator.__main__"),
 )

@@ -7,6 +7,7 @@ Everything reachable through `fedqueue.__all__` is public; any other module may 
 | a task | `Task`, `Client`, `TrainingConfig`, `TrainResult`, `Progress`, `partition` |
 | a configuration | `Config`, `load_config` |
 | a run from Python | `run`, `simulate`, `RunResult` |
+| what follows a run | `RunHooks`, `RunStart`, `RunProgress` |
 | an aggregation algorithm | `Aggregator`, `Contribution`, `Accumulator`, `Step`, `Frame`, `Manifest` |
 | its building blocks | `accumulate`, `mean_step`, `fedbuff` |
 | errors of what was given | `FedqueueError`, `ConfigurationError`, `TaskError`, `MissingExtra` |
@@ -42,8 +43,11 @@ _MODULE_OF = {
     "Progress": "fedqueue.task",
     "RunExists": "fedqueue.errors",
     "RunFailed": "fedqueue.errors",
+    "RunHooks": "fedqueue_coordinator.tracking.hooks",
     "RunNotFound": "fedqueue.errors",
+    "RunProgress": "fedqueue_coordinator.tracking.hooks",
     "RunResult": "fedqueue_coordinator.core.run_summary",
+    "RunStart": "fedqueue_coordinator.tracking.hooks",
     "ServerUnavailable": "fedqueue.errors",
     "Step": "fedqueue_coordinator.algorithms.aggregator",
     "Task": "fedqueue.task",
@@ -74,8 +78,11 @@ __all__ = [
     "Progress",
     "RunExists",
     "RunFailed",
+    "RunHooks",
     "RunNotFound",
+    "RunProgress",
     "RunResult",
+    "RunStart",
     "ServerUnavailable",
     "Step",
     "Task",

@@ -30,6 +30,9 @@ from fedqueue_coordinator.algorithms.fedbuff import fedbuff as fedbuff
 from fedqueue_coordinator.core.run_summary import RunResult as RunResult
 from fedqueue_coordinator.operator.python_api import run as run
 from fedqueue_coordinator.operator.python_api import simulate as simulate
+from fedqueue_coordinator.tracking.hooks import RunHooks as RunHooks
+from fedqueue_coordinator.tracking.hooks import RunProgress as RunProgress
+from fedqueue_coordinator.tracking.hooks import RunStart as RunStart
 
 __version__: str
 __all__: list[str]

@@ -22,8 +22,8 @@ from fedqueue_worker import cli as worker_cli
 from tests.support.command_line import CommandLine
 
 COMMANDS = (
-    "run", "coordinator", "worker", "list", "status", "export", "audit", "remove", "compare", "leak", "privacy", "acl",
-    "certs", "enroll", "keygen", "revoke", "init",
+    "run", "coordinator", "worker", "list", "status", "track", "export", "audit", "remove", "compare", "leak",
+    "privacy", "acl", "certs", "enroll", "keygen", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
@@ -100,7 +100,7 @@ def test_every_option_has_a_help_text(command: str) -> None:
     assert all(text and text.endswith((".", ")")) for text in options_of(command).values()), options_of(command)
 
 
-@pytest.mark.parametrize("command", ["coordinator", "list", "status", "export", "audit", "remove"])
+@pytest.mark.parametrize("command", ["coordinator", "list", "status", "track", "export", "audit", "remove"])
 def test_server_option_has_three_names(command: str) -> None:
     assert ("--redis", "--url", "-u") in options_of(command)
 

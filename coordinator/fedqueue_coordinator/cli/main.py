@@ -17,6 +17,7 @@ from fedqueue_coordinator.cli.reading import audit, export, list_runs, status
 from fedqueue_coordinator.cli.remove import remove
 from fedqueue_coordinator.cli.renamed import CommandsWithFormerNames
 from fedqueue_coordinator.cli.security import acl, certs, enroll, keygen, revoke
+from fedqueue_coordinator.cli.track import TRACK_EPILOG, track
 
 EPILOG = """
 Examples:
@@ -63,6 +64,7 @@ app.command(rich_help_panel=PROCESSES)(coordinator)
 app.command(rich_help_panel=PROCESSES, context_settings=WORKER_SETTINGS)(worker)
 app.command(rich_help_panel=READING, name="list")(list_runs)
 app.command(rich_help_panel=READING)(status)
+app.command(rich_help_panel=READING, epilog=TRACK_EPILOG)(track)
 app.command(rich_help_panel=READING)(export)
 app.command(rich_help_panel=READING)(audit)
 app.command(rich_help_panel=READING)(remove)

@@ -18,6 +18,8 @@ from fedqueue_coordinator.operator.progress_view import LiveView
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, RunFolder
 from fedqueue_coordinator.service.coordinator import Coordinator
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
+from fedqueue_coordinator.tracking.feed import HookFeed
+from fedqueue_coordinator.tracking.registry import make_trackers
 
 
 def lead_run(
@@ -37,6 +39,22 @@ def lead_run(
     `overwrite`, a run that has ended is deleted from Redis first. Raises as `Coordinator.run`, and
     KeyboardInterrupt if Ctrl-C ended this process while Redis was away.
     """
+    with HookFeed(config, make_trackers(config)) as feed:
+        return _lead(config, task, connection, identity, folder, quiet, standby, resume, overwrite, feed)
+
+
+def _lead(
+    config: Config,
+    task: Task,
+    connection: redis.Redis,
+    identity: CoordinatorIdentity | None,
+    folder: RunFolder,
+    quiet: bool,
+    standby: bool,
+    resume: bool,
+    overwrite: bool,
+    feed: HookFeed,
+) -> RunResult | None:
     store = CoordinatorStore(connection, config.name, new_owner(), identity)
     if overwrite:
         clear_ended(store, config.dispatch.leader_lease_seconds)
@@ -56,6 +74,7 @@ def lead_run(
         reopen=resume,
         owns_folder=folder.reclaim,
         deliver_ended=folder.has_unfinished_run,
+        observer=feed,
     )
     for signum in stop_signals():
         signal.signal(signum, lambda *_: leading.pause())
@@ -72,7 +91,7 @@ def lead_run(
             raise KeyboardInterrupt from error
     if result is None:
         return None
-    return deliver_and_print(view, folder, config, result, leading.checkpoint_saved)
+    return deliver_and_print(view, folder, config, result, leading.checkpoint_saved, feed.end)
 
 
 def _with_way_out(error: ServerUnavailable, run: str, folder: RunFolder) -> ServerUnavailable:

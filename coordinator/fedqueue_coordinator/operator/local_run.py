@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,8 @@ from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.operator.local_keepers import NO_PROTECTION, LocalKeepers
 from fedqueue_coordinator.operator.local_workers import LocalWorkers
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, Launch, RunFolder
+from fedqueue_coordinator.tracking.feed import HookFeed
+from fedqueue_coordinator.tracking.registry import make_trackers
 
 if TYPE_CHECKING:  # some of these import torch, which `run_federation` does while the workers do
     from fedqueue.task import Task
@@ -35,6 +37,7 @@ if TYPE_CHECKING:  # some of these import torch, which `run_federation` does whi
     from fedqueue_coordinator.operator.progress_view import LiveView
     from fedqueue_coordinator.service.coordinator import Coordinator
     from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
+    from fedqueue_coordinator.tracking.hooks import RunHooks
 
 
 def run_local(
@@ -54,14 +57,30 @@ def run_federation(
     task: Task | None = None,
     verbose: bool = False,
     overwrite: bool = False,
+    hooks: Sequence[RunHooks] = (),
 ) -> RunResult | None:
     """Run `config`, which was loaded from `launch.config`, until it ends; None if `_led` returns None.
 
     `folder` is opened. The coordinator uses `task`, or else the task that `config` names. Writes the results, whose
     folder is in the returned result, and stops the server and the workers on every exit path. With `resume`, continues
     from the server's data or the checkpoint in `folder`; with `overwrite`, a run that has ended is deleted from Redis
-    first. With `verbose`, the workers log debug lines too.
+    first. With `verbose`, the workers log debug lines too. `hooks` follow the run, and the configuration's trackers.
     """
+    with HookFeed(config, make_trackers(config, hooks)) as feed:
+        return _run(config, launch, folder, quiet, resume, task, verbose, overwrite, feed)
+
+
+def _run(
+    config: Config,
+    launch: Launch,
+    folder: RunFolder,
+    quiet: bool,
+    resume: bool,
+    task: Task | None,
+    verbose: bool,
+    overwrite: bool,
+    feed: HookFeed,
+) -> RunResult | None:
     with contextlib.ExitStack() as stack:
         discard_if_not_started = stack.enter_context(contextlib.ExitStack())
         if not resume:
@@ -114,6 +133,7 @@ def run_federation(
             reopen=resume,
             owns_folder=folder.reclaim,
             deliver_ended=resume,
+            observer=feed,
         )
         progress.fail = coordinator.fail
         stack.enter_context(_signals(coordinator))
@@ -126,7 +146,17 @@ def run_federation(
         keepers.stop()
     if result is None:
         return None
-    return deliver_and_print(view, folder, config, result, coordinator.checkpoint_saved)
+    return deliver_and_print(view, folder, config, result, coordinator.checkpoint_saved, _shown(feed, view))
+
+
+def _shown(feed: HookFeed, view: LiveView) -> Callable[[Mapping[str, Any]], None]:
+    """End the run for its trackers; what there is to say of them is shown on the console too."""
+
+    def end(summary: Mapping[str, Any]) -> None:
+        with warnings_shown(view.warn):
+            feed.end(summary)
+
+    return end
 
 
 def _led(coordinator: Coordinator, view: LiveView, folder: RunFolder) -> RunResult | None:
@@ -215,15 +245,24 @@ def exit_code(result: RunResult) -> int:
 
 
 def deliver_and_print(
-    view: LiveView, folder: RunFolder, config: Config, result: RunResult, checkpoint_saved: bool
+    view: LiveView,
+    folder: RunFolder,
+    config: Config,
+    result: RunResult,
+    checkpoint_saved: bool,
+    end: Callable[[Mapping[str, Any]], None],
 ) -> RunResult:
-    """Write the results of a run that has ended, and print them; returns `result` with the folder that has them."""
+    """Write the results of a run that has ended, and print them; returns `result` with the folder that has them.
+
+    At last `end` gets what summary.json contains, and `folder`.
+    """
     from fedqueue_coordinator.operator.results import deliver_results  # imports torch
 
     summary, result = deliver_results(folder, config, result, checkpoint_saved)
     assert result.folder is not None
     print_result(view, summary, result.folder, result.failed)
     print_what_is_left(view, folder, result.folder)
+    end({**summary, "folder": str(result.folder)})
     return result
 
 

@@ -28,11 +28,14 @@ from fedqueue.task import Task, construct_task, load_task
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.local_run import run_federation
-from fedqueue_coordinator.operator.results import deliver_results
+from fedqueue_coordinator.operator.results import deliver_results, summary_of
 from fedqueue_coordinator.operator.run_folder import LAUNCH_CONFIG_FILENAME, LOG_FILENAME, PYTHON, Launch, RunFolder
 from fedqueue_coordinator.operator.task_source import find_entrypoint
 from fedqueue_coordinator.operator.toml_text import toml_document, toml_value
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
+from fedqueue_coordinator.tracking.feed import HookFeed
+from fedqueue_coordinator.tracking.hooks import RunHooks
+from fedqueue_coordinator.tracking.registry import make_trackers
 
 Source = str | Path | Mapping[str, Any] | Config | Task | type[Task]
 """The path of a configuration file (TOML), its content as a dict, a `Config`, or a task: its class or an instance."""
@@ -54,6 +57,7 @@ def run(
     folder: str | Path | None = None,
     overwrite: bool = False,
     show_progress: bool = False,
+    hooks: Sequence[RunHooks] = (),
     **settings: Any,
 ) -> RunResult:
     """Run a whole federation on this machine, with a real server and real worker processes, as `fedqueue run` does.
@@ -71,7 +75,8 @@ def run(
     run of the same task. An interrupt (Ctrl-C, or a notebook's stop button) ends the run and keeps the model so far. A
     run that failed is returned with `failed` set, and `stopped_because` says why. With `overwrite`, an unfinished run
     in `folder` is deleted, results of another task are replaced, and a run of the same name that has ended is deleted
-    from Redis. `show_progress` writes the run's progress to stderr.
+    from Redis. `show_progress` writes the run's progress to stderr. `hooks` follow the run, as do the trackers of the
+    configuration.
 
     Raises ConfigurationError for a setting that is not accepted, and for a `folder` with files that no run of fedqueue
     made or, without `overwrite`, with an unfinished run or results of another task. Raises TaskError for a task that
@@ -109,7 +114,7 @@ def run(
             config = override_config(copy.deepcopy(tree), overrides).located(results.path)
             task = _constructible_by_workers(source, config) if isinstance(source, Task | type) else None
             path.write_text(toml_document(_without_url(tree)), encoding="utf-8")
-        return _run(config, results, show_progress, task, overwrite)
+        return _run(config, results, show_progress, task, overwrite, hooks)
 
 
 def simulate(
@@ -117,6 +122,7 @@ def simulate(
     *,
     folder: str | Path | None = None,
     overwrite: bool = False,
+    hooks: Sequence[RunHooks] = (),
     batch_seconds: float = 0.01,
     job_seconds: float = 0.01,
     jitter: float = 0.1,
@@ -128,9 +134,9 @@ def simulate(
     `clients.slowdown` of its client; `jitter` is the standard deviation of the logarithm of each job's noise. Two
     calls with the same arguments return the same model to the bit.
 
-    `source` and `settings` are those of `run`. Any task will do here, also a class of a notebook cell or an instance
-    whose constructor took arguments. Files are written only where `folder` is given, as `run` writes them. torch's
-    random generator and its number of threads are the same after the call as before.
+    `source`, `hooks` and `settings` are those of `run`. Any task will do here, also a class of a notebook cell or an
+    instance whose constructor took arguments. Files are written only where `folder` is given, as `run` writes them.
+    torch's random generator and its number of threads are the same after the call as before.
 
     Raises ConfigurationError and TaskError as `run`, and RunFailed where no client can train any more.
 
@@ -172,16 +178,29 @@ def simulate(
         stack.enter_context(_torch_settings_kept())
         torch.set_num_threads(config.training.threads)
         timing = TimingModel(batch_seconds, job_seconds, jitter)
-        result = Simulation(config, ClientDatasets(task), timing).run()
-        return deliver_results(results, config, result, checkpoint_saved=True)[1] if results else result
+        feed = stack.enter_context(HookFeed(config, make_trackers(config, hooks)))
+        result = Simulation(config, ClientDatasets(task), timing, observer=feed).run()
+        if results:
+            summary, result = deliver_results(results, config, result, checkpoint_saved=True)
+        else:
+            summary = summary_of(config, result)
+        feed.end({**summary, "folder": str(result.folder) if result.folder else None})
+        return result
 
 
-def _run(config: Config, folder: RunFolder, show_progress: bool, task: Task | None, overwrite: bool) -> RunResult:
+def _run(
+    config: Config,
+    folder: RunFolder,
+    show_progress: bool,
+    task: Task | None,
+    overwrite: bool,
+    hooks: Sequence[RunHooks],
+) -> RunResult:
     launch = folder.launch()
     assert launch is not None
     with (folder.path / LOG_FILENAME).open("a") as log, _log_into(log), _torch_settings_kept():
         result = run_federation(
-            config, launch, folder, quiet=not show_progress, resume=False, task=task, overwrite=overwrite
+            config, launch, folder, quiet=not show_progress, resume=False, task=task, overwrite=overwrite, hooks=hooks
         )
     if result is None:
         raise KeyboardInterrupt
@@ -287,10 +306,19 @@ def _move_paths(tree: dict[str, Any], base: Path, folder: Path) -> None:
         (aggregation, "strategy"),
         (aggregation.get("staleness", {}), "function"),
     ]
+
+    def moved(entrypoint: str) -> str:
+        where, colon, name = entrypoint.rpartition(":")
+        if not (colon and where.endswith(".py")):
+            return entrypoint
+        return f"{os.path.relpath((base / where).resolve(), folder.resolve())}:{name}"
+
     for table, key in entrypoints:
-        where, colon, name = str(table.get(key, "")).rpartition(":")
-        if colon and where.endswith(".py"):
-            table[key] = f"{os.path.relpath((base / where).resolve(), folder.resolve())}:{name}"
+        if key in table:
+            table[key] = moved(str(table[key]))
+    if trackers := tree.get("trackers"):
+        trackers["use"] = [moved(str(name)) for name in trackers.get("use", ())]
+        trackers["options"] = {moved(str(name)): value for name, value in trackers.get("options", {}).items()}
 
 
 def _without_url(tree: Mapping[str, Any]) -> dict[str, Any]:

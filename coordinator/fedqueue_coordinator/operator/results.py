@@ -74,6 +74,21 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
     `result` is what `Coordinator.run` or `Simulation.run` returned.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    summary = summary_of(config, result)
+    (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
+    with (folder / "ledger.jsonl").open("w", encoding="utf-8") as ledger:
+        ledger.writelines(json_text(record) + "\n" for record in result.ledger)
+    save_model(folder / "model.safetensors", result.model)
+    (folder / "report.png").unlink(missing_ok=True)
+    with contextlib.suppress(MissingExtra):
+        from fedqueue_coordinator.operator.reports.run import draw_report  # imports matplotlib, which takes long
+
+        draw_report(folder / "report.png", summary, result.ledger)
+    return summary
+
+
+def summary_of(config: Config, result: RunResult) -> dict[str, Any]:
+    """Return what summary.json contains."""
     summary = summarize(
         config.name,
         config.aggregation.strategy,
@@ -89,15 +104,6 @@ def write_results(folder: Path, config: Config, result: RunResult) -> dict[str, 
     summary["jobs_dispatched"] = result.jobs_dispatched
     summary["privacy"] = config.privacy.examples.sentence
     summary["complete"] = came_to_its_end(result)
-    (folder / "summary.json").write_text(json_text(summary, indent=2) + "\n", encoding="utf-8")
-    with (folder / "ledger.jsonl").open("w", encoding="utf-8") as ledger:
-        ledger.writelines(json_text(record) + "\n" for record in result.ledger)
-    save_model(folder / "model.safetensors", result.model)
-    (folder / "report.png").unlink(missing_ok=True)
-    with contextlib.suppress(MissingExtra):
-        from fedqueue_coordinator.operator.reports.run import draw_report  # imports matplotlib, which takes long
-
-        draw_report(folder / "report.png", summary, result.ledger)
     return summary
 
 

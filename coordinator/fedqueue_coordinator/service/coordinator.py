@@ -67,6 +67,7 @@ from fedqueue_coordinator.core.events import (
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.lapses import lapse_cause
 from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record, rejected_record
+from fedqueue_coordinator.core.observer import RunObserver
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.service.checkpoint import CHECKPOINT_FILENAME, Checkpoint, Checkpointer, load_checkpoint
@@ -108,6 +109,7 @@ class Coordinator:
         reopen: bool = False,
         owns_folder: Callable[[], bool] = lambda: True,
         deliver_ended: bool = False,
+        observer: RunObserver | None = None,
     ) -> None:
         """`folder` is for the checkpoint and for kept payloads, which are written only if `owns_folder` returns true.
 
@@ -115,7 +117,8 @@ class Coordinator:
         `on_progress` gets the federation and the seconds of the run's clock after each round of the loop;
         `on_wait` is called before each wait for Redis. With `reopen`, a run that has ended is continued from the
         checkpoint. With `deliver_ended`, `run` returns the result of a run that has ended in Redis again, as its
-        coordinator may have died before it wrote the results. Raises ConfigurationError for an algorithm that cannot be
+        coordinator may have died before it wrote the results. `observer` is told what the ledger gets, after Redis has
+        it. Raises ConfigurationError for an algorithm that cannot be
         made, and for a target without test data to measure it on.
         """
         self.config = config
@@ -140,6 +143,7 @@ class Coordinator:
         self._retry = RedisRetry(self._told_to_stop, sleep)
         self._memory = MemoryWatch(store.redis)
         self._on_wait = on_wait
+        self._observer = observer or RunObserver()
         self._reopen = reopen
         self._owns_folder, self._deliver_ended = owns_folder, deliver_ended
         self._ended_before = False  # whether the run had ended in Redis before this process led it
@@ -278,6 +282,7 @@ class Coordinator:
         self._unreported = None  # measured again: the federation knows of no evaluation in progress
         self._leases = LeaseWatch()
         self._clients_due, self._lapsed_jobs = False, deque()
+        self._observer.begins(self.federation, self._now())
         self._queues = rq_jobs.Queues(store.redis)
         store.read_first(self.federation.busy)
         self._keepers = None
@@ -555,6 +560,8 @@ class Coordinator:
             return None
         if close.only_if == CloseCondition.UNPOSTED and not closed and store.is_posted(close.job):
             return JobStays(close.job, client, AbandonReason(reason))
+        if closed:
+            self._observer.recorded(close.record)
         if not close.entry:
             rq_jobs.forget(store.redis, store.keys.queue(client), close.job)
         if close.record["kind"] == "rejected":
@@ -581,6 +588,9 @@ class Coordinator:
         if self._handled:
             handled, self._handled = self._handled, []
             self.store.ack(handled)
+            for _, record in handled:
+                if record:
+                    self._observer.recorded(record)
 
     def _publish(self) -> None:
         """Commit the versions that were made since the last time, in one step.
@@ -596,6 +606,8 @@ class Coordinator:
         log.debug("version committed", version=self.federation.version, made=len(self._unpublished))
         if self._keepers:
             self._keepers.committed(arrived.job for commit in self._unpublished for arrived in commit.merged)
+        for commit in self._unpublished:
+            self._observer.recorded(commit.record)
         self._unpublished = []
         self._failpoint("after commit")
         self._base_versions.keep_stored(stored, wire)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -73,6 +73,7 @@ from fedqueue_coordinator.core.events import (
 )
 from fedqueue_coordinator.core.federation import Federation, initial_model
 from fedqueue_coordinator.core.ledger_records import LedgerRecord, evaluation_record
+from fedqueue_coordinator.core.observer import RunObserver
 from fedqueue_coordinator.core.reasons import AbandonReason
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.simulation.simulated_keepers import SimulatedKeepers
@@ -156,7 +157,7 @@ class Simulation:
     seconds. The constructor seeds torch's global random generator with config.seed and builds the model.
     `on_progress(federation, now)` is called after each event, with `now` in virtual seconds. `on_payload(job, attempt,
     payload)` is called with each update that the coordinator loads, as it was posted, and `on_masks(cohort, keeper,
-    masks)` with each sum of masks that a keeper releases.
+    masks)` with each sum of masks that a keeper releases. `observer` is told what the ledger gets.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class Simulation:
         on_progress: Callable[[Federation, float], None] = lambda federation, now: None,
         on_payload: Callable[[str, int, Bytes], None] = lambda job, attempt, payload: None,
         on_masks: Callable[[str, str, Bytes], None] = lambda cohort, keeper, masks: None,
+        observer: RunObserver | None = None,
     ) -> None:
         self.config, self.datasets, self.timing = config, datasets, timing
         self.now = 0.0
@@ -175,6 +177,7 @@ class Simulation:
         self.trace: list[tuple[float, str, str]] = []
         """(virtual seconds, "begins" | "arrives" | "waits", job) in order, with which a real run can be driven."""
         self._on_progress, self._on_payload, self._on_masks = on_progress, on_payload, on_masks
+        self._observer = observer or RunObserver()
         require_test_data(config.stop.target, datasets.test_data)
         self._device = check_device(config.training.device)
         set_seed(config.seed)
@@ -204,6 +207,7 @@ class Simulation:
         RunFailed if no event is left before a stop condition is met, for example because too few clients are left.
         """
         federation = self.federation
+        self._observer.begins(federation, self.now)
         for client in self.config.clients.ids:
             try:
                 data, examples = self.datasets.data(self.config, client)
@@ -350,24 +354,29 @@ class Simulation:
                         self._on_masks(said.cohort, said.keeper, said.masks.words.view(np.uint8))
                 return answers
             case Commit():
-                self.ledger.append(dict(action.record))
+                self._record(action.record)
                 for arrived in action.merged:
                     self._forget(arrived.job)
             case Close(job, _, record):
-                self.ledger.append(dict(record))
+                self._record(record)
                 self._forget(job)
             case Acknowledge(_, record):
-                self.ledger += [dict(record)] if record else []
+                if record:
+                    self._record(record)
             case Evaluate(version):
                 self._evaluated = version, self.federation.model.copy()
                 data = self.datasets.test_data
                 result = evaluate(self.datasets.task, data, self._evaluated[1], self._device, self.config.seed)
                 evaluated = Evaluated(version, result.metrics, result.error)
-                self.ledger.append(evaluation_record(evaluated, self.now))
+                self._record(evaluation_record(evaluated, self.now))
                 self._schedule(self.now, evaluated)
             case Stop():
                 pass
         return []
+
+    def _record(self, record: Mapping[str, Any]) -> None:
+        self.ledger.append(dict(record))
+        self._observer.recorded(record)
 
     def _forget(self, name: str) -> None:
         """Forget a job that has ended, and its base version unless another open job trains from that."""

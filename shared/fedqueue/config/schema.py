@@ -21,6 +21,7 @@ from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, 
 from fedqueue.config.secure import SecureConfig
 from fedqueue.config.secure_limits import refusal_of_masking
 from fedqueue.config.target import Goal, Target, goals
+from fedqueue.config.trackers import TrackersConfig
 from fedqueue.config.training import TrainingConfig
 
 
@@ -187,6 +188,7 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     ledger: LedgerConfig = LedgerConfig()
     stop: StopConfig
+    trackers: TrackersConfig = Field(default=TrackersConfig(), exclude=True)
     compare: CompareConfig = Field(default=CompareConfig(), exclude=True)
     _folder: Path = PrivateAttr(default=Path())
 

@@ -1,0 +1,1 @@
+"""Hooks, the trackers built on them, and what feeds them."""
