@@ -1,7 +1,8 @@
-"""`fedqueue init`: the written files load and train, and existing files are not overwritten."""
+"""`fedqueue init`: the written files load and train, with `--private` too; existing files are not overwritten."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +13,14 @@ import torch
 
 from fedqueue.config.client import Client
 from fedqueue.config.loading import load_config
+from fedqueue.config.policy_file import read_policy
 from fedqueue.protocol.coordinator_identity import load_coordinator_identity
+from fedqueue.protocol.keeper_identity import load_keeper_identity
 from fedqueue.protocol.site_identity import load_site_identity
 from fedqueue.task import Progress, load_task
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.operator.scaffold import SCAFFOLD_FILENAMES
+from fedqueue_worker.policy import Policy
 from tests.support.command_line import CommandLine
 
 
@@ -52,6 +56,58 @@ def test_written_task_loads_and_learns(init: Callable[[str], tuple[object, str, 
     assert after["loss"] < before["loss"]
     assert after["accuracy"] > 0.85
     assert set(config.stop.target) <= set(after)
+
+
+def test_private_scaffold_has_keepers_and_noise(call: CommandLine, tmp_path: Path) -> None:
+    code, out, err = call("init", "--private", "mine")
+    assert (code, err) == (0, "")
+    assert out == "Try it:  fedqueue run mine/federation.toml\n"
+    assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == sorted(SCAFFOLD_FILENAMES)
+    config = load_config(tmp_path / "mine/federation.toml", environment={})
+    assert len(config.secure.keepers) == 2
+    assert config.secure.min_cohort == 3
+    assert config.privacy.examples.epsilon == 8.0
+
+
+def test_private_scaffold_pays_for_its_jobs(call: CommandLine) -> None:
+    call("init", "--private", "mine")
+    code, out, _ = call("privacy", "mine/federation.toml")
+    assert code == 0
+    assert "10 jobs of each client, if all are equally fast: ε = 8.00" in out
+
+
+def test_commands_of_the_private_readme_are_complete(
+    call: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call("init", "--private", "mine")
+    folder = tmp_path / "mine"
+    monkeypatch.chdir(folder)
+    lines = [line.strip() for line in (folder / "README.md").read_text().splitlines()]
+    commands = [line.split() for line in lines if line.startswith("fedqueue")]
+    _, _, keygen, *enroll, coordinator, keeper, worker = commands
+    assert coordinator[:3] == ["fedqueue", "coordinator", "federation.toml"]
+    assert call(*keygen[1:])[0] == 0
+    assert call("keygen", "audit-office", "--output", "keeper-keys")[0] == 0
+    for name in ("university", "audit-office"):
+        (folder / f"{name}.pub").write_bytes((folder / f"keeper-keys/{name}.pub").read_bytes())
+    for command in enroll:
+        assert call(*command[1:])[0] == 0
+    settings = worker[worker.index("--set") + 1]
+    config = load_config(folder / worker[1], [settings], environment={})
+    site = load_site_identity(folder / config.security.keys, config.name, "session")
+    site.require_keepers(config.secure.keepers)
+    shutil.copytree("keys/keeper-sites/university", keeper[keeper.index("--keys") + 1], dirs_exist_ok=True)
+    identity = load_keeper_identity(folder / "keeper-keys", config.name, "university")
+    assert all(identity.knows(client) for client in config.clients.ids)
+
+
+def test_policy_of_the_private_readme_is_valid(call: CommandLine, tmp_path: Path) -> None:
+    call("init", "--private", "mine")
+    lines = [line.strip() for line in (tmp_path / "mine/README.md").read_text().splitlines()]
+    start = lines.index('keepers = ["university", "audit-office"]')
+    (tmp_path / "policy.toml").write_text("\n".join(lines[start : start + 4]))
+    policy = read_policy(Policy, tmp_path / "policy.toml")
+    assert (policy.min_cohort, policy.max_epsilon, policy.delta) == (3, 8.0, 5e-4)
 
 
 def test_client_with_its_own_data_is_supported(init: Callable[[str], tuple[object, str, str]], tmp_path: Path) -> None:

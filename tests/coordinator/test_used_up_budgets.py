@@ -55,7 +55,7 @@ def test_run_with_keepers_ends_well_once_no_crowd_is_left() -> None:
     actions = [*run.post_masked("c0", 1.0), *run.post_masked("c1", 1.0), *run.tick(2.0)]
     [stop] = of_kind(actions, Stop)
     assert not stop.failed
-    assert stop.because.startswith("2 clients train further jobs, and a version needs 3 (secure.min_cohort)")
+    assert stop.because.startswith("the privacy budgets of 1 of 3 clients are used up, and a version needs 3 clients")
     assert SPENT in stop.because
 
 

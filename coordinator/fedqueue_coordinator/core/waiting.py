@@ -91,10 +91,13 @@ def budgets_end(config: Config, scheduler: Scheduler) -> str:
     """Describe how used-up privacy budgets leave fewer clients than a version needs; empty while enough are left."""
     if not (config.secure.on and scheduler.declining):
         return ""
-    left = len({*config.clients.ids, *scheduler.registered} - scheduler.declining)
-    if left >= config.secure.min_cohort:
+    known = {*config.clients.ids, *scheduler.registered}
+    if len(known - scheduler.declining) >= config.secure.min_cohort:
         return ""
-    return f"{left} clients train further jobs, and a version needs {config.secure.min_cohort} (secure.min_cohort)"
+    return (
+        f"the privacy budgets of {len(known & scheduler.declining)} of {len(known)} clients are used up, and a version "
+        f"needs {config.secure.min_cohort} clients (secure.min_cohort)"
+    )
 
 
 def names(clients: Iterable[str]) -> str:
