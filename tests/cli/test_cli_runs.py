@@ -250,6 +250,8 @@ call(app, "list", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqu
 call(app, "status", "--redis", URL, without=HEAVY | {"cryptography.hazmat", "fedqueue.config.schema"})
 for words in (["acl", "sample", "--client", "c0"], ["certs", "tls"], ["enroll", "c0"], ["revoke", "c0"]):
     call(app, *words, without=HEAVY - {"numpy"})
+import fedqueue_keeper.process
+lean("a keeper", {"torch", "matplotlib", "sklearn", "rq"})
 """
 
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from fedqueue.errors import ManifestMismatch, WireError
 from fedqueue.tensors.frame import Frame
-from fedqueue.tensors.manifest import BUFFER, COUNTER, DTYPES, FROZEN, PARAMETER, Manifest, TensorSpec
+from fedqueue.tensors.manifest import BUFFER, COUNTER, DTYPES, FLOATING, FROZEN, PARAMETER, Manifest, TensorSpec
 from tests.support.builders import frame_of_module
 
 
@@ -327,8 +327,12 @@ def test_invalid_manifest_bytes_are_refused(data: bytes) -> None:
         Manifest.unpack(data)
 
 
-def test_every_known_dtype_exists_in_torch() -> None:
-    assert all(isinstance(dtype, torch.dtype) for dtype in DTYPES.values())
+@pytest.mark.parametrize("name", DTYPES)
+def test_known_dtype_is_that_of_torch(name: str) -> None:
+    dtype = getattr(torch, name)
+    assert isinstance(dtype, torch.dtype)
+    assert dtype.itemsize == DTYPES[name]
+    assert dtype.is_floating_point == (name in FLOATING)
 
 
 # Both sides must build the same model

@@ -17,8 +17,9 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import DTYPES, ROLES, Manifest
 from tests.support.builders import frame_of_module
 
-FLOATS = [d for d in DTYPES.values() if d.is_floating_point]
-COUNTS = [d for d in DTYPES.values() if not d.is_floating_point]
+KNOWN = [getattr(torch, name) for name in DTYPES]
+FLOATS = [d for d in KNOWN if d.is_floating_point]
+COUNTS = [d for d in KNOWN if not d.is_floating_point]
 shapes = hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=4)
 
 
@@ -30,7 +31,7 @@ def models(draw: st.DrawFn) -> nn.Module:
     rng = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     for i, kind in enumerate(["parameter", *kinds]):
         if kind == "frozen":
-            tensor = torch.randint(0, 2, draw(shapes), generator=rng).to(draw(st.sampled_from(list(DTYPES.values()))))
+            tensor = torch.randint(0, 2, draw(shapes), generator=rng).to(draw(st.sampled_from(KNOWN)))
             model.register_parameter(f"t{i}", nn.Parameter(tensor, requires_grad=False))
             continue
         shape = draw(shapes)
@@ -123,4 +124,4 @@ def test_any_rows_are_a_consistent_manifest_or_a_wire_error(value: Any) -> None:
     Frame(manifest)
     for entry in manifest.entries:
         assert entry.length == np.prod(entry.shape, dtype=int)
-        assert entry.role == "frozen" or DTYPES[entry.dtype].is_floating_point == (entry.role != "counter")
+        assert entry.role == "frozen" or getattr(torch, entry.dtype).is_floating_point == (entry.role != "counter")

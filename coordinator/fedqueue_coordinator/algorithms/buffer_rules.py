@@ -104,7 +104,7 @@ def _observe(merged: MergedBuffers, delta: Delta, model: Frame, robust: bool) ->
         latest = manifest.latest(section)
         if latest and not robust and bool(delta.changed[latest.flags].any()):
             newest = merged.latest.get(section, present[latest.elements])
-            takes = delta.changed[latest.flags].bool().repeat_interleave(latest.lengths)
+            takes = delta.changed[latest.flags].bool().repeat_interleave(torch.tensor(latest.lengths))
             merged.latest[section] = torch.where(takes, values[latest.elements], newest)
 
 
@@ -143,7 +143,7 @@ def _median(section: str, span: slice, updates: Sequence[Delta]) -> torch.Tensor
 def _take_agreed(new: torch.Tensor, section: str, latest: LatestTensors, updates: Sequence[Delta]) -> None:
     """Set each tensor that more than half of the updates changed to the one of these that is closest to the others."""
     start = latest.elements.start
-    for i, length in enumerate(latest.lengths.tolist()):
+    for i, length in enumerate(latest.lengths):
         flag = latest.flags.start + i
         where = slice(start, start + length)
         start += length

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from fedqueue.config.schema import Config
 from fedqueue.secure.ring import PIECE, Ring, Words, weighs_examples
-from fedqueue.tensors.frame import Frame, slices
+from fedqueue.tensors.blobs import slices
+from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Aggregator, Step
 
 

@@ -148,7 +148,7 @@ def _bad_parameter(delta: Delta) -> str:
 def _require_finite_changes(section: str, values: torch.Tensor, delta: Delta, model: Frame) -> None:
     judged = ~torch.isfinite(values.square())
     if latest := delta.manifest.latest(section):  # nothing is computed from these values
-        changed = delta.changed[latest.flags].bool().repeat_interleave(latest.lengths)
+        changed = delta.changed[latest.flags].bool().repeat_interleave(torch.tensor(latest.lengths))
         judged[latest.elements] = ~torch.isfinite(values[latest.elements]) & changed
     judged &= ~same_elements(values, getattr(model, section))
     if bool(judged.any()):

@@ -11,8 +11,7 @@ import numpy as np
 from fedqueue.errors import SignatureError, StoreError
 from fedqueue.protocol.signed_envelope import digest_of, new_digest
 from fedqueue.secure.ring import Words
-from fedqueue.tensors.blobs import CHUNK, BlobBuffer
-from fedqueue.tensors.frame import slices
+from fedqueue.tensors.blobs import CHUNK, BlobBuffer, slices
 from fedqueue.transport.blob_store import READ
 from fedqueue_coordinator.core.events import Load, MaskedVector, WholeWords
 from fedqueue_coordinator.core.federation import Federation

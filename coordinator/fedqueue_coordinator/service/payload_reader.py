@@ -11,9 +11,9 @@ import torch
 
 from fedqueue.errors import FedqueueError, SignatureError, StoreError
 from fedqueue.protocol.signed_envelope import new_digest
-from fedqueue.tensors.blobs import CHUNK, BlobBuffer
+from fedqueue.tensors.blobs import CHUNK, BlobBuffer, slices
 from fedqueue.tensors.codec import Codec
-from fedqueue.tensors.frame import PIECE, Delta, Frame, Piece, add_pieces, slices, split_tail
+from fedqueue.tensors.frame import PIECE, Delta, Frame, Piece, add_pieces, split_tail
 from fedqueue.tensors.manifest import Manifest, align
 from fedqueue_coordinator.core.events import Load
 from fedqueue_coordinator.core.federation import Federation

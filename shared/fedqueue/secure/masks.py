@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedqueue.secure.ring import PIECE, Words
-from fedqueue.tensors.frame import slices
+from fedqueue.tensors.blobs import slices
 
 SEED_BYTES = 32
 MASK, ROUNDING = b"fedqueue/1 mask", b"fedqueue/1 rounding"

@@ -27,7 +27,7 @@ from fedqueue.config.schema import Config
 from fedqueue.config.secure_limits import quantization_levels
 from fedqueue.errors import ConfigurationError
 from fedqueue.staleness import Staleness, built_in_staleness, constant
-from fedqueue.tensors.frame import slices
+from fedqueue.tensors.blobs import slices
 from fedqueue.tensors.manifest import Manifest
 
 Words = npt.NDArray[np.uint32]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeAlias
 
 if TYPE_CHECKING:  # numpy, which a command that only shows a run does without
@@ -16,3 +17,8 @@ BlobBuffer: TypeAlias = "npt.NDArray[np.uint8]"
 def chunks_of(nbytes: int) -> int:
     """Number of chunks in a blob of `nbytes` bytes."""
     return -(-nbytes // CHUNK)
+
+
+def slices(length: int, piece: int) -> Iterator[slice]:
+    """Slices of at most `piece` elements that cover a vector of `length` elements."""
+    return (slice(start, min(start + piece, length)) for start in range(0, length, piece))

@@ -30,7 +30,8 @@ import torch
 
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import MissingExtra, WireError
-from fedqueue.tensors.frame import Piece, slices
+from fedqueue.tensors.blobs import slices
+from fedqueue.tensors.frame import Piece
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -28,11 +28,10 @@ import numpy.typing as npt
 import torch
 
 from fedqueue.errors import ManifestMismatch
-from fedqueue.tensors.blobs import BlobBuffer
+from fedqueue.tensors.blobs import BlobBuffer, slices
 from fedqueue.tensors.manifest import (
     COUNTER,
     DOUBLES,
-    DTYPES,
     FLOATS,
     FROZEN,
     INTEGERS,
@@ -286,8 +285,9 @@ class Frame:
             if latest := self.manifest.latest(section):
                 mine, theirs = (getattr(frame, section)[latest.elements] for frame in (self, base))
                 differs = torch.cat([torch.zeros(1, dtype=torch.int64), (~same_elements(mine, theirs)).cumsum(0)])
-                ends = latest.lengths.cumsum(0)
-                self.changed[latest.flags] = (differs[ends] > differs[ends - latest.lengths]).to(torch.uint8)
+                lengths = torch.tensor(latest.lengths)
+                ends = lengths.cumsum(0)
+                self.changed[latest.flags] = (differs[ends] > differs[ends - lengths]).to(torch.uint8)
 
 
 def add_pieces(pieces: Iterator[Piece], into: torch.Tensor, weight: float, first: bool) -> None:
@@ -297,11 +297,6 @@ def add_pieces(pieces: Iterator[Piece], into: torch.Tensor, weight: float, first
             torch.mul(values, weight, out=into[where])
         else:
             into[where].add_(values, alpha=weight)
-
-
-def slices(length: int, piece: int) -> Iterator[slice]:
-    """Slices of at most `piece` elements that cover a vector of `length` elements."""
-    return (slice(start, min(start + piece, length)) for start in range(0, length, piece))
 
 
 def same_elements(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -316,7 +311,8 @@ def _section(entry: TensorSpec) -> str:
 
 def entry_dtype(entry: TensorSpec) -> torch.dtype:
     """The dtype of a tensor in its module."""
-    return DTYPES[entry.dtype]
+    dtype: torch.dtype = getattr(torch, entry.dtype)
+    return dtype
 
 
 def split_tail(manifest: Manifest, tail: BlobBuffer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -20,14 +20,18 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import msgpack
-import torch
 
 from fedqueue.config.aggregation import AggregationConfig
 from fedqueue.errors import ConfigurationError, ManifestMismatch, WireError
 from fedqueue.protocol.msgpack import unpack
-from fedqueue.tensors.module_tensors import ModuleTensor, module_tensors
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedqueue.tensors.module_tensors import ModuleTensor
 
 assert sys.byteorder == "little", "fedqueue's frames are little-endian: use a little-endian machine"
 
@@ -43,13 +47,11 @@ STATISTICS = ("running_mean", "running_var", "running_std", "moving_mean", "movi
 """Names of floating buffers that are running statistics by default."""
 COUNTERS = ("num_*", "*count", "*counter", "*step", "*steps")
 """Patterns of names of integer buffers that take the maximum by default; `num_batches_tracked` is BatchNorm's."""
-DTYPES = {
-    str(d).removeprefix("torch."): d
-    for d in (
-        torch.float64, torch.float32, torch.float16, torch.bfloat16,
-        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
-    )
+FLOATING = ("float64", "float32", "float16", "bfloat16")
+DTYPES = dict(zip(FLOATING, (8, 4, 2, 2), strict=True)) | {
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
 }  # fmt: skip
+"""Name of a dtype in torch → bytes of an element. A keeper reads a manifest, and does without torch."""
 MAX_TENSORS = 100_000
 MAX_NAME = 512
 MAX_DIMENSIONS = 64
@@ -100,8 +102,8 @@ class LatestTensors:
     elements: slice
     flags: slice
     """Their flags in `Frame.changed`."""
-    lengths: torch.Tensor
-    """The number of elements of each tensor, int64."""
+    lengths: tuple[int, ...]
+    """The number of elements of each tensor."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class Manifest:
             flags = slice(flag, flag + len(lengths))
             flag += len(lengths)
             elements = self.span(section, LATEST)
-            found[section] = LatestTensors(elements, flags, torch.tensor(lengths)) if lengths else None
+            found[section] = LatestTensors(elements, flags, tuple(lengths)) if lengths else None
         return found
 
     @classmethod
@@ -231,6 +233,8 @@ class Manifest:
         Raises ManifestMismatch for a tensor that cannot be federated, and ConfigurationError for a pattern of
         `aggregation.buffers` that matches no buffer or a buffer that its rule cannot merge.
         """
+        from fedqueue.tensors.module_tensors import module_tensors
+
         aggregation = aggregation or AggregationConfig()
         tensors = module_tensors(model)
         rules = _rules(tensors, aggregation)
@@ -301,7 +305,7 @@ class Manifest:
                 raise WireError(f"manifest: {e.name}: {len(e.shape)} dimensions")
             if any(type(i) is not int or not 0 <= i < 2**48 for i in integers) or math.prod(e.shape) != e.length:
                 raise WireError(f"manifest: {e.name}: bad shape {e.shape} or length {e.length}")
-            if e.role != FROZEN and DTYPES[e.dtype].is_floating_point == (e.role == COUNTER):
+            if e.role != FROZEN and (e.dtype in FLOATING) == (e.role == COUNTER):
                 raise WireError(f"manifest: {e.name}: a {e.role} cannot be {e.dtype}")
             section = _offset_of(e)
             if e.offset != expected[section]:
@@ -400,7 +404,7 @@ def _offset_of(entry: TensorSpec) -> str:
 
 
 def _frozen_size(entry: TensorSpec) -> int:
-    return align(entry.length * DTYPES[entry.dtype].itemsize)
+    return align(entry.length * DTYPES[entry.dtype])
 
 
 def _check_names(entry: TensorSpec, seen: set[str], saved: set[str]) -> None:
