@@ -66,15 +66,25 @@ class MaskedRun(Run):
     # Clients
 
     def post_masked(
-        self, client: str, delta: npt.ArrayLike = 0.0, base: int | None = None, examples: int = EXAMPLES, **header: Any
+        self,
+        client: str,
+        delta: npt.ArrayLike = 0.0,
+        base: int | None = None,
+        examples: int = EXAMPLES,
+        lie: int = 0,
+        **header: Any,
     ) -> list[Action]:
-        """Post a masked update of the client's job; `delta` is clipped and rounded as a worker does."""
+        """Post a masked update of the client's job; `delta` is clipped and rounded as a worker does.
+
+        `lie` is added to each word.
+        """
         job = self.job_of(client)
         base = self.federation.version if base is None else base
         values = np.broadcast_to(np.asarray(delta, np.float32), D).copy()
         rounding = MaskStream(hashlib.sha256(job.encode()).digest())
         self._seeds[job] = [hashlib.sha256(f"{job}/{keeper}".encode()).digest() for keeper in self.keepers]
         self.masked[job] = add_masks(self.ring.quantize(values, rounding.next_into), self._seeds[job])
+        self.masked[job] += np.uint32(lie)
         fields = {
             "examples": examples, "encoding": "ring32", "nbytes": 4 * D, "chunks": 1, "seconds": 0.5,
             "model": hashlib.sha256(b"model").hexdigest(),

@@ -87,6 +87,7 @@ from fedqueue_coordinator.core.events import (
     UpdateOpened,
     UpdateUnreadable,
 )
+from fedqueue_coordinator.core.failed_cohorts import ENOUGH, WINDOW, FailedCohorts
 from fedqueue_coordinator.core.failures import Failures
 from fedqueue_coordinator.core.ledger_records import (
     abandoned_record,
@@ -173,6 +174,7 @@ class Federation:
             model.parameters.copy_(state[MODEL]["parameters"])
         self._cohorts = Cohorts(config, proposed if proposed and proposed.version == version else None)
         self._sum = MaskedSum(self._accumulator, ring_of(config, model.manifest), config) if config.secure.on else None
+        self._failed_cohorts = FailedCohorts(config.dispatch.backoff_seconds)
         self._answers: dict[str, Mapping[str, Any]] = {}  # keeper → its release of the cohort under way
         self._refused: dict[str, tuple[RejectionReason, str]] = {}  # its members that a keeper refuses
         self._no_masks: Stop | None = None  # the end of the run, if a keeper refuses every cohort
@@ -478,14 +480,28 @@ class Federation:
         if norm > most:
             self._discard_sum()
             detail = f"the sum of its cohort has the norm {norm:.4g}, and that of clipped updates is at most {most:.4g}"
-            reason = RejectionReason.COHORT_NORM
-            rejected = [self._reject(member.update.arrived, reason, detail, now) for member in members]
-            return [*rejected, *self._load_next(now)]
+            return [*self._reject_cohort([member.update.arrived for member in members], detail, now),
+                    *self._load_next(now)]  # fmt: skip
+        self._failed_cohorts.succeeded(member.update.arrived.client for member in members)
         masks = {keeper: dict(self._answers[keeper]) for keeper in self.config.secure.keepers}
         step = self._sum.finish(self._aggregator, self.model)
         self._sum.clear()
         details = {"cohort": cohort, "masks": masks, "trained_from": self._models.get(self.version, "")}
         return [*self._publish(step, now, details), *self._load_next(now)]
+
+    def _reject_cohort(self, members: Sequence[UpdateArrived], detail: str, now: float) -> list[Action]:
+        """Reject the members of a cohort whose sum is too long; a client that was in most such cohorts rests."""
+        rests = self._failed_cohorts.failed(arrived.client for arrived in members)
+        self._scheduler.restore_rests({client: now + seconds for client, seconds in rests.items()})
+        notes = {
+            client: f"; {client} was in at least {ENOUGH} of the last {WINDOW} such cohorts, and rests for {seconds:g} s: "
+            "a statistic, and no proof"
+            for client, seconds in rests.items()
+        }
+        return [
+            self._reject(arrived, RejectionReason.COHORT_NORM, detail + notes.get(arrived.client, ""), now)
+            for arrived in members
+        ]
 
     def _refuse(self, refused: CohortRefused, now: float) -> list[Action]:
         """Note which members a keeper refuses; what becomes of the others depends on the answers of the other keepers.
