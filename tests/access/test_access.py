@@ -14,12 +14,15 @@ import redis
 
 from fedqueue.errors import ServerUnavailable
 from fedqueue.protocol.messages import Ending, Registration
+from fedqueue.protocol.msgpack import pack_record
+from fedqueue.transport.ledger_tail import LedgerTail
 from fedqueue.transport.lua_scripts import WORKER_SCRIPTS, script_digest
 from fedqueue.transport.retry import RedisRetry, transient_reason
 from fedqueue.transport.store import Store
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_coordinator.operator import removal
 from fedqueue_coordinator.operator.embedded_server import find_server
+from fedqueue_coordinator.operator.track import track_run
 from tests.support.acl_server import CLIENTS, AclServer, GuardedRun, tagged
 from tests.support.redis_commands import execute
 from tests.support.sample_run import SampleRun
@@ -297,6 +300,20 @@ def test_viewer_reads_what_a_dashboard_shows(guarded: AclServer, victim: Victim)
     assert store.ledger() == []
     assert store.refused() == {}
     assert store.stored_versions() == [0]
+    assert LedgerTail(store).read() == []
+    assert guarded.denied() == []
+
+
+def test_viewer_may_track_a_run_to_its_end(
+    guarded: AclServer, victim: Victim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDQUEUE_REDIS__URL", guarded.urls["viewer"])
+    record = {"kind": "version", "version": 1, "merged": [], "seconds": 1.0}
+    victim.client.xadd(victim.keys.ledger, {"record": pack_record(record)})
+    victim.coordinator.end("versions: 1 of 1", 3600, 1)
+    guarded.denied()
+    (tmp_path / "hooks.py").write_text("import fedqueue\n\nclass Silent(fedqueue.RunHooks):\n    pass\n")
+    assert track_run("sample", "", [f"{tmp_path}/hooks.py:Silent"], False)
     assert guarded.denied() == []
 
 

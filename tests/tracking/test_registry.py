@@ -11,6 +11,7 @@ import fedqueue
 from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, MissingExtra
+from fedqueue_coordinator.operator.python_api import _move_paths
 from fedqueue_coordinator.tracking import registry
 from fedqueue_coordinator.tracking.registry import make_trackers
 from tests.support.builders import make_config
@@ -95,6 +96,18 @@ def test_missing_package_error_names_the_extra(name: str, package: str, monkeypa
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=rf"needs {package}: pip install 'fedqueue\[{name}\]'$"):
         make_trackers(make_config(trackers={"use": name}))
+
+
+def test_paths_of_own_trackers_are_those_from_the_runs_folder(tmp_path: Path) -> None:
+    """`fedqueue.run` writes a configuration that was given as a dict to the run's folder."""
+    tree = {"trackers": {"use": "hooks.py:Own", "options": {"hooks.py:Own": {"every": 2}}}}
+    _move_paths(tree, tmp_path, tmp_path / "runs" / "mine")
+    assert tree["trackers"] == {
+        "use": ["../../hooks.py:Own"], "options": {"../../hooks.py:Own": {"every": 2}},
+    }  # fmt: skip
+    several = {"trackers": {"use": ["mlflow", "package.hooks:Own"]}}
+    _move_paths(several, tmp_path, tmp_path / "runs")
+    assert several["trackers"]["use"] == ["mlflow", "package.hooks:Own"]
 
 
 def test_trackers_are_no_part_of_what_the_coordinator_publishes() -> None:

@@ -317,8 +317,10 @@ def _move_paths(tree: dict[str, Any], base: Path, folder: Path) -> None:
         if key in table:
             table[key] = moved(str(table[key]))
     if trackers := tree.get("trackers"):
-        trackers["use"] = [moved(str(name)) for name in trackers.get("use", ())]
-        trackers["options"] = {moved(str(name)): value for name, value in trackers.get("options", {}).items()}
+        use = trackers.get("use", ())
+        trackers["use"] = [moved(str(name)) for name in ((use,) if isinstance(use, str) else use)]
+        if "options" in trackers:
+            trackers["options"] = {moved(str(name)): options for name, options in trackers["options"].items()}
 
 
 def _without_url(tree: Mapping[str, Any]) -> dict[str, Any]:

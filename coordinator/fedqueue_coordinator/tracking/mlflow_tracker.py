@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fedqueue.config.trackers import MlflowConfig
-from fedqueue_coordinator.tracking import scalars
-from fedqueue_coordinator.tracking.hooks import RunHooks, RunProgress, RunStart
+from fedqueue_coordinator.tracking.curves import CurveTracker, parameters
+from fedqueue_coordinator.tracking.hooks import RunProgress, RunStart
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -26,7 +26,7 @@ _NOT_ALLOWED = re.compile(r"[^\w\-. /]")
 T = TypeVar("T")
 
 
-class MlflowTracker(RunHooks):
+class MlflowTracker(CurveTracker):
     """Makes a run in an experiment; a run of fedqueue that continues is written to its newest run there.
 
     The step is the version, and in the curves `…_by_updates` the number of merged updates. The timestamp is the run's.
@@ -37,7 +37,6 @@ class MlflowTracker(RunHooks):
         self._client: MlflowClient
         self._run = ""
         self._zero = 0.0
-        self._shown = RunProgress()
 
     def on_start(self, run: RunStart) -> None:
         """Find or make the experiment and the run, and write the configuration as its parameters."""
@@ -47,7 +46,8 @@ class MlflowTracker(RunHooks):
         from mlflow import MlflowClient  # takes seconds
         from mlflow.entities import Param
 
-        self._zero, self._shown = run.started_at, self.progress
+        super().on_start(run)
+        self._zero = run.started_at
         self._client = MlflowClient(tracking_uri=self._settings.uri)
         experiment = self._client.get_experiment_by_name(self._settings.experiment)
         of = experiment.experiment_id if experiment else self._client.create_experiment(self._settings.experiment)
@@ -61,37 +61,27 @@ class MlflowTracker(RunHooks):
                 return
         began = round(self._zero * 1000)
         self._run = self._client.create_run(of, began, {RUN_TAG: run.name}, run.name).info.run_id
-        params = [Param(_name(key), str(value)[:LONGEST_VALUE]) for key, value in scalars.parameters(run.config)]
+        params = [Param(_name(key), str(value)[:LONGEST_VALUE]) for key, value in parameters(run.config)]
         for some in _portions(params, MOST_PARAMETERS):
             self._client.log_batch(self._run, params=some)
 
-    def on_version(self, record: Mapping[str, Any]) -> None:
-        """Write the numbers of a version."""
-        self._write(scalars.version_scalars(record, self._shown, self.progress), self.progress.version)
-        self._shown = self.progress
+    def write(self, numbers: Mapping[str, float], now: RunProgress, step: int) -> None:
+        """As `CurveTracker.write`."""
+        from mlflow.entities import Metric
 
-    def on_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics over versions, and over updates."""
-        measured = scalars.central(metrics)
-        self._write(measured, version)
-        self._write(scalars.by_updates(measured), self.progress.updates)
+        at = round((self._zero + now.seconds) * 1000)
+        if numbers:
+            self._client.log_batch(self._run, [Metric(_name(name), value, at, step) for name, value in numbers.items()])
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Write the last counts of rejections, the files of the run as artifacts, and how the run ended."""
-        self._write(scalars.rejections(self.progress), self.progress.version)
+        """Write the last numbers, the files of the run as artifacts, and how the run ended."""
+        super().on_end(summary)
         self._client.set_tag(self._run, "fedqueue.stopped_because", summary["stopped_because"])
         for name in ARTIFACTS if summary["folder"] else ():
             if (path := Path(summary["folder"], name)).exists():
                 self._client.log_artifact(self._run, str(path))
         ended = round((self._zero + self.progress.seconds) * 1000)
         self._client.set_terminated(self._run, "FINISHED" if summary["complete"] else "FAILED", ended)
-
-    def _write(self, numbers: Mapping[str, float], step: int) -> None:
-        from mlflow.entities import Metric
-
-        at = round((self._zero + self.progress.seconds) * 1000)
-        if numbers:
-            self._client.log_batch(self._run, [Metric(_name(name), value, at, step) for name, value in numbers.items()])
 
 
 def _name(text: str) -> str:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedqueue.config.trackers import TensorBoardConfig
-from fedqueue_coordinator.tracking import scalars
-from fedqueue_coordinator.tracking.hooks import RunHooks, RunProgress, RunStart
+from fedqueue_coordinator.tracking.curves import CurveTracker, parameters
+from fedqueue_coordinator.tracking.hooks import RunProgress, RunStart
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+FLUSH_SECONDS = 10
+"""How old what is not yet on the disk may be."""
 
-class TensorBoardTracker(RunHooks):
+
+class TensorBoardTracker(CurveTracker):
     """Writes to FOLDER/RUN/TIME-OF-THE-START; a run that continues is written to its newest folder.
 
     The step is the version, and in the curves `…_by_updates` the number of merged updates. The wall time is the run's.
@@ -25,38 +28,28 @@ class TensorBoardTracker(RunHooks):
         self._folder = Path(settings.folder)
         self._writer: SummaryWriter
         self._zero = 0.0
-        self._shown = RunProgress()
 
     def on_start(self, run: RunStart) -> None:
         """Open the event file, and write the configuration as a table."""
         from torch.utils.tensorboard import SummaryWriter  # imports torch
 
-        self._zero, self._shown = run.started_at, self.progress
-        self._writer = SummaryWriter(str(_event_folder(self._folder / run.name, run)))
-        rows = "\n".join(f"| {key} | `{value}` |" for key, value in scalars.parameters(run.config))
+        super().on_start(run)
+        self._zero = run.started_at
+        folder = _event_folder(self._folder / run.name, run)
+        self._writer = SummaryWriter(str(folder), flush_secs=FLUSH_SECONDS)
+        rows = "\n".join(f"| {key} | `{value}` |" for key, value in parameters(run.config))
         self._writer.add_text("configuration", f"| key | value |\n|---|---|\n{rows}", run.version)
 
-    def on_version(self, record: Mapping[str, Any]) -> None:
-        """Write the numbers of a version."""
-        self._write(scalars.version_scalars(record, self._shown, self.progress), self.progress.version)
-        self._shown = self.progress
-
-    def on_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics over versions, and over updates."""
-        measured = scalars.central(metrics)
-        self._write(measured, version)
-        self._write(scalars.by_updates(measured), self.progress.updates)
-        self._writer.flush()
+    def write(self, numbers: Mapping[str, float], now: RunProgress, step: int) -> None:
+        """As `CurveTracker.write`."""
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step, self._zero + now.seconds)
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Write the last counts of rejections and why the run stopped, and close the file."""
-        self._write(scalars.rejections(self.progress), self.progress.version)
+        """Write the last numbers and why the run stopped, and close the file."""
+        super().on_end(summary)
         self._writer.add_text("stopped_because", summary["stopped_because"], self.progress.version)
         self._writer.close()
-
-    def _write(self, numbers: Mapping[str, float], step: int) -> None:
-        for name, value in numbers.items():
-            self._writer.add_scalar(name, value, step, self._zero + self.progress.seconds)
 
 
 def _event_folder(folder: Path, run: RunStart) -> Path:

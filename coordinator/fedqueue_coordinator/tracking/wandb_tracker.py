@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedqueue.config.trackers import WandbConfig
-from fedqueue_coordinator.tracking import scalars
-from fedqueue_coordinator.tracking.hooks import RunHooks, RunProgress, RunStart
+from fedqueue_coordinator.tracking.curves import CurveTracker
+from fedqueue_coordinator.tracking.hooks import RunProgress, RunStart
 
 if TYPE_CHECKING:
     import wandb
@@ -17,22 +17,23 @@ if TYPE_CHECKING:
 ARTIFACTS = ("summary.json", "report.png", "model.safetensors")
 
 
-class WandbTracker(RunHooks):
+class WandbTracker(CurveTracker):
     """Makes a run in a project; a run of fedqueue that continues has the id of its newest run in the same folder.
 
     Each line has `version`, `updates` and `seconds`, so that each of them may be the axis of a chart.
     """
 
+    one_axis = False
+
     def __init__(self, settings: WandbConfig) -> None:
         self._settings = settings
         self._run: wandb.Run
-        self._shown = RunProgress()
 
     def on_start(self, run: RunStart) -> None:
         """Make the run, with the configuration."""
         import wandb  # takes a second
 
-        self._shown = self.progress
+        super().on_start(run)
         folder = Path(self._settings.folder)
         folder.mkdir(parents=True, exist_ok=True)
         # What the terminal shows, the code, the machine and its load stay here.
@@ -53,20 +54,16 @@ class WandbTracker(RunHooks):
         )
         self._run.define_metric("*", step_metric="version")
 
-    def on_version(self, record: Mapping[str, Any]) -> None:
-        """Write the numbers of a version."""
-        self._write(scalars.version_scalars(record, self._shown, self.progress))
-        self._shown = self.progress
-
-    def on_evaluation(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Write the metrics."""
-        self._write(scalars.central(metrics))
+    def write(self, numbers: Mapping[str, float], now: RunProgress, step: int) -> None:
+        """As `CurveTracker.write`."""
+        if numbers:
+            self._run.log({"version": now.version, "updates": now.updates, "seconds": now.seconds, **numbers})
 
     def on_end(self, summary: Mapping[str, Any]) -> None:
-        """Write the last counts of rejections and the files of the run, and finish."""
+        """Write the last numbers and the files of the run, and finish."""
         import wandb
 
-        self._write(scalars.rejections(self.progress))
+        super().on_end(summary)
         self._run.summary["stopped_because"] = summary["stopped_because"]
         if summary["folder"]:
             results = wandb.Artifact(f"{summary['run']}-results", type="results")
@@ -75,10 +72,6 @@ class WandbTracker(RunHooks):
                     results.add_file(str(path), policy="immutable")
             self._run.log_artifact(results)
         self._run.finish(exit_code=0 if summary["complete"] else 1)
-
-    def _write(self, numbers: Mapping[str, float]) -> None:
-        now = self.progress
-        self._run.log({"version": now.version, "updates": now.updates, "seconds": now.seconds, **numbers})
 
 
 def _run_id(folder: Path, run: RunStart) -> str:
