@@ -9,8 +9,8 @@ import pytest
 from fedqueue_coordinator.core.failed_cohorts import FailedCohorts
 from tests.support.masked_federation import start_masked
 
-LIE = 2**29
-"""Added to each word of an update: far beyond the norm of a clipped one."""
+LIE = 2**28 - 1
+"""Added to each word of an update; with the weight 8 it makes the sum as long as one can be."""
 
 
 def test_client_of_three_failed_cohorts_is_suspected() -> None:

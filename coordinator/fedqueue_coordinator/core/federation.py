@@ -494,8 +494,8 @@ class Federation:
         rests = self._failed_cohorts.failed(arrived.client for arrived in members)
         self._scheduler.restore_rests({client: now + seconds for client, seconds in rests.items()})
         notes = {
-            client: f"; {client} was in at least {ENOUGH} of the last {WINDOW} such cohorts, and rests for {seconds:g} s: "
-            "a statistic, and no proof"
+            client: f"; {client} was in at least {ENOUGH} of the last {WINDOW} such cohorts, and rests for "
+            f"{seconds:g} s: a statistic, and no proof"
             for client, seconds in rests.items()
         }
         return [
