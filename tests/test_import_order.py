@@ -30,6 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.protocol",),
     ("fedqueue.tensors",),
     ("fedqueue.batches", "fedqueue.metrics", "fedqueue.learning_rates", "fedqueue.staleness", "fedqueue.privacy"),
+    ("fedqueue.statistics",),
     (
         "fedqueue.task",
         "fedqueue.training",

@@ -29,6 +29,7 @@ from torch.utils.data import ConcatDataset
 from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
 from fedqueue.training import train
+from fedqueue_coordinator.operator.describe import describe_here
 
 CONFIG = Path(__file__).with_name("federation.toml")
 METRICS = ("accuracy", "auc")
@@ -42,6 +43,8 @@ class Setting:
     """One model and seed: the configuration of its run, its task, and each hospital's rows."""
 
     overrides: tuple[str, ...]
+    statistics: str
+    """What `fedqueue describe` finds at these rows, as JSON."""
     config: Config
     task: HospitalsTask
     rows: Mapping[str, HospitalRows]
@@ -51,8 +54,11 @@ class Setting:
         overrides = (f"task.options.model={model}", f"task.options.seed={seed}", f"seed={seed}")
         config = load_config(CONFIG, overrides)
         task = HospitalsTask(**config.task.options)
+        statistics = describe_here(config, task)
+        task.prepare(statistics)
         clients = [config.clients.client(name) for name in config.clients.ids]
-        return cls(overrides, config, task, {client.id: task.train_data(client) for client in clients})
+        rows = {client.id: task.train_data(client) for client in clients}
+        return cls(overrides, statistics.model_dump_json(), config, task, rows)
 
     def test(self, model_of: Callable[[str], torch.nn.Module]) -> RunResult:
         """The metrics of each hospital's model on its own held-out rows."""
@@ -110,12 +116,16 @@ def elsewhere(setting: Setting, alone: Mapping[str, torch.nn.Module]) -> RunResu
 def federation(setting: Setting) -> tuple[torch.nn.Module, int]:
     """The model of a `fedqueue run` with this setting, and how many updates it merged."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "fedqueue_coordinator", "run", str(CONFIG), "--output", folder, "--quiet"]
-        sets = [word for override in setting.overrides for word in ("--set", override)]
-        subprocess.run([*command, *sets], check=True)  # noqa: S603 - our own command line, no outside words
-        summary = json.loads((Path(folder) / "summary.json").read_text(encoding="utf-8"))
+        results = Path(folder) / "run"
+        command = [sys.executable, "-m", "fedqueue_coordinator", "run", str(CONFIG), "--output", str(results)]
+        statistics = Path(folder) / "statistics.json"
+        statistics.write_text(setting.statistics, encoding="utf-8")
+        overrides = (*setting.overrides, f"statistics.file={statistics}")
+        sets = [word for override in overrides for word in ("--set", override)]
+        subprocess.run([*command, "--quiet", *sets], check=True)  # noqa: S603 - our own command line, no outside words
+        summary = json.loads((results / "summary.json").read_text(encoding="utf-8"))
         model = setting.task.model()
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        model.load_state_dict(load_file(results / "model.safetensors"))
     return model, summary["updates_merged"]
 
 

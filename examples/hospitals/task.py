@@ -1,8 +1,9 @@
 """Heart disease in four hospitals: UCI's 920 real patients, each hospital with its own rows and its own gaps.
 
 The table holds missing values in ten of its thirteen columns, and some hospitals never measured some of them. What
-fills or scales a hospital's rows is computed from its own training rows alone (`encode`); the vocabulary of the
-categories is public. A quarter of each hospital's rows is held out for testing, and stays there too.
+fills or scales a hospital's rows comes from `fedqueue describe`: means and deviations of all hospitals' training rows
+(`table`, `prepare`); the vocabulary of the categories is public. A quarter of each hospital's rows is held out for
+testing, and stays there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset
 from fedqueue import Client, Progress, Task, TrainResult
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
+from fedqueue.statistics.pooled import Statistics
 
 HOSPITALS = {
     "cleveland": "Cleveland",
@@ -39,7 +42,9 @@ CATEGORIES = {
     "slope": ("upsloping", "flat", "downsloping"),
     "thal": ("normal", "fixed defect", "reversable defect"),
 }
-USUAL = {
+Scaling = Mapping[str, tuple[float, float]]
+"""Column → mean and deviation."""
+USUAL: Scaling = {
     "age": (55, 10),
     "trestbps": (130, 20),
     "chol": (220, 50),
@@ -71,8 +76,9 @@ class HospitalsTask(Task):
     must be the same in every process of a run. central_test: let the coordinator evaluate on the four held-out sets
     together, which only a public benchmark allows: in a real federation it has no patient's row. mixed: deal the
     training rows of all four out to them at random, as many to each as it had, so that they differ no more than chance
-    has it: to compare with, and again for a public benchmark only. usual_scaling: scale by USUAL and not by the
-    hospital's own rows, so that no row has a part in how another one is encoded, as differential privacy assumes.
+    has it: to compare with, and again for a public benchmark only. usual_scaling: scale by USUAL and not by statistics
+    of rows, so that no row has a part in how another one is encoded, as differential privacy assumes. Without it and
+    without `prepare`, each hospital scales by its own rows.
     """
 
     def __init__(
@@ -86,21 +92,34 @@ class HospitalsTask(Task):
         if model not in MODELS:
             raise ValueError(f"unknown model {model!r}; known: {', '.join(MODELS)}")
         self.architecture, self.seed, self.central_test, self.mixed = model, seed, central_test, mixed
+        self.scaling: Scaling | None = USUAL if usual_scaling else None
         self.usual_scaling = usual_scaling
+
+    def table(self, client: Client) -> Mapping[str, npt.NDArray[Any]]:
+        """The hospital's training rows, and whether each patient is ill."""
+        rows = read_rows(_hospital(client))
+        ill = outcomes(rows)
+        train, _ = hold_out(ill, self.seed)
+        numbers = {name: np.array([_number(row, name) for row in rows])[train] for name in NUMBERS}
+        texts = {name: np.array([row[name] for row in rows])[train] for name in CATEGORIES}
+        return {**numbers, **texts, "ill": ill[train] == 1}
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Scale, and fill gaps, by the mean and the deviation over all hospitals."""
+        if not self.usual_scaling:
+            self.scaling = {name: _mean_and_deviation(statistics, name) for name in NUMBERS}
 
     def model(self) -> torch.nn.Module:
         """Maps float32 (n, FEATURES) to scores of healthy and ill, float32 (n, 2)."""
         return MODELS[self.architecture]()
 
     def train_data(self, client: Client) -> HospitalRows:
-        if client.id not in HOSPITALS:
-            raise TaskError(f"no hospital is called {client.id!r}; known: {', '.join(HOSPITALS)}")
-        own = prepare(read_rows(HOSPITALS[client.id]), self.seed, self.usual_scaling)
+        own = encoded(read_rows(_hospital(client)), self.seed, self.scaling)
         return self._dealt(client.id, own) if self.mixed else own
 
     def _dealt(self, hospital: str, own: HospitalRows) -> HospitalRows:
         """As many rows as the hospital has, of all that the four encoded; what it tests on stays its own."""
-        each = [prepare(read_rows(name), self.seed, self.usual_scaling) for name in HOSPITALS.values()]
+        each = [encoded(read_rows(name), self.seed, self.scaling) for name in HOSPITALS.values()]
         rows, ill = (torch.cat(parts) for parts in zip(*(one.tensors for one in each), strict=True))
         sizes = [len(one) for one in each]
         dealt = torch.from_numpy(np.random.default_rng(self.seed).permutation(len(ill)))
@@ -156,12 +175,28 @@ def read_rows(hospital: str) -> list[Row]:
         return [row for row in csv.DictReader(file) if row["dataset"] == hospital]
 
 
-def prepare(rows: Sequence[Row], seed: int, usual_scaling: bool = False) -> HospitalRows:
-    """One hospital's rows, ready to train on and to test on; only the former, or USUAL, decide how both are encoded."""
-    ill = np.array([int(row["num"]) > 0 for row in rows], dtype=np.int64)
+def _hospital(client: Client) -> str:
+    if client.id not in HOSPITALS:
+        raise TaskError(f"no hospital is called {client.id!r}; known: {', '.join(HOSPITALS)}")
+    return HOSPITALS[client.id]
+
+
+def _mean_and_deviation(statistics: Statistics, name: str) -> tuple[float, float]:
+    of = statistics.numbers(name)
+    return of.mean or 0.0, of.deviation or 1.0
+
+
+def outcomes(rows: Sequence[Row]) -> Indices:
+    """Whether each patient is ill, int64 (n,): 0 or 1."""
+    return np.array([int(row["num"]) > 0 for row in rows], dtype=np.int64)
+
+
+def encoded(rows: Sequence[Row], seed: int, scaling: Scaling | None = None) -> HospitalRows:
+    """One hospital's rows, ready to train on and to test on, encoded alike."""
+    ill = outcomes(rows)
     train, test = hold_out(ill, seed)
-    encoded, labels = torch.from_numpy(encode(rows, train, usual_scaling)), torch.from_numpy(ill)
-    return HospitalRows((encoded[train], labels[train]), (encoded[test], labels[test]))
+    inputs, labels = torch.from_numpy(encode(rows, train, scaling)), torch.from_numpy(ill)
+    return HospitalRows((inputs[train], labels[train]), (inputs[test], labels[test]))
 
 
 def hold_out(ill: Indices, seed: int) -> tuple[Indices, Indices]:
@@ -171,18 +206,18 @@ def hold_out(ill: Indices, seed: int) -> tuple[Indices, Indices]:
     return np.delete(by_outcome, np.s_[::TEST_EVERY]), by_outcome[::TEST_EVERY]
 
 
-def encode(rows: Sequence[Row], own: Indices, usual_scaling: bool = False) -> npt.NDArray[np.float32]:
+def encode(rows: Sequence[Row], own: Indices, scaling: Scaling | None = None) -> npt.NDArray[np.float32]:
     """float32 (n, FEATURES) without a gap: standardised numbers, whether each was missing, categories one-hot.
 
-    Mean and deviation come from the rows `own`, or from USUAL. A missing number becomes their mean, which is 0 (so does
-    every number of a column that this hospital never measured); a missing category is all zeros.
+    Mean and deviation are those of `scaling`, or without it those of the rows `own`. A missing number becomes the mean,
+    which is 0 (so does every number of a column that this hospital never measured); a missing category is all zeros.
     """
     numbers = np.array([[_number(row, name) for name in NUMBERS] for row in rows])
     missing = np.isnan(numbers)
     measured = np.ma.masked_invalid(numbers[own])
     mean, deviation = measured.mean(axis=0).filled(0.0), measured.std(axis=0).filled(1.0)
-    if usual_scaling:
-        mean, deviation = np.array([USUAL[name] for name in NUMBERS]).T
+    if scaling is not None:
+        mean, deviation = np.array([scaling[name] for name in NUMBERS]).T
     scaled = (numbers - mean) / np.where(deviation > 0, deviation, 1.0)
     one_hot = [[row[name] == value for name, values in CATEGORIES.items() for value in values] for row in rows]
     return np.hstack([np.where(missing, 0.0, scaled), missing, one_hot]).astype(np.float32)

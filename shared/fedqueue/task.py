@@ -16,12 +16,14 @@ from fedqueue.exception_text import exception_text, exception_with_place
 if TYPE_CHECKING:
     import torch
 
+    from fedqueue.config.schema import Config
     from fedqueue.config.training import TrainingConfig
     from fedqueue.private_training import PrivateJob
+    from fedqueue.statistics.pooled import Statistics
 
 DEFAULT_CLIENT = Client("client-0")
 
-__all__ = ["Client", "Progress", "Task", "TrainResult", "construct_task", "load_task", "make_model"]
+__all__ = ["Client", "Progress", "Task", "TrainResult", "construct_task", "load_task", "make_model", "prepare_task"]
 
 
 class Progress:
@@ -151,6 +153,41 @@ class Task:
         inputs, labels = batch
         return torch.nn.functional.cross_entropy(model(inputs), labels)
 
+    def table(self, client: Client) -> Mapping[str, Any]:
+        """Return the client's columns for `fedqueue describe`: name → one-dimensional array, one value for each row.
+
+        Integers and floats are numbers, NaN is a missing value. Strings and booleans are categories; None and "" are
+        missing values. No value leaves the site: only counts, sums and histograms do, each about enough rows. Called at
+        the client's site, before training, with the columns that `prepare` needs.
+
+        >>> import numpy as np
+        >>> from fedqueue import Client, Task
+        >>> class Hearts(Task):
+        ...     def table(self, client):
+        ...         return {"age": np.array([61.0, 58.0, np.nan]), "ill": np.array(["yes", "no", "yes"])}
+        >>> sorted(Hearts().table(Client("north")))
+        ['age', 'ill']
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define table(self, client) -> Mapping[str, ndarray], the columns to describe"
+        )
+
+    def prepare(self, statistics: Statistics) -> None:
+        """Take what `fedqueue describe` found over all sites, such as means to scale by or to fill gaps with.
+
+        Called once in each process, on the coordinator and at each site, before `model`, `train_data` and `test_data`,
+        where `statistics.file` is set. All of them get the same values.
+
+        >>> from fedqueue import Task
+        >>> class Hearts(Task):
+        ...     def prepare(self, statistics):
+        ...         self.mean = statistics.numbers("age").mean
+        """
+        raise NotImplementedError(
+            f"statistics.file is set, so {type(self).__name__} must define prepare(self, statistics), "
+            "or statistics.file must be left out"
+        )
+
     def evaluate(self, model: torch.nn.Module, data: Any) -> dict[str, float]:
         """Return metrics of `model` on `data`, what `test_data` returned: numbers by name.
 
@@ -213,6 +250,24 @@ def construct_task(cls: type[Task], options: Mapping[str, Any]) -> Task:
     except (Exception, SystemExit) as error:
         problem = exception_text(error)
         raise TaskError(f"{cls.__name__}(**task.options) with {dict(options)}: {problem}") from error
+
+
+def prepare_task(task: Task, config: Config) -> Config:
+    """Give the task the statistics of the configuration, if there are any, and return the configuration with them.
+
+    Raises ConfigurationError where statistics.file cannot be read, and TaskError for whatever `Task.prepare` raises.
+    """
+    config = config.with_statistics()
+    if not config.statistics.values:
+        return config
+    from fedqueue.statistics.pooled import read_statistics
+
+    statistics = read_statistics(config.statistics)
+    try:
+        task.prepare(statistics)
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{type(task).__name__}.prepare(statistics): {exception_with_place(error)}") from error
+    return config
 
 
 def make_model(task: Task) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from fedqueue import Client
 from fedqueue.config.loading import load_config
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import TaskError
-from fedqueue.task import load_task
+from fedqueue.task import load_task, prepare_task
+from fedqueue_coordinator.operator.describe import describe_here
+from fedqueue_coordinator.operator.json_text import json_text
 
 FOLDER = Path(__file__).parents[2] / "examples" / "hospitals"
 example = sys.modules[type(load_task("task.py:HospitalsTask", {}, FOLDER)).__module__]
@@ -54,10 +57,29 @@ def test_both_outcomes_are_held_out_in_proportion(hospital: str) -> None:
 
 def test_usual_scaling_encodes_each_row_by_itself() -> None:
     rows = example.read_rows("Cleveland")[:40]
-    together = example.encode(rows, np.arange(40), usual_scaling=True)
-    alone = [example.encode([one], np.arange(1), usual_scaling=True)[0] for one in rows]
+    together = example.encode(rows, np.arange(40), scaling=example.USUAL)
+    alone = [example.encode([one], np.arange(1), scaling=example.USUAL)[0] for one in rows]
     assert np.array_equal(together, np.stack(alone))
     assert not np.array_equal(together, example.encode(rows, np.arange(40)))
+
+
+def test_all_hospitals_scale_by_the_statistics_of_all() -> None:
+    config = load_config(FOLDER / "federation.toml", environment={})
+    task = example.HospitalsTask()
+    plain = {name: example.HospitalsTask().table(Client(name)) for name in SIZES}
+    prepare_task(task, config)
+    ages = np.concatenate([table["age"] for table in plain.values()])
+    assert task.scaling["age"] == pytest.approx((ages.mean(), ages.std(ddof=1)), rel=1e-14)
+    rows = np.concatenate([task.train_data(Client(name)).tensors[0] for name in SIZES])
+    assert rows[:, 0].mean() == pytest.approx(0.0, abs=1e-5)
+    assert rows[:, 0].std(ddof=1) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_statistics_of_the_example_are_what_its_rows_give() -> None:
+    config = load_config(FOLDER / "federation.toml", environment={})
+    found = describe_here(config, example.HospitalsTask())
+    stored = json.loads((FOLDER / "statistics.json").read_text(encoding="utf-8"))
+    assert json.loads(json_text(found.model_dump(mode="json"))) == stored
 
 
 @pytest.mark.parametrize("hospital", SIZES)
@@ -124,9 +146,9 @@ def test_held_out_rows_shift_nothing_that_is_trained_on() -> None:
     def with_cholesterol_of(changed: np.ndarray) -> list[dict[str, str]]:
         return [{**r, "chol": "600"} if i in changed else r for i, r in enumerate(rows)]
 
-    before = example.prepare(rows, seed=0)
-    assert torch.equal(example.prepare(with_cholesterol_of(held_out), 0).tensors[0], before.tensors[0])
-    assert not torch.equal(example.prepare(with_cholesterol_of(trained_on[:9]), 0).tensors[0], before.tensors[0])
+    before = example.encoded(rows, seed=0)
+    assert torch.equal(example.encoded(with_cholesterol_of(held_out), 0).tensors[0], before.tensors[0])
+    assert not torch.equal(example.encoded(with_cholesterol_of(trained_on[:9]), 0).tensors[0], before.tensors[0])
 
 
 def test_no_held_out_row_is_trained_on() -> None:

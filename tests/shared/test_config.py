@@ -164,6 +164,7 @@ WORDS = [
     ("aggregation.robust.keep", "auto"),
     ("aggregation.robust.clip_norm", "median"),
     ("aggregation.cohort_size", "all"),
+    ("statistics.file", "off"),
     ("secure.max_examples", "off"),
     ("secure.wait_seconds", "off"),
 ]

@@ -14,7 +14,7 @@ from fedqueue.leak.measurement import above
 from fedqueue.leak.rehearsal import JOBS, rehearse
 from fedqueue.leak.report import print_table, write_leak
 from fedqueue.local_update import load_data
-from fedqueue.task import load_task
+from fedqueue.task import load_task, prepare_task
 from fedqueue_worker.policy import Policy
 
 
@@ -30,6 +30,7 @@ def measure_own_leak(
     policy.check_task(config.task.entrypoint)
     torch.set_num_threads(config.training.threads)
     task = load_task(config.task.entrypoint, config.task.options, folder)
+    prepare_task(task, config)
     progress, allowed = Console(stderr=True, highlight=False, markup=False), True
     for client in (config.clients.client(options[0]) for options in candidates):
         data, _ = load_data(task, client, config.seed)

@@ -41,7 +41,7 @@ from fedqueue.protocol.keys import client_tag
 from fedqueue.protocol.messages import NO_EXAMPLES, SITE_POLICY, Registration, Unavailable
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.secure.masked_update import Masking
-from fedqueue.task import Task, make_model
+from fedqueue.task import Task, make_model, prepare_task
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.training import check_device, check_training, set_seed
 from fedqueue.transport.connection import limit_retries
@@ -119,6 +119,7 @@ class Worker:
         secure = run_config.secure
         if identity and secure.on:
             identity.require_keepers(secure.keepers)
+        prepare_task(self.task, run_config)
         model = self._make_model(info, run_config)
         masking = Masking(run_config, Manifest.unpack(info.manifest)) if secure.on else None
         dispatch = run_config.dispatch

@@ -9,6 +9,7 @@ import typer
 from fedqueue import __version__
 from fedqueue.exit_codes import run_app
 from fedqueue_coordinator.cli.compare import COMPARE_EPILOG, compare
+from fedqueue_coordinator.cli.describe import DESCRIBE_EPILOG, describe
 from fedqueue_coordinator.cli.init import init
 from fedqueue_coordinator.cli.leak import LEAK_EPILOG, leak
 from fedqueue_coordinator.cli.privacy import PRIVACY_EPILOG, privacy
@@ -62,6 +63,7 @@ app.command()(init)
 app.command(rich_help_panel=PROCESSES, epilog=RUN_EPILOG)(run)
 app.command(rich_help_panel=PROCESSES)(coordinator)
 app.command(rich_help_panel=PROCESSES, context_settings=WORKER_SETTINGS)(worker)
+app.command(rich_help_panel=PROCESSES, epilog=DESCRIBE_EPILOG)(describe)
 app.command(rich_help_panel=READING, name="list")(list_runs)
 app.command(rich_help_panel=READING)(status)
 app.command(rich_help_panel=READING, epilog=TRACK_EPILOG)(track)

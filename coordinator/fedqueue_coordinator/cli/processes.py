@@ -126,7 +126,7 @@ def coordinator(
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
     from fedqueue.protocol.coordinator_identity import load_coordinator_identity
-    from fedqueue.task import load_task
+    from fedqueue.task import load_task, prepare_task
     from fedqueue.transport.connection import check, connect
     from fedqueue_coordinator.operator.lead_run import lead_run
     from fedqueue_coordinator.operator.local_run import exit_code
@@ -139,6 +139,7 @@ def coordinator(
     if identity:
         identity.require_keepers(settings.secure.keepers)
     task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
+    settings = prepare_task(task, settings)
     connection = connect(url, tls=settings.redis.tls)
     check(connection, url)
     launch = Launch(config.resolve(), overrides, command="coordinator", run=settings.name)

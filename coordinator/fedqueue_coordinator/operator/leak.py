@@ -27,7 +27,7 @@ from fedqueue.leak.report import print_table, write_leak
 from fedqueue.leak.row_data import Indices, Rows, all_of, hold_out, matched, part, rows_of, rows_of_job
 from fedqueue.private_training import simulated_key
 from fedqueue.protocol.keys import job_without_tag
-from fedqueue.task import load_task
+from fedqueue.task import load_task, prepare_task
 from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.encodings import Bytes
@@ -67,7 +67,9 @@ class LeakDatasets(ClientDatasets):
     """Each client's data, without rows held out to compare with where the task has no test data."""
 
     def __init__(self, folder: Path, config: Config) -> None:
-        super().__init__(load_task(config.task.entrypoint, config.task.options, folder))
+        task = load_task(config.task.entrypoint, config.task.options, folder)
+        prepare_task(task, config)
+        super().__init__(task)
         self.held_out: dict[str, Any] = {}
 
     def data(self, config: Config, client: str) -> tuple[Any, int | None]:

@@ -81,6 +81,7 @@ def _run(
     overwrite: bool,
     feed: HookFeed,
 ) -> RunResult | None:
+    config = config.with_statistics()
     with contextlib.ExitStack() as stack:
         discard_if_not_started = stack.enter_context(contextlib.ExitStack())
         if not resume:
@@ -106,13 +107,14 @@ def _run(
         stack.callback(keepers.stop)
 
         from fedqueue.protocol.coordinator_identity import load_coordinator_identity
-        from fedqueue.task import load_task
+        from fedqueue.task import load_task, prepare_task
         from fedqueue_coordinator.algorithms.registry import check_algorithms
         from fedqueue_coordinator.operator.progress_view import LiveView
         from fedqueue_coordinator.service.coordinator import Coordinator
         from fedqueue_coordinator.service.coordinator_store import CoordinatorStore, new_owner
 
         task = task or load_task(config.task.entrypoint, config.task.options, launch.config.parent)
+        prepare_task(task, config)
         check_algorithms(config)
         identity = load_coordinator_identity(folder.keys, config.name, revocable=False) if signed else None
         view = stack.enter_context(LiveView(config, quiet))

@@ -107,9 +107,10 @@ def rows_of_clients(config: Config, given: Sequence[str]) -> dict[str, int]:
     missing = [client for client in config.clients.ids if client not in rows]
     if missing:
         from fedqueue.local_update import load_data
-        from fedqueue.task import load_task
+        from fedqueue.task import load_task, prepare_task
 
         task = load_task(config.task.entrypoint, config.task.options, config.folder)
+        prepare_task(task, config)
         for client in missing:
             rows[client] = countable_rows(load_data(task, config.clients.client(client), config.seed)[0])
     return {client: rows[client] for client in config.clients.ids}

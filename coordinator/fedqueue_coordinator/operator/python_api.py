@@ -24,7 +24,7 @@ from fedqueue.config.schema import Config
 from fedqueue.config.sections import Section, Word
 from fedqueue.errors import ConfigurationError, TaskError
 from fedqueue.logs import configure_structlog
-from fedqueue.task import Task, construct_task, load_task
+from fedqueue.task import Task, construct_task, load_task, prepare_task
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.local_run import run_federation
@@ -106,6 +106,7 @@ def run(
             origin = _origin(source, config, base)
             launch = Launch(path, overrides, workers, run=config.name, origin=origin)
             stack.enter_context(results.opened(launch, overwrite))
+            _move_statistics(tree, base, results.path)
             if isinstance(source, Task | type):
                 cls = source if isinstance(source, type) else type(source)
                 tree["task"] = {"entrypoint": find_entrypoint(cls, results.path)}
@@ -168,6 +169,7 @@ def simulate(
         task = construct_task(source, config.task.options)
     else:
         task = load_task(config.task.entrypoint, config.task.options, config.folder)
+    config = prepare_task(task, config)
     check_algorithms(config)
     with contextlib.ExitStack() as stack:
         results = RunFolder(Path(folder), PYTHON) if folder is not None else None
@@ -321,6 +323,13 @@ def _move_paths(tree: dict[str, Any], base: Path, folder: Path) -> None:
         trackers["use"] = [moved(str(name)) for name in ((use,) if isinstance(use, str) else use)]
         if "options" in trackers:
             trackers["options"] = {moved(str(name)): options for name, options in trackers["options"].items()}
+
+
+def _move_statistics(tree: dict[str, Any], base: Path, folder: Path) -> None:
+    """Rewrite statistics.file in `tree`, a path that starts from `base`, so that it starts from `folder`."""
+    settings = tree.get("statistics", {})
+    if (file := settings.get("file", "off")) != "off":
+        tree["statistics"] = {**settings, "file": os.path.relpath((base / str(file)).resolve(), folder.resolve())}
 
 
 def _without_url(tree: Mapping[str, Any]) -> dict[str, Any]:

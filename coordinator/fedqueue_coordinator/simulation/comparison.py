@@ -30,7 +30,7 @@ from fedqueue.config.schema import Config
 from fedqueue.config.target import Goal, Wanted, goals
 from fedqueue.errors import ConfigurationError, RunFailed, TaskError
 from fedqueue.exception_text import exception_with_place, one_line
-from fedqueue.task import load_task
+from fedqueue.task import load_task, prepare_task
 from fedqueue_coordinator.core.events import Evaluated
 from fedqueue_coordinator.core.failures import Failures
 from fedqueue_coordinator.core.federation import Federation
@@ -166,9 +166,10 @@ class Setup:
         return outcome_of(result, variant.name, seed, tuned, target, config.clients.ids)
 
     def _datasets(self, config: Config) -> ClientDatasets:
-        key = json.dumps([config.task.model_dump(), config.clients.ids])
+        key = json.dumps([config.task.model_dump(), config.clients.ids, config.statistics.file])
         if key not in self.datasets:
             task = load_task(config.task.entrypoint, config.task.options, self.path.resolve().parent)
+            prepare_task(task, config)
             self.datasets[key] = ClientDatasets(task)
         if self.datasets[key].test_data is None:
             raise TaskError(

@@ -20,6 +20,7 @@ from fedqueue.config.redis import RedisConfig
 from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, refuse
 from fedqueue.config.secure import SecureConfig
 from fedqueue.config.secure_limits import refusal_of_masking
+from fedqueue.config.statistics import StatisticsConfig
 from fedqueue.config.target import Goal, Target, goals
 from fedqueue.config.trackers import TrackersConfig
 from fedqueue.config.training import TrainingConfig
@@ -185,6 +186,7 @@ class Config(Section):
     security: SecurityConfig = SecurityConfig()
     secure: SecureConfig = SecureConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    statistics: StatisticsConfig = StatisticsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     ledger: LedgerConfig = LedgerConfig()
     stop: StopConfig
@@ -202,6 +204,10 @@ class Config(Section):
         located = self.model_copy()
         located._folder = folder
         return located
+
+    def with_statistics(self) -> Config:
+        """A copy that carries the content of statistics.file; raises ConfigurationError where it cannot be read."""
+        return self.model_copy(update={"statistics": self.statistics.read_from(self.folder)})
 
     @model_validator(mode="after")
     def _cohort_exists(self) -> Config:
