@@ -17,6 +17,8 @@ Examples:
 
 - `fedqueue leak digits` attacks the run `digits`, which had `ledger.keep_payloads = true`.
 
+- `fedqueue leak federation.toml --also lira --also optimisation` tries the attacks that take minutes, too.
+
 - `fedqueue leak federation.toml --at-most rows=0.01 --at-most membership=0.05` exits with 1 where more leaks, for CI.
 
 - `fedqueue-worker federation.toml --client north --leak north-leak` measures one site's own update, at the site.
@@ -49,16 +51,30 @@ def leak(
         int, typer.Option(metavar="N", min=8, help="Attack about N updates, in groups of 8 spread over the run.")
     ] = 32,
     references: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, max=16, help="Reference models for the attack on the last model; 0: without."),
-    ] = 2,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=256,
+            show_default=False,
+            help="Reference models for the attacks on the last model; 0: without. Default: 2, with LiRA 64.",
+        ),
+    ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="lira|optimisation",
+            help="Try an attack that takes minutes too: LiRA on the last model, rows by optimisation. May be repeated.",
+        ),
+    ] = None,
     set_: Sets = None,
 ) -> None:
     """Measure what could be learned about the rows of clients: labels, rows, membership, each with a control.
 
     The task's rows must be on this machine: a rehearsal on public rows, or a benchmark. A site measures its own.
     """
-    from fedqueue_coordinator.operator.leak import measure_leak
+    from fedqueue_coordinator.operator.leak import Effort, measure_leak
 
-    if not measure_leak(subject, set_ or [], output, updates, references, at_most or []):
+    effort = Effort(updates, references, frozenset(also or ()))
+    if not measure_leak(subject, set_ or [], output, effort, at_most or []):
         raise typer.Exit(FAILED)

@@ -10,7 +10,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from fedqueue.config.loading import load_config
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunFailed, StoreError, TaskError
 from fedqueue.leak.attacks import ENCODINGS, Attacks, Chosen, Gallery, Seen, encoded, mean_update
+from fedqueue.leak.canaries import canary_measurements
 from fedqueue.leak.measurement import NOTHING, ROW_NOISE, Measurement, above, parse_limits
 from fedqueue.leak.rehearsal import protection
 from fedqueue.leak.report import print_table, write_leak
@@ -47,6 +48,14 @@ from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simula
 SUMS = (4, 8)
 """Numbers of updates in a sum that is compared with single updates."""
 BLOCK = max(SUMS)
+LIRA, OPTIMISATION = "lira", "optimisation"
+SLOW = {
+    LIRA: "LiRA on the last model, with 64 reference models",
+    OPTIMISATION: "rows found by optimisation, in updates of at most four rows",
+}
+"""Attacks that take long, and have to be asked for."""
+FEW_MODELS, LIRA_MODELS = 2, 64
+SAID_EVERY = 8  # reference models between two lines about them
 
 
 @dataclass(frozen=True)
@@ -103,16 +112,39 @@ class HalfDatasets(ClientDatasets):
         return self._data[client]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is attacked."""
+
+    updates: int = 32
+    references: int | None = None
+    """Reference models for the attacks on the last model; None: as many as these need."""
+    also: frozenset[str] = frozenset()
+    """Attacks of SLOW that are wanted."""
+
+    @property
+    def models(self) -> int:
+        """Reference models."""
+        if self.references is not None:
+            return self.references
+        return LIRA_MODELS if LIRA in self.also else FEW_MODELS
+
+
 def measure_leak(
-    subject: str, overrides: Sequence[str], output: Path | None, updates: int, references: int, limits: Sequence[str]
+    subject: str, overrides: Sequence[str], output: Path | None, effort: Effort, limits: Sequence[str]
 ) -> bool:
     """Measure the leak of `subject`, a configuration, a run's name, or the folder of its results.
 
     Prints the table; writes leak.json and leak.png. Returns whether every limit, ATTACK=NUMBER, holds.
     """
     at_most = parse_limits(limits, "--at-most")
-    if references % 2:
-        raise ConfigurationError("--references", references, "not even", "reference models come in pairs")
+    effort = replace(effort, also=effort.also | {name for name in SLOW for limit in at_most if limit.startswith(name)})
+    if effort.models % 2:
+        raise ConfigurationError("--references", effort.models, "not even", "reference models come in pairs")
+    for name in sorted(effort.also - {*SLOW}):
+        raise ConfigurationError("--also", name, "no attack that has to be asked for", f"write {' or '.join(SLOW)}")
+    if LIRA in effort.also and not effort.models:
+        raise ConfigurationError("--references", 0, "LiRA compares with reference models", f"set it to {LIRA_MODELS}")
     console = PlainConsole(stderr=True)
     started = time.perf_counter()
 
@@ -139,7 +171,7 @@ def measure_leak(
             recording = _simulated(config, datasets, Path(kept))
         else:
             recording = _recorded(run_folder, config)
-        measurements, galleries, about = _measure(recording, datasets, updates, references, say)
+        measurements, galleries, about = _measure(recording, datasets, effort, say)
     about = {
         "subject": config.name, "kind": "rehearsal" if rehearsal else "run",
         "batch_size": config.training.batch_size, "local_epochs": config.training.local_epochs,
@@ -222,13 +254,13 @@ def _completed(simulation: Simulation) -> RunResult:
 
 
 def _measure(
-    recording: Recording, datasets: LeakDatasets, updates: int, references: int, say: Callable[[str], None]
+    recording: Recording, datasets: LeakDatasets, effort: Effort, say: Callable[[str], None]
 ) -> tuple[list[Measurement], list[Gallery], dict[str, Any]]:
     config, task = recording.config, datasets.task
     set_seed(config.seed)
     module = task.model()
     recording.first.frozen = initial_model(config, module).frozen
-    blocks = _blocks(recording.ledger, updates)
+    blocks = _blocks(recording.ledger, effort.updates)
     if not blocks:
         raise StoreError(f"the run merged fewer than {BLOCK} updates: too few to attack")
     say(f"reading {len(blocks) * BLOCK} updates")
@@ -252,18 +284,34 @@ def _measure(
         galleries = [attacks.gallery("a version's sum", sums_of_versions, measurements)]
     else:
         measurements, galleries = _on_single_updates(recording, attacks, singles, say)
+    noise = ROW_NOISE if config.example_privacy else NOTHING
     say("attacking the steps between versions")
-    measurements += attacks.on_updates(steps, "participant", ROW_NOISE if config.example_privacy else NOTHING)
-    if references:
-        models = _references(recording, datasets, rows, references, say)
+    measurements += attacks.on_updates(steps, "participant", noise)
+    if OPTIMISATION in effort.also:
+        measurements += _by_optimisation(attacks, every or steps, "coordinator" if every else "participant", noise, say)
+    if effort.models:
+        models = _references(recording, datasets, rows, effort.models, say)
         say("attacking the last model")
         recording.head.frozen = recording.first.frozen
-        measurements += attacks.on_model(recording.head, models)
+        measurements += attacks.on_model(recording.head, models, LIRA in effort.also, noise)
+    if config.example_privacy:
+        fewest = min(len(datasets.data(config, client)[0]) for client in clients)
+        say("auditing the noise with canaries")
+        measurements += canary_measurements(config.example_privacy, config.training, fewest, config.seed)
     about = {
         "control_rows": "test_data()" if datasets.test_data is not None else "a quarter of each client's, held out",
-        "updates_attacked": len(every) or sum(map(len, blocks)), "reference_models": references,
+        "updates_attacked": len(every) or sum(map(len, blocks)), "reference_models": effort.models,
     }  # fmt: skip
     return measurements, galleries, about
+
+
+def _by_optimisation(
+    attacks: Attacks, seen: Sequence[Seen], view: str, protection: str, say: Callable[[str], None]
+) -> list[Measurement]:
+    def on_update(seconds: float) -> None:
+        say("looking for rows by optimisation" + (f": about {seconds:.0f} s more" if seconds else ""))
+
+    return attacks.by_optimisation(seen, view, protection, on_update)
 
 
 def _on_single_updates(
@@ -369,8 +417,12 @@ def _references(
     stop = recording.config.stop.model_copy(update={"updates": merged, "versions": None, "target": {}, "seconds": None})
     config = recording.config.model_copy(update={"stop": stop})
     models: list[tuple[Frame, Mapping[str, Chosen]]] = []
+    started = time.perf_counter()
     for number in range(count):
-        say(f"training reference model {number + 1} of {count}")
+        left = (time.perf_counter() - started) / number * (count - number) if number else 0.0
+        if number < 2 or number % SAID_EVERY == 0:
+            about = f": about {left:.0f} s more" if left else ""
+            say(f"training reference model {number + 1} of {count}{about}")
         half = HalfDatasets(datasets, *divmod(number, 2))
         compare = config.compare
         timing = TimingModel(compare.batch_seconds, compare.job_seconds, compare.jitter)

@@ -14,8 +14,9 @@ from fedqueue.config.compression import CompressionConfig
 from fedqueue.errors import ManifestMismatch
 from fedqueue.leak.label_shares import label_correlation, shares, shuffled_correlation
 from fedqueue.leak.layers import Layer, first_and_last
-from fedqueue.leak.measurement import Measurement
-from fedqueue.leak.membership import likelihoods, rmia_scores, update_scores
+from fedqueue.leak.measurement import NOTHING, Measurement
+from fedqueue.leak.membership import likelihoods, lira_scores, rmia_scores, update_scores
+from fedqueue.leak.optimisation import MOST_ROWS, MOST_UPDATES, rows_by_optimisation
 from fedqueue.leak.row_data import Indices, Rows, all_of, row_losses
 from fedqueue.leak.rows import RECOVERED, best_matches, candidates
 from fedqueue.leak.statistics import Numbers, Unit, auc, bootstrap, mean_of_units, split_in_two, true_positives
@@ -31,6 +32,11 @@ ENCODINGS = {
 """Encodings to compare with, where an update is posted in float32; without error feedback."""
 Chosen = npt.NDArray[np.bool_]
 
+COMPARES: Mapping[str, Callable[[Numbers, Numbers], float]] = {
+    "membership": auc, "model": auc, "lira": auc,
+    "membership_tpr": true_positives, "model_tpr": true_positives, "lira_tpr": true_positives,
+}  # fmt: skip
+"""Attacks on membership → the statistic of the scores of members and controls."""
 HALVINGS = 20
 """Random divisions of the control rows that the control of a membership attack is the mean of."""
 
@@ -148,6 +154,41 @@ class Attacks:
 
         return attack
 
+    def by_optimisation(
+        self, seen: Sequence[Seen], view: str, protection: str, on_update: Callable[[float], None]
+    ) -> list[Measurement]:
+        """Look for the rows of some of `seen` by optimisation: of the first ones of one client with few rows.
+
+        `on_update` is called before each of them, with the seconds that all the others will take, 0 if unknown.
+        """
+        few = [
+            one for one in seen
+            if len(one.trained) == 1 and 0 < len(self._places(one, next(iter(one.trained)))) <= MOST_ROWS
+        ][:MOST_UPDATES]  # fmt: skip
+        if not few:
+            problem = (
+                f"no update has {MOST_ROWS} rows or fewer of one client; rehearse with "
+                "--set training.local_steps=1 --set training.batch_size=1"
+            )
+            return self._measured(["optimisation"], problem, seen, view, protection, True)
+        done: list[float] = []
+
+        def attack(one: Seen, client: str) -> Unit:
+            started = time.perf_counter()
+            on_update(float(np.mean(done)) * (len(few) - len(done)) if done else 0.0)
+            members, control = self._members(one, client), self.control[client]
+            assert members.labels is not None
+            found = rows_by_optimisation(
+                self.task, self.model, one.base, one.delta, members.labels, control, self.seed + len(done)
+            )
+            done.append(time.perf_counter() - started)
+            hits = [best_matches(found.flatten(1).double(), _flat(rows))[0] > RECOVERED for rows in (members, control)]
+            return tuple(hit.astype(np.float64) for hit in hits)
+
+        labelled = next(iter(self.rows.values())).labels is not None
+        problem = "a row is no pair of a floating tensor and an integer label"
+        return self._measured(["optimisation"], attack if labelled else problem, few, view, protection, True)
+
     def _memberships(self) -> Callable[[Seen, str], Unit | None] | str:
         def attack(one: Seen, client: str) -> Unit:
             after = one.base.copy()
@@ -162,30 +203,42 @@ class Attacks:
 
         return attack
 
-    def on_model(self, head: Frame, references: Sequence[tuple[Frame, Mapping[str, Chosen]]]) -> list[Measurement]:
-        """Try RMIA on the rows of all clients, in the model `head`.
+    def on_model(
+        self,
+        head: Frame,
+        references: Sequence[tuple[Frame, Mapping[str, Chosen]]],
+        lira: bool = False,
+        protection: str = NOTHING,
+    ) -> list[Measurement]:
+        """Try RMIA on the rows of all clients, in the model `head`, and with `lira` LiRA too.
 
         `references`: models that were trained without some of the rows, each with client → bool (n,), for each of the
         client's rows whether the model was trained on it. They come in pairs: one of a pair was trained on a row, the
         other one not. Half of the control rows are the population, the other half the rows never trained on.
         """
         started = time.perf_counter()
-        units = []
+        units, with_lira = [], []
         target = {client: self._likelihoods(head, client) for client in self.rows}
         others = [{client: self._likelihoods(frame, client) for client in self.rows} for frame, _ in references]
         for client in self.rows:
             inside = np.array([trained[client] for _, trained in references])
             own, control = (np.array([other[client][part] for other in others]) for part in (0, 1))
-            out = np.where(inside, 0.0, own).sum(0) / (~inside).sum(0)
+            out = np.where(inside[::2], own[1::2], own[::2])  # of each pair, the model not trained on the row
             order = np.random.default_rng(self.seed).permutation(control.shape[1])
             population, never = order[::2], order[1::2]
             # A control row counts in one model of each pair too, so that its p_out has the spread of a member's.
             counted = np.random.default_rng(self.seed).integers(2, size=(len(references) // 2, control.shape[1]))
-            chosen = np.where(counted, control[::2], control[1::2]).mean(0)
-            mine, outside = target[client]
+            drawn = np.where(counted, control[::2], control[1::2])
+            chosen, (mine, outside) = drawn.mean(0), target[client]
             baseline = outside[population], chosen[population]
-            units.append((rmia_scores(mine, out, *baseline), rmia_scores(outside[never], chosen[never], *baseline)))
-        return self._of_units(["model", "model_tpr"], units, "outsider", "none", True, started, 1)
+            members = rmia_scores(mine, out.mean(0), *baseline)
+            units.append((members, rmia_scores(outside[never], chosen[never], *baseline)))
+            with_lira.append((lira_scores(mine, out), lira_scores(outside, drawn)))
+        found = self._of_units(["model", "model_tpr"], units, "outsider", protection, True, started, 1)
+        if lira:
+            started = time.perf_counter()
+            found += self._of_units(["lira", "lira_tpr"], with_lira, "outsider", protection, True, started, 1)
+        return found
 
     def pairs(self, seen: Sequence[Seen], most: int = 8) -> list[Pair]:
         """Return the rows with the best candidates in any of `seen`, best first, each row once."""
@@ -237,11 +290,10 @@ class Attacks:
             return [Measurement(name, view, protection, not_applicable=why, configured=configured) for name in names]
         measurements = []
         for name in names:
-            compares = {"membership": auc, "model": auc, "membership_tpr": true_positives, "model_tpr": true_positives}
-            statistic: Callable[..., float] = compares.get(name, _first_mean)
+            statistic: Callable[..., float] = COMPARES.get(name, _first_mean)
             halves = [half for unit in finite for half in split_in_two(unit[1], HALVINGS, self.seed)]
             value = mean_of_units(statistic)(finite)
-            control = mean_of_units(statistic)(halves) if name in compares else float(
+            control = mean_of_units(statistic)(halves) if name in COMPARES else float(
                 np.mean([unit[1].mean() for unit in finite])
             )  # fmt: skip
             rows = sum(len(unit[0]) for unit in finite)

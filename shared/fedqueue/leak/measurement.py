@@ -12,14 +12,21 @@ from fedqueue.errors import ConfigurationError
 ATTACKS = {
     "labels": "class shares read from the last layer's bias: correlation with the true shares",
     "rows": "rows read out of the first layer: share with a correlation above 0.95",
+    "optimisation": "rows found by optimisation, in updates of few rows: share with a correlation above 0.95",
     "membership": "was a row trained on in this update: AUC (0.5 is a guess)",
     "membership_tpr": "the same: members found at 1 % false alarms",
     "model": "was a row trained on at all, told from the model alone (RMIA): AUC (0.5 is a guess)",
     "model_tpr": "the same: members found at 1 % false alarms",
+    "lira": "the same question by LiRA, which compares with many models: AUC (0.5 is a guess)",
+    "lira_tpr": "the same: members found at 1 % false alarms",
+    "canaries": "canary rows: the ε that the noise has at least, with 95 % confidence; control: without canaries",
+    "canaries_estimate": "the same: the ε of a Gaussian mechanism whose canaries stand out as much; an estimate",
 }
 """Name of an attack → what its value is."""
 NOTHING = "none"
 """The protection of an update as it is posted in float32."""
+UNBOUNDED = ("canaries", "canaries_estimate")
+"""Attacks whose value is an ε; every other value is at most 1."""
 ROW_NOISE = "noise for rows"
 """The protection of an update of a run with [privacy.examples]."""
 FORMAT = 1
@@ -63,7 +70,8 @@ def parse_limits(texts: Iterable[str], key: str) -> dict[str, float]:
             limits[name] = float(number)
         except ValueError:
             equals = ""
-        if not equals or name not in ATTACKS or not 0 <= limits[name] <= 1:
+        largest = math.inf if name in UNBOUNDED else 1.0
+        if not equals or name not in ATTACKS or not 0 <= limits[name] <= largest:
             raise ConfigurationError(key, text, "no limit", f"write ATTACK=NUMBER, 0 to 1, with {', '.join(ATTACKS)}")
     return limits
 
@@ -71,10 +79,12 @@ def parse_limits(texts: Iterable[str], key: str) -> dict[str, float]:
 def above(measurements: Iterable[Measurement], limits: Mapping[Any, float]) -> list[str]:
     """Return a line for each measurement of what the run does whose value is above its control by more than its limit.
 
-    A limit is broken as well where its attack gave no number that could be compared.
+    A limit is broken as well where its attack gave no number that could be compared, or was not tried.
     """
-    lines = []
-    for m in measurements:
+    found = list(measurements)
+    tried = {m.attack for m in found}
+    lines = [f"{name}: not tried, at most {limit:g} is allowed" for name, limit in limits.items() if name not in tried]
+    for m in found:
         limit = limits.get(m.attack)
         if limit is None or not m.configured or m.not_applicable:
             continue
@@ -98,9 +108,9 @@ def table_rows(measurements: Iterable[Measurement]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
     for m in measurements:
         value, interval, control = "–", "", ""
-        if m.value is not None and m.control is not None and m.interval is not None:
+        if m.value is not None and m.control is not None:
             value, control = f"{m.value:.3f}", f"{m.control:.3f}"
-            interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}"
+            interval = f"{m.interval[0]:.3f} to {m.interval[1]:.3f}" if m.interval else ""
         elif m.not_applicable:
             interval = f"not applicable: {m.not_applicable}"
         rows.append((m.attack, m.view, m.protection, value, interval, control, str(m.rows), f"{m.seconds:.1f}"))

@@ -6,6 +6,10 @@ import numpy as np
 
 from fedqueue.leak.statistics import Numbers
 
+MANY = 32
+"""From so many reference models on, the spread of each row's own scores is better than that of all rows together."""
+SURE = 1e-12
+"""A probability is taken to be at least this far from 1."""
 OFFLINE_A = 0.3
 """The coefficient a of RMIA's offline form: p_in ≈ a · p_out + 1 − a."""
 
@@ -36,3 +40,25 @@ def rmia_scores(target: Numbers, reference: Numbers, population: Numbers, popula
 
 def _ratio(target: Numbers, reference: Numbers) -> Numbers:
     return target / ((1 + OFFLINE_A) / 2 * reference + (1 - OFFLINE_A) / 2)
+
+
+def lira_scores(target: Numbers, out: Numbers) -> Numbers:
+    """Return the LiRA score of each row, (n,): by how many standard deviations its confidence is above that of models
+    that were not trained on it.
+
+        z(x) = (φ(x | θ) − mean φ_out(x)) / std φ_out(x),   φ = log(p / (1 − p))
+
+    (Carlini et al., arXiv 2112.03570, section VI, the offline attack, whose score Φ(z) has the same order). `target`:
+    p(x | θ) under the model that is attacked, (n,); `out`: the same under k models not trained on x, (k, n). With fewer
+    than MANY of them, the spread is that of all rows together.
+    """
+    confidence, others = _confidence(target), _confidence(out)
+    spread = others.std(0) if len(others) >= MANY else np.sqrt(others.var(0).mean())
+    scores: Numbers = (confidence - others.mean(0)) / np.maximum(spread, SURE)
+    return scores
+
+
+def _confidence(likelihood: Numbers) -> Numbers:
+    bounded = np.clip(likelihood, SURE, 1 - SURE)
+    scores: Numbers = np.log(bounded) - np.log1p(-bounded)
+    return scores

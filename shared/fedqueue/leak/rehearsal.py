@@ -9,6 +9,7 @@ from typing import Any
 from fedqueue.config.client import Client
 from fedqueue.config.schema import Config
 from fedqueue.leak.attacks import ENCODINGS, Attacks, Gallery, Seen, encoded
+from fedqueue.leak.canaries import canary_measurements
 from fedqueue.leak.measurement import NOTHING, ROW_NOISE, Measurement
 from fedqueue.leak.row_data import all_of, hold_out, matched, rows_of, rows_of_job
 from fedqueue.local_model import LocalModel
@@ -80,6 +81,8 @@ def rehearse(
     for name in ENCODINGS if compare and posted == NOTHING else ():
         if arrived := encoded(seen, name, config.seed):
             measurements += attacks.on_updates(arrived, "coordinator", name, configured=False)
+    if config.example_privacy and compare:
+        measurements += canary_measurements(config.example_privacy, config.training, len(trained), config.seed)
     kind = "test_data()" if test is not None else "a quarter of the client's rows, held out"
     return Rehearsal(measurements, galleries, kind)
 
