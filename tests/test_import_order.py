@@ -25,7 +25,7 @@ SOURCES = {
 }
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.errors", "fedqueue.exception_text"),
-    ("fedqueue.exit_codes", "fedqueue.logs"),
+    ("fedqueue.exit_codes", "fedqueue.logs", "fedqueue.tracing"),
     ("fedqueue.config",),
     ("fedqueue.protocol",),
     ("fedqueue.tensors",),

@@ -16,6 +16,7 @@ from fedqueue_coordinator.tracking.feed import run_start
 from fedqueue_coordinator.tracking.narrator import Narrator
 from fedqueue_coordinator.tracking.tensorboard_tracker import TensorBoardTracker
 from tests.support.builders import make_config
+from tests.support.waiting import wait_until
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own deprecations are no fault of ours
 
@@ -150,7 +151,9 @@ def test_wandb_writes_a_run_for_its_sync(tmp_path: Path, results: Path) -> None:
     settings = WandbConfig(folder=str(tmp_path))
     track(WandbTracker(settings), results)
     [run] = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    content = run.read_bytes()
+    content = wait_until(
+        lambda: data if b"fed-results" in (data := run.read_bytes()) else b"", "wandb's service to write"
+    )
     written = ("learning_rate", "versions: 2 of 2", "model.safetensors", "fed-results")
     for text in (*(name for name in CURVES if "_by_updates" not in name), *written):
         assert text.encode() in content, text

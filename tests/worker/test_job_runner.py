@@ -217,7 +217,7 @@ def test_only_a_delta_and_counted_metrics_leave(fake_run: SampleRun, site: Train
         "last_jobs",
     }
     assert set(read(Update, entry.body).model_dump()) == {
-        "examples", "encoding", "nbytes", "chunks", "metrics", "seconds", "digest",
+        "examples", "encoding", "nbytes", "chunks", "metrics", "seconds", "digest", "traceparent",
     }  # fmt: skip
     everything = repr(fake_run.contents()).encode()
     assert b"the rows of c0" not in everything

@@ -46,6 +46,7 @@ from fedqueue.tensors.codec import downlink_codec, uplink_codec
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
+from fedqueue.tracing import NO_TRACING, Tracing
 from fedqueue.transport.connection import refusal
 from fedqueue.transport.worker_store import Claim, WorkerStore
 from fedqueue.transport.zero_copy import Command
@@ -91,6 +92,7 @@ class JobRunner:
         measured: Config | None = None,
         masking: Masking | None = None,
         privacy_folder: Path = Path("privacy"),
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`masking` is that of a run with keepers.
 
@@ -98,6 +100,7 @@ class JobRunner:
 
         `machine` has the settings of [training] that are this machine's own, such as its device. `measured` is the
         configuration that the policy's `max_leak` was measured with. `privacy_folder` has the clients' accounts.
+        `tracing` makes a span for each job and its parts.
         """
         self._measured, self._masking = measured, masking
         self._keepers_known = False  # every keeper has stored a key: none of them is waited for before a training
@@ -116,7 +119,7 @@ class JobRunner:
         self._accepted: set[str] = set()  # clients with an accepted update
         self._logged: set[str] = set()  # failures whose traceback is in the log
         self._policy, self._egress_log = policy, egress_log
-        self._privacy_folder = privacy_folder
+        self._privacy_folder, self._tracing = privacy_folder, tracing
         self._accounts: dict[str, PrivacyAccount] = {}
         self._privacy: ExamplePrivacyConfig | None = None  # of the last order that protects rows
         self.jobs = 0
@@ -156,15 +159,27 @@ class JobRunner:
         wanted = self._retrying.open_order(order)
         if wanted.run != self._store.run or wanted.client not in self._clients:
             raise WireError(f"order for client {wanted.client} of run {wanted.run}: not served here")
+        with self._tracing.span("job", wanted.traceparent, "consumer", job=wanted.job, client=wanted.client) as span:
+            return self._carry_out(wanted, span or wanted.traceparent, on_progress, commands_for_post)
+
+    def _carry_out(
+        self,
+        wanted: Order,
+        traceparent: str,
+        on_progress: Callable[[], None],
+        commands_for_post: Callable[[], list[Command]],
+    ) -> bool:
+        """Claim a job and report how it ended; as `train`."""
         try:
-            claim = self._retrying.claim(wanted.job, self._lease_seconds, wanted.client)
+            with self._tracing.span("claim"):
+                claim = self._retrying.claim(wanted.job, self._lease_seconds, wanted.client)
         except (JobClosed, ServerUnavailable, SignatureError) as error:
             log.warning("job not begun", job=wanted.job, reason=str(error))
             return False
         self._heartbeat.begin(claim)
         try:
             with self._interruptible():
-                return self._attempt(wanted, claim, on_progress, commands_for_post)
+                return self._attempt(wanted, claim, traceparent, on_progress, commands_for_post)
         except (PolicyRefusal, SignatureError) as error:
             final = isinstance(error, BudgetSpent)
             log.warning(
@@ -196,6 +211,7 @@ class JobRunner:
         self,
         order: Order,
         claim: Claim,
+        traceparent: str,
         on_progress: Callable[[], None],
         commands_for_post: Callable[[], list[Command]],
     ) -> bool:
@@ -219,11 +235,12 @@ class JobRunner:
             heartbeat.after_piece()
             made_progress()
 
-        if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
-            self._base.frozen = self._retrying.fetch_frozen(nbytes, heartbeat.progress, received_piece)
-        model = self._retrying.fetch_model(
-            claim.version, self._downlink, self._base, heartbeat.progress, received_piece
-        )
+        with self._tracing.span("fetch", version=claim.version):
+            if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
+                self._base.frozen = self._retrying.fetch_frozen(nbytes, heartbeat.progress, received_piece)
+            model = self._retrying.fetch_model(
+                claim.version, self._downlink, self._base, heartbeat.progress, received_piece
+            )
         if not self._keep_base:
             self._retrying.release_base(claim)
         heartbeat.enter(Phase.TRAINING)
@@ -238,17 +255,35 @@ class JobRunner:
         report = slowed(trained_batch, self._slowdown.get(client.id, 1.0))
         progress = self._model.progress(client, claim.version, report)
         noise_key = self._pay(order, data) if order.privacy else b""
-        update = compute_update(self._task, self._model, data, order, self._base, self._local, progress, noise_key)
+        with self._tracing.span("train"):
+            update = compute_update(self._task, self._model, data, order, self._base, self._local, progress, noise_key)
         update = self._policy.without_withheld_metrics(update)
-        update, payload = self._encode(order, claim, update, model)
+        if traceparent:
+            update = update.model_copy(update={"traceparent": traceparent})
+        with self._tracing.span("encode"):
+            update, payload = self._encode(order, claim, update, model)
         self._egress_log.log_update(claim, update, payload)
         made_progress()
-
-        heartbeat.enter(Phase.SENDING)
         commands = commands_for_post()
-        result = self._retrying.post(
-            claim, update, payload, commands, heartbeat.job_lease_seconds, heartbeat.progress, made_progress
-        )
+        self._post(order, claim, update, payload, commands, made_progress)
+        return bool(commands)
+
+    def _post(
+        self,
+        order: Order,
+        claim: Claim,
+        update: Update,
+        payload: BlobBuffer,
+        commands: list[Command],
+        made_progress: Callable[[], None],
+    ) -> None:
+        """Post the update, with `commands` behind it."""
+        heartbeat = self._heartbeat
+        heartbeat.enter(Phase.SENDING)
+        with self._tracing.span("post", bytes=update.nbytes):
+            result = self._retrying.post(
+                claim, update, payload, commands, heartbeat.job_lease_seconds, heartbeat.progress, made_progress
+            )
         # Replayed: an earlier try was stored, and its answer was lost.
         if result in (PostResult.ACCEPTED, PostResult.REPLAYED):
             self._feedback.accepted(order.client, self._local)
@@ -260,7 +295,6 @@ class JobRunner:
             )
         else:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
-        return bool(commands)
 
     def _encode(self, order: Order, claim: Claim, update: Update, model: str) -> tuple[Update, BlobBuffer]:
         """The header and the payload to post; `model` is the digest of the base version."""

@@ -43,6 +43,7 @@ from fedqueue.protocol.run_info import RunInfo
 from fedqueue.secure.masked_update import Masking
 from fedqueue.task import Task, make_model, prepare_task
 from fedqueue.tensors.manifest import Manifest
+from fedqueue.tracing import start_tracing
 from fedqueue.training import check_device, check_training, set_seed
 from fedqueue.transport.connection import limit_retries
 from fedqueue.transport.retry import RedisRetry, transient_reason
@@ -120,6 +121,7 @@ class Worker:
         if identity and secure.on:
             identity.require_keepers(secure.keepers)
         prepare_task(self.task, run_config)
+        tracing = start_tracing(self.config.opentelemetry.traces, "fedqueue-worker")
         model = self._make_model(info, run_config)
         masking = Masking(run_config, Manifest.unpack(info.manifest)) if secure.on else None
         dispatch = run_config.dispatch
@@ -131,6 +133,7 @@ class Worker:
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
             run_config.aggregation, self.config.training, run_config, masking, Path(self.config.privacy.folder),
+            tracing,
         )  # fmt: skip
         heartbeat.start()
         try:
@@ -144,6 +147,7 @@ class Worker:
             heartbeat.stop()
             with contextlib.suppress(redis.RedisError):  # then the coordinator expires the clients
                 self.store.leave(self.clients)
+            tracing.stop()
         if identity and identity.broken:
             raise SignatureError(identity.broken)
         return self.ended_because or "stopped"

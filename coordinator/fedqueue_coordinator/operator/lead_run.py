@@ -11,9 +11,10 @@ from fedqueue.errors import ServerUnavailable
 from fedqueue.exit_codes import stop_signals
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.task import Task
+from fedqueue.tracing import Tracing, start_tracing
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.run_summary import RunResult
-from fedqueue_coordinator.operator.local_run import clear_ended, deliver_and_print
+from fedqueue_coordinator.operator.local_run import COORDINATOR_SERVICE, clear_ended, deliver_and_print
 from fedqueue_coordinator.operator.progress_view import LiveView
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, RunFolder
 from fedqueue_coordinator.service.coordinator import Coordinator
@@ -39,8 +40,11 @@ def lead_run(
     `overwrite`, a run that has ended is deleted from Redis first. Raises as `Coordinator.run`, and
     KeyboardInterrupt if Ctrl-C ended this process while Redis was away.
     """
-    with HookFeed(config, make_trackers(config)) as feed:
-        return _lead(config, task, connection, identity, folder, quiet, standby, resume, overwrite, feed)
+    with (
+        HookFeed(config, make_trackers(config)) as feed,
+        start_tracing(config.opentelemetry.traces, COORDINATOR_SERVICE) as tracing,
+    ):
+        return _lead(config, task, connection, identity, folder, quiet, standby, resume, overwrite, feed, tracing)
 
 
 def _lead(
@@ -54,6 +58,7 @@ def _lead(
     resume: bool,
     overwrite: bool,
     feed: HookFeed,
+    tracing: Tracing,
 ) -> RunResult | None:
     store = CoordinatorStore(connection, config.name, new_owner(), identity)
     if overwrite:
@@ -75,6 +80,7 @@ def _lead(
         owns_folder=folder.reclaim,
         deliver_ended=folder.has_unfinished_run,
         observer=feed,
+        tracing=tracing,
     )
     for signum in stop_signals():
         signal.signal(signum, lambda *_: leading.pause())

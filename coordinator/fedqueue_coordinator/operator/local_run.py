@@ -22,6 +22,7 @@ from fedqueue.exception_text import one_line
 from fedqueue.exit_codes import DONE, FAILED, INTERRUPTED, stop_signals
 from fedqueue.logs import warnings_shown
 from fedqueue.protocol.key_files import write_private
+from fedqueue.tracing import Tracing, start_tracing
 from fedqueue.transport.connection import check, connect
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.operator.local_keepers import NO_PROTECTION, LocalKeepers
@@ -38,6 +39,9 @@ if TYPE_CHECKING:  # some of these import torch, which `run_federation` does whi
     from fedqueue_coordinator.service.coordinator import Coordinator
     from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
     from fedqueue_coordinator.tracking.hooks import RunHooks
+
+COORDINATOR_SERVICE = "fedqueue-coordinator"
+"""The service's name in traces."""
 
 
 def run_local(
@@ -66,8 +70,11 @@ def run_federation(
     from the server's data or the checkpoint in `folder`; with `overwrite`, a run that has ended is deleted from Redis
     first. With `verbose`, the workers log debug lines too. `hooks` follow the run, and the configuration's trackers.
     """
-    with HookFeed(config, make_trackers(config, hooks)) as feed:
-        return _run(config, launch, folder, quiet, resume, task, verbose, overwrite, feed)
+    with (
+        HookFeed(config, make_trackers(config, hooks)) as feed,
+        start_tracing(config.opentelemetry.traces, COORDINATOR_SERVICE) as tracing,
+    ):
+        return _run(config, launch, folder, quiet, resume, task, verbose, overwrite, feed, tracing)
 
 
 def _run(
@@ -80,6 +87,7 @@ def _run(
     verbose: bool,
     overwrite: bool,
     feed: HookFeed,
+    tracing: Tracing,
 ) -> RunResult | None:
     config = config.with_statistics()
     with contextlib.ExitStack() as stack:
@@ -136,6 +144,7 @@ def _run(
             owns_folder=folder.reclaim,
             deliver_ended=resume,
             observer=feed,
+            tracing=tracing,
         )
         progress.fail = coordinator.fail
         stack.enter_context(_signals(coordinator))

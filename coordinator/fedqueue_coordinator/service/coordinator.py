@@ -31,6 +31,7 @@ from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.blobs import chunks_of
 from fedqueue.tensors.frame import Frame
+from fedqueue.tracing import NO_TRACING, Tracing
 from fedqueue.training import check_device
 from fedqueue.transport import rq_jobs
 from fedqueue.transport.connection import eviction_note, refusal
@@ -84,6 +85,7 @@ from fedqueue_coordinator.service.portions import TOGETHER, log_events, log_gone
 from fedqueue_coordinator.service.publication import publish_newest
 from fedqueue_coordinator.service.recovery import restore_federation
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER, keep_replay
+from fedqueue_coordinator.service.update_traces import UpdateTraces
 
 log = structlog.get_logger("fedqueue.coordinator")
 
@@ -110,6 +112,7 @@ class Coordinator:
         owns_folder: Callable[[], bool] = lambda: True,
         deliver_ended: bool = False,
         observer: RunObserver | None = None,
+        tracing: Tracing = NO_TRACING,
     ) -> None:
         """`folder` is for the checkpoint and for kept payloads, which are written only if `owns_folder` returns true.
 
@@ -118,8 +121,8 @@ class Coordinator:
         `on_wait` is called before each wait for Redis. With `reopen`, a run that has ended is continued from the
         checkpoint. With `deliver_ended`, `run` returns the result of a run that has ended in Redis again, as its
         coordinator may have died before it wrote the results. `observer` is told what the ledger gets, after Redis has
-        it. Raises ConfigurationError for an algorithm that cannot be
-        made, and for a target without test data to measure it on.
+        it. `tracing` makes a span for each dispatch, merge and version. Raises ConfigurationError for an algorithm that
+        cannot be made, and for a target without test data to measure it on.
         """
         self.config = config
         self.task = task
@@ -144,6 +147,7 @@ class Coordinator:
         self._memory = MemoryWatch(store.redis)
         self._on_wait = on_wait
         self._observer = observer or RunObserver()
+        self._traces = UpdateTraces(tracing)
         self._reopen = reopen
         self._owns_folder, self._deliver_ended = owns_folder, deliver_ended
         self._ended_before = False  # whether the run had ended in Redis before this process led it
@@ -509,7 +513,7 @@ class Coordinator:
         return None
 
     def _dispatch(self, dispatch: Dispatch) -> None:
-        order = make_order(self.config, dispatch)
+        order = self._traces.dispatching(make_order(self.config, dispatch))
         packed = self.store.pack_order(order)
         self._failpoint("before dispatch")
         lease = self.config.dispatch.lease_seconds
@@ -529,6 +533,7 @@ class Coordinator:
         self._failpoint("after propose")
 
     def _load(self, load: Load) -> UpdateLoaded | MaskedUpdateLoaded | UpdateUnreadable:
+        self._traces.reading(load.arrived)
         try:
             if self.config.secure.on:
                 return MaskedUpdateLoaded(load, read_masked_update(self.store, self.federation, load))
@@ -562,6 +567,7 @@ class Coordinator:
             return JobStays(close.job, client, AbandonReason(reason))
         if closed:
             self._observer.recorded(close.record)
+            self._traces.closed(close.record)
         if not close.entry:
             rq_jobs.forget(store.redis, store.keys.queue(client), close.job)
         if close.record["kind"] == "rejected":
@@ -608,6 +614,7 @@ class Coordinator:
             self._keepers.committed(arrived.job for commit in self._unpublished for arrived in commit.merged)
         for commit in self._unpublished:
             self._observer.recorded(commit.record)
+            self._traces.committed(commit)
         self._unpublished = []
         self._failpoint("after commit")
         self._base_versions.keep_stored(stored, wire)

@@ -121,6 +121,13 @@ class EvaluationConfig(Section):
     """Evaluates the newest version at this interval, where it is new; `off`: not by time."""
 
 
+class OpenTelemetryConfig(Section):
+    """Traces of this machine's processes, each site's own: `pip install 'fedqueue[opentelemetry]'`."""
+
+    traces: bool = False
+    """Sends spans by OTLP over HTTP to the collector that OTEL_EXPORTER_OTLP_ENDPOINT names."""
+
+
 class CheckpointConfig(Section):
     """The coordinator's own copy of the run, for the case that Redis loses everything."""
 
@@ -191,6 +198,7 @@ class Config(Section):
     ledger: LedgerConfig = LedgerConfig()
     stop: StopConfig
     trackers: TrackersConfig = Field(default=TrackersConfig(), exclude=True)
+    opentelemetry: OpenTelemetryConfig = Field(default=OpenTelemetryConfig(), exclude=True)
     compare: CompareConfig = Field(default=CompareConfig(), exclude=True)
     _folder: Path = PrivateAttr(default=Path())
 

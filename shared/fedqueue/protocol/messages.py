@@ -31,6 +31,8 @@ Natural = Annotated[int, Field(ge=0, lt=2**53)]  # Lua and JSON represent these 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 EncodingName = Annotated[str, Field(pattern=r"^(float32|float16|bfloat16|int8|topk|randomk|ring32)(\+zstd)?$")]
 JobId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,100}$")]
+Traceparent = Annotated[str, Field(pattern=r"^(00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2})?$")]
+"""A span of OpenTelemetry, as the W3C's Trace Context writes it; empty for none."""
 
 
 class Message(BaseModel):
@@ -53,6 +55,8 @@ class Order(Message):
     training: TrainingConfig
     privacy: ExamplePrivacyConfig | None = None
     """[privacy.examples]; None where it is off."""
+    traceparent: Traceparent = ""
+    """The coordinator's span of the dispatch, of which the worker's spans are children."""
 
 
 class Registration(Message):
@@ -83,6 +87,8 @@ class Update(Message):
     """Training time on the client."""
     digest: Digest | Literal[""] = ""
     """SHA-256 of the payload; empty in an unsigned run."""
+    traceparent: Traceparent = ""
+    """The worker's span of the job; that of the order where the worker makes none."""
 
 
 class SealedSeed(Message):
