@@ -23,7 +23,7 @@ from tests.support.command_line import CommandLine
 
 COMMANDS = (
     "run", "coordinator", "worker", "list", "status", "track", "export", "audit", "remove", "compare", "leak",
-    "privacy", "acl", "certs", "enroll", "keygen", "revoke", "init",
+    "privacy", "describe", "acl", "certs", "enroll", "keygen", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 

@@ -28,9 +28,11 @@ from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import ConfigurationError, FedqueueError, StoreError, WireError
 from fedqueue.protocol.key_files import SigningKey, read_public_keys
 from fedqueue.protocol.messages import (
+    AnswerPiece,
     Cohort,
     Ending,
     Evaluation,
+    HistogramRange,
     KeeperKey,
     Masked,
     MaskedUpdate,
@@ -38,6 +40,7 @@ from fedqueue.protocol.messages import (
     Offer,
     Opened,
     Order,
+    Question,
     Registration,
     SealedSeed,
     Update,
@@ -185,6 +188,15 @@ DECODERS: dict[str, Decoder] = {
     "update": _message(Update, examples=3, nbytes=72, chunks=1, metrics={"loss": 0.5}, seconds=0.1),
     "order": _message(Order, run="r", job="r-00000001", client="c0", seed=1, training=TrainingConfig()),
     "registration": _message(Registration, client="c0", examples=10),
+    "question": _message(
+        Question,
+        run="r",
+        instance="i" * 32,
+        part=2,
+        min_count=10,
+        ranges={"age": HistogramRange(low=0.0, high=128.0, bins=64)},
+    ),
+    "answer_piece": _message(AnswerPiece, client="c0", part=1, piece=0, pieces=2, body=b"{}"),
     "ending": _message(Ending, reason="failed", error="E: x"),
     "evaluation": _message(Evaluation, version=1, metrics={"loss": 1.0}),
     "masked_update": _message(

@@ -38,6 +38,11 @@ class EgressLog:
         size = len(unavailable.error.encode())
         self._append("unavailable", client=unavailable.client, bytes=size, text=unavailable.error)
 
+    def log_answer(self, client: str, part: int, answer: bytes, refusal: str, **about: Any) -> None:
+        """Log an answer to `fedqueue describe`: its part, bytes, and what it is about. Call this before it is sent."""
+        text = {"text": refusal} if refusal else about
+        self._append("statistics", client=client, part=part, bytes=len(answer), **text)
+
     def log_update(self, claim: Claim, update: Update, payload: BlobBuffer) -> None:
         """Log an update: bytes, SHA-256, names of metrics, seconds, base version. Call this before the post.
 

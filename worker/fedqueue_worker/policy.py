@@ -11,6 +11,8 @@
     keepers = ["university", "court"]  # the only keepers that a run may have
     min_keepers = 2                    # keepers that a run must have
     min_cohort = 5                     # clients that a run must have in every sum
+    statistics = ["count", "mean"]     # what `fedqueue describe` may learn; left out: all of it; []: nothing
+    min_count = 10                     # rows that each figure of `fedqueue describe` is about, at least
     max_epsilon = 8.0                  # what a client's rows may spend, over all runs; jobs without noise are refused
     delta = 1e-5                       # the δ of max_epsilon
 
@@ -21,6 +23,9 @@ above it is left out. A job with other settings is refused, because nothing was 
 
 A client is left out of a run whose secure aggregation does not satisfy `keepers`, `min_keepers` and `min_cohort`. Where
 one of these is set, a run without secure aggregation does not.
+`statistics` names some of count, mean, variance, histogram and categories. A site that requires keepers or noise
+describes no data, because the figures would be neither masked nor noised.
+
 `max_epsilon` is checked against the site's own account (`fedqueue_worker.privacy_account`) before each job, whatever
 the coordinator says. `require = ["privacy.examples"]` demands noise without a limit.
 
@@ -46,6 +51,7 @@ from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import BudgetSpent, PolicyRefusal
 from fedqueue.privacy.spending import Spending, over_budget
 from fedqueue.protocol.messages import Order, Update
+from fedqueue.statistics.site_answers import StatisticName
 from fedqueue.task import Task
 
 ROW_PRIVACY = "privacy.examples"
@@ -73,6 +79,8 @@ class Policy(BaseModel):
     min_keepers: Limit | None = None
     min_cohort: Limit | None = None
     max_leak: dict[Literal["labels", "rows", "membership", "membership_tpr"], Annotated[float, Field(ge=0, le=1)]] = {}
+    statistics: list[StatisticName] | None = None
+    min_count: Limit | None = None
     max_epsilon: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     delta: Annotated[float, Field(gt=0, lt=1)] | None = None
 
@@ -82,6 +90,24 @@ class Policy(BaseModel):
             has, lacks = ("delta", "max_epsilon") if self.max_epsilon is None else ("max_epsilon", "delta")
             raise refuse(f"{has} has no meaning without {lacks}", f"set {lacks}")
         return self
+
+    @model_validator(mode="after")
+    def _statistics_have_what_they_need(self) -> Policy:
+        for name, needed in (("mean", "count"), ("variance", "mean"), ("histogram", "count"), ("categories", "count")):
+            if self.statistics and name in self.statistics and needed not in self.statistics:
+                raise refuse(f"statistics names {name!r} without {needed!r}", f"add {needed!r}, or leave out {name!r}")
+        return self
+
+    def check_description(self) -> None:
+        """Raises NoPart where the policy lets no statistics of the site's data out."""
+        if self.statistics == []:
+            raise NoPart("statistics: this site describes no data")
+        for name in ("keepers", "min_keepers", "min_cohort"):
+            if getattr(self, name) is not None:
+                raise NoPart(f"{name}: this site requires keepers, and statistics leave without masks")
+        if self.max_epsilon is not None or ROW_PRIVACY in self.require:
+            name = "require" if self.max_epsilon is None else "max_epsilon"
+            raise NoPart(f"{name}: this site requires noise, and statistics leave without any")
 
     def check_task(self, entrypoint: str) -> None:
         """Raises PolicyRefusal where the policy does not allow the task."""

@@ -54,6 +54,7 @@ from fedqueue_worker.job_runner import JobRunner
 from fedqueue_worker.policy import ALLOW_ALL, NoPart, Policy
 from fedqueue_worker.retrying_store import RetryingStore
 from fedqueue_worker.rq_worker import TrainingWorker
+from fedqueue_worker.site_statistics import SiteStatistics
 
 log = structlog.get_logger("fedqueue.worker")
 
@@ -104,7 +105,7 @@ class Worker:
         self.policy.check_task(self.config.task.entrypoint)
         for signum in stop_signals():  # until RQ installs its own: while waiting, joining, loading
             signal.signal(signum, self._on_signal)
-        info = self._wait_for_run()
+        info = self._wait_for_run(candidates)
         if info.state != "running":
             return f"the run has ended: {info.stopped_because}"
         identity = self.store.identity
@@ -161,9 +162,13 @@ class Worker:
             problem = f"is not one of the {len(known)} clients of run {self.store.run!r}"
             raise ConfigurationError("--client", client, problem, f"{meant} --new-client to add a client to the run")
 
-    def _wait_for_run(self) -> RunInfo:
-        """The run's state once it has a first version; raises SystemExit where a signal comes before that."""
+    def _wait_for_run(self, candidates: Sequence[Sequence[str]]) -> RunInfo:
+        """The run's state once it has a first version; until then, questions about the data are answered.
+
+        Raises SystemExit where a signal comes before that.
+        """
         logged = False
+        statistics = SiteStatistics(self.config, self.task, self._retrying, self.policy, self.egress_log)
         while not self._told_to_stop:
             try:
                 info = self._retrying.info()
@@ -174,6 +179,7 @@ class Worker:
             if not logged:
                 log.info("waiting for a coordinator to start the run", run=self.store.run)
                 logged = True
+            statistics.answer_if_asked(candidates, lambda: self._told_to_stop)
             time.sleep(POLL_SECONDS)
         raise SystemExit(DONE)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedqueue.protocol.messages import Ending, Order, Unavailable, Update
+from fedqueue.protocol.messages import Ending, Order, Question, Unavailable, Update
 from fedqueue.protocol.post_result import PostResult
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.tensors.blobs import BlobBuffer
@@ -33,6 +33,18 @@ class RetryingStore:
     def info(self) -> RunInfo:
         """As `WorkerStore.info`."""
         return self._retry.call(self._store.info)
+
+    def question(self) -> Question | None:
+        """As `WorkerStore.question`."""
+        return self._retry.call(self._store.question)
+
+    def take_question(self, question: Question, client: str) -> bool:
+        """As `WorkerStore.take_question`."""
+        return self._retry.call(partial(self._store.take_question, question, client))
+
+    def answer(self, question: Question, client: str, body: bytes, refusal: str = "") -> None:
+        """As `WorkerStore.answer`."""
+        self._retry.call(partial(self._store.answer, question, client, body, refusal))
 
     def join(self, candidates: Sequence[str], lease_seconds: float) -> str | None:
         """As `WorkerStore.join`."""

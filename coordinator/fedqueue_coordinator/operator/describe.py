@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,25 @@ WIDTH = 140
 MOST_SITES = 8  # as columns of the table of sites
 
 
-def describe(path: Path, overrides: Sequence[str], output: Path | None, as_json: bool) -> bool:
-    """Describe the data of all clients on this machine; write JSON and a picture, and print tables, or JSON.
+def describe(
+    path: Path, overrides: Sequence[str], output: Path | None, as_json: bool, url: str = "", wait_seconds: float = 60
+) -> bool:
+    """Describe the data of all clients; write JSON and a picture, and print tables, or JSON.
+
+    With `url`, or with redis.url in the configuration, the workers of the run are asked, each for at most
+    `wait_seconds`; without, the clients' data is on this machine.
 
     Returns whether each client answered. Raises ConfigurationError for a run whose rows are protected by keepers or
-    noise, and TaskError where no client answered.
+    noise, TaskError or FedqueueError where no client answered, and RunExists where the run has begun.
     """
     config = load_config(path, overrides)
     named = config.statistics.file
     target = output or (config.folder / named if named else Path("describe.json"))
     require_plain(config)
-    statistics = describe_here(config, load_task(config.task.entrypoint, config.task.options, config.folder))
+    if address := config.redis.address(url):
+        statistics = _ask_workers(config, address, wait_seconds)
+    else:
+        statistics = describe_here(config, load_task(config.task.entrypoint, config.task.options, config.folder))
     write(statistics, target)
     if as_json:
         typer.echo(json_text(statistics.model_dump(mode="json"), indent=2))
@@ -80,6 +88,27 @@ def describe_here(config: Config, task: Task) -> Statistics:
     first = {name: table.first_answer() for name, table in tables.items()}
     bins = common_bins(first, config.statistics.bins, config.statistics.bounds)
     return merge(config.name, first, {name: table.second_answer(bins) for name, table in tables.items()}, bins, refused)
+
+
+def _ask_workers(config: Config, address: str, wait_seconds: float) -> Statistics:
+    from fedqueue.protocol.coordinator_identity import load_coordinator_identity
+    from fedqueue.transport.connection import check, connect
+    from fedqueue.transport.store import Store
+    from fedqueue_coordinator.service.statistics_exchange import StatisticsExchange
+
+    signed = config.security.signatures == "required"
+    identity = load_coordinator_identity(Path(config.security.keys), config.name) if signed else None
+    connection = connect(address, tls=config.redis.tls)
+    check(connection, address)
+    said: list[str] = []
+
+    def waiting(clients: Collection[str]) -> None:
+        if said != sorted(clients):
+            said[:] = sorted(clients)
+            typer.echo(f"fedqueue: waiting for {_listed(said)}", err=True)
+
+    store = Store(connection, config.name)
+    return StatisticsExchange(store, identity, config.clients.ids, wait_seconds, waiting).describe(config)
 
 
 def write(statistics: Statistics, target: Path) -> None:
@@ -187,7 +216,10 @@ def remarks(statistics: Statistics) -> list[str]:
         )
     for site, kept in statistics.kept_back.items():
         lines.append(f"{site} keeps back {_listed(kept)}: its policy.toml does not name them under statistics")
-    lines.extend(f"{site} answered nothing: {one_line(why)}" for site, why in statistics.refused.items())
+    for site, why in statistics.refused.items():
+        lines.append(
+            f"{site} {'gives no histogram' if site in statistics.sites else 'answered nothing'}: {one_line(why)}"
+        )
     if any(isinstance(of, NumberStatistics) and of.quantiles for of in statistics.columns.values()):
         lines.append("A quantile of all rows is within its ±; ≥ and ≤ stand where it is in an open bin.")
     return lines

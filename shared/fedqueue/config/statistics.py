@@ -27,6 +27,8 @@ class StatisticsConfig(Section):
     file: Annotated[Text | None, OFF] = None
     """The `describe.json` that `fedqueue describe` wrote, relative to the configuration file: the coordinator and each
     site give it to `Task.prepare` before anything else. `off`: `Task.prepare` is not called."""
+    folder: Text = Field(default="statistics", exclude=True)
+    """`fedqueue-worker`: folder in which a site keeps what it answered, so that it answers the same again."""
     values: dict[str, Any] = {}
     """The content of `file`. It is read with the configuration, and travels in it."""
 

@@ -31,9 +31,11 @@ from fedqueue.protocol.msgpack import pack_record
 from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import (
+    ANSWER,
     COHORT,
     EVALUATED,
     ORDER,
+    QUESTION,
     RUN_DESCRIPTOR,
     VERSION,
     Digestible,
@@ -198,6 +200,16 @@ class CoordinatorIdentity:
         return open_envelope(
             data, self._clients.keys_of(client), kind, self._scope, [client, *about], f"client {client}"
         )
+
+    def sign_question(self, body: bytes) -> bytes:
+        """The signed envelope of a packed `Question`, which belongs to no instance of the run."""
+        return sign_envelope(self._key, QUESTION, Scope(self._run), [], body)
+
+    def open_answer(self, client: str, instance: str, about: Sequence[str | int], data: bytes) -> bytes:
+        """The body of a client's envelope for that question; raises as `open`."""
+        scope = Scope(self._run, instance)
+        keys = self._clients.keys_of(client)
+        return open_envelope(data, keys, ANSWER, scope, [client, *about], f"client {client}").body
 
     def is_enrolled(self, client: str) -> bool:
         """Whether the client has a public key here that is not revoked."""

@@ -69,6 +69,10 @@ class FollowedRun:
         """The body of an envelope that the coordinator signed for this run; raises SignatureError for any other."""
         return self._open(kind, self.scope, about, data)
 
+    def open_before(self, kind: str, data: bytes) -> bytes:
+        """The body of an envelope that the coordinator signed for no instance of the run; raises as `open`."""
+        return self._open(kind, Scope(self.run), [], data)
+
     def _open(self, kind: str, scope: Scope, about: Sequence[str | int], data: bytes) -> bytes:
         return open_envelope(data, self._coordinator.keys, kind, scope, about, "the coordinator").body
 

@@ -80,6 +80,16 @@ class Keys:
         return f"{self.site_prefix}{client}"
 
     @property
+    def question(self) -> str:
+        """string that expires: what `fedqueue describe` asks of the sites before the run begins, signed"""
+        return self._key("question")
+
+    def answer(self, client: str) -> str:
+        """hash that expires: claim:PART (the worker process that answers), PART:PIECE (a piece of the answer,
+        signed)"""
+        return self._key(f"answer:{client}")
+
+    @property
     def last_jobs(self) -> str:
         """hash: client -> the number of its last job"""
         return self._key("last_jobs")

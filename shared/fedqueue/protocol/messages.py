@@ -18,6 +18,7 @@ from fedqueue.protocol.msgpack import pack, unpack
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64  # characters
+MAX_PIECES, PIECE_BYTES = 64, 48 * 1024  # of a site's answer to a question
 NO_EXAMPLES = "no examples"
 """The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
 SITE_POLICY = "this site's policy: "
@@ -57,6 +58,39 @@ class Order(Message):
     """[privacy.examples]; None where it is off."""
     traceparent: Traceparent = ""
     """The coordinator's span of the dispatch, of which the worker's spans are children."""
+
+
+class HistogramRange(Message):
+    """Where the histogram of a column is asked for: `bins` equal bins from `low` to `high`."""
+
+    low: Annotated[float, Field(allow_inf_nan=False)]
+    high: Annotated[float, Field(allow_inf_nan=False)]
+    bins: Annotated[int, Field(ge=1, le=1024)]
+    public: bool = False
+    """Whether `low` and `high` are public bounds, which the configuration names."""
+
+
+class Question(Message):
+    """What `fedqueue describe` asks of each site before a run begins."""
+
+    run: RunName
+    instance: Annotated[str, Field(min_length=16, max_length=64)]
+    """Random, and new for each description: answers are signed for it."""
+    part: Literal[1, 2]
+    """1: counts, sums and ranges. 2: histograms of the columns in `ranges`."""
+    min_count: Annotated[int, Field(ge=1, lt=2**53)]
+    ranges: Annotated[dict[Annotated[str, Field(max_length=64)], HistogramRange], Field(max_length=256)] = {}
+
+
+class AnswerPiece(Message):
+    """A piece of a site's answer to a `Question`: the pieces' bodies together are JSON, or `refusal` says why not."""
+
+    client: ClientId
+    part: Literal[1, 2]
+    piece: Annotated[int, Field(ge=0, lt=MAX_PIECES)]
+    pieces: Annotated[int, Field(ge=1, le=MAX_PIECES)]
+    body: Annotated[bytes, Field(max_length=PIECE_BYTES)] = b""
+    refusal: Annotated[str, Field(max_length=2000)] = ""
 
 
 class Registration(Message):

@@ -33,6 +33,7 @@ RUN_DESCRIPTOR, ORDER, VERSION, EVALUATED = "descriptor", "order", "version", "e
 COHORT = "cohort"  # signed by a coordinator
 UPDATE, ENDED, JOINED, LEFT = "update", "ended", "joined", "left"  # signed by a worker
 UNAVAILABLE = "unavailable"  # signed by a worker
+QUESTION, ANSWER = "question", "answer"  # signed by a coordinator, and by a worker, before a run begins
 KEEPER, OPENED, MASKED, MASK_REFUSED = "keeper", "opened", "masked", "mask_refused"  # signed by a keeper
 
 

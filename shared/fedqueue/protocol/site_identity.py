@@ -27,8 +27,10 @@ from fedqueue.protocol.messages import KeeperKey, read
 from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import (
+    ANSWER,
     KEEPER,
     ORDER,
+    QUESTION,
     VERSION,
     Digestible,
     Scope,
@@ -87,6 +89,10 @@ class SiteIdentity:
         """The packed order in the envelope; raises SignatureError unless the coordinator signed it for this epoch."""
         return self._followed.open(ORDER, [], data)
 
+    def question(self, data: bytes) -> bytes:
+        """The packed question in the envelope; raises SignatureError unless the coordinator signed it for this run."""
+        return self._followed.open_before(QUESTION, data)
+
     def goes_back(self, version: int) -> bool:
         """Whether this site has seen a newer version; a new term, which `enter` reads, may explain that."""
         return version < self._seen
@@ -135,12 +141,19 @@ class SiteIdentity:
 
     def sign(self, kind: str, client: str, about: Sequence[str | int], body: bytes) -> bytes:
         """The signed envelope of `body`; raises ConfigurationError for a client without a key here."""
+        return self._signed(kind, self.scope, client, about, body)
+
+    def sign_answer(self, client: str, instance: str, about: Sequence[str | int], body: bytes) -> bytes:
+        """The signed envelope of a piece of an answer to the question of that instance; raises as `sign`."""
+        return self._signed(ANSWER, Scope(self._followed.run, instance), client, about, body)
+
+    def _signed(self, kind: str, scope: Scope, client: str, about: Sequence[str | int], body: bytes) -> bytes:
         if client not in self._keys:
             known = ", ".join(self.clients) or "no client"
             raise ConfigurationError(
                 "security.keys", client, f"the folder has keys of {known} only", "add the key of this client"
             )
-        return sign_envelope(self._keys[client].keys, kind, self.scope, [client, *about], body, self._session)
+        return sign_envelope(self._keys[client].keys, kind, scope, [client, *about], body, self._session)
 
 
 def load_site_identity(folder: Path, run: str, session: str) -> SiteIdentity:

@@ -1,7 +1,7 @@
 """What a site answers about its table: first sums, counts and ranges, then histograms on edges common to all sites.
 
-Every number in an answer is about no row or about at least `min_count` rows, and so is each difference of two numbers
-of one answer:
+Every number in an answer is about no row or about at least `min_count` rows, and so is what is left of a column when
+its other numbers are subtracted:
 
 - A column with fewer values than that is left out: all its values count as missing.
 - A column with a few missing values counts `min_count` as missing: further values are set aside, and every statistic of
@@ -23,7 +23,7 @@ from typing import Annotated, Literal
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fedqueue.statistics.exact_sum import exact_sum, exact_sum_of_squares
 from fedqueue.statistics.table import MAX_COLUMNS, MAX_NAME, Categories, Column, Numbers
@@ -38,7 +38,15 @@ STATISTICS: tuple[StatisticName, ...] = ("count", "mean", "variance", "histogram
 Natural = Annotated[int, Field(ge=0, lt=2**53)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 PartsField = Annotated[tuple[Finite, ...], Field(max_length=MAX_PARTS, strict=False)]
-Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
+
+
+def _printable(name: str) -> str:
+    if not name.isprintable():
+        raise ValueError("a name has characters that cannot be printed")
+    return name
+
+
+Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME), AfterValidator(_printable)]
 
 
 class Answer(BaseModel):
@@ -143,6 +151,12 @@ class SecondAnswer(Answer):
     """A site's answer to the second question: column → histogram."""
 
     histograms: Annotated[dict[Name, HistogramAnswer], Field(max_length=MAX_COLUMNS)] = {}
+
+    def fits(self, bins: Mapping[str, Bins]) -> bool:
+        """Whether each histogram was asked for, and has all of its bins."""
+        return all(
+            name in bins and (not of.ends or of.ends[-1] == bins[name].bins + 1) for name, of in self.histograms.items()
+        )
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import redis
 
-from fedqueue.errors import JobClosed, SignatureError
-from fedqueue.protocol.messages import Ending, Order, Registration, Unavailable, Update, read
+from fedqueue.errors import JobClosed, SignatureError, WireError
+from fedqueue.protocol.messages import (
+    MAX_PIECES,
+    PIECE_BYTES,
+    AnswerPiece,
+    Ending,
+    Order,
+    Question,
+    Registration,
+    Unavailable,
+    Update,
+    read,
+)
 from fedqueue.protocol.msgpack import MAX_MESSAGE, pack
 from fedqueue.protocol.phase import Phase
 from fedqueue.protocol.post_result import PostResult
@@ -25,6 +36,9 @@ from fedqueue.transport.line_speed import LineSpeed
 from fedqueue.transport.store import Store
 from fedqueue.transport.transfer import PAYLOAD_SECONDS, Download, Upload
 from fedqueue.transport.zero_copy import Command, Moved, ignore_moved
+
+ANSWER_SECONDS = 3600
+"""How long an answer stays stored that the coordinator does not fetch."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +132,48 @@ class WorkerStore(Store):
             self.identity.enter(self.info())
             body = self.identity.order(order)
         return read(Order, body)
+
+    def question(self) -> Question | None:
+        """What is asked of the sites before the run begins; None for nothing, or for a user without the right to it.
+
+        Raises SignatureError where the coordinator did not sign it, and WireError where it is not valid.
+        """
+        try:
+            data = cast(bytes | None, self.redis.getrange(self.keys.question, 0, MAX_MESSAGE))
+        except redis.exceptions.NoPermissionError:  # of an ACL that was written before there were questions
+            return None
+        if not data:
+            return None
+        question = read(Question, self.identity.question(data) if self.identity else data)
+        if question.run != self.run:
+            raise WireError(f"question about run {question.run}")
+        return question
+
+    def take_question(self, question: Question, client: str) -> bool:
+        """Whether this process is to answer the question for the client: it is the first one that wants to."""
+        key = self.keys.answer(client)
+        taken = bool(self.redis.hsetnx(key, f"claim:{question.part}", self.token))
+        self.redis.expire(key, ANSWER_SECONDS)
+        return taken
+
+    def answer(self, question: Question, client: str, body: bytes, refusal: str = "") -> None:
+        """Store the answer to the question for the client, in signed pieces; raises WireError for too long a body."""
+        pieces = [body[i : i + PIECE_BYTES] for i in range(0, len(body), PIECE_BYTES)] or [b""]
+        if len(pieces) > MAX_PIECES:
+            raise WireError(f"an answer of {len(body)} bytes; at most {MAX_PIECES * PIECE_BYTES} are allowed")
+        fields: dict[str, bytes] = {}
+        for i, piece in enumerate(pieces):
+            message = AnswerPiece(
+                client=client, part=question.part, piece=i, pieces=len(pieces), body=piece, refusal=refusal
+            ).pack()
+            if self.identity:
+                message = self.identity.sign_answer(client, question.instance, [question.part, i], message)
+            fields[f"{question.part}:{i}"] = message
+        key = self.keys.answer(client)
+        pipe = self.redis.pipeline(transaction=True)
+        pipe.hset(key, mapping=cast(Any, fields))
+        pipe.expire(key, ANSWER_SECONDS)
+        pipe.execute()
 
     def download(self, version: int, into: BlobBuffer, moved: Moved = ignore_moved) -> Download:
         """Begin to fetch the version that `claim` named, which stays stored until the attempt releases it or ends."""

@@ -80,6 +80,7 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
     ]  # fmt: skip
     read = [
         keys.config, keys.head, keys.leader, keys.clients, f"{keys.model_prefix}*", f"{keys.keeper_prefix}*",
+        keys.question,
     ]  # fmt: skip
     return [
         Right((*CONNECTION, *TRANSACTION)),
@@ -88,6 +89,7 @@ def worker_rights(run: str, client: str | None) -> list[Right]:
         Right(("hget", "exists"), _reading([keys.job(job)])),
         Right(HASH, (f"~{keys.attempt(job)}",)),
         Right(HASH, (f"~{keys.site(name)}",)),
+        Right(("hsetnx", "hset", "expire"), (f"~{keys.answer(name)}",)),
         Right(("xadd",), (f"%W~{keys.updates(name)}",)),
         Right(("publish",), (f"&{keys.wakeup}",)),
         Right(
