@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import fedqueue
 from fedqueue import RunHooks
-from fedqueue.config.trackers import MlflowConfig, TensorBoardConfig, WandbConfig
+from fedqueue.config.trackers import BUILT_IN, MlflowConfig, TensorBoardConfig, WandbConfig
 from fedqueue_coordinator.tracking.feed import run_start
 from fedqueue_coordinator.tracking.narrator import Narrator
 from fedqueue_coordinator.tracking.tensorboard_tracker import TensorBoardTracker
-from tests.support.builders import make_config
+from tests.support.builders import make_config, same_bits
 from tests.support.waiting import wait_until
+from tests.tracking.test_feed import Line
 
 pytestmark = pytest.mark.filterwarnings("default")  # the libraries' own deprecations are no fault of ours
 
@@ -71,6 +76,29 @@ def results(tmp_path: Path) -> Path:
 
 
 CONTINUED = [version(2, ["a"], [0]), version(3, ["a"], [0])]
+
+
+class RandomLine(Line):
+    """Draws from every global generator while it trains."""
+
+    def loss(self, model: Any, batch: Any) -> Any:
+        noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
+        return super().loss(model, batch) * (1 + 0.1 * noise)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_tracker_leaves_the_bits_of_a_simulation_alone(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip(name)
+    monkeypatch.chdir(tmp_path)
+    for variable in ("MLFLOW_ALLOW_FILE_STORE", "MLFLOW_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(variable, "true")
+    settings: dict[str, Any] = {"clients": 4, "aggregation": {"buffer_size": 2}, "versions": 10}
+    alone = fedqueue.simulate(RandomLine, **settings)
+    followed = fedqueue.simulate(RandomLine, trackers={"use": [name], "end_seconds": 60}, **settings)
+    assert same_bits(alone.model, followed.model)
+    assert alone.ledger == followed.ledger
 
 
 # TensorBoard

@@ -23,6 +23,8 @@ from fedqueue.protocol.signed_envelope import unverified_body
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.tracing import NO_TRACING, OpenTelemetryTracing, Tracing, make_provider, start_tracing
+from fedqueue_coordinator.core.events import Commit, UpdateArrived
+from fedqueue_coordinator.service.update_traces import UpdateTraces
 from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.job_runner import JobRunner
 from tests.support import scene as scenes
@@ -134,6 +136,18 @@ def test_worker_without_tracing_passes_the_orders_span_on(
     dispatched = {context_of(span) for span in coordinator.named("dispatch")}
     assert len(coordinator.named("merge")) == 2
     assert {parent_of(span) for span in coordinator.named("merge")} <= dispatched
+
+
+def test_successor_of_a_coordinator_goes_on_with_the_trace(spans: Callable[[], Spans]) -> None:
+    """It has dispatched nothing; the header says which trace the update belongs to."""
+    successor = spans()
+    body = make_update(traceparent=SOME).pack()
+    arrived = UpdateArrived(StreamEntry("1-0", "update", body, "c0", "job-1", 1, 0), body)
+    record = {"merged": [{"staleness": 2, "weight": 0.5}]}
+    UpdateTraces(successor.tracing).committed(Commit(7, (arrived,), record))
+    [merge] = successor.named("merge")
+    assert parent_of(merge) == (int("ab" * 16, 16), int("cd" * 8, 16))
+    assert (merge.attributes["fedqueue.staleness"], merge.attributes["fedqueue.weight"]) == (2, 0.5)
 
 
 def test_rejected_update_ends_its_trace_with_the_reason(

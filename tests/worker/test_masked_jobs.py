@@ -320,3 +320,11 @@ def test_no_log_and_no_key_in_redis_has_a_seed(site: MaskedSite, logs: list[Any]
     for seed in site.seeds(entry):
         assert repr(seed)[2:-1] not in everywhere
         assert seed.hex() not in everywhere
+
+
+def test_masked_update_passes_the_span_of_its_order_on(site: MaskedSite) -> None:
+    span = "00-" + "ab" * 16 + "-" + "cd" * 8 + "-01"
+    order = site.order().model_copy(update={"traceparent": span})
+    site.run.dispatch_order(order, 1)
+    site.runner.train(site.run.coordinator.pack_order(order))
+    assert header(site.run.coordinator.unacknowledged()[-1]).traceparent == span

@@ -91,6 +91,7 @@ class Masking:
             chunks=chunks_of(payload.nbytes),
             seconds=update.seconds,
             digest=digest,
+            traceparent=update.traceparent,
             model=attempt.model,
             seeds=tuple(sealed),
         )
