@@ -133,8 +133,8 @@ def _train_result(task: Task, data: Any, returned: Any) -> TrainResult:
     held = task.num_examples(data)
     if held is not None and count > held:
         raise TaskError(
-            f"{name} returned num_examples = {count}, and the client has {held}: count each example once, however "
-            "often it was trained on"
+            f"{name} returned more num_examples than the client has: count each example once, however often it was "
+            "trained on"
         )
     return TrainResult(int(count), fit.metrics)
 

@@ -28,11 +28,11 @@ Ledger = list[dict[str, Any]]
 class MaskedResult:
     """A finished run in Redis, and its results in a folder."""
 
-    def __init__(self, client: redis.Redis, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, client: redis.Redis, folder: Path, monkeypatch: pytest.MonkeyPatch, **sections: Any) -> None:
         monkeypatch.setattr("fedqueue_coordinator.operator.reports.run.draw_report", lambda *_: None)
         self.keys, self.folder = folder / "keys", folder / "run"
         make_keys(self.keys)
-        self.config = masked_service_config(secure={"weight_levels": 8})
+        self.config = masked_service_config(**{"secure": {"weight_levels": 8}, **sections})
         sites = MaskedSites(client, self.config, self.keys)
         result, _ = lead_masked(client, sites, self.keys, self.folder, [])
         write_results(self.folder, self.config, result)
@@ -73,6 +73,19 @@ def test_masked_results_are_replayed_from_kept_masks(run: MaskedResult) -> None:
     assert ok(checks), [check.problems for check in checks]
     assert check_of(checks, "S5").checked
     assert not check_of(checks, "S7").checked
+
+
+def test_run_with_hidden_examples_is_replayed_bit_for_bit(
+    fake_client: redis.Redis, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = MaskedResult(
+        fake_client, tmp_path, monkeypatch, secure={"max_examples": 12, "examples": "hidden"},
+        aggregation={"strategy": "fedavg", "cohort_size": 3, "running_statistics": "frozen"},
+    )  # fmt: skip
+    assert {line["examples"] for record in run.versions for line in record["merged"]} == {0}
+    for checks in audit(read_run_in_redis(run.store, run.keys)), audit(read_result_folder(run.folder)):
+        assert ok(checks), [check.problems for check in checks]
+        assert any("6 updates" in check.invariant for check in checks)
 
 
 def test_audit_without_the_configuration_says_so(run: MaskedResult) -> None:

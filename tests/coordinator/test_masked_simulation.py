@@ -95,6 +95,20 @@ def test_other_strategies_take_masked_updates(strategy: str) -> None:
     assert {line["level"] for line in merged(result)} == {8}
 
 
+def test_hidden_examples_weigh_as_told_ones_do() -> None:
+    """The differences are those of rounding, and of the dithers."""
+    results = {}
+    for examples in ("told", "hidden"):
+        secure = {"max_examples": 24, "examples": examples}
+        settings = {"strategy": "fedavg", "cohort_size": 3}
+        _, results[examples] = simulated(masked_config(aggregation=settings, secure=secure, stop={"versions": 3}))
+    told, hidden = results["told"], results["hidden"]
+    assert [line["client"] for line in merged(told)] == [line["client"] for line in merged(hidden)]
+    assert {line["examples"] for line in merged(hidden)} == {0} < {line["examples"] for line in merged(told)} | {0}
+    difference = np.abs(told.model.parameters.numpy() - hidden.model.parameters.numpy()).max()
+    assert 0 < difference < 1e-4
+
+
 def test_task_whose_update_is_not_finite_fails_its_client() -> None:
     class Broken(PlainTask):
         def fit(self, model: Any, data: Any, config: Any, progress: Any) -> Any:
@@ -153,7 +167,8 @@ class MaskedWorkers(CoordinatorStore):
         self.site.enter(self.info())
         for client in self.config.clients.ids:
             assert self.worker.join([client], 3600) == client
-            examples = len(self.task.train_data(self.config.clients.client(client)))
+            held = len(self.task.train_data(self.config.clients.client(client)))
+            examples = 0 if self.config.secure.hides_examples else held
             assert self.worker.register(Registration(client=client, examples=examples))
 
     def _train(self, job: str) -> None:
@@ -176,22 +191,23 @@ class MaskedWorkers(CoordinatorStore):
 
 
 @pytest.mark.parametrize(
-    "aggregation",
+    ("aggregation", "examples"),
     [
-        {"strategy": "fedbuff", "staleness": {"function": "constant"}},
-        {"strategy": "fedbuff", "buffer_size": 2},
-        {"strategy": "fedavg", "cohort_size": 3},
+        ({"strategy": "fedbuff", "staleness": {"function": "constant"}}, "told"),
+        ({"strategy": "fedbuff", "buffer_size": 2}, "told"),
+        ({"strategy": "fedavg", "cohort_size": 3}, "told"),
+        ({"strategy": "fedavg", "cohort_size": 3}, "hidden"),
     ],
-    ids=["constant", "polynomial", "fedavg"],
+    ids=["constant", "polynomial", "fedavg", "hidden"],
 )
 def test_masked_simulation_and_coordinator_have_the_same_bits(
-    fake_client: redis.Redis, tmp_path: Path, aggregation: dict[str, Any]
+    fake_client: redis.Redis, tmp_path: Path, aggregation: dict[str, Any], examples: str
 ) -> None:
     """With one weight level there is no dither, which is drawn from the secrets of real keepers."""
     config = masked_config(
         aggregation=aggregation, server_optimizer={"name": "adam", "learning_rate": 0.05},
         dispatch={"leader_lease_seconds": 3600, "lease_seconds": 3600},
-        secure={"weight_levels": 1, "max_examples": 24},
+        secure={"weight_levels": 1, "max_examples": 24, "examples": examples},
     )  # fmt: skip
     simulation, expected = simulated(config)
     make_keys(tmp_path / "keys")

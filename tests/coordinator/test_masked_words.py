@@ -51,6 +51,17 @@ def test_words_are_read_once_into_given_memory(blob: Blob) -> None:
     assert (blob.reads, np.shares_memory(vector.words, memory)) == (1, True)
 
 
+def test_words_beyond_given_memory_lie_beside_it(blob: Blob) -> None:
+    memory = np.empty(WORDS.nbytes - 4, np.uint8)
+    vector = read_words(blob.read, WORDS.nbytes, digest_of(WORDS.view(np.uint8)), memory)
+    assert isinstance(vector, WholeWords)
+    assert np.shares_memory(vector.words, memory)
+    assert np.array_equal(np.concatenate(list(vector.pieces())), WORDS)
+    blob.data[-1] ^= 1
+    with pytest.raises(SignatureError, match="its digest is"):
+        read_words(blob.read, WORDS.nbytes, digest_of(WORDS.view(np.uint8)), memory)
+
+
 @pytest.mark.parametrize("streamed", [True, False])
 def test_words_with_another_digest_are_refused(blob: Blob, streamed: bool) -> None:
     memory = None if streamed else np.empty(WORDS.nbytes, np.uint8)

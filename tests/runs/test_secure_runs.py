@@ -42,7 +42,8 @@ def keeper_pids(program: Program) -> dict[str, int]:
 
 
 def test_local_run_makes_keys_and_starts_keepers(config: Path, start: Callable[..., Program], tmp_path: Path) -> None:
-    program = start("fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", *SECURE)
+    hidden = ["--set", "secure.examples=hidden"]
+    program = start("fedqueue_coordinator", "run", config, "--workers", 2, "--output", "out", *SECURE, *hidden)
     offspring = wait_until(
         lambda: found if len(found := descendants(program.pid)) >= 6 else [], "a server, two workers, two keepers"
     )
@@ -61,6 +62,7 @@ def test_local_run_makes_keys_and_starts_keepers(config: Path, start: Callable[.
         for line in record.get("merged", ()):
             assert "norm" not in line
             assert line["metrics"] == {}
+            assert line["examples"] == 0
 
 
 def test_keeper_that_dies_fails_a_local_run_that_resumes(

@@ -20,7 +20,7 @@ from fedqueue.config.compression import DENSE, SPARSE, CompressionConfig
 from fedqueue.errors import WireError
 from fedqueue.protocol.messages import Update
 from fedqueue.tensors import encodings
-from fedqueue.tensors.codec import Codec, Encoded, downlink_codec, uplink_codec
+from fedqueue.tensors.codec import Codec, Encoded, MaskedCodec, downlink_codec, uplink_codec
 from fedqueue.tensors.encodings import ENCODINGS
 from fedqueue.tensors.error_feedback import ErrorFeedback
 from fedqueue.tensors.frame import Frame
@@ -451,7 +451,7 @@ def test_encoding_by_pieces_allocates_no_second_model(name: str) -> None:
 
 
 def test_a_masked_update_has_a_word_for_each_parameter() -> None:
-    codec = uplink_codec(CompressionConfig(), manifest_of(3000), masked=True)
+    codec = MaskedCodec(manifest_of(3000))
     assert (codec.name, codec.nbytes, codec.largest) == ("ring32", 12_000, 12_000)
     assert codec.accepts(12_000)
     assert not codec.accepts(12_004)
@@ -459,7 +459,7 @@ def test_a_masked_update_has_a_word_for_each_parameter() -> None:
 
 
 def test_a_masked_update_decodes_to_no_frame() -> None:
-    codec = uplink_codec(CompressionConfig(), manifest_of(3000), masked=True)
+    codec = MaskedCodec(manifest_of(3000))
     for use in (codec.decode, codec.received):
         with pytest.raises(WireError, match="masked, and only the sum of a whole cohort"):
             use(np.zeros(12_000, np.uint8))

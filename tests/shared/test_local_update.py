@@ -162,7 +162,7 @@ def test_number_of_examples_alone_is_accepted(returned: Any) -> None:
         (True, r"^Own\.fit returned a bool: "),
         (counted(2.5), r"num_examples = 2\.5: an integer from 0 on"),
         (TrainResult(-1), "num_examples = -1"),
-        (TrainResult(24), r"num_examples = 24, and the client has 8: count each example once"),
+        (TrainResult(24), r"returned more num_examples than the client has: count each example once"),
     ],
 )
 def test_other_result_of_fit_is_an_error_with_the_remedy(returned: Any, says: str) -> None:

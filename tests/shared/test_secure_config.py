@@ -133,6 +133,32 @@ def test_cohort_too_large_for_a_message_is_refused() -> None:
     assert "a cohort cannot have 520 updates, but at most 512; lower secure.min_cohort" in text
 
 
+# Hidden numbers of examples
+
+
+def test_hidden_examples_need_keepers() -> None:
+    text = refused({"keepers": [], "examples": "hidden"})
+    assert "examples cannot be 'hidden' without keepers, because the coordinator then reads each update" in text
+
+
+def test_choice_by_hidden_examples_is_refused() -> None:
+    text = refused({"examples": "hidden"}, dispatch={"selection": "examples"})
+    assert "dispatch.selection cannot be 'examples', because secure.examples is 'hidden'; set it to 'uniform'" in text
+
+
+def test_mean_over_a_hidden_number_of_examples_is_refused() -> None:
+    hidden = {"examples": "hidden", "max_examples": 9}
+    weighted = {"weight_by_examples": True}
+    assert "aggregation.normalize cannot be 'count', because with secure.examples = 'hidden' the" in refused(
+        hidden, aggregation=weighted
+    )
+    assert config(hidden, aggregation={**weighted, "normalize": "weights"}).sums_examples
+    assert config(hidden, aggregation={**weighted, "staleness": {"function": "constant"}}).sums_examples
+    assert config({**hidden, "weight_levels": 1}, aggregation=weighted).sums_examples
+    assert config(hidden, aggregation={**weighted, "strategy": "fadas"}).sums_examples
+    assert not config({"examples": "hidden"}).sums_examples, "without weights by examples no number is summed"
+
+
 # Examples
 
 

@@ -33,7 +33,7 @@ from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker.egress_log import EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.job_runner import JobRunner
-from fedqueue_worker.policy import ALLOW_ALL
+from fedqueue_worker.policy import ALLOW_ALL, Policy
 from tests.support.masked_run import RUN, MaskedRun
 from tests.support.sample_run import SampleRun
 from tests.support.training_site import Doubling
@@ -65,10 +65,10 @@ class MaskedSite:
         for component, keeper in enumerate(self.parties.keepers):
             self.publish(keeper, component)
 
-    def new_runner(self) -> JobRunner:
+    def new_runner(self, policy: Policy = ALLOW_ALL) -> JobRunner:
         heartbeat = Heartbeat(self.store, [CLIENT], 60, 60, lambda reason: None)
         runner = JobRunner(
-            self.store, self.task, self.run.module, heartbeat, 60, True, {}, ALLOW_ALL, EgressLog(self.log, RUN),
+            self.store, self.task, self.run.module, heartbeat, 60, True, {}, policy, EgressLog(self.log, RUN),
             masking=Masking(self.parties.config, self.run.manifest),
         )  # fmt: skip
         runner.load(Client(CLIENT), "the rows of a")
@@ -208,6 +208,46 @@ def test_examples_scale_the_clipped_delta(fake_client: redis.Redis, tmp_path: Pa
     site.runner = site.new_runner()
     unmasked = np.array(site.unmasked(site.train())) * site.ring.scale
     assert unmasked == pytest.approx(np.full(8, 0.25 * 10 / 40), abs=site.ring.scale)
+
+
+def test_hidden_examples_leave_the_site_in_no_message(fake_client: redis.Redis, tmp_path: Path) -> None:
+    site = MaskedSite(fake_client, tmp_path, examples="hidden")
+    entry = site.train()
+    [line] = [json.loads(line) for line in site.log.read_text().splitlines()]
+    assert header(entry).examples == line["examples"] == 0
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy"), [("min_examples", Policy(min_examples=99)), ("max_batch_size", Policy(max_batch_size=1))]
+)
+def test_refusal_tells_no_hidden_number_of_examples(
+    fake_client: redis.Redis, tmp_path: Path, rule: str, policy: Policy
+) -> None:
+    site = MaskedSite(fake_client, tmp_path, examples="hidden")
+    site.runner = site.new_runner(policy)
+    ending = read(Ending, unverified_body(site.train().body))
+    assert ending.reason == "refused"
+    assert ending.error == f"{rule}: the numbers stay at the site, whose number of examples is hidden"
+
+
+@pytest.mark.parametrize("told", ["told", "hidden"])
+def test_failure_of_the_task_may_not_quote_a_hidden_number(fake_client: redis.Redis, tmp_path: Path, told: str) -> None:
+    site = MaskedSite(fake_client, tmp_path, examples=told)
+
+    def fail(progress: Progress) -> None:
+        raise ValueError("found 1234 rows")
+
+    site.task.during = fail
+    ending = read(Ending, unverified_body(site.train().body))
+    assert ("1234" in ending.error, "ValueError" in ending.error) == (told == "told", True)
+
+
+def test_update_without_hidden_examples_stays_at_the_site(fake_client: redis.Redis, tmp_path: Path) -> None:
+    site = MaskedSite(fake_client, tmp_path, examples="hidden")
+    site.task.fit = lambda *_: 0  # type: ignore[method-assign,assignment]
+    entry = site.train()
+    assert entry.kind == "ended"
+    assert "the training has used no examples" in read(Ending, unverified_body(entry.body)).error
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

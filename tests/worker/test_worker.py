@@ -94,6 +94,32 @@ def test_worker_joins_registers_trains_and_leaves(fake_run: SampleRun, task: Noi
     assert [(c.id, c.partition, c.partitions) for c in task.loaded] == [("client-0", 0, 8)]
 
 
+def hidden_run(client: redis.Redis, task: Noise) -> SampleRun:
+    """A run in which numbers of examples are hidden; the task gets its model."""
+    run = SampleRun(client, batch_norm=False, secure={"keepers": ["north", "south"], "examples": "hidden"})
+    task.model = lambda: run.module  # type: ignore[method-assign]
+    return run
+
+
+def test_registration_tells_no_hidden_number_of_examples(fake_client: redis.Redis, task: Noise) -> None:
+    run = hidden_run(fake_client, task)
+    assert start(run, task, burst=True)
+    assert run.coordinator.registrations() == {"client-0": {"client": "client-0", "examples": 0}}
+
+
+def test_failed_load_tells_no_hidden_number_of_examples(fake_client: redis.Redis, task: Noise) -> None:
+    run = hidden_run(fake_client, task)
+
+    def fail() -> None:
+        raise ValueError("1234 rows are too many")
+
+    task.while_loading = fail
+    with pytest.raises(LoadFailed, match="1234 rows"):  # at the site
+        start(run, task, burst=True)
+    assert "1234" not in repr(run.contents())
+    assert "ValueError: its text stays at the site, whose number of examples is hidden" in repr(run.contents())
+
+
 def test_post_deletes_the_record_of_a_job_and_counts_it(
     fake_run: SampleRun, task: Noise, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,7 +23,6 @@ from fedqueue.config.schema import Config
 from fedqueue.config.training import TrainingConfig
 from fedqueue.errors import (
     BudgetSpent,
-    FedqueueError,
     JobClosed,
     PolicyRefusal,
     ServerUnavailable,
@@ -31,7 +30,7 @@ from fedqueue.errors import (
     StoreError,
     WireError,
 )
-from fedqueue.exception_text import exception_text, exception_with_place, printable
+from fedqueue.exception_text import exception_text, exception_with_place
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
 from fedqueue.privacy.secret_random import KEY_BYTES
@@ -55,6 +54,7 @@ from fedqueue_worker.heartbeat import Heartbeat
 from fedqueue_worker.policy import ALLOW_ALL, Policy
 from fedqueue_worker.privacy_account import PrivacyAccount
 from fedqueue_worker.retrying_store import RetryingStore
+from fedqueue_worker.told_errors import NUMBER, ROWS, told_failure, told_refusal
 
 log = structlog.get_logger("fedqueue.worker")
 
@@ -103,6 +103,7 @@ class JobRunner:
         `tracing` makes a span for each job and its parts.
         """
         self._measured, self._masking = measured, masking
+        self._hides_examples = masking is not None and masking.hides_examples
         self._keepers_known = False  # every keeper has stored a key: none of them is waited for before a training
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
@@ -190,7 +191,7 @@ class JobRunner:
                 client=wanted.client,
                 reason=str(error),
             )
-            text = printable(str(error))[:MAX_REFUSAL]
+            text = told_refusal(error, self._hides_examples)[:MAX_REFUSAL]
             self._end(claim, wanted.client, Ending(reason="refused", error=text, final=final))
         except (JobClosed, StoreError) as error:  # a version that is gone belongs to a job that is gone
             log.warning("job dropped: it was closed during training", job=wanted.job, reason=str(error))
@@ -198,10 +199,8 @@ class JobRunner:
             self._hand_back(claim)
         except BaseException as error:  # Ctrl-C raises HandBack: whatever else comes here, the task's code raised it
             self._log_failure(wanted, error)
-            text = exception_with_place(error)
-            if wanted.privacy and not isinstance(error, FedqueueError):  # its message may quote a row
-                text = f"{type(error).__name__}: its text stays at the site, whose rows are protected"
-            self._end(claim, wanted.client, Ending(reason="failed", error=text))
+            kept = ROWS if wanted.privacy else NUMBER if self._hides_examples else ""
+            self._end(claim, wanted.client, Ending(reason="failed", error=told_failure(error, kept)))
         finally:
             self._heartbeat.finish()
             self.jobs += 1

@@ -33,7 +33,7 @@ from fedqueue.errors import (
     SignatureError,
     TaskError,
 )
-from fedqueue.exception_text import exception_text, exception_with_place
+from fedqueue.exception_text import exception_text
 from fedqueue.exit_codes import DONE, stop_signals
 from fedqueue.local_update import load_data
 from fedqueue.private_training import check_example_privacy
@@ -55,6 +55,7 @@ from fedqueue_worker.policy import ALLOW_ALL, NoPart, Policy
 from fedqueue_worker.retrying_store import RetryingStore
 from fedqueue_worker.rq_worker import TrainingWorker
 from fedqueue_worker.site_statistics import SiteStatistics
+from fedqueue_worker.told_errors import NUMBER, told_failure, told_refusal
 
 log = structlog.get_logger("fedqueue.worker")
 
@@ -235,11 +236,12 @@ class Worker:
                 if privacy := run_config.example_privacy:
                     runner.require_affordable(client.id, data, run_config.training, privacy)
                 self.policy.check_leak(self._on_this_machine(run_config), self.task, client, data)
-                registration = Registration(client=client.id, examples=examples)
+                told = 0 if run_config.secure.hides_examples else examples
+                registration = Registration(client=client.id, examples=told)
             except BaseException as error:
                 if self._told_to_stop:  # the signal handler's SystemExit
                     raise
-                self._leave_out(client.id, error, heartbeat)
+                self._leave_out(client.id, error, heartbeat, run_config.secure.hides_examples)
             else:
                 runner.load(client, data)
                 registrations.append(registration)
@@ -254,11 +256,10 @@ class Worker:
         training = run_config.training.on_machine(self.config.training)
         return run_config.model_copy(update={"training": training})
 
-    def _leave_out(self, client: str, error: BaseException, heartbeat: Heartbeat) -> None:
+    def _leave_out(self, client: str, error: BaseException, heartbeat: Heartbeat, examples_hidden: bool) -> None:
         """Report that the client's data cannot be loaded, and serve the others."""
         if isinstance(error, NoExamples):
             log.warning("client left out: it has no examples", client=client)
-            reason = NO_EXAMPLES
         else:
             log.error(
                 "client left out: the site's policy refuses it"
@@ -268,10 +269,8 @@ class Worker:
                 error=exception_text(error),
                 exc_info=not isinstance(error, PolicyRefusal | TaskError) and error,
             )
-            of_policy = isinstance(error, NoPart | BudgetSpent)
-            reason = f"{SITE_POLICY}{error}" if of_policy else exception_with_place(error)
-        unavailable = Unavailable(client=client, error=reason)
-        self._failed_loads[client] = unavailable.error
+        unavailable = Unavailable(client=client, error=_why_left_out(error, examples_hidden))
+        self._failed_loads[client] = _why_left_out(error, examples_hidden=False)
         self.clients.remove(client)
         heartbeat.leave_out(client)
         self.egress_log.log_unavailable(unavailable)
@@ -332,3 +331,12 @@ class Worker:
 def new_token() -> str:
     """A random name, different for each worker process."""
     return uuid.uuid4().hex
+
+
+def _why_left_out(error: BaseException, examples_hidden: bool) -> str:
+    if isinstance(error, NoExamples):
+        return NO_EXAMPLES
+    if isinstance(error, PolicyRefusal):
+        rule = SITE_POLICY if isinstance(error, NoPart | BudgetSpent) else f"{type(error).__name__}: "
+        return rule + told_refusal(error, examples_hidden)
+    return told_failure(error, NUMBER if examples_hidden else "")

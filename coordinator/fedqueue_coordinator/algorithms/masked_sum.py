@@ -5,7 +5,8 @@ Notation as in `fedqueue.secure.ring`. Y = Σ w_i y_i mod 2³² over the masked 
     Q = Y − Σ_k M_k = Σ w_i q_i + Σ_k u_k        Σ s_i Δ_i ≈ γ Q / W,  s_i = w_i / W
 
 A strategy that takes Σ s_i Δ_i from its accumulator (`fedbuff`, `fedavg`, `fadas`) makes its step of it unchanged.
-Where examples count, a site has scaled its delta by min(n, c) / c, c = `max_examples`, and the sum is multiplied by c.
+Where examples count, a site has scaled its delta by n̂ = min(n, c) / c, c = `max_examples`, and the sum is multiplied by
+c. Where their number is hidden, the last word of Q is ≈ L Σ w_i n̂_i, and the step is Σ s_i n_i Δ_i / Σ s_i n_i.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedqueue.config.schema import Config
-from fedqueue.secure.ring import PIECE, Ring, Words, weighs_examples
+from fedqueue.secure.ring import PIECE, Ring, Words
 from fedqueue.tensors.blobs import slices
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.algorithms.aggregator import Accumulator, Aggregator, Step
@@ -29,8 +30,9 @@ class MaskedSum:
 
     def __init__(self, accumulator: Accumulator, ring: Ring, config: Config) -> None:
         self._accumulator, self._ring = accumulator, ring
-        self._most_examples = config.secure.max_examples if weighs_examples(config) else None
+        self._most_examples = config.secure.max_examples if config.weighs_examples else None
         self._words: Words = accumulator.memory[: 4 * ring.parameters].view(np.uint32)
+        self._count: Words = np.zeros(ring.words - ring.parameters, np.uint32)
         self.weight = 0
         """Σ w_i"""
 
@@ -38,7 +40,7 @@ class MaskedSum:
         """Add one masked update, which arrives as consecutive pieces, with its integer weight.
 
         The first update may lie in the accumulator's own memory. Raises ValueError for another number of words than
-        that of the parameters; then, as where `pieces` raises, a part may have been added, and the sum is lost.
+        that of the ring; then, as where `pieces` raises, a part may have been added, and the sum is lost.
         """
         assert self.weight + weight <= self._ring.most_weight, "a version's weights exceed the ring's bound"
         accumulator = self._accumulator
@@ -62,6 +64,16 @@ class MaskedSum:
             squares += float(np.square(piece, out=piece).sum())
         return math.sqrt(squares)
 
+    def problem(self) -> str:
+        """Say what no sum of clipped updates and true masks has, once all masks are taken off; else an empty string."""
+        norm, most = self.norm(), self.largest_norm
+        if norm > most:
+            return f"the sum of its cohort has the norm {norm:.4g}, and that of clipped updates is at most {most:.4g}"
+        dither, largest = self._ring.most_dither, self.weight * self._ring.levels
+        if any(not -dither <= count <= largest + dither for count in self._count.view(np.int32)):
+            return f"the sum of its cohort counts examples as {self._count.view(np.int32)[0]} of at most {largest}"
+        return ""
+
     @property
     def largest_norm(self) -> float:
         """The bound of `norm` where every client has clipped and every keeper has answered truly."""
@@ -69,15 +81,32 @@ class MaskedSum:
 
     def mean(self) -> npt.NDArray[np.float32]:
         """Σ s_i Δ_i / Σ s_i, float32 [parameters], once all keepers' masks are taken off."""
-        return (self._words.view(np.int32) * (self._factor / self._accumulator.weights)).astype(np.float32)
+        weights = self._hidden_examples if self._ring.counts_examples else self._accumulator.weights
+        return (self._words.view(np.int32) * (self._factor / weights)).astype(np.float32)
 
     @property
     def _factor(self) -> float:
         return self._ring.scale / self._ring.weight_levels * (self._most_examples or 1)
 
+    @property
+    def _hidden_examples(self) -> float:
+        """Σ s_i n_i as the last word of the sum says it; at least Σ s_i, because each update has an example."""
+        assert self._most_examples is not None
+        told = int(self._count.view(np.int32)[0]) / self._ring.levels / self._ring.weight_levels * self._most_examples
+        return max(told, self._share(self.weight))
+
+    def _divide_by_hidden_examples(self) -> float:
+        """Give the accumulator a whole number of examples as both divisors; returns the factor that makes up for it."""
+        exact = self._hidden_examples
+        self._accumulator.examples = max(1, round(exact))
+        self._accumulator.weights = float(self._accumulator.examples)
+        return self._accumulator.examples / exact
+
     def finish(self, aggregator: Aggregator, model: Frame) -> Step:
         """The strategy's step for the unmasked sum; buffers and counters stay as they are in `model`."""
         factor = self._factor
+        if self._ring.counts_examples:
+            factor *= self._divide_by_hidden_examples()
         signed = self._words.view(np.int32)
         floats = self._words.view(np.float32)
         for where in slices(len(signed), PIECE):
@@ -98,19 +127,23 @@ class MaskedSum:
 
     def _combine(self, pieces: Iterable[Words], factor: int, first: bool) -> None:
         """words ← factor · piece where it is the first, else words + factor · piece, mod 2³²."""
-        multiplier = np.uint32(factor % 2**32)
-        scratch = np.empty(min(PIECE, len(self._words)), np.uint32)
+        multiplier, parameters = np.uint32(factor % 2**32), self._ring.parameters
+        scratch = np.empty(min(PIECE, parameters), np.uint32)
         start = 0
         for piece in pieces:
-            if start + len(piece) > len(self._words):
-                raise ValueError(f"more than {len(self._words)} words")
-            for part in slices(len(piece), PIECE):
+            end = start + len(piece)
+            if end > self._ring.words:
+                raise ValueError(f"more than {self._ring.words} words")
+            inside = max(0, min(len(piece), parameters - start))
+            for part in slices(inside, PIECE):
                 into = self._words[start + part.start : start + part.stop]
                 if first:
                     np.multiply(piece[part], multiplier, out=into)
                     continue
                 product = np.multiply(piece[part], multiplier, out=scratch[: part.stop - part.start])
                 np.add(into, product, out=into)
-            start += len(piece)
-        if start != len(self._words):
-            raise ValueError(f"{start} words, expected {len(self._words)}")
+            if inside < len(piece):
+                self._count[:] = (0 if first else self._count) + piece[inside:] * multiplier
+            start = end
+        if start != self._ring.words:
+            raise ValueError(f"{start} words, expected {self._ring.words}")

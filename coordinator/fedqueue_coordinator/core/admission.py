@@ -35,11 +35,13 @@ def admit_header(
     registered: int | None,
     barrier: bool = False,
     keepers: Sequence[str] = (),
+    examples_hidden: bool = False,
 ) -> Update:
     """Check the header before memory is taken for the payload, and return it; raises Inadmissible.
 
     `version` is the newest one, `registered` the client's number of examples, None if it is unknown. Behind a
-    `barrier`, an update of an earlier round is late. In a run with `keepers` the header is a `MaskedUpdate`.
+    `barrier`, an update of an earlier round is late. In a run with `keepers` the header is a `MaskedUpdate`. Where
+    examples are hidden, registrations and headers say 0.
     """
     try:
         header = read(MaskedUpdate if keepers else Update, arrived.body)
@@ -56,7 +58,7 @@ def admit_header(
         )
     if isinstance(header, MaskedUpdate):
         _admit_seeds(header, keepers)
-    if header.examples == 0:
+    if header.examples == 0 and not examples_hidden:
         raise Inadmissible(RejectionReason.NO_EXAMPLES, "an update must be trained on at least one example")
     if registered is not None and header.examples > registered:
         raise Inadmissible(

@@ -6,7 +6,7 @@ Times are seconds of the run's own clock.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -86,7 +86,7 @@ class UpdateArrived:
 
 
 class MaskedVector(Protocol):
-    """A vector of integers modulo 2³², one for each parameter of the model: a masked update, or a sum of masks."""
+    """A vector of integers modulo 2³², uint32 [`Ring.words`]: a masked update, or a sum of masks."""
 
     def pieces(self) -> Iterable[npt.NDArray[np.uint32]]:
         """Yield consecutive pieces, which together are the whole vector; each is valid until the next one."""
@@ -95,13 +95,15 @@ class MaskedVector(Protocol):
 
 @dataclass(frozen=True)
 class WholeWords:
-    """A masked vector in memory: uint32 [parameters]."""
+    """A masked vector in memory: uint32 [`Ring.words`]."""
 
     words: npt.NDArray[np.uint32]
+    rest: npt.NDArray[np.uint32] = field(default_factory=lambda: np.empty(0, np.uint32))
+    """The last words, where they lie elsewhere."""
 
     def pieces(self) -> Iterable[npt.NDArray[np.uint32]]:
         """As `MaskedVector.pieces`."""
-        return (self.words,)
+        return (self.words, self.rest)
 
 
 @dataclass(frozen=True)

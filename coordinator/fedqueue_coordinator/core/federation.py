@@ -38,7 +38,7 @@ from fedqueue.protocol.signed_envelope import unverified_body
 from fedqueue.secure.cohort import offer_digest
 from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downlink_codec, uplink_codec
+from fedqueue.tensors.codec import downlink_codec, update_codec
 from fedqueue.tensors.frame import Delta, Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution, Step
@@ -160,7 +160,7 @@ class Federation:
         self.evaluated: Evaluated | None = None
         """The newest central evaluation that did not fail."""
         self.stopped: Stop | None = None
-        self.uplink = uplink_codec(config.compression, model.manifest, config.secure.on)
+        self.uplink = update_codec(config, model.manifest)
         self.downlink = downlink_codec(config.compression, model.manifest)
         self._aggregator = make_aggregator(config)
         self._optimizer = ServerOptimizer(config.server_optimizer, model, version)
@@ -295,6 +295,7 @@ class Federation:
                 self._scheduler.registered.get(arrived.client, 0),
                 self.config.barrier,
                 self.config.secure.keepers,
+                self.config.secure.hides_examples,
             )
             if isinstance(header, MaskedUpdate):
                 admit_model(arrived.base, header.model, self._models.get(arrived.base, header.model))
@@ -476,11 +477,10 @@ class Federation:
 
     def _make_masked_version(self, cohort: str, now: float) -> list[Action]:
         assert self._sum
-        members, norm, most = self._cohorts.take_members(), self._sum.norm(), self._sum.largest_norm
-        if norm > most:
+        members = self._cohorts.take_members()
+        if problem := self._sum.problem():
             self._discard_sum()
-            detail = f"the sum of its cohort has the norm {norm:.4g}, and that of clipped updates is at most {most:.4g}"
-            return [*self._reject_cohort([member.update.arrived for member in members], detail, now),
+            return [*self._reject_cohort([member.update.arrived for member in members], problem, now),
                     *self._load_next(now)]  # fmt: skip
         self._failed_cohorts.succeeded(member.update.arrived.client for member in members)
         masks = {keeper: dict(self._answers[keeper]) for keeper in self.config.secure.keepers}

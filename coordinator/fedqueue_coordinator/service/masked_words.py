@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from fedqueue.errors import SignatureError, StoreError
-from fedqueue.protocol.signed_envelope import digest_of, new_digest
+from fedqueue.protocol.signed_envelope import new_digest
 from fedqueue.secure.ring import Words
 from fedqueue.tensors.blobs import CHUNK, BlobBuffer, slices
 from fedqueue.transport.blob_store import READ
@@ -51,7 +51,7 @@ class StreamedWords:
 
 
 def read_words(read: ReadSpan, nbytes: int, digest: str, memory: BlobBuffer | None = None) -> MaskedVector:
-    """Return a masked vector of `nbytes` bytes, read into `memory` if given, or streamed if it is large.
+    """Return a masked vector of `nbytes` bytes: read into `memory`, as much as fits, or streamed if it is large.
 
     Raises StoreError for missing bytes, and SignatureError for bytes with another digest.
     """
@@ -59,10 +59,15 @@ def read_words(read: ReadSpan, nbytes: int, digest: str, memory: BlobBuffer | No
         streamed = StreamedWords(read, nbytes, digest)
         streamed.check()
         return streamed
-    memory = np.empty(nbytes, np.uint8) if memory is None else memory
-    read(0, memory, nbytes)
-    _require(digest, digest_of(memory))
-    return WholeWords(memory.view(np.uint32))
+    head = np.empty(nbytes, np.uint8) if memory is None else memory[:nbytes]
+    tail = np.empty(nbytes - head.nbytes, np.uint8)  # a number of examples behind the parameters
+    found = new_digest()
+    for start, part in ((0, head), (head.nbytes, tail)):
+        if part.nbytes:
+            read(start, part, nbytes)
+            found.update(cast(Any, part))
+    _require(digest, found.hexdigest())
+    return WholeWords(head.view(np.uint32), tail.view(np.uint32))
 
 
 def read_masked_update(store: CoordinatorStore, federation: Federation, load: Load) -> MaskedVector:
@@ -70,10 +75,8 @@ def read_masked_update(store: CoordinatorStore, federation: Federation, load: Lo
 
     Raises BlobMissing, StoreError and SignatureError as `read_words`.
     """
-    free = federation.free_memory
-    memory = None if free is None else free[: load.header.nbytes]
     read = partial(store.ahead.read_span, store.keys.payload(load.arrived.job, load.arrived.attempt))
-    return read_words(read, load.header.nbytes, load.header.digest, memory)
+    return read_words(read, load.header.nbytes, load.header.digest, federation.free_memory)
 
 
 def _require(expected: str, found: str) -> None:

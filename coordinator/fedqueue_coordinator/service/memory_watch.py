@@ -11,7 +11,7 @@ import structlog
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ServerUnavailable
-from fedqueue.tensors.codec import downlink_codec, uplink_codec
+from fedqueue.tensors.codec import downlink_codec, update_codec
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.connection import NO_EVICTION, MemoryUse, eviction, memory_use
 from fedqueue.transport.retry import MORE_MEMORY
@@ -50,7 +50,7 @@ class MemoryWatch:
         """
         policy, limit, _ = eviction(self._client)
         stored = VERSIONS * downlink_codec(config.compression, manifest).largest
-        stored += config.concurrency * uplink_codec(config.compression, manifest, config.secure.on).largest
+        stored += config.concurrency * update_codec(config, manifest).largest
         what, needs = "", f"this run needs {_megabytes(stored)}"
         if policy:
             what = (

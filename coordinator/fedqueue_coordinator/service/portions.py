@@ -58,7 +58,8 @@ def log_events(events: Iterable[Event]) -> None:
     for event in events:
         match event:
             case ClientJoined(client, examples):
-                found["client joined", "clients joined"].append({"client": client, "examples": examples})
+                told = {} if examples == 0 else {"examples": examples}  # 0: their number is hidden
+                found["client joined", "clients joined"].append({"client": client, **told})
             case ClientLeft(client):
                 found["client left", "clients left"].append({"client": client})
             case ClientUnavailable(_, client, error):

@@ -10,7 +10,7 @@ import numpy as np
 
 from fedqueue.config.schema import Config
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downlink_codec, uplink_codec
+from fedqueue.tensors.codec import downlink_codec, update_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
@@ -21,7 +21,7 @@ OWN_CODE = "folder.txt"  # the folder of the configuration, if that names the us
 
 def kept_payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -> Callable[[str, int], BlobBuffer]:
     """Return a function (job, attempt) → payload as posted; it raises BlobMissing for one that Redis has not kept."""
-    codec = uplink_codec(config.compression, manifest, config.secure.on)
+    codec = update_codec(config, manifest)
 
     def read(job: str, attempt: int) -> BlobBuffer:
         prefix = store.keys.kept_payload(job, attempt)
@@ -32,11 +32,12 @@ def kept_payloads(config: Config, store: CoordinatorStore, manifest: Manifest) -
     return read
 
 
-def kept_masks(store: CoordinatorStore, manifest: Manifest) -> Callable[[str, str], BlobBuffer]:
+def kept_masks(config: Config, store: CoordinatorStore, manifest: Manifest) -> Callable[[str, str], BlobBuffer]:
     """Return a function (cohort, keeper) → its masks; it raises BlobMissing for those that Redis has not kept."""
+    nbytes = update_codec(config, manifest).nbytes
 
     def read(cohort: str, keeper: str) -> BlobBuffer:
-        masks = np.empty(4 * manifest.parameters, np.uint8)
+        masks = np.empty(nbytes, np.uint8)
         store.read_blob(store.keys.kept_mask(cohort, keeper), masks)
         return masks
 
@@ -60,7 +61,8 @@ def keep_replay(
     head.buffer.tofile(folder / "head.bin")
     first = store.read_model(0, downlink_codec(config.compression, head.manifest))
     first.buffer.tofile(folder / "version-0.bin")
-    read_payload, read_masks = kept_payloads(config, store, head.manifest), kept_masks(store, head.manifest)
+    read_payload = kept_payloads(config, store, head.manifest)
+    read_masks = kept_masks(config, store, head.manifest)
     for record in ledger:
         for line in record["merged"] if record["kind"] == "version" else ():
             read_payload(line["job"], line["attempt"]).tofile(folder / f"{line['job']}.{line['attempt']}.bin")

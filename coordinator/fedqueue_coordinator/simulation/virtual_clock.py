@@ -217,7 +217,7 @@ class Simulation:
                 log.warning("client left out: it has no examples", client=client)
                 self._handle(ClientUnavailable(f"{client}-left-out", client, NO_EXAMPLES))
             else:
-                self._handle(ClientJoined(client, examples))
+                self._handle(ClientJoined(client, 0 if self.config.secure.hides_examples else examples))
         while not federation.stopped:
             deadline = federation.next_deadline()
             if self._events and (deadline is None or self._events[0].seconds <= deadline):

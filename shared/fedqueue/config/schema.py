@@ -294,6 +294,16 @@ class Config(Section):
         return self.privacy.examples if self.privacy.examples.on else None
 
     @property
+    def weighs_examples(self) -> bool:
+        """Whether an update's weight has its number of examples as a factor."""
+        return self.aggregation.strategy == "fedavg" or self.aggregation.weight_by_examples
+
+    @property
+    def sums_examples(self) -> bool:
+        """Whether the number of examples of an update is a masked word behind its parameters."""
+        return self.secure.hides_examples and self.weighs_examples
+
+    @property
     def updates_within_share(self) -> int | None:
         """Updates of one client in the last `dispatch.share_window` versions, at most: ⌊max_share · W · K⌋; or None."""
         share = self.dispatch.max_share

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +31,9 @@ class SecureConfig(Section):
     max_examples: Annotated[Count | None, OFF] = None
     """With weights by examples: a client with more examples weighs as much as one with this number; `off`: no such
     weights."""
+    examples: Literal["told", "hidden"] = "told"
+    """Whether sites tell how many examples they have, or hide it from the operator. Where examples weigh, a hidden
+    number is a masked word of each update, so that only the weighted sum over a cohort is seen."""
     wait_seconds: Annotated[Positive | None, OFF] = None
     """Ends the run as failed where a keeper has been awaited for so long; `off`: waits for it for ever."""
 
@@ -38,9 +41,19 @@ class SecureConfig(Section):
     def _consistent(self) -> SecureConfig:
         if len(set(self.keepers)) != len(self.keepers):
             raise refuse("keepers has a name twice", "names must differ from each other")
+        if self.hides_examples and not self.on:
+            raise refuse(
+                "examples cannot be 'hidden' without keepers, because the coordinator then reads each update",
+                "name keepers, or set examples to 'told'",
+            )
         return self
 
     @property
     def on(self) -> bool:
         """Whether updates are masked."""
         return bool(self.keepers)
+
+    @property
+    def hides_examples(self) -> bool:
+        """Whether no message tells how many examples a client has."""
+        return self.examples == "hidden"

@@ -151,11 +151,25 @@ def _of_cohorts(config: Config) -> Iterator[tuple[str, str]]:
 
 def _of_examples(config: Config) -> Iterator[tuple[str, str]]:
     settings = config.aggregation
-    if (settings.strategy == "fedavg" or settings.weight_by_examples) and config.secure.max_examples is None:
+    if config.weighs_examples and config.secure.max_examples is None:
         key = "aggregation.strategy 'fedavg'" if settings.strategy == "fedavg" else "aggregation.weight_by_examples"
         yield (
             f"{key} needs secure.max_examples, because each site scales its own delta by its share of that number",
             "set secure.max_examples to the number of examples of the largest client",
+        )
+    if not config.secure.hides_examples:
+        return
+    if config.dispatch.selection == "examples":
+        yield (
+            "dispatch.selection cannot be 'examples', because secure.examples is 'hidden'",
+            "set it to 'uniform', 'round_robin' or 'stalest'",
+        )
+    by_staleness = settings.staleness.function != "constant" and config.secure.weight_levels > 1
+    if settings.strategy == "fedbuff" and config.sums_examples and settings.normalize == "count" and by_staleness:
+        yield (
+            "aggregation.normalize cannot be 'count', because with secure.examples = 'hidden' the coordinator learns "
+            "the sum of the examples only with the weights of staleness",
+            "set it to 'weights', or aggregation.staleness.function to 'constant'",
         )
 
 

@@ -98,7 +98,7 @@ class Registration(Message):
 
     client: ClientId
     examples: Natural | None
-    """None for a stream without a length, whose examples are counted in training."""
+    """None for a stream without a length, whose examples are counted in training; 0 where their number is hidden."""
 
 
 class Unavailable(Message):

@@ -28,7 +28,7 @@ from fedqueue.protocol.messages import Cohort, MaskedUpdate, MaskRefused, Offer,
 from fedqueue.protocol.signed_envelope import DOMAIN, Scope, digest_of, unverified_body
 from fedqueue.secure.cohort import cohort_id, crowd_problem, offer_digest
 from fedqueue.secure.masks import weighted_mask_sum
-from fedqueue.secure.ring import Ring, Words, level
+from fedqueue.secure.ring import Words, level, ring_for
 from fedqueue.secure.seed_envelope import KeeperPrivateKey, seed_info
 
 OfferProblem: TypeAlias = Literal["unmaskable", "keeper_lost", "foreign", "model", "spent"]
@@ -194,10 +194,10 @@ class Keeper:
         secure = config.secure
         self.name, self.component = name, secure.keepers.index(name)
         self.key = key
-        self._config, self._parameters, self._scope = config, parameters, scope
+        self._config, self._scope = config, scope
         self._verifier, self._log, self._secret = verifier, log, secret
         self._min_cohort = max(min_cohort, secure.min_cohort)
-        self._ring = Ring(secure.clip_norm, config.buffer_size, secure.weight_levels, len(secure.keepers), parameters)
+        self._ring = ring_for(config, parameters)
         self._held: dict[str, _Held] = {}  # by the offer's digest
         self._holder: dict[str, str] = {}  # digest of a seed → that of its offer
         self._term, self._least_version = 0, 0
@@ -235,8 +235,8 @@ class Keeper:
             update = read(MaskedUpdate, body)
             if [(seed.component, seed.keeper) for seed in update.seeds] != list(enumerate(self._config.secure.keepers)):
                 raise WireError(f"it has no seed for each of the keepers {', '.join(self._config.secure.keepers)}")
-            if (update.encoding, update.nbytes) != ("ring32", 4 * self._parameters):
-                raise WireError(f"{update.nbytes} bytes of {update.encoding}, not {4 * self._parameters} of ring32")
+            if (update.encoding, update.nbytes) != ("ring32", 4 * self._ring.words):
+                raise WireError(f"{update.nbytes} bytes of {update.encoding}, not {4 * self._ring.words} of ring32")
             sealed = update.seeds[self.component]
             if sealed.key != self.key.id:
                 raise _RefusedOffer("keeper_lost", f"encrypted to key {sealed.key}; this keeper has {self.key.id}")
@@ -250,7 +250,7 @@ class Keeper:
     def _info(self, offer: Offer, update: MaskedUpdate) -> bytes:
         return seed_info(
             self._scope, self._config, offer.client, offer.job, offer.attempt, offer.base, update.model, update.digest,
-            self.component, self.name, self._parameters,
+            self.component, self.name, self._ring.words,
         )  # fmt: skip
 
     def _hold(self, digest: str, held: _Held) -> _Held:
@@ -278,7 +278,7 @@ class Keeper:
                 cohort=name, reason=refused.reason, detail=refused.detail[:MAX_DETAIL], headers=refused.headers
             )
         return Release(
-            name, cohort.version, len(members), len({held.client for held in members}), 4 * self._parameters,
+            name, cohort.version, len(members), len({held.client for held in members}), 4 * self._ring.words,
             tuple(held.seed for held in members), tuple(weight for _, weight in cohort.members),
             hmac.digest(self._secret, f"{DOMAIN} dither {name}".encode(), "sha256"), self._ring.dither,
         )  # fmt: skip

@@ -18,7 +18,7 @@ from fedqueue.secure.masks import ROUNDING, MaskStream, add_masks, new_seed
 from fedqueue.secure.ring import examples_share, ring_of
 from fedqueue.secure.seed_envelope import key_id, seal_seed, seed_info
 from fedqueue.tensors.blobs import BlobBuffer, chunks_of
-from fedqueue.tensors.codec import uplink_codec
+from fedqueue.tensors.codec import update_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 
@@ -43,23 +43,32 @@ class Masking:
         self._config = config
         self._manifest = manifest
         self._ring = ring_of(config, manifest)
-        self._codec = uplink_codec(config.compression, manifest, masked=True)
+        self._codec = update_codec(config, manifest)
 
     @property
     def keepers(self) -> Sequence[str]:
         """The run's keepers, in the order of their components."""
         return self._config.secure.keepers
 
+    @property
+    def hides_examples(self) -> bool:
+        """Whether no message tells how many examples a client has."""
+        return self._config.secure.hides_examples
+
     def mask(
         self, update: Update, delta: Frame, order: Order, attempt: Attempt, keys: Sequence[bytes]
     ) -> tuple[MaskedUpdate, BlobBuffer]:
-        """The header and the payload of a masked update, which lies in the memory of `delta`.
+        """The header and the payload of a masked update, which may lie in the memory of `delta`.
 
         `keys` are the public encryption keys of the keepers. Rounding depends on the order's seed, and the masks on the
-        operating system's generator. A header has no metrics: those of one client tell about its rows.
+        operating system's generator. A header has no metrics: those of one client tell about its rows. It says 0
+        examples where their number is hidden.
 
-        Raises TaskError for an update that is not finite. The coordinator cannot find out that it is not.
+        Raises TaskError for an update that is not finite, and for one without examples whose number is hidden. The
+        coordinator cannot find out either.
         """
+        if self.hides_examples and update.examples == 0:
+            raise TaskError("the training has used no examples, so nothing is sent")
         values = delta.parameters.numpy()
         rounding, share = (
             MaskStream(order.seed.to_bytes(8, "little"), ROUNDING),
@@ -73,6 +82,8 @@ class Masking:
                 f"the training has made {bad} NaN or infinite, so nothing is sent: lower training.learning_rate, or "
                 "limit the gradients by training.max_grad_norm"
             ) from None
+        if self._ring.counts_examples:
+            quantized = np.append(quantized, np.int32(self._ring.count(share)))
         seeds = [new_seed() for _ in self.keepers]
         payload = add_masks(quantized, seeds).view(np.uint8)
         digest = digest_of(payload)
@@ -80,12 +91,12 @@ class Masking:
         for component, (keeper, key, seed) in enumerate(zip(self.keepers, keys, seeds, strict=True)):
             info = seed_info(
                 attempt.scope, self._config, order.client, order.job, attempt.number, attempt.base, attempt.model,
-                digest, component, keeper, self._manifest.parameters,
+                digest, component, keeper, self._ring.words,
             )  # fmt: skip
             envelope = seal_seed(seed, key, info)
             sealed.append(SealedSeed(component=component, keeper=keeper, key=key_id(key), sealed=envelope))
         header = MaskedUpdate(
-            examples=update.examples,
+            examples=0 if self.hides_examples else update.examples,
             encoding=self._codec.name,
             nbytes=payload.nbytes,
             chunks=chunks_of(payload.nbytes),

@@ -58,17 +58,17 @@ def add_masks(quantized: npt.NDArray[np.int32], seeds: Iterable[bytes]) -> Words
 
 
 def weighted_mask_sum(
-    seeds: Sequence[bytes], weights: Sequence[int], parameters: int, dither_seed: bytes, dither: int
+    seeds: Sequence[bytes], weights: Sequence[int], count: int, dither_seed: bytes, dither: int
 ) -> Iterator[Words]:
-    """A keeper's answer, piece by piece: Σ w_i mask_i − u mod 2³², uint32 [parameters] in all.
+    """A keeper's answer, piece by piece: Σ w_i mask_i − u mod 2³², uint32 [count] in all.
 
     u is uniform over `dither` consecutive integers around 0, and a function of `dither_seed`. A piece is valid until
     the next one. Memory: a few pieces, and a cipher for each seed.
     """
     streams = [(MaskStream(seed), np.uint32(weight)) for seed, weight in zip(seeds, weights, strict=True)]
     noise = _Dither(dither_seed, dither)
-    total, scratch, more = (np.empty(min(PIECE, parameters), np.uint32) for _ in range(3))
-    for where in slices(parameters, PIECE):
+    total, scratch, more = (np.empty(min(PIECE, count), np.uint32) for _ in range(3))
+    for where in slices(count, PIECE):
         piece, words = total[: where.stop - where.start], scratch[: where.stop - where.start]
         piece.fill(0)
         for stream, weight in streams:

@@ -11,6 +11,9 @@ A buffer is full with K updates of enough clients, and a client weighs W in it a
 Each keeper adds a dither u_k, uniform over D consecutive integers. Without it the weights would tell low bits: modulo a
 common divisor g of all weights but one, the sum is that one update times its weight. Every g ≤ W divides D, so that the
 sum modulo g is uniform while one keeper is honest. With W = 1 there is no such g, and D = 1: no dither.
+
+Where the number of examples n_i weighs and is hidden, an update has one word more, ⌊L n̂_i⌋ with n̂_i = min(n_i, c) / c,
+c = `max_examples`. It is masked, weighted and dithered as the others are, so that only Σ w_i n̂_i is seen.
 """
 
 from __future__ import annotations
@@ -56,6 +59,13 @@ class Ring:
     """n"""
     parameters: int
     """d"""
+    counts_examples: bool = False
+    """Whether an update has one more word than parameters: its number of examples."""
+
+    @property
+    def words(self) -> int:
+        """The number of words of an update, and of a sum."""
+        return self.parameters + self.counts_examples
 
     @cached_property
     def dither(self) -> int:
@@ -77,6 +87,10 @@ class Ring:
         """γ, the value of one unit."""
         return self.clip_norm / self.levels
 
+    def count(self, share: float) -> int:
+        """The word of an update whose share of the largest number of examples is `share`: ⌊L · share⌋."""
+        return math.floor(self.levels * share)
+
     @property
     def clip_levels(self) -> int:
         """The norm in units that a delta is clipped to before it is rounded: rounding adds less than √d."""
@@ -84,7 +98,12 @@ class Ring:
 
     def largest_norm(self, weight: int) -> float:
         """The largest L2 norm in units of the unmasked sum of updates whose weights have the sum `weight`."""
-        return weight * self.levels + self.keepers * self.dither / 2 * math.sqrt(self.parameters)
+        return weight * self.levels + self.most_dither * math.sqrt(self.parameters)
+
+    @property
+    def most_dither(self) -> float:
+        """What the keepers' dithers change in one word of a sum at most, up or down."""
+        return self.keepers * self.dither / 2
 
     def quantize(self, delta: npt.NDArray[np.float32], fill: Fill, share: float = 1.0) -> npt.NDArray[np.int32]:
         """The delta, clipped to C and then scaled by `share` ≤ 1, in units: int32 [d] in the memory of `delta`.
@@ -120,8 +139,7 @@ def ring_of(config: Config, manifest: Manifest) -> Ring:
 
     Raises ConfigurationError for so large a buffer that rounding would take a noticeable part of an update.
     """
-    secure = config.secure
-    ring = Ring(secure.clip_norm, config.buffer_size, secure.weight_levels, len(secure.keepers), manifest.parameters)
+    ring = ring_for(config, manifest.parameters)
     if ring.levels < ROUNDING_SHARE * _rounding(ring.parameters):
         raise ConfigurationError(
             "aggregation.buffer_size",
@@ -133,6 +151,15 @@ def ring_of(config: Config, manifest: Manifest) -> Ring:
     return ring
 
 
+def ring_for(config: Config, parameters: int) -> Ring:
+    """The ring of a run with keepers whose model has this number of parameters, however coarse it is."""
+    secure = config.secure
+    return Ring(
+        secure.clip_norm, config.buffer_size, secure.weight_levels, len(secure.keepers), parameters,
+        counts_examples=config.sums_examples,
+    )  # fmt: skip
+
+
 def level(staleness: int, config: Config) -> int:
     """w = max(1, round(W s(τ))), the integer weight of an update of this staleness."""
     return max(1, round(config.secure.weight_levels * _staleness(config)(staleness)))
@@ -141,14 +168,9 @@ def level(staleness: int, config: Config) -> int:
 def examples_share(examples: int, config: Config) -> float:
     """The factor min(n, `max_examples`) / `max_examples` of a delta whose weight has the examples n; else 1."""
     most = config.secure.max_examples
-    if most is None or not weighs_examples(config):
+    if most is None or not config.weighs_examples:
         return 1.0
     return min(examples, most) / most
-
-
-def weighs_examples(config: Config) -> bool:
-    """Whether an update's weight has its number of examples as a factor."""
-    return config.aggregation.strategy == "fedavg" or config.aggregation.weight_by_examples
 
 
 def _staleness(config: Config) -> Staleness:

@@ -104,16 +104,16 @@ def seed_info(
     payload: str,
     component: int,
     keeper: str,
-    parameters: int,
+    words: int,
 ) -> bytes:
     """What a seed belongs to, for `seal_seed` and `open_seed`: different fields give different bytes.
 
-    `model` is the digest of the base version, `payload` that of the masked payload of `parameters` words. `config` is
+    `model` is the digest of the base version, `payload` that of the masked payload of `words` words. `config` is
     the run's, as this party has it: a coordinator could sign one for sites and another for keepers. The settings that
     say which cohorts are released have to be the same at both.
     """
     where = [scope.run, scope.instance, scope.epoch, client, job, attempt, base]
-    return pack([DOMAIN, "seed", *where, model, payload, component, keeper, parameters, _terms(config)])
+    return pack([DOMAIN, "seed", *where, model, payload, component, keeper, words, _terms(config)])
 
 
 def _terms(config: Config) -> list[Any]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fedqueue.config.compression import CompressionConfig
+from fedqueue.config.schema import Config
 from fedqueue.errors import ManifestMismatch, WireError
 from fedqueue.tensors import zstd
 from fedqueue.tensors.encodings import ENCODINGS, MOST_INDICES, Bytes, Encoding
@@ -95,10 +96,13 @@ class Codec:
 
 @dataclass(frozen=True)
 class MaskedCodec(Codec):
-    """The codec of updates in a run with keepers: `manifest.parameters` little-endian words of 32 bits, nothing else.
+    """The codec of updates in a run with keepers: little-endian words of 32 bits, one for each parameter.
 
     The words are the update's plus those of its masks (`fedqueue.secure`), so that they decode to no frame.
     """
+
+    counts_examples: bool = False
+    """Whether one more word follows: the number of examples, masked as the others are."""
 
     @property
     def name(self) -> str:
@@ -113,7 +117,7 @@ class MaskedCodec(Codec):
     @property
     def nbytes(self) -> int:
         """Bytes of a masked update."""
-        return 4 * self.manifest.parameters
+        return 4 * (self.manifest.parameters + self.counts_examples)
 
     def encode(self, frame: Frame, seed: int) -> Bytes:
         """Raises WireError: `fedqueue.secure` masks an update."""
@@ -156,13 +160,18 @@ class Encoded:
         return frame
 
 
-def uplink_codec(config: CompressionConfig, manifest: Manifest, masked: bool = False) -> Codec:
-    """The codec of updates, which are `masked` in a run with keepers.
+def update_codec(config: Config, manifest: Manifest) -> Codec:
+    """The codec of the updates of a run, which are masked where it has keepers; raises as `uplink_codec`."""
+    if config.secure.on:
+        return MaskedCodec(manifest, counts_examples=config.sums_examples)
+    return uplink_codec(config.compression, manifest)
+
+
+def uplink_codec(config: CompressionConfig, manifest: Manifest) -> Codec:
+    """The codec of updates that are not masked.
 
     Raises ManifestMismatch for more parameters than `topk` can index.
     """
-    if masked:
-        return MaskedCodec(manifest)
     if config.uplink == "topk" and manifest.parameters > MOST_INDICES:
         raise ManifestMismatch(
             f"model: {manifest.parameters} parameters; compression.uplink = 'topk' takes {MOST_INDICES}"

@@ -16,7 +16,7 @@ from fedqueue.errors import BlobMissing, StoreError, WireError
 from fedqueue.protocol.signed_envelope import digest_of
 from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downlink_codec, uplink_codec
+from fedqueue.tensors.codec import downlink_codec, update_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
 from fedqueue_coordinator.algorithms.aggregator import Contribution
@@ -69,7 +69,7 @@ def replay(
     `read_masks(cohort, keeper)` returns what a keeper released, in a run with keepers; there `on_sum(version, sum)` is
     called with the unmasked sum of each version.
     """
-    uplink = uplink_codec(config.compression, model.manifest, config.secure.on)
+    uplink = update_codec(config, model.manifest)
     downlink = downlink_codec(config.compression, model.manifest)
 
     def published(version: int) -> Frame:
@@ -144,8 +144,8 @@ def _unmask(
         if digest_of(masks) != released["digest"]:
             problems.append(f"the masks of keeper {keeper} for version {record['version']} are not those in the ledger")
         masked_sum.subtract([masks.view(np.uint32)])
-    if masked_sum.norm() > masked_sum.largest_norm:
-        problems.append(f"the sum of version {record['version']} is longer than sums of clipped updates are")
+    if problem := masked_sum.problem():
+        problems.append(f"version {record['version']}: {problem}")
     return problems
 
 
@@ -156,7 +156,7 @@ def replay_store(
     first = store.read_model(0, downlink_codec(config.compression, manifest))
     return replay(
         config, ledger, first, kept_payloads(config, store, manifest), head, rounded=True,
-        read_masks=kept_masks(store, manifest),
+        read_masks=kept_masks(config, store, manifest),
     )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ from fedqueue.protocol.signed_envelope import (
     open_envelope,
 )
 from fedqueue.tensors.blobs import BlobBuffer
-from fedqueue.tensors.codec import downlink_codec, uplink_codec
+from fedqueue.tensors.codec import downlink_codec, update_codec
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.store import Store
 from fedqueue_coordinator.service.coordinator_store import CoordinatorStore
@@ -134,7 +134,7 @@ class _Verification:
     ) -> None:
         self._store, self._info, self._ledger, self._public = store, info, ledger, public
         config, manifest = parse_config(info.config), Manifest.unpack(info.manifest)
-        self._uplink = uplink_codec(config.compression, manifest, config.secure.on)
+        self._uplink = update_codec(config, manifest)
         self._downlink = downlink_codec(config.compression, manifest)
         self._scope = Scope(info.run)
         self._checked: dict[str, int] = {}
