@@ -80,7 +80,7 @@ def confidences(shift: float, models: int, seed: int = 0) -> tuple[Any, Any]:
     return 1 / (1 + np.exp(-target)), 1 / (1 + np.exp(-out))
 
 
-def test_lira_score_is_the_deviation_from_models_without_the_row() -> None:
+def test_lira_score_is_the_deviation_from_models_without_a_row() -> None:
     target, out = np.array([0.9, 0.5]), np.array([[0.5, 0.4], [0.6, 0.7], [0.7, 0.3]])
     confidence, others = stats.logistic.ppf(target), stats.logistic.ppf(out)
     pooled = np.sqrt(others.var(0).mean())
