@@ -18,7 +18,16 @@ from hypothesis import strategies as st
 from fedqueue.errors import TaskError
 from fedqueue.statistics.exact_sum import as_fraction, exact_sum, exact_sum_of_squares
 from fedqueue.statistics.pooled import Statistics, common_bins, merge
-from fedqueue.statistics.site_answers import STATISTICS, Bins, SiteTable, StatisticName, grouped, large_enough
+from fedqueue.statistics.site_answers import (
+    STATISTICS,
+    Bins,
+    CategoriesAnswer,
+    NumbersAnswer,
+    SiteTable,
+    StatisticName,
+    grouped,
+    large_enough,
+)
 from fedqueue.statistics.table import read_table
 
 NAN = float("nan")
@@ -51,7 +60,7 @@ def divided(values: Sequence[Any], sites: int, seed: int) -> dict[str, dict[str,
     return {f"site-{i}": {"x": np.array(values)[of_site == i]} for i in range(sites) if np.any(of_site == i)}
 
 
-@given(st.lists(wide, max_size=50))
+@given(st.lists(wide | st.floats(-1e140, 1e140), max_size=50))
 def test_a_sum_is_exact_whatever_its_order(values: list[float]) -> None:
     shuffled = random.Random(1).sample(values, len(values))
     assert exact_sum(values) == exact_sum(shuffled)
@@ -123,6 +132,30 @@ def test_public_bounds_close_the_outer_bins() -> None:
     assert quantile.low is not None
     assert quantile.high is not None
     assert quantile.low <= np.quantile(values, 0.05) <= quantile.high
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**31), st.integers(2, 12))
+def test_no_figure_of_a_site_is_about_few_rows(seed: int, min_count: int) -> None:
+    rng = np.random.default_rng(seed)
+    rows = int(rng.integers(1, 80))
+    x = np.where(rng.random(rows) < rng.random() / 2, NAN, rng.choice([0.0, -3.0, 1e6, 5.5], rows) * rng.random(rows))
+    text = rng.choice(["a", "b", "c", "", "d"], rows, p=[0.5, 0.3, 0.1, 0.05, 0.05])
+    site = SiteTable(read_table({"x": x, "text": text}), min_count)
+    first = site.first_answer()
+    second = site.second_answer(common_bins({"": first}, 16, {}))
+    figures = [first.rows]
+    answers: list[NumbersAnswer | CategoriesAnswer] = [*first.numbers.values(), *first.categories.values()]
+    for of in answers:
+        assert of.count + of.missing == first.rows
+        figures += [of.count, of.missing]
+    for category in first.categories.values():
+        assert sum(category.counts.values()) + category.other == category.count
+        figures += [*category.counts.values(), category.other]
+    for name, histogram in second.histograms.items():
+        assert sum(histogram.counts) == first.numbers[name].count
+        figures += histogram.counts
+    assert all(figure == 0 or figure >= min_count for figure in figures)
 
 
 def test_a_row_far_away_changes_no_range() -> None:

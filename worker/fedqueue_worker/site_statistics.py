@@ -92,7 +92,7 @@ class SiteStatistics:
             self._columns[client] = read_table(self._task.table(self._config.clients.client(client)))
         columns = self._columns[client]
         allowed = [name for name in STATISTICS if self._policy.statistics is None or name in self._policy.statistics]
-        table = SiteTable(columns, self._policy.min_count or question.min_count, allowed)
+        table = SiteTable(columns, max(question.min_count, self._policy.min_count or 1), allowed)
         ranges = {name: of.model_dump() for name, of in sorted(question.ranges.items())}
         asked = {"min_count": table.min_count, "statistics": allowed, "data": _digest(columns)}
         kept = _KeptAnswers(Path(self._config.statistics.folder) / question.run / f"{client}.json")

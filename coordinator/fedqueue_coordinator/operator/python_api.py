@@ -101,12 +101,13 @@ def run(
         else:
             tree, base = _tree_of(source)
             config = override_config(copy.deepcopy(tree), overrides)
+            if file := config.statistics.file:  # the configuration moves to the folder of the results
+                overrides = [*overrides, f"statistics.file={(base / file).resolve()}"]
             results = _folder_for(config, folder)
             path = results.path.resolve() / LAUNCH_CONFIG_FILENAME
             origin = _origin(source, config, base)
             launch = Launch(path, overrides, workers, run=config.name, origin=origin)
             stack.enter_context(results.opened(launch, overwrite))
-            _move_statistics(tree, base, results.path)
             if isinstance(source, Task | type):
                 cls = source if isinstance(source, type) else type(source)
                 tree["task"] = {"entrypoint": find_entrypoint(cls, results.path)}
@@ -323,13 +324,6 @@ def _move_paths(tree: dict[str, Any], base: Path, folder: Path) -> None:
         trackers["use"] = [moved(str(name)) for name in ((use,) if isinstance(use, str) else use)]
         if "options" in trackers:
             trackers["options"] = {moved(str(name)): options for name, options in trackers["options"].items()}
-
-
-def _move_statistics(tree: dict[str, Any], base: Path, folder: Path) -> None:
-    """Rewrite statistics.file in `tree`, a path that starts from `base`, so that it starts from `folder`."""
-    settings = tree.get("statistics", {})
-    if (file := settings.get("file", "off")) != "off":
-        tree["statistics"] = {**settings, "file": os.path.relpath((base / str(file)).resolve(), folder.resolve())}
 
 
 def _without_url(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,8 +5,9 @@ its other numbers are subtracted:
 
 - A column with fewer values than that is left out: all its values count as missing.
 - A column with a few missing values counts `min_count` as missing: further values are set aside, and every statistic of
-  the column is about the others. Which ones depends on the column's content alone, so that repeating the question, in
-  this run or in another, sets aside the same ones. The answer says that values were set aside, not how many.
+  the column is about the others. Which ones depends on the column's content and the minimum alone, so that repeating
+  the question, in this run or in another, sets aside the same ones. The answer says that values were set aside, not
+  how many.
 - A category of fewer rows is counted among the others, with the next smallest until there are enough.
 - A bin of fewer rows is counted together with its neighbours.
 - A range is made of powers of two, the outermost octaves with enough values: minimum and maximum would be rows.
@@ -215,7 +216,9 @@ class SiteTable:
             if count < self.min_count or (set_aside and count - (self.min_count - missing) < self.min_count):
                 present, set_aside = np.zeros_like(present), False
             elif set_aside:
-                digest = hashlib.sha256(name.encode() + b"\0" + column.values.tobytes()).digest()
+                # Not the same ones for another minimum: the difference of two such sums would be a row.
+                seed = f"{self.min_count} {name}\0".encode() + column.values.tobytes()
+                digest = hashlib.sha256(seed).digest()
                 chosen = np.random.default_rng(list(digest)).permutation(np.flatnonzero(present))
                 present[chosen[: self.min_count - missing]] = False
             self._kept[name] = present, set_aside
@@ -229,7 +232,7 @@ class SiteTable:
             count=len(values),
             missing=self.rows - len(values),
             set_aside=set_aside,
-            sum=exact_sum(values.tolist()) if "mean" in self.allowed else None,
+            sum=exact_sum(values) if "mean" in self.allowed else None,
             squares=exact_sum_of_squares(values) if "variance" in self.allowed else None,
             low=low,
             high=high,
@@ -302,10 +305,11 @@ def octave_range(values: npt.NDArray[np.float64], min_count: int) -> tuple[float
     >>> octave_range(np.array([3.0, 3.5, 5.0, 6.0, 900.0]), 2)
     (2.0, 8.0)
     """
-    exponents = np.frexp(values)[1].astype(np.int64)
-    signs = np.sign(values).astype(np.int64)
-    octaves, counts = np.unique(np.stack([signs, exponents]), axis=1, return_counts=True)
-    edges = [_octave(int(sign), int(exponent)) for sign, exponent in octaves[:, counts >= min_count].T]
+    exponents = np.frexp(values)[1]
+    edges = []
+    for sign in (-1, 0, 1):
+        of_sign, counts = np.unique(exponents[np.sign(values) == sign], return_counts=True)
+        edges += [_octave(sign, int(exponent)) for exponent in of_sign[counts >= min_count]]
     if not edges:
         return None, None
     return min(low for low, _ in edges), max(high for _, high in edges)
