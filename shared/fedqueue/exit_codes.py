@@ -29,6 +29,14 @@ THREADS_SECONDS = 5.0
 """How long a process that has done its work waits for threads that a task has started."""
 
 
+_not_waited_for: list[threading.Thread] = []
+
+
+def wait_no_longer_for(thread: threading.Thread) -> None:
+    """Let the process end without this thread, whatever it holds: at the end, Python would need its locks."""
+    _not_waited_for.append(thread)
+
+
 def stop_signals() -> tuple[signal.Signals, ...]:
     """The signals that end a process in an orderly way: SIGTERM, SIGINT, and SIGHUP unless `nohup` made it ignored."""
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
@@ -46,8 +54,19 @@ def run_app(app: typer.Typer) -> None:
         _run(app)
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else FAILED
-        _end_without(set(threading.enumerate()) - before, code)
+        threads = set(threading.enumerate()) - before
+        if isinstance(error, SystemExit) and threads.intersection(_not_waited_for):
+            _end_at_once(code)
+        _end_without(threads, code)
         raise
+
+
+def _end_at_once(code: int) -> NoReturn:
+    """End this process without Python's own end, which waits for threads and for the locks that they hold."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def _end_without(threads: set[threading.Thread], code: int) -> None:

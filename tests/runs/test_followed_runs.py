@@ -13,7 +13,7 @@ from tests.support.programs import Program, read_results
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
 HOOKS = """
-import json, threading
+import json, os, sys
 from fedqueue import RunHooks
 
 class Log(RunHooks):
@@ -32,7 +32,8 @@ class Raises(RunHooks):
 
 class Hangs(RunHooks):
     def on_version(self, record):
-        threading.Event().wait()
+        os.dup2(os.pipe()[0], 0)
+        sys.stdin.buffer.readline()  # as a question on the terminal; Python needs the lock of it when it ends
 """
 TRACKERS = """
 [trackers]

@@ -17,6 +17,7 @@ import structlog
 
 from fedqueue.config.schema import Config
 from fedqueue.exception_text import exception_with_place, one_line
+from fedqueue.exit_codes import wait_no_longer_for
 from fedqueue_coordinator.core.observer import RunObserver
 from fedqueue_coordinator.tracking.hooks import RunHooks, RunStart
 from fedqueue_coordinator.tracking.narrator import HookCall, Narrator
@@ -156,6 +157,7 @@ class _Follower:
             lost, self._gone = not self._gone and self._thread.is_alive(), True
             self._left_out.update(call.method for call in self._waiting if lost and not call.kept)
         if lost:
+            wait_no_longer_for(self._thread)
             log.warning(
                 "tracker did not come to its end within trackers.end_seconds, and is left out",
                 tracker=self._name,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedqueue.config.trackers import WandbConfig
+from fedqueue.errors import ConfigurationError
 from fedqueue_coordinator.tracking.curves import CurveTracker
 from fedqueue_coordinator.tracking.hooks import RunProgress, RunStart
 
@@ -34,6 +35,9 @@ class WandbTracker(CurveTracker):
         import wandb  # takes a second
 
         super().on_start(run)
+        if self._settings.mode == "online" and not wandb.login(prompt=False):  # else it would ask on the terminal
+            hint = "run `wandb login`, set WANDB_API_KEY, or write mode = 'offline'"
+            raise ConfigurationError("trackers.wandb.mode", "online", "wandb knows no account on this machine", hint)
         folder = Path(self._settings.folder)
         folder.mkdir(parents=True, exist_ok=True)
         # What the terminal shows, the code, the machine and its load stay here.
