@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -29,12 +30,14 @@ THREADS_SECONDS = 5.0
 """How long a process that has done its work waits for threads that a task has started."""
 
 
-_not_waited_for: list[threading.Thread] = []
+class ForeignThread(threading.Thread):
+    """A daemon for code that may hang, with locks that Python needs when it ends."""
 
+    given_up = False
+    """Whether the process is to end without it."""
 
-def wait_no_longer_for(thread: threading.Thread) -> None:
-    """Let the process end without this thread, whatever it holds: at the end, Python would need its locks."""
-    _not_waited_for.append(thread)
+    def __init__(self, target: Callable[[], None], name: str) -> None:
+        super().__init__(target=target, name=name, daemon=True)
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
@@ -55,7 +58,7 @@ def run_app(app: typer.Typer) -> None:
     except BaseException as error:
         code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else FAILED
         threads = set(threading.enumerate()) - before
-        if isinstance(error, SystemExit) and threads.intersection(_not_waited_for):
+        if isinstance(error, SystemExit) and any(isinstance(t, ForeignThread) and t.given_up for t in threads):
             _end_at_once(code)
         _end_without(threads, code)
         raise

@@ -17,7 +17,7 @@ import structlog
 
 from fedqueue.config.schema import Config
 from fedqueue.exception_text import exception_with_place, one_line
-from fedqueue.exit_codes import wait_no_longer_for
+from fedqueue.exit_codes import ForeignThread
 from fedqueue_coordinator.core.observer import RunObserver
 from fedqueue_coordinator.tracking.hooks import RunHooks, RunStart
 from fedqueue_coordinator.tracking.narrator import HookCall, Narrator
@@ -109,7 +109,7 @@ class _Follower:
         self._made: Counter[str] = Counter()
         self._present = ""  # the method that is being called
         self._gone = False  # it raised, or it was not waited for
-        self._thread = threading.Thread(target=self._follow, name=f"tracker {name}", daemon=True)
+        self._thread = ForeignThread(self._follow, f"tracker {name}")
 
     def put(self, call: HookCall) -> None:
         """Let the call wait for its turn."""
@@ -157,7 +157,7 @@ class _Follower:
             lost, self._gone = not self._gone and self._thread.is_alive(), True
             self._left_out.update(call.method for call in self._waiting if lost and not call.kept)
         if lost:
-            wait_no_longer_for(self._thread)
+            self._thread.given_up = True
             log.warning(
                 "tracker did not come to its end within trackers.end_seconds, and is left out",
                 tracker=self._name,
