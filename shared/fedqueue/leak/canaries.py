@@ -30,6 +30,7 @@ from fedqueue.leak.measurement import ROW_NOISE, Measurement
 from fedqueue.leak.statistics import Numbers
 from fedqueue.local_model import LocalModel
 from fedqueue.local_update import compute_update
+from fedqueue.privacy.gaussian_dp import gaussian_epsilon
 from fedqueue.privacy.spending import Spending, charge_of_job, steps_of_job
 from fedqueue.private_training import simulated_key
 from fedqueue.protocol.messages import Order
@@ -170,38 +171,6 @@ def separation(scores: Numbers, taking_part: npt.NDArray[np.bool_]) -> float:
     inside, outside = scores[taking_part], scores[~taking_part]
     apart, spread = float(inside.mean() - outside.mean()), float(outside.std())
     return max(0.0, min(apart / spread, LARGEST_SEPARATION)) if spread else LARGEST_SEPARATION * (apart > 0)
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Return the ε of a Gaussian mechanism of sensitivity μ σ: δ = Φ(−ε/μ + μ/2) − e^ε Φ(−ε/μ − μ/2).
-
-    Dong, Roth, Su, arXiv 1905.02383, corollary 2.13.
-    """
-    if mu <= 0:
-        return 0.0
-
-    def exceeds(epsilon: float) -> bool:
-        first, second = -epsilon / mu + mu / 2, -epsilon / mu - mu / 2
-        return _phi(first) - math.exp(epsilon + _log_phi(second)) > delta
-
-    low, high = 0.0, 1.0
-    while exceeds(high):
-        low, high = high, 2 * high
-    while high - low > 1e-6 * high:
-        middle = (low + high) / 2
-        low, high = (middle, high) if exceeds(middle) else (low, middle)
-    return high
-
-
-def _phi(x: float) -> float:
-    return math.erfc(-x / math.sqrt(2)) / 2
-
-
-def _log_phi(x: float) -> float:
-    """log Φ(x) for x ≤ 0; far out by the first terms of its asymptotic series."""
-    if x > -30:
-        return math.log(_phi(x))
-    return -x * x / 2 - math.log(-x * math.sqrt(2 * math.pi)) + math.log1p(-1 / (x * x))
 
 
 def canary_measurements(

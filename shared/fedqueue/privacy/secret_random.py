@@ -7,10 +7,13 @@ or 64 bits, or from the numbers themselves.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 KEY_BYTES = 32
 GRID_BITS = 18
@@ -52,9 +55,13 @@ class SecretRandom:
 
         None lies beyond √(128 · log 2) = 9.4; the tails that are missing have a probability below 10⁻²⁰.
         """
+        import torch
+
         return torch.cat([self._pairs(min(PIECE, count - at)) for at in range(0, count, PIECE)] or [torch.zeros(0)])
 
     def _pairs(self, count: int) -> torch.Tensor:
+        import torch
+
         half = -(-count // 2)
         uniform = torch.from_numpy((self.words(2 * half).astype(np.float64) + 1.0) * 2.0**-64)  # in (0, 1]
         radius, angle = (-2.0 * uniform[:half].log()).sqrt(), 2 * math.pi * uniform[half:]
