@@ -117,6 +117,17 @@ def test_keepers_are_measured_by_role(tmp_path: Path) -> None:
     assert shown.count("| 0.1 MB | 1 |") == 2
 
 
+def test_round_of_masks_is_measured_and_attacked(tmp_path: Path) -> None:
+    shown = run("secure_peers.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    record = json.loads((tmp_path / "rows.json").read_text())
+    (row,) = record["sizes"]["1000"]["fedqueue, 2 keepers"]
+    assert min(row["clients"], row["server"], row["keepers"]) > 0
+    assert row["error"] < 1e-3
+    assert row["tried"] == dict.fromkeys(row["tried"], False)
+    assert set(record["skipped"]) >= {"APPFL", "Flower SecAgg+, masks with 9 others"}
+    assert "| fedqueue: a keeper also releases the sum without one client | no |" in shown
+
+
 def test_signatures_are_measured_beside_a_run_without(tmp_path: Path) -> None:
     assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
 
