@@ -32,6 +32,7 @@ VAGUE = {"utils", "util", "helpers", "helper", "manager", "common", "misc", "bas
 READS_ENVIRONMENT = {
     "loading.py", "runs.py", "child_processes.py", "main.py", "cli.py", "prefork.py",
     "mlflow_tracker.py",  # sets what MLflow reads when it is imported: no telemetry, and that a folder may be its store
+    "endpoint.py",  # between a process and its children, as prometheus_client wants it
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parents[1]
 KEEPERS = ("university", "audit-office")
 SERVICES = ("coordinator", "worker", *(f"keeper-{name}" for name in KEEPERS))
 IMAGES = ("coordinator", "worker", "keeper")
+OBSERVERS = ("prometheus", "grafana")
 BUILT = ("keys", "access", *SERVICES)
 APPS = {"fedqueue": coordinator_app, "fedqueue-worker": worker_app, "fedqueue-keeper": keeper_app}
 INTERPOLATION = re.compile(r"(?<!\$)\$\{(\w+)(?::?([-?])([^}]*))?\}")
@@ -148,6 +149,7 @@ EXAMPLES: dict[str, str] = {
     "FEDQUEUE_STOP__VERSIONS": "10",
     "FEDQUEUE_STOP__SECONDS": "600",
     "FEDQUEUE_STOP__TARGET": "{accuracy = 0.9}",
+    "FEDQUEUE_OBSERVABILITY__METRICS_ADDRESS": "0.0.0.0:9464",
     "FEDQUEUE_SECURE__KEEPERS": '["university", "audit-office"]',
 }
 """A value for each setting that compose passes on."""
@@ -197,6 +199,7 @@ def test_each_part_mounts_only_its_own_secret(stack: dict[str, Any]) -> None:
         "coordinator": [f"access-coordinator:{APP_FOLDER}/access/coordinator:ro"],
         "worker": [f"access-worker:{APP_FOLDER}/access/worker:ro"],
         **{f"keeper-{name}": [f"access-keeper-{name}:{APP_FOLDER}/access/keeper-{name}:ro"] for name in KEEPERS},
+        **{name: [] for name in OBSERVERS},
     }
 
 
@@ -249,7 +252,8 @@ def test_secrets_and_results_stay_out_of_the_build() -> None:
 
 def test_volumes_are_declared_and_writable(stack: dict[str, Any]) -> None:
     mounts = {name: part.get("volumes", []) for name, part in stack["services"].items()}
-    assert {mount.partition(":")[0] for all_ in mounts.values() for mount in all_} == set(stack["volumes"])
+    named = [mount for all_ in mounts.values() for mount in all_ if not mount.startswith("./")]
+    assert {mount.partition(":")[0] for mount in named} == set(stack["volumes"])
     coordinator = Dockerfile(ROOT / "coordinator/Dockerfile")
     assert coordinator.last("WORKDIR") == str(APP_FOLDER)
     # The defaults of --output and security.keys are relative to the working directory.
@@ -317,6 +321,22 @@ def test_every_service_is_hardened(stack: dict[str, Any], name: str) -> None:
     assert part["security_opt"] == ["no-new-privileges:true"]
     assert part["init"] is True
     assert "ports" not in part
+
+
+def test_observers_start_on_demand_and_on_loopback(stack: dict[str, Any]) -> None:
+    for name in OBSERVERS:
+        part = stack["services"][name]
+        assert part["profiles"] == ["observe"]
+        assert (part["read_only"], part["cap_drop"]) == (True, ["ALL"])
+        assert all(port.startswith("127.0.0.1:") for port in part.get("ports", []))
+        assert all((ROOT / mount.split(":")[0]).exists() for mount in part["volumes"] if mount.startswith("./"))
+
+
+def test_prometheus_scrapes_every_part_that_has_metrics(stack: dict[str, Any]) -> None:
+    jobs = yaml.safe_load((ROOT / "observe" / "prometheus.yml").read_text())["scrape_configs"]
+    found = [found for job in jobs for found in job["dns_sd_configs"]]
+    assert {name for one in found for name in one["names"]} == set(SERVICES)
+    assert {one["port"] for one in found} == {9464}
 
 
 def test_server_refuses_values_larger_than_a_chunk(stack: dict[str, Any]) -> None:

@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("fedqueue.exit_codes", "fedqueue.logs", "fedqueue.tracing"),
     ("fedqueue.config",),
     ("fedqueue.protocol",),
+    ("fedqueue.observability",),
     ("fedqueue.tensors",),
     ("fedqueue.batches", "fedqueue.metrics", "fedqueue.learning_rates", "fedqueue.staleness", "fedqueue.privacy"),
     ("fedqueue.statistics",),

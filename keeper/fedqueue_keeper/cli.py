@@ -87,6 +87,15 @@ def keeper(
             show_default=False,
         ),
     ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Serve metrics for Prometheus there: HOST:PORT, or a port of loopback; default: "
+            "observability.metrics_address.",
+            show_default=False,
+        ),
+    ] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log debug lines too.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only.")] = False,
     set_: Annotated[
@@ -106,26 +115,33 @@ def keeper(
     configure_logging(level=level)
     for signum in stop_signals():  # until the process installs its own handlers
         signal.signal(signum, exit_at_once)
-    settings = load_config(config, [*(set_ or []), *([f"name={run}"] if run else [])])
+    named = {"name": run, "observability.metrics_address": metrics}
+    settings = load_config(config, [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value)])
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
 
+    from fedqueue.observability.endpoint import open_endpoint, own_registry
     from fedqueue.protocol.keeper_identity import load_keeper_identity
     from fedqueue.transport.connection import check, connect
     from fedqueue_keeper.policy import FILE, load_keeper_policy
 
     folder = keys or Path(settings.security.keys)
     identity = load_keeper_identity(folder, settings.name, name)
+    endpoint = open_endpoint(settings.observability.metrics_address)
     own = policy or (folder / FILE if (folder / FILE).exists() else None)
     check(connect(url, tls=settings.redis.tls), url)
     connection = connect(url, retries=0, tls=settings.redis.tls)  # each outage is seen: answers may be lost in it
 
+    from fedqueue_keeper.keeper_metrics import UNOBSERVED, KeeperMetrics
     from fedqueue_keeper.keeper_store import KeeperStore
     from fedqueue_keeper.process import NO_POLICY, KeeperProcess
 
     limits = load_keeper_policy(own) if own else NO_POLICY
-    serving = KeeperProcess(KeeperStore(connection, settings.name), identity, state or folder / "state", limits)
+    registry = own_registry(endpoint)
+    observer = KeeperMetrics(registry) if registry else UNOBSERVED
+    store = KeeperStore(connection, settings.name)
+    serving = KeeperProcess(store, identity, state or folder / "state", limits, observer=observer)
     ended_because = serving.run()
     if not quiet:
         typer.echo(f"{PROGRAM}: {ended_because}", err=True)

@@ -29,6 +29,7 @@ from fedqueue.secure.keeper import Keeper
 from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.retry import RedisRetry
+from fedqueue_keeper.keeper_metrics import UNOBSERVED, KeeperObserver
 from fedqueue_keeper.keeper_store import FIRST, Ask, Glance, KeeperStore
 from fedqueue_keeper.policy import KeeperPolicy
 from fedqueue_keeper.release_log import ReleaseLog, delete_former_logs, log_path
@@ -61,8 +62,10 @@ class KeeperProcess:
         policy: KeeperPolicy = NO_POLICY,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
+        observer: KeeperObserver = UNOBSERVED,
     ) -> None:
-        """`state` is the folder of the keeper's files."""
+        """`state` is the folder of the keeper's files; `observer` is told of the answers."""
+        self._observer = observer
         self._store, self._identity, self._state, self._policy = store, identity, state, policy
         self._clock, self._sleep = clock, sleep
         self._name = identity.name
@@ -245,6 +248,7 @@ class KeeperProcess:
         opened = self._keeper.offer(offer)
         if opened.refusal == "foreign" and self._moved_on():
             opened = self._keeper.offer(offer)
+        self._observer.offered(opened.refusal)
         if opened.refusal and self._first(opened.header):
             say = log.debug if opened.refusal == "spent" else log.warning  # a restarted keeper is asked again
             say("refused an update", client=offer.client, job=offer.job, reason=opened.refusal, detail=opened.detail)
@@ -258,10 +262,12 @@ class KeeperProcess:
                 raise
             answer = self._keeper.release(cohort)
         if isinstance(answer, MaskRefused):
+            self._observer.refused_cohort(answer.reason)
             if self._first(answer.cohort):
                 log.warning("refused a cohort", reason=answer.reason, detail=answer.detail)
             return MASK_REFUSED, self._identity.sign(MASK_REFUSED, answer.pack())
         masked = self._store.store_mask(self._name, answer)
+        self._observer.released()
         what = f"released cohort of {answer.clients} clients for version {answer.version + 1}"
         log.info(what, updates=answer.updates, cohort=answer.cohort[:12])
         return MASKED, self._identity.sign(MASKED, masked.pack())

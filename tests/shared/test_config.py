@@ -156,6 +156,7 @@ OFF = [
     "redis.url", "redis.ca_file", "redis.cert_file", "redis.key_file", "redis.password_file",
 ]  # fmt: skip
 WORDS = [
+    ("observability.metrics_address", "off"),
     *((key, "off") for key in OFF),
     ("dispatch.concurrency", "auto"),
     ("clients.min_available", "auto"),
@@ -208,9 +209,9 @@ def test_word_and_omitted_key_both_mean_none(path: Path, key: Any, word: Any) ->
     others += ["evaluation.every_seconds=60"] if key == "evaluation.every_versions" else []
     given = load_config(path, [f"{key}={word}", *others], {})
     assert value_of(given, key) is None
-    stored = parse_config(tree_with(key, word))  # redis, compare and parts of security are not stored
+    stored = parse_config(tree_with(key, word))  # what belongs to a machine is not stored
     dump = stored.model_dump(mode="json")
-    if not key.startswith(("redis.", "security.", "compare.")):
+    if not key.startswith(("redis.", "security.", "compare.", "observability.")):
         assert functools.reduce(dict.__getitem__, key.split("."), dump) == word
     read = Config.model_validate_json(stored.model_dump_json())
     assert read == stored.model_copy(update={"redis": RedisConfig(), "security": SecurityConfig()})

@@ -15,6 +15,8 @@ from fedqueue.logs import configure_logging, log_level, outlive_readers
 
 if TYPE_CHECKING:
     from fedqueue.config.schema import Config
+    from fedqueue.observability.endpoint import Endpoint
+    from fedqueue_worker.process import Worker
 
 PROGRAM = "fedqueue-worker"
 EPILOG = """
@@ -112,6 +114,15 @@ def worker(
             metavar="DIR", help="Process I writes its log to DIR/worker-I.log; default: stderr.", show_default=False
         ),
     ] = None,
+    metrics: Annotated[
+        str,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Serve metrics for Prometheus there: HOST:PORT, or a port of loopback; default: "
+            "observability.metrics_address. All --processes have the one address.",
+            show_default=False,
+        ),
+    ] = "",
     max_jobs: Annotated[
         int | None,
         typer.Option(metavar="N", min=1, help="End after N jobs; with --processes, N in each.", show_default=False),
@@ -145,7 +156,7 @@ def worker(
     configure_logging(level=level)
     for signum in stop_signals():  # until the worker installs its own handlers
         signal.signal(signum, exit_at_once)
-    own = {"name": run, "training.device": device}
+    own = {"name": run, "training.device": device, "observability.metrics_address": metrics}
     settings = load_config(config, [*(set_ or []), *(f"{key}={value}" for key, value in own.items() if value)])
     candidates = choose_candidates(settings, client or [], partition or [])
     security, folder = settings.security, config.resolve().parent
@@ -159,22 +170,52 @@ def worker(
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
+    from fedqueue.observability.endpoint import open_endpoint
+
+    endpoint = open_endpoint(settings.observability.metrics_address)
     if processes > 1 or logs:
         from fedqueue_worker.prefork import fork, number_of_this_child, preload
 
         count = min(processes, len(candidates))
         number = number_of_this_child()
         if number is None:
-            number = fork(count, logs, level, fresh=not preload(settings.task.entrypoint, folder))
+            fresh = not preload(settings.task.entrypoint, folder)
+            number = fork(count, logs, level, fresh, endpoint)
+        endpoint = None
         candidates = candidates[number::count]
 
+    serving, candidates = make_worker(settings, candidates, url, policy_path, folder, endpoint)
+    ended_because = serving.run(candidates, max_jobs, burst, new_client)
+    for idle, reason in serving.without_update.items():
+        typer.echo(f"{PROGRAM}: no update from {idle}: {one_line(reason)}", err=True)
+    for line in serving.privacy_spent:
+        typer.echo(f"{PROGRAM}: {line}", err=True)
+    if not quiet:
+        typer.echo(f"{PROGRAM}: {ended_because}", err=True)
+
+
+def make_worker(
+    settings: Config,
+    candidates: list[list[str]],
+    url: str,
+    policy_path: Path | None,
+    folder: Path,
+    endpoint: Endpoint | None,
+) -> tuple[Worker, list[list[str]]]:
+    """Connect to Redis, load the task, and begin to serve metrics; returns the candidates that this site has keys for.
+
+    Raises as `connect`, `check`, `load_task`, `load_policy` and `only_with_keys`.
+    """
+    from fedqueue.observability.endpoint import own_registry
     from fedqueue.task import load_task
     from fedqueue.transport.connection import check, connect
     from fedqueue.transport.worker_store import WorkerStore
     from fedqueue_worker.egress_log import open_egress_log
     from fedqueue_worker.policy import ALLOW_ALL, load_policy
     from fedqueue_worker.process import Worker, new_token
+    from fedqueue_worker.worker_metrics import UNOBSERVED, WorkerMetrics
 
+    security = settings.security
     connection = connect(url, tls=settings.redis.tls)
     token = new_token()
     site_policy = load_policy(policy_path) if policy_path else ALLOW_ALL
@@ -188,14 +229,9 @@ def worker(
     check(connection, url)
     task = load_task(settings.task.entrypoint, settings.task.options, folder)
     store = WorkerStore(connection, settings.name, token, identity)
-    serving = Worker(settings, task, store, site_policy, egress_log)
-    ended_because = serving.run(candidates, max_jobs, burst, new_client)
-    for idle, reason in serving.without_update.items():
-        typer.echo(f"{PROGRAM}: no update from {idle}: {one_line(reason)}", err=True)
-    for line in serving.privacy_spent:
-        typer.echo(f"{PROGRAM}: {line}", err=True)
-    if not quiet:
-        typer.echo(f"{PROGRAM}: {ended_because}", err=True)
+    registry = own_registry(endpoint)
+    observer = WorkerMetrics(registry) if registry else UNOBSERVED
+    return Worker(settings, task, store, site_policy, egress_log, observer), candidates
 
 
 def only_with_keys(candidates: list[str], clients: list[str], folder: str) -> list[str]:

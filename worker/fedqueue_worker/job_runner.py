@@ -55,6 +55,7 @@ from fedqueue_worker.policy import ALLOW_ALL, Policy
 from fedqueue_worker.privacy_account import PrivacyAccount
 from fedqueue_worker.retrying_store import RetryingStore
 from fedqueue_worker.told_errors import NUMBER, ROWS, told_failure, told_refusal
+from fedqueue_worker.worker_metrics import UNOBSERVED, WorkerObserver
 
 log = structlog.get_logger("fedqueue.worker")
 
@@ -93,6 +94,7 @@ class JobRunner:
         masking: Masking | None = None,
         privacy_folder: Path = Path("privacy"),
         tracing: Tracing = NO_TRACING,
+        observer: WorkerObserver = UNOBSERVED,
     ) -> None:
         """`masking` is that of a run with keepers.
 
@@ -100,9 +102,9 @@ class JobRunner:
 
         `machine` has the settings of [training] that are this machine's own, such as its device. `measured` is the
         configuration that the policy's `max_leak` was measured with. `privacy_folder` has the clients' accounts.
-        `tracing` makes a span for each job and its parts.
+        `tracing` makes a span for each job and its parts. `observer` is told of the jobs.
         """
-        self._measured, self._masking = measured, masking
+        self._measured, self._masking, self._observer = measured, masking, observer
         self._hides_examples = masking is not None and masking.hides_examples
         self._keepers_known = False  # every keeper has stored a key: none of them is waited for before a training
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
@@ -176,8 +178,10 @@ class JobRunner:
                 claim = self._retrying.claim(wanted.job, self._lease_seconds, wanted.client)
         except (JobClosed, ServerUnavailable, SignatureError) as error:
             log.warning("job not begun", job=wanted.job, reason=str(error))
+            self._observer.ended(wanted.client, "not_begun")
             return False
         self._heartbeat.begin(claim)
+        self._observer.entered(Phase.FETCHING)
         try:
             with self._interruptible():
                 return self._attempt(wanted, claim, traceparent, on_progress, commands_for_post)
@@ -192,17 +196,22 @@ class JobRunner:
                 reason=str(error),
             )
             text = told_refusal(error, self._hides_examples)[:MAX_REFUSAL]
+            self._observer.ended(wanted.client, "refused")
             self._end(claim, wanted.client, Ending(reason="refused", error=text, final=final))
         except (JobClosed, StoreError) as error:  # a version that is gone belongs to a job that is gone
             log.warning("job dropped: it was closed during training", job=wanted.job, reason=str(error))
+            self._observer.ended(wanted.client, "closed")
         except HandBack:
+            self._observer.ended(wanted.client, "handed_back")
             self._hand_back(claim)
         except BaseException as error:  # Ctrl-C raises HandBack: whatever else comes here, the task's code raised it
             self._log_failure(wanted, error)
             kept = ROWS if wanted.privacy else NUMBER if self._hides_examples else ""
+            self._observer.ended(wanted.client, "failed")
             self._end(claim, wanted.client, Ending(reason="failed", error=told_failure(error, kept)))
         finally:
             self._heartbeat.finish()
+            self._observer.entered(None)
             self.jobs += 1
         return False
 
@@ -235,14 +244,10 @@ class JobRunner:
             made_progress()
 
         with self._tracing.span("fetch", version=claim.version):
-            if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
-                self._base.frozen = self._retrying.fetch_frozen(nbytes, heartbeat.progress, received_piece)
-            model = self._retrying.fetch_model(
-                claim.version, self._downlink, self._base, heartbeat.progress, received_piece
-            )
+            model = self._fetch(claim, order.client, received_piece)
         if not self._keep_base:
             self._retrying.release_base(claim)
-        heartbeat.enter(Phase.TRAINING)
+        self._enter(Phase.TRAINING)
         made_progress()
         if self._masking and not self._keepers_known:
             self._keeper_keys(self._masking)  # before the training: the work would be lost with its attempt
@@ -278,13 +283,16 @@ class JobRunner:
     ) -> None:
         """Post the update, with `commands` behind it."""
         heartbeat = self._heartbeat
-        heartbeat.enter(Phase.SENDING)
+        self._observer.trained(order.client, update.seconds)
+        self._enter(Phase.SENDING)
         with self._tracing.span("post", bytes=update.nbytes):
             result = self._retrying.post(
                 claim, update, payload, commands, heartbeat.job_lease_seconds, heartbeat.progress, made_progress
             )
+        accepted = result in (PostResult.ACCEPTED, PostResult.REPLAYED)
+        self._observer.posted(order.client, payload.nbytes, accepted)
         # Replayed: an earlier try was stored, and its answer was lost.
-        if result in (PostResult.ACCEPTED, PostResult.REPLAYED):
+        if accepted:
             self._feedback.accepted(order.client, self._local)
             self._accepted.add(order.client)
         if result is not PostResult.ACCEPTED:
@@ -294,6 +302,21 @@ class JobRunner:
             )
         else:
             log.debug("update posted", job=order.job, base=claim.version, seconds=round(update.seconds, 3))
+
+    def _fetch(self, claim: Claim, client: str, received_piece: Callable[[], None]) -> str:
+        """Download the base version, and once the frozen tensors; returns the version's digest."""
+        before = self._retrying.received_bytes
+        if self._base.frozen is None and (nbytes := self._base.manifest.frozen_nbytes):
+            self._base.frozen = self._retrying.fetch_frozen(nbytes, self._heartbeat.progress, received_piece)
+        model = self._retrying.fetch_model(
+            claim.version, self._downlink, self._base, self._heartbeat.progress, received_piece
+        )
+        self._observer.received(client, self._retrying.received_bytes - before)
+        return model
+
+    def _enter(self, phase: Phase) -> None:
+        self._heartbeat.enter(phase)
+        self._observer.entered(phase)
 
     def _encode(self, order: Order, claim: Claim, update: Update, model: str) -> tuple[Update, BlobBuffer]:
         """The header and the payload to post; `model` is the digest of the base version."""

@@ -21,6 +21,7 @@ import torch
 from fedqueue.config.entrypoint import import_entrypoint
 from fedqueue.exit_codes import DONE, FAILED, exit_at_once, stop_signals
 from fedqueue.logs import configure_logging, last_line, rotate
+from fedqueue.observability.endpoint import Endpoint, SharedFolder, forget_process, serve_folder
 
 PR_SET_PDEATHSIG = 1  # of Linux
 LOG_SECONDS = 1.0  # between two looks at the sizes of the logs
@@ -66,7 +67,13 @@ def number_of_this_child() -> int | None:
     return None if number is None else int(number)
 
 
-def fork(count: int, logs: Path | None, level: int = logging.INFO, fresh: bool = False) -> int:
+def fork(
+    count: int,
+    logs: Path | None,
+    level: int = logging.INFO,
+    fresh: bool = False,
+    endpoint: Endpoint | None = None,
+) -> int:
     """Fork `count` children. Returns in each child, with its number from 0; never returns in this process.
 
     With `fresh`, each child executes this process's command again, which gets its number from `number_of_this_child`.
@@ -74,10 +81,12 @@ def fork(count: int, logs: Path | None, level: int = logging.INFO, fresh: bool =
     This process passes the signals of `stop_signals` on, kills a child that has not ended GRACE_SECONDS later, reports
     a child that ends by itself, and exits with the highest exit code once all have ended. A child gets SIGTERM when
     this process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on;
-    this process moves a log that has become large to logs/worker-i.log.1.
+    this process moves a log that has become large to logs/worker-i.log.1. It serves the sums of the children's metrics
+    at `endpoint`.
     """
     if logs:
         logs.mkdir(parents=True, exist_ok=True)
+    metrics = SharedFolder() if endpoint else None
     sys.stdout.flush()
     sys.stderr.flush()
     gc.collect()
@@ -88,13 +97,21 @@ def fork(count: int, logs: Path | None, level: int = logging.INFO, fresh: bool =
         child = os.fork()
         if not child:
             _begin(parent, log_of(logs, number), level)
+            if endpoint:
+                endpoint.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             if fresh:
                 os.environ[NUMBER] = str(number)
                 os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])  # noqa: S606  # nosec B606 - its own command
             return number
         children[child] = number
-    return _supervise(children, logs)
+    if endpoint and metrics:
+        serve_folder(endpoint, metrics)
+    try:
+        _supervise(children, logs)
+    finally:
+        if metrics:
+            metrics.delete()
 
 
 def log_of(logs: Path | None, number: int) -> Path | None:
@@ -137,6 +154,7 @@ def _supervise(children: dict[int, int], logs: Path | None) -> NoReturn:
     while True:
         for pid, code in _ended(running):
             number = running.pop(pid)
+            forget_process(pid)
             worst = max(worst, code if code >= 0 else FAILED)
             if not told:
                 log = log_of(logs, number)

@@ -56,6 +56,7 @@ from fedqueue_worker.retrying_store import RetryingStore
 from fedqueue_worker.rq_worker import TrainingWorker
 from fedqueue_worker.site_statistics import SiteStatistics
 from fedqueue_worker.told_errors import NUMBER, told_failure, told_refusal
+from fedqueue_worker.worker_metrics import UNOBSERVED, WorkerObserver
 
 log = structlog.get_logger("fedqueue.worker")
 
@@ -72,7 +73,10 @@ class Worker:
         store: WorkerStore,
         policy: Policy = ALLOW_ALL,
         egress_log: EgressLog = NO_EGRESS_LOG,
+        observer: WorkerObserver = UNOBSERVED,
     ) -> None:
+        """`observer` is told of the jobs."""
+        self._observer = observer
         self.config, self.task, self.store = config, task, store
         self.policy, self.egress_log = policy, egress_log
         self.clients: list[str] = []
@@ -135,7 +139,7 @@ class Worker:
             self.store, self.task, model, heartbeat, dispatch.lease_seconds, run_config.keeps_bases,
             self.config.clients.slowdown, self.policy, self.egress_log, run_config.compression,
             run_config.aggregation, self.config.training, run_config, masking, Path(self.config.privacy.folder),
-            tracing,
+            tracing, self._observer,
         )  # fmt: skip
         heartbeat.start()
         try:

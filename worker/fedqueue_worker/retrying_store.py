@@ -29,6 +29,8 @@ class RetryingStore:
     def __init__(self, store: WorkerStore, given_up: Callable[[], bool]) -> None:
         self._store = store
         self._retry = RedisRetry(given_up)
+        self.received_bytes = 0
+        """Bytes of models that were downloaded."""
 
     def info(self) -> RunInfo:
         """As `WorkerStore.info`."""
@@ -73,6 +75,7 @@ class RetryingStore:
         wire = self._retry.call(partial(self._store.memory_for, version, codec, into))
         download = self._store.download(version, wire, moved)
         self._finish(download, after_piece)
+        self.received_bytes += wire.nbytes
         digest = self._retry.call(partial(self._store.verify, version, download))
         decode_into(into, codec, wire)
         return digest
@@ -85,6 +88,7 @@ class RetryingStore:
         """The model's frozen tensors, of `nbytes` bytes; as `fetch_model`."""
         frozen = np.empty(nbytes, np.uint8)
         self._finish(self._store.download_frozen(frozen, moved), after_piece)
+        self.received_bytes += nbytes
         self._store.verify_frozen(frozen)
         return frozen
 

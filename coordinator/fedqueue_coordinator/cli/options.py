@@ -45,3 +45,16 @@ Overwrite = Annotated[
         "--overwrite", help="Start over where DIR has an unfinished run, and replace results of another configuration."
     ),
 ]
+Metrics = Annotated[
+    str,
+    typer.Option(
+        metavar="ADDRESS", show_default=False,
+        help="Serve metrics for Prometheus there: HOST:PORT, or a port of loopback; default: "
+        "observability.metrics_address.",
+    ),
+]  # fmt: skip
+
+
+def metrics_override(address: str) -> list[str]:
+    """The override that stands for the option --metrics."""
+    return [f"observability.metrics_address={address}"] if address else []

@@ -12,7 +12,16 @@ import typer
 
 from fedqueue.errors import ConfigurationError, FedqueueError
 from fedqueue.logs import configure_logging, log_level, outlive_readers
-from fedqueue_coordinator.cli.options import ConfigPath, ConfiguredUrl, Overwrite, ResultsFolder, Sets, Verbose
+from fedqueue_coordinator.cli.options import (
+    ConfigPath,
+    ConfiguredUrl,
+    Metrics,
+    Overwrite,
+    ResultsFolder,
+    Sets,
+    Verbose,
+    metrics_override,
+)
 
 RUN_EPILOG = """
 Examples:
@@ -51,6 +60,7 @@ def run(
         ),
     ] = None,
     overwrite: Overwrite = False,
+    metrics: Metrics = "",
 ) -> None:
     """Run a whole federation on this machine: server, coordinator, workers.
 
@@ -63,6 +73,7 @@ def run(
 
     outlive_readers()
     overrides = [*(set_ or []), *([f"seed={seed}"] if seed is not None else [])]
+    own = metrics_override(metrics)
     if resume and (overwrite or (output and output != resume)):
         word = "--overwrite" if overwrite else "--output"
         raise ConfigurationError(word, None, "not together with --resume", f"leave it out; {resume} is resumed")
@@ -72,12 +83,12 @@ def run(
     if resume:
         launch = read_launch(resume, overrides, config)
         require_config(launch, resume)
-        settings = load_config(launch.config, launch.overrides)
+        settings = load_config(launch.config, [*launch.overrides, *own])
         if launch.run and settings.name != launch.run:
             problem = f"is the configuration of run {settings.name!r}; {resume} has run {launch.run!r}"
             raise ConfigurationError("CONFIG", str(launch.config), problem, "pass the run's own configuration")
     elif config:
-        settings = load_config(config, overrides)
+        settings = load_config(config, [*overrides, *own])
         launch = Launch(config.resolve(), overrides, workers, run=settings.name)
     else:
         raise ConfigurationError("CONFIG", None, "missing", "name a configuration, or pass --resume DIR")
@@ -105,6 +116,7 @@ def coordinator(
         bool, typer.Option("--resume", help="Continue a run that failed or that Ctrl-C ended, from the checkpoint.")
     ] = False,
     overwrite: Overwrite = False,
+    metrics: Metrics = "",
     verbose: Verbose = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Log warnings and errors only; no progress.")] = False,
 ) -> None:
@@ -121,10 +133,11 @@ def coordinator(
     outlive_readers()
     configure_logging(level=log_level(verbose, quiet))
     overrides = [*(set_ or []), *([f"name={run}"] if run else [])]
-    settings = load_config(config, overrides)
+    settings = load_config(config, [*overrides, *metrics_override(metrics)])
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
+    from fedqueue.observability.endpoint import open_endpoint
     from fedqueue.protocol.coordinator_identity import load_coordinator_identity
     from fedqueue.task import load_task, prepare_task
     from fedqueue.transport.connection import check, connect
@@ -140,12 +153,13 @@ def coordinator(
         identity.require_keepers(settings.secure.keepers)
     task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
     settings = prepare_task(task, settings)
+    endpoint = open_endpoint(settings.observability.metrics_address)
     connection = connect(url, tls=settings.redis.tls)
     check(connection, url)
     launch = Launch(config.resolve(), overrides, command="coordinator", run=settings.name)
     folder = RunFolder(output or Path("runs") / settings.name)
     with folder.opened(launch, overwrite, shared=True):
-        result = lead_run(settings, task, connection, identity, folder, quiet, standby, resume, overwrite)
+        result = lead_run(settings, task, connection, identity, folder, quiet, standby, resume, overwrite, endpoint)
     if result is None:
         typer.echo("fedqueue: stopped; another coordinator can resume this run", err=True)
         return

@@ -583,6 +583,11 @@ class Federation:
         return self._cohorts.awaited is not None
 
     @property
+    def awaited_keeper(self) -> tuple[str, float] | None:
+        """The keeper that has been awaited for longest, and since when, on the run's clock; None without any."""
+        return self._cohorts.awaited
+
+    @property
     def needs_base(self) -> bool:
         """Whether the base versions of open jobs must stay stored."""
         return self._aggregator.needs_base

@@ -9,10 +9,12 @@ import redis
 from fedqueue.config.schema import Config
 from fedqueue.errors import ServerUnavailable
 from fedqueue.exit_codes import stop_signals
+from fedqueue.observability.endpoint import Endpoint, own_registry
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.task import Task
 from fedqueue.tracing import Tracing, start_tracing
 from fedqueue_coordinator.core.federation import Federation
+from fedqueue_coordinator.core.observer import Observers, RunObserver
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.local_run import COORDINATOR_SERVICE, clear_ended, deliver_and_print
 from fedqueue_coordinator.operator.progress_view import LiveView
@@ -33,18 +35,26 @@ def lead_run(
     standby: bool,
     resume: bool,
     overwrite: bool,
+    endpoint: Endpoint | None = None,
 ) -> RunResult | None:
     """Lead the run to its end and write its results to `folder`, which is opened; None if SIGTERM ended this process.
 
     With `resume`, a run that has failed or was interrupted is continued from the checkpoint in `folder`; with
-    `overwrite`, a run that has ended is deleted from Redis first. Raises as `Coordinator.run`, and
-    KeyboardInterrupt if Ctrl-C ended this process while Redis was away.
+    `overwrite`, a run that has ended is deleted from Redis first. Its metrics are served at `endpoint`.
+    Raises as `Coordinator.run`, and KeyboardInterrupt if Ctrl-C ended this process while Redis was away.
     """
+    observer = RunObserver()
+    if endpoint and (registry := own_registry(endpoint)):
+        from fedqueue_coordinator.service.run_metrics import RunMetrics
+
+        observer = RunMetrics(config, registry)
     with (
         HookFeed(config, make_trackers(config)) as feed,
         start_tracing(config.opentelemetry.traces, COORDINATOR_SERVICE) as tracing,
     ):
-        return _lead(config, task, connection, identity, folder, quiet, standby, resume, overwrite, feed, tracing)
+        return _lead(
+            config, task, connection, identity, folder, quiet, standby, resume, overwrite, feed, tracing, observer
+        )
 
 
 def _lead(
@@ -59,6 +69,7 @@ def _lead(
     overwrite: bool,
     feed: HookFeed,
     tracing: Tracing,
+    observer: RunObserver,
 ) -> RunResult | None:
     store = CoordinatorStore(connection, config.name, new_owner(), identity)
     if overwrite:
@@ -79,7 +90,7 @@ def _lead(
         reopen=resume,
         owns_folder=folder.reclaim,
         deliver_ended=folder.has_unfinished_run,
-        observer=feed,
+        observer=Observers(feed, observer),
         tracing=tracing,
     )
     for signum in stop_signals():

@@ -30,6 +30,7 @@ class LocalKeepers:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         for keeper, log in self._logs.items():
             command = [sys.executable, "-m", "fedqueue_keeper", keeper, str(config)]
+            command += ["--metrics", "off"]  # at the address of the run
             command += ["--verbose"] if verbose else []
             command += [word for override in overrides for word in ("--set", override)]
             environment = {

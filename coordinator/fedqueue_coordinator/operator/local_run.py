@@ -24,8 +24,10 @@ from fedqueue.logs import warnings_shown
 from fedqueue.protocol.key_files import write_private
 from fedqueue.tracing import Tracing, start_tracing
 from fedqueue.transport.connection import check, connect
+from fedqueue_coordinator.core.observer import Observers
 from fedqueue_coordinator.operator.embedded_server import EmbeddedServer
 from fedqueue_coordinator.operator.local_keepers import NO_PROTECTION, LocalKeepers
+from fedqueue_coordinator.operator.local_metrics import LocalMetrics, shared_metrics
 from fedqueue_coordinator.operator.local_workers import LocalWorkers
 from fedqueue_coordinator.operator.run_folder import INTERRUPT, Launch, RunFolder
 from fedqueue_coordinator.tracking.feed import HookFeed
@@ -71,10 +73,11 @@ def run_federation(
     first. With `verbose`, the workers log debug lines too. `hooks` follow the run, and the configuration's trackers.
     """
     with (
+        shared_metrics(config) as metrics,
         HookFeed(config, make_trackers(config, hooks)) as feed,
         start_tracing(config.opentelemetry.traces, COORDINATOR_SERVICE) as tracing,
     ):
-        return _run(config, launch, folder, quiet, resume, task, verbose, overwrite, feed, tracing)
+        return _run(config, launch, folder, quiet, resume, task, verbose, overwrite, feed, tracing, metrics)
 
 
 def _run(
@@ -88,6 +91,7 @@ def _run(
     overwrite: bool,
     feed: HookFeed,
     tracing: Tracing,
+    metrics: LocalMetrics | None,
 ) -> RunResult | None:
     config = config.with_statistics()
     with contextlib.ExitStack() as stack:
@@ -143,7 +147,7 @@ def _run(
             reopen=resume,
             owns_folder=folder.reclaim,
             deliver_ended=resume,
-            observer=feed,
+            observer=Observers(feed, metrics.serve(config)) if metrics else feed,
             tracing=tracing,
         )
         progress.fail = coordinator.fail

@@ -43,6 +43,7 @@ class LocalWorkers:
         self._parent_end_reported = False
         command = [sys.executable, "-m", "fedqueue_worker", str(config)]
         command += ["--processes", str(processes), "--logs", str(self._logs.resolve())]
+        command += ["--metrics", "off"]  # at the address of the run
         command += ["--verbose"] if verbose else []
         command += [word for override in overrides for word in ("--set", override)]
         command += [word for client in clients for word in ("--client", client)]

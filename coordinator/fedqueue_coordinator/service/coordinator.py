@@ -201,6 +201,7 @@ class Coordinator:
             try:
                 return self._lead(standby)
             except redis.RedisError as error:
+                self._observer.lost_connection()
                 self._require_time_left(error)
                 self._on_wait()
                 self._retry.wait(error)
@@ -342,6 +343,7 @@ class Coordinator:
             if self._ending and not self.federation.stopped:
                 self._perform(self.federation.stop(self._ending, self._now()))
             self._on_progress(self.federation, self._now())
+            self._observer.progressed(self.federation, self._now())
 
     # Events
 
@@ -376,7 +378,8 @@ class Coordinator:
             self._next_watch = self._now() + min(dispatch.leader_lease_seconds / 3, dispatch.lease_seconds / 4)
             self.store.renew_lead(dispatch.leader_lease_seconds, self.federation.waiting_for(self._now()))
             self._retry.succeeded()
-            self._memory.look(self._now(), self.federation.uplink.largest)
+            if use := self._memory.look(self._now(), self.federation.uplink.largest):
+                self._observer.measured_memory(use.used, use.limit)
             if (evaluation := self._unreported) is not None:
                 self._unreported = None
                 self._report(evaluation)
@@ -518,6 +521,7 @@ class Coordinator:
         self._failpoint("before dispatch")
         lease = self.config.dispatch.lease_seconds
         self.store.dispatch(order, packed, self._rq_record(order, packed), dispatch.number, lease)
+        self._observer.dispatched()
 
     def _rq_record(self, order: Order, packed: bytes) -> rq_jobs.RqJobRecord:
         queue = self.store.keys.queue(order.client)
@@ -536,8 +540,11 @@ class Coordinator:
         self._traces.reading(load.arrived)
         try:
             if self.config.secure.on:
-                return MaskedUpdateLoaded(load, read_masked_update(self.store, self.federation, load))
+                masked = read_masked_update(self.store, self.federation, load)
+                self._observer.received(load.header.nbytes)
+                return MaskedUpdateLoaded(load, masked)
             delta = self._payloads.read(load)
+            self._observer.received(load.header.nbytes)
             base = self._base_versions.frame(load.arrived.base) if load.with_base else None
         except (StoreError, WireError) as error:
             return UpdateUnreadable(load, unusable_reason(error), str(error))

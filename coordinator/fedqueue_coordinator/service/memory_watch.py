@@ -68,26 +68,28 @@ class MemoryWatch:
             )
         self._policy_warned = what
 
-    def look(self, now: float, payload: int) -> None:
+    def look(self, now: float, payload: int) -> MemoryUse | None:
         """Warn if the server refuses writes, or will do so soon; asks it at most once in LOOK_SECONDS.
 
-        `now` is in seconds of any clock, and `payload` is the number of bytes of an update. Raises RedisError.
+        `now` is in seconds of any clock, and `payload` is the number of bytes of an update. Returns what the server
+        said if it was asked. Raises RedisError.
         """
         if now < self._next or not self._may_ask:
-            return
+            return None
         self._next = now + LOOK_SECONDS
         use = memory_use(self._client)
         if use is None:
             self._may_ask = False
-            return
+            return None
         before, self._refused = self._refused, use.refused
         state = self._state(use, payload, refused=before is not None and use.refused > before)
         if not state or now < self._quiet_until.get(state, now):
-            return
+            return use
         for said in (FULL, FILLING) if state == FULL else (FILLING,):
             self._quiet_until[said] = now + AGAIN_SECONDS
         used = f"{_megabytes(use.used)} of maxmemory {_megabytes(use.limit)}"
         log.warning(state, used=used, update=_megabytes(payload), do=MORE_MEMORY)
+        return use
 
     def _state(self, use: MemoryUse, payload: int, refused: bool) -> str:
         if not use.limit:

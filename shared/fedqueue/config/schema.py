@@ -15,6 +15,7 @@ from fedqueue.config.compare import CompareConfig
 from fedqueue.config.compression import CompressionConfig
 from fedqueue.config.dispatch import DispatchConfig
 from fedqueue.config.names import ClientId, RunName
+from fedqueue.config.observability import ObservabilityConfig
 from fedqueue.config.privacy import ExamplePrivacyConfig, PrivacyConfig
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.sections import AUTO, OFF, Count, Positive, Section, Text, refuse
@@ -199,6 +200,7 @@ class Config(Section):
     stop: StopConfig
     trackers: TrackersConfig = Field(default=TrackersConfig(), exclude=True)
     opentelemetry: OpenTelemetryConfig = Field(default=OpenTelemetryConfig(), exclude=True)
+    observability: ObservabilityConfig = Field(default=ObservabilityConfig(), exclude=True)
     compare: CompareConfig = Field(default=CompareConfig(), exclude=True)
     _folder: Path = PrivateAttr(default=Path())
 
