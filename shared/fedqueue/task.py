@@ -168,7 +168,7 @@ class Task:
         >>> sorted(Hearts().table(Client("north")))
         ['age', 'ill']
         """
-        raise NotImplementedError(
+        raise TaskError(
             f"{type(self).__name__} must define table(self, client) -> Mapping[str, ndarray], the columns to describe"
         )
 
@@ -183,7 +183,7 @@ class Task:
         ...     def prepare(self, statistics):
         ...         self.mean = statistics.numbers("age").mean
         """
-        raise NotImplementedError(
+        raise TaskError(
             f"statistics.file is set, so {type(self).__name__} must define prepare(self, statistics), "
             "or statistics.file must be left out"
         )
@@ -265,6 +265,8 @@ def prepare_task(task: Task, config: Config) -> Config:
     statistics = read_statistics(config.statistics)
     try:
         task.prepare(statistics)
+    except TaskError:
+        raise
     except (Exception, SystemExit) as error:
         raise TaskError(f"{type(task).__name__}.prepare(statistics): {exception_with_place(error)}") from error
     return config

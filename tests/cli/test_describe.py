@@ -88,6 +88,28 @@ def test_a_task_without_table_is_told_what_to_add(call: CommandLine, config: Pat
 
 
 @pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["-o", "/proc/x.json"], "--output = '/proc/x.json': cannot be written"),
+        (["-o", "x.png"], "--output = 'x.png': is no JSON file"),
+        (
+            ["-s", "statistics.bounds={agee=[0, 9]}"],
+            "statistics.bounds: names 'agee', which no site describes; did you",
+        ),
+        (["-s", "statistics.bounds={age=[9, 0]}"], "statistics: bounds.age is [9, 0]"),
+    ],
+)
+def test_words_that_cannot_be_followed_are_named(call: CommandLine, config: Path, words: list[str], line: str) -> None:
+    code, _, err = call("describe", config, *words)
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.startswith(f"fedqueue: {line}")
+
+
+def test_clients_with_too_few_rows_are_a_failure(call: CommandLine, config: Path) -> None:
+    assert call("describe", config, "-s", "statistics.min_count=500")[0] == 1
+
+
+@pytest.mark.parametrize(
     ("sets", "key"),
     [
         (["secure.keepers=['court', 'office']", "aggregation.buffer_size=3"], "secure.keepers"),

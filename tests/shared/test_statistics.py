@@ -124,6 +124,13 @@ def test_a_histogram_counts_the_pooled_rows() -> None:
     assert column.quantiles["0.5"].value == pytest.approx(np.median(values), abs=width)
 
 
+def test_values_at_the_end_of_their_range_are_inside() -> None:
+    quantile = describe({"north": {"x": np.full(20, -2.0)}}).numbers("x").quantiles["0.5"]
+    assert quantile.low is not None
+    assert quantile.low < -2.0
+    assert quantile.high == -2.0
+
+
 def test_public_bounds_close_the_outer_bins() -> None:
     values = np.random.default_rng(0).uniform(20, 90, 300)
     column = describe(divided(values.tolist(), 2, 0), 10, {"x": (0.0, 128.0)}).numbers("x")

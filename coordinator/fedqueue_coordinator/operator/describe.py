@@ -33,13 +33,15 @@ def describe(
     With `url`, or with redis.url in the configuration, the workers of the run are asked, each for at most
     `wait_seconds`; without, the clients' data is on this machine.
 
-    Returns whether each client answered. Raises ConfigurationError for a run whose rows are protected by keepers or
-    noise, TaskError or FedqueueError where no client answered, and RunExists where the run has begun.
+    Returns whether each client answered, and any has enough rows. Raises ConfigurationError for a run whose rows are
+    protected by keepers or noise and for a file that cannot be written, TaskError or FedqueueError where no client
+    answered, and RunExists where the run has begun.
     """
     config = load_config(path, overrides)
     named = config.statistics.file
     target = output or (config.folder / named if named else Path("describe.json"))
     require_plain(config)
+    _require_writable(target)
     if address := config.redis.address(url):
         statistics = _ask_workers(config, address, wait_seconds)
     else:
@@ -49,7 +51,23 @@ def describe(
         typer.echo(json_text(statistics.model_dump(mode="json"), indent=2))
     else:
         show(statistics, target)
-    return not statistics.refused
+    return not statistics.refused and statistics.rows > 0
+
+
+def _require_writable(target: Path) -> None:
+    """Raise ConfigurationError for a file that cannot be written, or that its own picture would replace."""
+    if target.suffix != ".json":
+        raise ConfigurationError("--output", str(target), "is no JSON file", "name a file that ends with .json")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        existed = target.exists()
+        with target.open("ab"):
+            pass
+        if not existed:  # an empty file would not be statistics if the sites do not answer
+            target.unlink()
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror}"
+        raise ConfigurationError("--output", str(target), problem, "name another file") from None
 
 
 def require_plain(config: Config) -> None:
@@ -113,7 +131,6 @@ def _ask_workers(config: Config, address: str, wait_seconds: float) -> Statistic
 
 def write(statistics: Statistics, target: Path) -> None:
     """Write `target`, and a picture of the same name beside it where matplotlib is installed."""
-    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json_text(statistics.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
     picture = target.with_suffix(".png")
     try:

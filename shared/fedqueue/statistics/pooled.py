@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
@@ -164,6 +165,8 @@ def common_bins(
 ) -> dict[str, Bins]:
     """Return the edges that all sites are asked about: column → `bins` bins over its public bounds, or over the sites'
     ranges. A column without either is left out.
+
+    Raises ConfigurationError for bounds of a column that no site describes as numbers.
     """
     ranges: dict[str, tuple[float, float]] = {}
     for answer in answers.values():
@@ -172,6 +175,12 @@ def common_bins(
                 low, high = ranges.get(name, (of.low, of.high))
                 ranges[name] = min(low, of.low), max(high, of.high)
     described = {name for answer in answers.values() for name in answer.numbers}
+    for name in bounds.keys() - described:
+        near = difflib.get_close_matches(name, described, n=1)
+        known = (
+            f"did you mean {near[0]!r}?" if near else f"columns of numbers: {', '.join(sorted(described)) or 'none'}"
+        )
+        raise ConfigurationError("statistics.bounds", None, f"names {name!r}, which no site describes", known)
     ranges.update({name: ends for name, ends in bounds.items() if name in described})
     return {
         name: Bins(low=low, high=high, bins=bins, public=name in bounds) for name, (low, high) in sorted(ranges.items())

@@ -10,12 +10,14 @@ its other numbers are subtracted:
   how many.
 - A category of fewer rows is counted among the others, with the next smallest until there are enough.
 - A bin of fewer rows is counted together with its neighbours.
-- A range is made of powers of two, the outermost octaves with enough values: minimum and maximum would be rows.
+- A range ends at powers of two, around the `min_count`-th smallest and largest values: minimum and maximum would be
+  rows.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -67,7 +69,7 @@ class NumbersAnswer(Answer):
     """The exact sum as parts; None where the site's policy keeps it back."""
     squares: PartsField | None = None
     low: Finite | None = None
-    """The lower edge of the outermost octave that holds enough values; None where no octave does."""
+    """A power of two, below the `min_count`-th smallest value; None where the site's policy keeps it back."""
     high: Finite | None = None
 
 
@@ -297,26 +299,23 @@ def _coarseness(end: int) -> int:
     return end & -end
 
 
-def octave_range(values: npt.NDArray[np.float64], min_count: int) -> tuple[float | None, float | None]:
-    """Return the edges around all octaves that hold at least `min_count` of the values; (None, None) if none does.
+def octave_range(values: npt.NDArray[np.float64], min_count: int) -> tuple[float, float]:
+    """Return the lower edge of the octave of the `min_count`-th smallest value, and the upper edge of that of the
+    `min_count`-th largest one: at least `min_count` values lie on either side. There are at least as many values.
 
     The octaves of positive numbers are [2ⁿ, 2ⁿ⁺¹), those of negative ones their mirror images, and 0 is its own.
 
     >>> octave_range(np.array([3.0, 3.5, 5.0, 6.0, 900.0]), 2)
     (2.0, 8.0)
     """
-    exponents = np.frexp(values)[1]
-    edges = []
-    for sign in (-1, 0, 1):
-        of_sign, counts = np.unique(exponents[np.sign(values) == sign], return_counts=True)
-        edges += [_octave(sign, int(exponent)) for exponent in of_sign[counts >= min_count]]
-    if not edges:
-        return None, None
-    return min(low for low, _ in edges), max(high for _, high in edges)
+    ends = [min_count - 1, len(values) - min_count]
+    small, large = np.partition(values, ends)[ends].tolist()
+    return min(_octave(small)[0], _octave(large)[0]), max(_octave(small)[1], _octave(large)[1])
 
 
-def _octave(sign: int, exponent: int) -> tuple[float, float]:
-    if sign == 0:
+def _octave(value: float) -> tuple[float, float]:
+    if value == 0:
         return 0.0, 2.0**-1022
-    inner, outer = float(np.ldexp(0.5, exponent)), float(np.ldexp(1.0, exponent))
-    return (inner, outer) if sign > 0 else (-outer, -inner)
+    exponent = math.frexp(value)[1]
+    inner, outer = math.ldexp(0.5, exponent), math.ldexp(1.0, exponent)
+    return (inner, outer) if value > 0 else (-outer, -inner)
