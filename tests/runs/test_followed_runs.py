@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import fedqueue
 from tests.support.programs import Program, read_results
+from tests.tracking.test_feed import Recorder, without_token
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
@@ -64,3 +66,13 @@ def test_run_is_followed_and_survives_its_hooks(config: Path, start: Callable[..
         assert text.count("tracker failed and is left out; the run is not affected") == 1
         assert "OSError: no space left; in on_evaluation (hooks.py:" in text
         assert "tracker did not come to its end within trackers.end_seconds, and is left out" in text
+
+
+def test_hooks_of_a_script_follow_its_run(config: Path, tmp_path: Path) -> None:
+    hooks = Recorder()
+    result = fedqueue.run(config, workers=2, versions=3, folder=tmp_path / "out", hooks=[hooks])
+    assert hooks.of("version") == [without_token(r) for r in result.ledger if r["kind"] == "version"]
+    assert [version for version, _ in hooks.of("evaluation")] == [point["version"] for point in result.history]
+    [summary] = hooks.of("end")
+    assert (summary["complete"], summary["folder"]) == (True, str(tmp_path / "out"))
+    assert summary["versions"] == result.version == 3
