@@ -79,10 +79,7 @@ def test_moments_equal_those_of_the_pooled_rows(values: list[float], sites: int,
     assert found is not None
     assert found.kind == "numbers"
     assert found.count == len(rows)
-    missing_everywhere = sum(
-        len(t["x"]) for t in divided(values, sites, seed).values() if np.isnan(t["x"]).all()
-    )  # these sites describe no such column
-    assert found.missing == len(values) - len(rows) - missing_everywhere
+    assert found.missing == len(values) - len(rows)
     assert found.mean == float(sum(rows) / len(rows))
     if len(rows) > 1:
         assert found.variance == pytest.approx(float(exact.variance(rows)), rel=1e-15, abs=1e-300)
@@ -217,6 +214,15 @@ def test_few_values_and_small_tables_are_not_described() -> None:
     small = SiteTable(read_table({"y": np.arange(9.0)}), 10)
     assert (small.first_answer().rows, small.first_answer().numbers) == (0, {})
     assert small.second_answer({"y": Bins(low=0.0, high=16.0, bins=4)}).histograms == {}
+
+
+def test_rows_of_a_site_with_too_few_values_count_as_missing() -> None:
+    south = np.full(30, NAN)
+    south[:4] = 1.0
+    found = describe({"north": {"x": np.arange(40.0)}, "south": {"x": south}}, 10)
+    assert (found.numbers("x").count, found.numbers("x").missing) == (40, 30)
+    assert found.hides_missing("x")
+    assert found.too_few == {"south": ("x",)}
 
 
 def test_a_policy_keeps_statistics_back() -> None:

@@ -151,9 +151,9 @@ def show(statistics: Statistics, target: Path) -> None:
     answered = sum(1 for rows in statistics.sites.values() if rows)
     title = f"{statistics.run}: {statistics.rows} rows at {answered} sites"
     if numbers:
-        console.print(_number_table(numbers, title))
+        console.print(_number_table(statistics, numbers, title))
     if texts:
-        console.print(_category_table(texts, "" if numbers else title))
+        console.print(_category_table(statistics, texts, "" if numbers else title))
     if statistics.columns and len(statistics.sites) <= MOST_SITES:
         console.print(_site_table(statistics))
     for line in remarks(statistics):
@@ -164,18 +164,18 @@ def show(statistics: Statistics, target: Path) -> None:
         console.print(str(MissingExtra(picture.name, "matplotlib", "plots")), soft_wrap=True)
 
 
-def _number_table(columns: Mapping[str, NumberStatistics], title: str) -> Table:
+def _number_table(statistics: Statistics, columns: Mapping[str, NumberStatistics], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for head in ("numbers", "values", "missing", "mean", "deviation", "5 %", "25 %", "median", "75 %", "95 %"):
         table.add_column(head, justify="left" if head == "numbers" else "right", no_wrap=head == "numbers")
     for name, of in columns.items():
         quantiles = [_with_bound(of.quantiles.get(q)) for q in ("0.05", "0.25", "0.5", "0.75", "0.95")]
-        missing = f"≤ {of.missing}" if of.set_aside_at else str(of.missing)
+        missing = f"≤ {of.missing}" if statistics.hides_missing(name) else str(of.missing)
         table.add_row(name, str(of.count), missing, _short(of.mean), _short(of.deviation), *quantiles)
     return table
 
 
-def _category_table(columns: Mapping[str, CategoryStatistics], title: str) -> Table:
+def _category_table(statistics: Statistics, columns: Mapping[str, CategoryStatistics], title: str) -> Table:
     table = Table(title=title or None, title_justify="left")
     for head in ("categories", "values", "missing", "shares"):
         table.add_column(head, justify="right" if head in ("values", "missing") else "left")
@@ -184,7 +184,7 @@ def _category_table(columns: Mapping[str, CategoryStatistics], title: str) -> Ta
         ranked = sorted(of.counts.items(), key=lambda item: -item[1])
         shares = [f"{category} {count / total:.1%}" for category, count in ranked]
         shares += [f"others {of.other / total:.1%}"] if of.other else []
-        missing = f"≤ {of.missing}" if of.set_aside_at else str(of.missing)
+        missing = f"≤ {of.missing}" if statistics.hides_missing(name) else str(of.missing)
         table.add_row(name, str(of.count), missing, ", ".join(shares) or "kept back")
     return table
 

@@ -52,7 +52,7 @@ class NumberSummary(_Result):
     count: int
     """Values that are described."""
     missing: int
-    """Missing values, with those that sites set aside."""
+    """Missing values, with those that sites set aside, and all rows of sites with too few values of the column."""
     mean: float | None
     """Correctly rounded from the exact sum; None where no site gives it."""
     variance: float | None
@@ -142,6 +142,12 @@ class Statistics(_Result):
             raise TaskError(self._lacks(column, "categories", CategoryStatistics))
         return found
 
+    def hides_missing(self, column: str) -> bool:
+        """Whether a site has fewer missing values in the column than `missing` counts, so that it is an upper bound."""
+        return bool(self.columns[column].set_aside_at) or any(
+            column in names and self.sites[site] for site, names in self.too_few.items()
+        )
+
     def _lacks(self, column: str, kind: str, wanted: type) -> str:
         known = ", ".join(name for name, of in self.columns.items() if isinstance(of, wanted)) or "none"
         return f"the statistics describe no column {column!r} of {kind}; columns of {kind}: {known}"
@@ -211,15 +217,16 @@ def merge(
                 f"column {name!r} has numbers at {next(iter(numbers))} and categories at {next(iter(texts))}; "
                 "Task.table must return the same kind at each site"
             )
+        elsewhere = sum(answer.rows for answer in first.values() if name in answer.too_few)
         if texts:
-            columns[name] = _merge_categories(texts)
+            columns[name] = _merge_categories(texts, elsewhere)
         else:
             histograms = {
                 client: second[client].histograms[name]
                 for client in sorted(second)
                 if client in numbers and name in second[client].histograms
             }
-            columns[name] = _merge_numbers(numbers, histograms, bins.get(name))
+            columns[name] = _merge_numbers(numbers, histograms, bins.get(name), elsewhere)
     return Statistics(
         run=run,
         rows=sum(answer.rows for answer in first.values()),
@@ -254,7 +261,7 @@ def _total(answers: list[NumbersAnswer], part: Callable[[NumbersAnswer], tuple[f
 
 
 def _merge_numbers(
-    answers: Mapping[str, NumbersAnswer], histograms: Mapping[str, HistogramAnswer], bins: Bins | None
+    answers: Mapping[str, NumbersAnswer], histograms: Mapping[str, HistogramAnswer], bins: Bins | None, elsewhere: int
 ) -> NumberStatistics:
     quantiles: dict[str, Quantile] = {}
     edges: tuple[float | None, ...] = ()
@@ -263,7 +270,7 @@ def _merge_numbers(
         quantiles = {str(q): quantile(given, bins, q) for q in QUANTILES}
         edges, counts = _shown(given, bins)
     return NumberStatistics(
-        **_summary(answers).model_dump(),
+        **{**(summary := _summary(answers)).model_dump(), "missing": summary.missing + elsewhere},
         set_aside_at=tuple(client for client, of in answers.items() if of.set_aside),
         quantiles=quantiles,
         edges=edges,
@@ -272,14 +279,14 @@ def _merge_numbers(
     )
 
 
-def _merge_categories(answers: Mapping[str, CategoriesAnswer]) -> CategoryStatistics:
+def _merge_categories(answers: Mapping[str, CategoriesAnswer], elsewhere: int) -> CategoryStatistics:
     counts: dict[str, int] = {}
     for of in answers.values():
         for name, count in of.counts.items():
             counts[name] = counts.get(name, 0) + count
     return CategoryStatistics(
         count=sum(of.count for of in answers.values()),
-        missing=sum(of.missing for of in answers.values()),
+        missing=sum(of.missing for of in answers.values()) + elsewhere,
         counts=dict(sorted(counts.items())),
         other=sum(of.other for of in answers.values()),
         set_aside_at=tuple(client for client, of in answers.items() if of.set_aside),

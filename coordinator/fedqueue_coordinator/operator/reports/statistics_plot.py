@@ -36,7 +36,8 @@ def draw(path: Path, statistics: Statistics) -> None:
         figure.suptitle(f"{statistics.run} · {statistics.rows} rows · {legend}{more}", fontsize=10)
         axes = figure.subplots(height, COLUMNS, squeeze=False).flat
         for panel, (name, of) in zip(axes, panels, strict=False):
-            panel.set_title(f"{name}  (missing: {of.missing})", fontsize=8, loc="left")
+            missing = f"≤ {of.missing}" if statistics.hides_missing(name) else f"{of.missing}"
+            panel.set_title(f"{name}  (missing: {missing})", fontsize=8, loc="left")
             if isinstance(of, NumberStatistics):
                 _histogram(panel, of)
             else:
