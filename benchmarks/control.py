@@ -1,10 +1,12 @@
 """Measures the cost of an update apart from its bytes: a model of 1 KB, four workers whose training is instant.
 
-    python benchmarks/control.py [--quick] [--repeats 3] [--json FILE]
+    python benchmarks/control.py [--quick] [--metrics] [--repeats 3] [--json FILE]
 
 Prints updates per second, the CPU time of coordinator, workers and server for each update, and the share of each step
 in the coordinator's CPU time. The shares come from a second federation whose coordinator runs under a profiler; the
 times come from the first.
+
+With `--metrics`, it measures what metrics cost instead: federations with and without them, in turn.
 """
 
 from __future__ import annotations
@@ -36,8 +38,8 @@ STEPS = {
 }
 
 
-def measure(mode: str, seconds: float, at_least: int) -> dict[str, float]:
-    with live_federation(BYTES, WORKERS, MODES[mode], forked=True) as running:
+def measure(mode: str, seconds: float, at_least: int, metrics: bool = False) -> dict[str, float]:
+    with live_federation(BYTES, WORKERS, MODES[mode], forked=True, metrics=metrics) as running:
         figures = running.measure(seconds, at_least)
     return {
         "per_second": figures.per_second,
@@ -60,6 +62,26 @@ def shares(mode: str, seconds: float, at_least: int) -> dict[str, float]:
     return {**parts, "the rest": 1 - sum(parts.values())}
 
 
+def pairs(mode: str, seconds: float, repeats: int) -> dict[str, Any]:
+    """Return the figures without and with metrics, of federations that alternate."""
+    figures: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+    for number in range(repeats):
+        for metrics in (False, True) if number % 2 == 0 else (True, False):
+            figures[metrics].append(measure(mode, seconds, at_least=20, metrics=metrics))
+    return {"mode": mode, "without": figures[False], "with": figures[True]}
+
+
+def table_of_pairs(rows: list[dict[str, Any]]) -> str:
+    """Medians of each figure without and with metrics, and their ratio; CPU times are ms for each update."""
+    lines = ["| mode | figure | without | with metrics | ratio of the medians |", "|---|---|---|---|---|"]
+    for row in rows:
+        for figure in ("per_second", "coordinator_ms", "worker_ms"):
+            without, with_metrics = ([f[figure] for f in row[which]] for which in ("without", "with"))
+            ratio = statistics.median(with_metrics) / statistics.median(without)
+            lines.append(f"| {row['mode']} | {figure} | {spread(without)} | {spread(with_metrics)} | {ratio:.2f} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = ["| mode | updates/s | coordinator, ms of CPU | workers | server |", "|---|---|---|---|---|"]
     for row in rows:
@@ -76,20 +98,24 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one mode, once, as a smoke test")
+    parser.add_argument("--metrics", action="store_true", help="measure pairs without and with metrics")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, help="write the rows there")
     options = parser.parse_args()
     repeats, seconds = (1, QUICK_SECONDS) if options.quick else (options.repeats, options.seconds)
+    modes = list(MODES)[:1] if options.quick else list(MODES)
     rows: list[dict[str, Any]] = [
-        {
+        pairs(mode, seconds, repeats)
+        if options.metrics
+        else {
             "mode": mode,
             "figures": [measure(mode, seconds, at_least=20) for _ in range(repeats)],
             "shares": shares(mode, seconds, at_least=20),
         }
-        for mode in (list(MODES)[:1] if options.quick else MODES)
+        for mode in modes
     ]
-    print(table(rows))
+    print(table_of_pairs(rows) if options.metrics else table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import json
 import os
+import socket
 import statistics
 import sys
 import tempfile
@@ -130,12 +131,13 @@ def live_federation(
     forked: bool = False,
     at_work: int = 0,
     keepers: Sequence[str] = (),
+    metrics: bool = False,
 ) -> Iterator[LiveFederation]:
     """Start `workers` processes for `clients` clients (default: one each); yield after `at_work` merged updates.
 
     By default, `at_work` is two for each worker. With `profile`, a profile of the coordinator is written to that file
     at the end. With `forked`, the workers are forked from one process and share that process's import of torch. Updates
-    are masked where there are `keepers`, one process each.
+    are masked where there are `keepers`, one process each. With `metrics`, coordinator and workers serve metrics.
     """
     clients = clients or workers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -166,11 +168,11 @@ def live_federation(
 
         profiled = [str(Path(__file__).parent / "profiled.py"), str(profile)] if profile else []
         arguments = ["coordinator", str(config), "--output", str(folder / "out")]
-        coordinator = start("fedqueue_coordinator", *arguments, program=profiled)
+        coordinator = start("fedqueue_coordinator", *arguments, *_served(metrics), program=profiled)
         served = [[f"client-{c}" for c in range(w, clients, workers)] for w in range(workers)]
         if forked:
             options = [word for ids in served for c in ids for word in ("--client", c)]
-            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *options)]
+            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *options, *_served(metrics))]
         else:
             pids = [start("fedqueue_worker", str(config), *(w for c in ids for w in ("--client", c))) for ids in served]
         started = [
@@ -192,6 +194,14 @@ def live_federation(
             assert time.monotonic() < deadline, (folder / "fedqueue_coordinator.log").read_text()[-2000:]
             time.sleep(0.1)
         yield replace(running, workers=children(pids[0])) if forked else running
+
+
+def _served(metrics: bool) -> list[str]:
+    """Options that make a process serve metrics at a port that was free a moment ago."""
+    if not metrics:
+        return []
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return ["--metrics", str(probe.getsockname()[1])]
 
 
 def _has_merged(running: LiveFederation, updates: int) -> bool:
