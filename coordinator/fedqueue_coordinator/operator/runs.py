@@ -29,7 +29,7 @@ from fedqueue_coordinator.core.run_summary import summarize_failures
 from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.operator.plain_console import PlainConsole
 
-NEWEST_RECORDS = 1000
+NEWEST_RECORDS = 200
 """Records at the end of the ledger in which `fedqueue status` looks for kinds of failures."""
 SHOWN_FAILURES = 5
 """Kinds of failures that `fedqueue status` shows, the newest ones."""
@@ -180,6 +180,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
         except RunNotFound:
             continue
         counts = store.counts()
+        alive, refused = store.sites()
         failure = counts.failure
         return {
             "run": wanted,
@@ -190,11 +191,11 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
             "version": info.version,
             "updates_merged": info.totals.get("updates", 0),
             "seconds": round(info.totals.get("seconds", 0.0), 1),
-            "clients_alive": store.alive_clients(),
+            "clients_alive": alive,
             "open_jobs": store.open_jobs(),
             "updates_rejected": counts.rejected,
             "jobs_abandoned": counts.abandoned,
-            "posts_refused": {k: v for k, v in store.refused().items() if v},
+            "posts_refused": refused,
             "clients": counts.merged_by,
             "privacy": _privacy(info.config),
             "metrics": counts.evaluation["metrics"] if counts.evaluation else {},
