@@ -110,13 +110,15 @@ def keeper(
     """
     from fedqueue.config.loading import load_config
 
-    level = log_level(verbose, quiet)
     outlive_readers()
-    configure_logging(level=level)
+    configure_logging(level=log_level(verbose, quiet))
     for signum in stop_signals():  # until the process installs its own handlers
         signal.signal(signum, exit_at_once)
     named = {"name": run, "observability.metrics_address": metrics}
     settings = load_config(config, [*(set_ or []), *(f"{key}={value}" for key, value in named.items() if value)])
+    observability = settings.observability
+    level = log_level(verbose, quiet, observability.log_level)
+    configure_logging(None, level, observability.log_format, {"run": settings.name, "keeper": name})
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
@@ -128,7 +130,7 @@ def keeper(
 
     folder = keys or Path(settings.security.keys)
     identity = load_keeper_identity(folder, settings.name, name)
-    endpoint = open_endpoint(settings.observability.metrics_address)
+    endpoint = open_endpoint(observability.metrics_address)
     own = policy or (folder / FILE if (folder / FILE).exists() else None)
     check(connect(url, tls=settings.redis.tls), url)
     connection = connect(url, retries=0, tls=settings.redis.tls)  # each outage is seen: answers may be lost in it

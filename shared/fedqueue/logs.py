@@ -3,38 +3,77 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import io
+import json
 import logging
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, TextIO
+from types import MappingProxyType
+from typing import Any, Literal, TextIO
 
 ECHO_SECONDS = 60.0
 """A warning that is repeated sooner than this is not shown on the console again."""
+
+NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 
 MAX_LOG = 16 * 2**20
 """Bytes of a worker's log file, above which it is moved to a second file and begun again."""
 
 
-def configure_logging(to: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Human-readable lines on `to` (stderr by default), coloured where that is a terminal."""
+def configure_logging(
+    to: TextIO | None = None,
+    level: int = logging.INFO,
+    style: Literal["text", "json"] = "text",
+    fields: Mapping[str, str] = NO_FIELDS,
+) -> None:
+    """Log to `to` (stderr by default): lines for people, coloured where that is a terminal, or JSON objects.
+
+    Each line of fedqueue has `fields`, such as the run's name; those of a job have the client and the job.
+    """
     stream = to or sys.stderr
-    configure_structlog(stream, level)
+    configure_structlog(stream, level, style, fields)
     logging.basicConfig(stream=stream, level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", force=True)
+    if style == "json":
+        for handler in logging.root.handlers:
+            handler.setFormatter(_JsonLines())
 
 
-def configure_structlog(stream: TextIO, level: int = logging.INFO) -> None:
+def configure_structlog(
+    stream: TextIO,
+    level: int = logging.INFO,
+    style: Literal["text", "json"] = "text",
+    fields: Mapping[str, str] = NO_FIELDS,
+) -> None:
     """Send fedqueue's own log lines to `stream`; the standard library's logging stays as it is."""
     import structlog  # not by commands that log nothing
 
-    structlog.configure(
-        processors=[
-            structlog.processors.add_log_level,
+    def add_fields(logger: Any, name: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        for field, value in fields.items():
+            event.setdefault(field, value)
+        return event
+
+    last: list[Any] = (
+        [
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.ExceptionRenderer(),
+            structlog.processors.JSONRenderer(default=str, ensure_ascii=False),
+        ]
+        if style == "json"
+        else [
             structlog.processors.TimeStamper(fmt="%H:%M:%S"),
             structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=structlog.dev.plain_traceback),
+        ]
+    )
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            add_fields,
+            structlog.processors.add_log_level,
+            *last,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(stream),
@@ -42,13 +81,29 @@ def configure_structlog(stream: TextIO, level: int = logging.INFO) -> None:
     )
 
 
-def log_level(verbose: bool, quiet: bool) -> int:
-    """The lowest level that is logged with these options; raises typer.BadParameter if both are given."""
+class _JsonLines(logging.Formatter):
+    """A line of another library's log as the JSON object that fedqueue's own lines are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.datetime.fromtimestamp(record.created, datetime.UTC).isoformat().replace("+00:00", "Z")
+        line = {"timestamp": at, "level": record.levelname.lower(), "event": record.getMessage(), "logger": record.name}
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def log_level(verbose: bool, quiet: bool, configured: str = "info") -> int:
+    """The lowest level that is logged with these options, or else as configured (`observability.log_level`).
+
+    Raises typer.BadParameter if both options are given.
+    """
     if verbose and quiet:
         from typer import BadParameter
 
         raise BadParameter("not together with --verbose", param_hint="--quiet")
-    return logging.DEBUG if verbose else logging.WARNING if quiet else logging.INFO
+    if verbose or quiet:
+        return logging.DEBUG if verbose else logging.WARNING
+    return int(logging.getLevelNamesMapping()[configured.upper()])
 
 
 def last_line(log: Path) -> str:

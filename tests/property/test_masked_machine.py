@@ -20,7 +20,7 @@ from fedqueue_coordinator.core.reasons import RejectionReason
 from tests.support.masked_federation import KEEPERS, MaskedRun, start_masked
 
 CLIENTS = ("c0", "c1", "c2", "c3")
-MAX_STALENESS, MOST_EXAMPLES = 4, 20
+MAX_STALENESS = 4
 clients = st.sampled_from(CLIENTS)
 keepers = st.sampled_from(KEEPERS)
 
@@ -33,19 +33,14 @@ class MaskedMachine(RuleBasedStateMachine):
         steep=st.sampled_from([0.5, 1.0, 3.0]),
         barrier=st.booleans(),
         concurrency=st.sampled_from(["auto", 1, 2]),
-        hidden=st.booleans(),
     )
-    def begin(
-        self, size: int, least: int, levels: int, steep: float, barrier: bool, concurrency: Any, hidden: bool
-    ) -> None:
-        self.least, self.levels, self.hidden = min(size, least), levels, hidden
-        secure = {"examples": "hidden", "max_examples": MOST_EXAMPLES} if hidden else {}
-        weights = {"weight_by_examples": True, "normalize": "weights"} if hidden else {}
+    def begin(self, size: int, least: int, levels: int, steep: float, barrier: bool, concurrency: Any) -> None:
+        self.least, self.levels = min(size, least), levels
         self.run: MaskedRun = start_masked(
-            *CLIENTS, buffer_size=size, min_cohort=self.least, secure={"weight_levels": levels, **secure},
+            *CLIENTS, buffer_size=size, min_cohort=self.least, secure={"weight_levels": levels},
             aggregation={
                 "staleness": {"function": "polynomial", "a": steep}, "max_staleness": MAX_STALENESS,
-                "barrier": barrier, **weights,
+                "barrier": barrier,
             },
             dispatch={"concurrency": concurrency}, admission={"max_rejections": 1000},
         )  # fmt: skip
@@ -53,7 +48,6 @@ class MaskedMachine(RuleBasedStateMachine):
         self.spent: dict[str, dict[str, int]] = {keeper: {} for keeper in KEEPERS}  # offer → number of its cohort
         self.released: dict[str, list[Any]] = {keeper: [] for keeper in KEEPERS}
         self.deltas: dict[str, float] = {}
-        self.examples: dict[str, int] = {}
 
     # Clients
 
@@ -71,10 +65,8 @@ class MaskedMachine(RuleBasedStateMachine):
     def _post(self, client: str, delta: float, age: int = 0) -> None:
         version = self.run.federation.version
         base = version if self.run.config.barrier else max(0, version - age)
-        job = self.run.job_of(client)
-        self.deltas[job], self.examples[job] = delta, 1 + 7 * len(self.deltas) % (2 * MOST_EXAMPLES)
-        told = {"examples": self.examples[job]} if self.hidden else {}
-        self.run.post_masked(client, delta, base=base, **told)
+        self.deltas[self.run.job_of(client)] = delta
+        self.run.post_masked(client, delta, base=base)
 
     @rule(kind=st.sampled_from(["join", "join", "leave", "lapse", "lost payload", "lost key"]), data=st.data())
     def trouble(self, kind: str, data: Any) -> None:
@@ -165,11 +157,8 @@ class MaskedMachine(RuleBasedStateMachine):
     def model_is_the_sum_of_its_versions(self) -> None:
         x = 0.0
         for record in self._versions:
-            weights = {line["job"]: line["level"] / self.levels for line in record["merged"]}
-            if self.hidden:
-                weights = {job: weight * min(self.examples[job], MOST_EXAMPLES) for job, weight in weights.items()}
-            total = sum(weight * self.deltas[job] for job, weight in weights.items())
-            x += total / (sum(weights.values()) if self.hidden else len(weights))
+            total = sum(line["level"] / self.levels * self.deltas[line["job"]] for line in record["merged"])
+            x += total / len(record["merged"])
         np.testing.assert_allclose(self.run.x, x, atol=1e-3)
 
     @invariant()

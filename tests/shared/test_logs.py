@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import io
+import json
 import logging
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,61 @@ def test_log_is_emptied_where_it_cannot_be_kept(tmp_path: Path) -> None:
 
 def test_log_that_was_deleted_is_no_error(tmp_path: Path) -> None:
     rotate(tmp_path / "worker-0.log")
+
+
+def test_json_log_has_an_object_in_each_line() -> None:
+    stream = io.StringIO()
+    configure_logging(stream, style="json", fields={"run": "digits"})
+    log = structlog.get_logger("fedqueue")
+    with structlog.contextvars.bound_contextvars(job="j-1", client="c0"):
+        log.info("update posted", base=3)
+        try:
+            raise ValueError("two\nlines, é")
+        except ValueError:
+            log.exception("training failed")
+    logging.getLogger("some.library").warning("from %s", "a library")
+    posted, failed, foreign = map(json.loads, stream.getvalue().splitlines())
+    at = datetime.datetime.fromisoformat(posted.pop("timestamp"))
+    assert at.utcoffset() == datetime.timedelta(0)
+    job = {"run": "digits", "job": "j-1", "client": "c0"}
+    assert posted == {"event": "update posted", "level": "info", "base": 3, **job}
+    assert failed["level"] == "error"
+    assert failed["exception"].endswith("ValueError: two\nlines, é")
+    assert {**failed, **job} == failed
+    assert (foreign["event"], foreign["level"], foreign["logger"]) == ("from a library", "warning", "some.library")
+
+
+def test_text_log_names_the_run_also_on_other_threads() -> None:
+    stream = io.StringIO()
+    configure_logging(stream, fields={"run": "digits"})
+    log = structlog.get_logger("fedqueue")
+    with structlog.contextvars.bound_contextvars(job="j-1"):
+        log.info("mine")
+        thread = threading.Thread(target=lambda: log.info("of a thread"))
+        thread.start()
+        thread.join()
+    mine, other = stream.getvalue().splitlines()
+    assert "job=j-1 run=digits" in mine
+    assert "run=digits" in other
+    assert "job" not in other
+
+
+def test_a_field_that_a_line_names_itself_is_kept() -> None:
+    stream = io.StringIO()
+    configure_logging(stream, style="json", fields={"run": "digits"})
+    structlog.get_logger("fedqueue").info("ready", run="another")
+    assert json.loads(stream.getvalue())["run"] == "another"
+
+
+@pytest.mark.parametrize(
+    ("options", "configured", "level"),
+    [
+        ({}, "warning", logging.WARNING),
+        ({}, "debug", logging.DEBUG),
+        ({}, "error", logging.ERROR),
+        ({"verbose": True}, "error", logging.DEBUG),
+        ({"quiet": True}, "debug", logging.WARNING),
+    ],
+)
+def test_option_precedes_the_configured_log_level(options: dict[str, bool], configured: str, level: int) -> None:
+    assert log_level(**{"verbose": False, "quiet": False, **options}, configured=configured) == level

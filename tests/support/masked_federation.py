@@ -17,7 +17,7 @@ from fedqueue.protocol.messages import Cohort, MaskedUpdate, SealedSeed
 from fedqueue.protocol.signed_envelope import Scope
 from fedqueue.secure.cohort import cohort_id, offer_digest
 from fedqueue.secure.masks import MaskStream, add_masks, weighted_mask_sum
-from fedqueue.secure.ring import Ring, Words, examples_share, ring_of
+from fedqueue.secure.ring import Ring, Words, ring_of
 from fedqueue.tensors.frame import Frame
 from fedqueue_coordinator.core.events import (
     Action,
@@ -74,23 +74,19 @@ class MaskedRun(Run):
         lie: int = 0,
         **header: Any,
     ) -> list[Action]:
-        """Post a masked update of the client's job; `delta` is clipped, scaled and rounded as a worker does.
+        """Post a masked update of the client's job; `delta` is clipped and rounded as a worker does.
 
-        `lie` is added to each word. The header says 0 examples where their number is hidden.
+        `lie` is added to each word.
         """
         job = self.job_of(client)
         base = self.federation.version if base is None else base
         values = np.broadcast_to(np.asarray(delta, np.float32), D).copy()
         rounding = MaskStream(hashlib.sha256(job.encode()).digest())
         self._seeds[job] = [hashlib.sha256(f"{job}/{keeper}".encode()).digest() for keeper in self.keepers]
-        share = examples_share(examples, self.config)
-        count = [self.ring.count(share)] if self.ring.counts_examples else []
-        words = np.append(self.ring.quantize(values, rounding.next_into, share), np.array(count, np.int32))
-        self.masked[job] = add_masks(words, self._seeds[job])
+        self.masked[job] = add_masks(self.ring.quantize(values, rounding.next_into), self._seeds[job])
         self.masked[job] += np.uint32(lie)
         fields = {
-            "examples": 0 if self.config.secure.hides_examples else examples,
-            "encoding": "ring32", "nbytes": words.nbytes, "chunks": 1, "seconds": 0.5,
+            "examples": examples, "encoding": "ring32", "nbytes": 4 * D, "chunks": 1, "seconds": 0.5,
             "model": hashlib.sha256(b"model").hexdigest(),
             "seeds": tuple(
                 SealedSeed(component=i, keeper=keeper, key="k", sealed=job.encode())
@@ -130,7 +126,7 @@ class MaskedRun(Run):
         seeds = [self._seeds[self._job_of_offer[offer]][index] for offer, _ in cohort.members]
         dither = hashlib.sha256(f"{keeper}/{cohort_id(SCOPE, cohort)}".encode()).digest()
         weights = [weight for _, weight in cohort.members]
-        pieces = [p.copy() for p in weighted_mask_sum(seeds, weights, self.ring.words, dither, self.ring.dither)]
+        pieces = [p.copy() for p in weighted_mask_sum(seeds, weights, D, dither, self.ring.dither)]
         words = np.concatenate(pieces) + np.uint32(self.added_to_masks)
         return MasksReleased(keeper, cohort_id(SCOPE, cohort), WholeWords(words), {"digest": keeper})
 

@@ -512,3 +512,16 @@ def test_slowdown_uses_the_clock_of_the_machine(monkeypatch: pytest.MonkeyPatch)
     time.now += 2.0
     progress()
     assert time.slept == [4.0]
+
+
+# Logs
+
+
+def test_lines_of_a_job_have_its_client_and_name(fake_run: SampleRun, site: TrainingSite) -> None:
+    seen: list[dict[str, Any]] = []
+    site.task.during = lambda progress: seen.append(dict(structlog.contextvars.get_contextvars()))
+    site.train(1)
+    [fields] = seen
+    assert fields["client"] == "c0"
+    assert fields["job"] == fake_run.order(1).job
+    assert not structlog.contextvars.get_contextvars()

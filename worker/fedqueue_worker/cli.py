@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -151,13 +152,20 @@ def worker(
     """
     from fedqueue.config.loading import load_config
 
-    level = log_level(verbose, quiet)
     outlive_readers()
-    configure_logging(level=level)
+    configure_logging(level=log_level(verbose, quiet))
     for signum in stop_signals():  # until the worker installs its own handlers
         signal.signal(signum, exit_at_once)
     own = {"name": run, "training.device": device, "observability.metrics_address": metrics}
     settings = load_config(config, [*(set_ or []), *(f"{key}={value}" for key, value in own.items() if value)])
+    observability = settings.observability
+    log_as_configured = functools.partial(
+        configure_logging,
+        level=log_level(verbose, quiet, observability.log_level),
+        style=observability.log_format,
+        fields={"run": settings.name},
+    )
+    log_as_configured()
     candidates = choose_candidates(settings, client or [], partition or [])
     security, folder = settings.security, config.resolve().parent
     policy_path = policy or (Path(security.policy) if security.policy else None)
@@ -172,7 +180,7 @@ def worker(
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
     from fedqueue.observability.endpoint import open_endpoint
 
-    endpoint = open_endpoint(settings.observability.metrics_address)
+    endpoint = open_endpoint(observability.metrics_address)
     if processes > 1 or logs:
         from fedqueue_worker.prefork import fork, number_of_this_child, preload
 
@@ -180,7 +188,7 @@ def worker(
         number = number_of_this_child()
         if number is None:
             fresh = not preload(settings.task.entrypoint, folder)
-            number = fork(count, logs, level, fresh, endpoint)
+            number = fork(count, logs, log_as_configured, fresh, endpoint)
         endpoint = None
         candidates = candidates[number::count]
 

@@ -162,7 +162,10 @@ class JobRunner:
         wanted = self._retrying.open_order(order)
         if wanted.run != self._store.run or wanted.client not in self._clients:
             raise WireError(f"order for client {wanted.client} of run {wanted.run}: not served here")
-        with self._tracing.span("job", wanted.traceparent, "consumer", job=wanted.job, client=wanted.client) as span:
+        with (
+            structlog.contextvars.bound_contextvars(job=wanted.job, client=wanted.client),
+            self._tracing.span("job", wanted.traceparent, "consumer", job=wanted.job, client=wanted.client) as span,
+        ):
             return self._carry_out(wanted, span or wanted.traceparent, on_progress, commands_for_post)
 
     def _carry_out(

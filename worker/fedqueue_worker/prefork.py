@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -70,7 +69,7 @@ def number_of_this_child() -> int | None:
 def fork(
     count: int,
     logs: Path | None,
-    level: int = logging.INFO,
+    configure: Callable[[], None] = configure_logging,
     fresh: bool = False,
     endpoint: Endpoint | None = None,
 ) -> int:
@@ -80,7 +79,8 @@ def fork(
 
     This process passes the signals of `stop_signals` on, kills a child that has not ended GRACE_SECONDS later, reports
     a child that ends by itself, and exits with the highest exit code once all have ended. A child gets SIGTERM when
-    this process dies. With `logs`, child i writes to logs/worker-i.log, from the log level `level` on;
+    this process dies. With `logs`, child i writes to logs/worker-i.log, and calls `configure`
+    to log there;
     this process moves a log that has become large to logs/worker-i.log.1. It serves the sums of the children's metrics
     at `endpoint`.
     """
@@ -96,7 +96,7 @@ def fork(
     for number in range(count):
         child = os.fork()
         if not child:
-            _begin(parent, log_of(logs, number), level)
+            _begin(parent, log_of(logs, number), configure)
             if endpoint:
                 endpoint.close()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -124,7 +124,7 @@ def log_name(number: int) -> str:
     return f"worker-{number}.log"
 
 
-def _begin(parent: int, log: Path | None, level: int) -> None:
+def _begin(parent: int, log: Path | None, configure: Callable[[], None]) -> None:
     """Set up a child: signals, its log, and random numbers that differ from those of the other children."""
     for signum in stop_signals():
         signal.signal(signum, exit_at_once)
@@ -137,7 +137,7 @@ def _begin(parent: int, log: Path | None, level: int) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.close(output)
-        configure_logging(level=level)  # again, because stderr is a file now: no colours
+        configure()  # again, because stderr is a file now: no colours
     np.random.seed()  # as in a process of its own; Python's generator does that itself, torch's is seeded for each job
 
 

@@ -97,7 +97,8 @@ def run(
 
     opened, path = folder.opened(launch, overwrite, resume is not None), folder.path / LOG_FILENAME
     with opened, path.open("a", encoding="utf-8", errors="backslashreplace") as log:
-        configure_logging(log, log_level(verbose, quiet=False))
+        level = log_level(verbose, quiet=False, configured=settings.observability.log_level)
+        configure_logging(log, level, settings.observability.log_format, {"run": settings.name})
         raise typer.Exit(run_local(settings, launch, folder, quiet, resume is not None, verbose, overwrite))
 
 
@@ -134,6 +135,9 @@ def coordinator(
     configure_logging(level=log_level(verbose, quiet))
     overrides = [*(set_ or []), *([f"name={run}"] if run else [])]
     settings = load_config(config, [*overrides, *metrics_override(metrics)])
+    observability = settings.observability
+    level = log_level(verbose, quiet, observability.log_level)
+    configure_logging(None, level, observability.log_format, {"run": settings.name})
     url = settings.redis.address(redis)
     if not url:
         raise ConfigurationError("redis.url", None, "missing", "set it, or pass --redis URL")
@@ -153,7 +157,7 @@ def coordinator(
         identity.require_keepers(settings.secure.keepers)
     task = load_task(settings.task.entrypoint, settings.task.options, config.resolve().parent)
     settings = prepare_task(task, settings)
-    endpoint = open_endpoint(settings.observability.metrics_address)
+    endpoint = open_endpoint(observability.metrics_address)
     connection = connect(url, tls=settings.redis.tls)
     check(connection, url)
     launch = Launch(config.resolve(), overrides, command="coordinator", run=settings.name)

@@ -23,7 +23,7 @@ from fedqueue.config.loading import load_config, override_config
 from fedqueue.config.schema import Config
 from fedqueue.config.sections import Section, Word
 from fedqueue.errors import ConfigurationError, TaskError
-from fedqueue.logs import configure_structlog
+from fedqueue.logs import configure_structlog, log_level
 from fedqueue.task import Task, construct_task, load_task, prepare_task
 from fedqueue_coordinator.algorithms.registry import check_algorithms
 from fedqueue_coordinator.core.run_summary import RunResult
@@ -201,7 +201,7 @@ def _run(
 ) -> RunResult:
     launch = folder.launch()
     assert launch is not None
-    with (folder.path / LOG_FILENAME).open("a") as log, _log_into(log), _torch_settings_kept():
+    with (folder.path / LOG_FILENAME).open("a") as log, _log_into(log, config), _torch_settings_kept():
         result = run_federation(
             config, launch, folder, quiet=not show_progress, resume=False, task=task, overwrite=overwrite, hooks=hooks
         )
@@ -350,10 +350,12 @@ def _constructible_by_workers(given: Task | type[Task], config: Config) -> Task:
 
 
 @contextlib.contextmanager
-def _log_into(stream: TextIO) -> Iterator[None]:
+def _log_into(stream: TextIO, config: Config) -> Iterator[None]:
     """fedqueue's log lines go to `stream`; afterwards structlog is configured as it was before."""
     configured, before = structlog.is_configured(), structlog.get_config()
-    configure_structlog(stream)
+    observability = config.observability
+    level = log_level(verbose=False, quiet=False, configured=observability.log_level)
+    configure_structlog(stream, level, observability.log_format, {"run": config.name})
     try:
         yield
     finally:

@@ -1,9 +1,9 @@
-"""Configuration of what a process tells about itself."""
+"""Configuration of what a process tells about itself: its metrics and its log."""
 
 from __future__ import annotations
 
 import ipaddress
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator
 
@@ -44,8 +44,13 @@ Address = Annotated[Text, BeforeValidator(_text), AfterValidator(_bindable)]
 
 
 class ObservabilityConfig(Section):
-    """Metrics of one process; each machine's own."""
+    """Metrics and log of one process; each machine's own."""
 
     metrics_address: Annotated[Address | None, OFF] = None
     """Serves metrics for Prometheus at http://ADDRESS/metrics: `HOST:PORT`, or a port of loopback; `off`: serves none.
     `pip install 'fedqueue[metrics]'`."""
+    log_format: Literal["text", "json"] = "text"
+    """`json`: each line of the log is a JSON object with `timestamp`, `level`, `event`, `run`, and in a job `client`
+    and `job`."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The lowest level that is logged; the options `--verbose` and `--quiet` have precedence."""
