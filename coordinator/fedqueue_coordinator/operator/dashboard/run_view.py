@@ -1,0 +1,219 @@
+"""What the page shows of a run, folded from the records of its ledger: bounded memory, however long the run is.
+
+`RunView.add` takes the records in their order. `RunView.shown` returns plain data, which the page draws.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import Counter, deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedqueue_coordinator.operator.dashboard.thinned_curve import ThinnedCurve
+
+MOST_EVENTS = 100
+"""Newest rejections, failures and the like that are shown with their text."""
+MOST_METRICS = 24
+RECENT = 32
+"""Newest updates of a client that its usual duration and norm are taken from."""
+SLOW = 3.0
+"""A client is slow if a job takes it so many times as long as the median client."""
+LONG = 4.0
+"""A client's updates stand out if they are so many times as long, or as short, as those of the median client."""
+FEW = 3
+"""Updates that are too few to judge a client by."""
+MOST_STALENESS = 20
+"""The last column of the histogram has this staleness, and all larger ones."""
+
+
+@dataclass
+class ClientView:
+    """What the ledger tells about one client."""
+
+    merged: int = 0
+    examples: int | None = None
+    last: float | None = None
+    """When its newest update was merged, on the run's clock."""
+    share: float | None = None
+    staleness: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    norms: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    rejected: Counter[str] = field(default_factory=Counter)
+    abandoned: Counter[str] = field(default_factory=Counter)
+    problem: str = ""
+    """Text of its newest rejection or failure, until an update is merged."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Its newest evaluation on its own data."""
+    epsilon: float | None = None
+
+
+class RunView:
+    """A run, from the records of its ledger."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.updates = 0
+        self.seconds = 0.0
+        self.last_version_at: float | None = None
+        self.clients: dict[str, ClientView] = {}
+        self.rejected: Counter[str] = Counter()
+        self.abandoned: Counter[str] = Counter()
+        self.events: deque[dict[str, Any]] = deque(maxlen=MOST_EVENTS)
+        self.privacy: dict[str, Any] = {}
+        self.keepers: Counter[str] = Counter()
+        self.smallest_cohort: int | None = None
+        self._versions, self._arrivals, self._buffered_staleness = ThinnedCurve(), ThinnedCurve(), ThinnedCurve()
+        self._staleness: Counter[int] = Counter()
+        self._metrics: dict[str, ThinnedCurve] = {}
+        self._site_metrics: dict[str, ThinnedCurve] = {}
+        self._epsilon = ThinnedCurve()
+        self._newest: dict[str, float] = {}
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Take the ledger's next record; one of an unknown kind changes nothing."""
+        self.seconds = max(self.seconds, float(record.get("seconds") or 0.0))
+        match record.get("kind"):
+            case "version":
+                self._add_version(record)
+            case "evaluation":
+                self._add_evaluation(record)
+            case "client_evaluation":
+                self._add_client_evaluation(record)
+            case "rejected":
+                self._add_failure(record, "rejected", str(record.get("reason")), str(record.get("detail", "")))
+            case "abandoned":
+                self._add_failure(record, "abandoned", str(record.get("reason")), str(record.get("error", "")))
+            case "unavailable":
+                self._add_failure(record, "unavailable", "no data", str(record.get("error", "")))
+            case "epoch":
+                self._tell(record, "", "epoch", f"Redis had lost the run: it went on from version {record['version']}")
+
+    def _add_version(self, record: Mapping[str, Any]) -> None:
+        merged: Sequence[Mapping[str, Any]] = record["merged"]
+        self.version, self.updates = record["version"], self.updates + len(merged)
+        self.last_version_at = float(record.get("seconds") or 0.0)
+        for line in merged:
+            self._staleness[min(int(line["staleness"]), MOST_STALENESS)] += 1
+            client = self._client(line["client"])
+            client.merged += 1
+            client.examples, client.last, client.problem = line.get("examples"), line.get("at"), ""
+            client.share = line.get("share")
+            client.staleness.append(int(line["staleness"]))
+            client.seconds.append(float(line.get("training_seconds") or 0.0))
+            if (norm := line.get("norm")) is not None and math.isfinite(norm):
+                client.norms.append(float(norm))
+        self._versions.add(self.last_version_at, self.version)
+        self._arrivals.add(self.last_version_at, self.updates)
+        if merged:
+            mean = sum(line["staleness"] for line in merged) / len(merged)
+            self._buffered_staleness.add(self.version, mean)
+        if masks := record.get("masks"):
+            self.keepers.update(masks.keys())
+            clients = len({line["client"] for line in merged})
+            self.smallest_cohort = min(clients, self.smallest_cohort or clients)
+        if spent := record.get("privacy"):
+            self.privacy = dict(spent)
+            if isinstance(epsilon := spent.get("epsilon_max"), int | float):
+                self._epsilon.add(self.version, float(epsilon))
+
+    def _add_evaluation(self, record: Mapping[str, Any]) -> None:
+        if error := record.get("error"):
+            self._tell(record, "", "evaluation failed", str(error))
+            return
+        self._newest = {name: float(value) for name, value in record["metrics"].items()}
+        for name, value in self._newest.items():
+            if name in self._metrics or len(self._metrics) < MOST_METRICS:
+                self._metrics.setdefault(name, ThinnedCurve()).add(record["version"], value)
+
+    def _add_client_evaluation(self, record: Mapping[str, Any]) -> None:
+        client = self._client(record["client"])
+        client.metrics = {name: float(value) for name, value in record.get("metrics", {}).items()}
+        for name in client.metrics:
+            values = [other.metrics[name] for other in self.clients.values() if name in other.metrics]
+            if name in self._site_metrics or len(self._site_metrics) < MOST_METRICS:
+                self._site_metrics.setdefault(name, ThinnedCurve()).add(record["version"], statistics.fmean(values))
+
+    def _add_failure(self, record: Mapping[str, Any], what: str, reason: str, text: str) -> None:
+        name = str(record.get("client", ""))
+        if what == "rejected":
+            self.rejected[reason] += 1
+            self._client(name).rejected[reason] += 1
+        else:
+            self.abandoned[reason] += 1
+            self._client(name).abandoned[reason] += 1
+        if reason != "run_ended":
+            self._client(name).problem = f"{what}: {reason}" + (f": {text}" if text else "")
+            self._tell(record, name, f"{what}: {reason}", text)
+
+    def _tell(self, record: Mapping[str, Any], client: str, what: str, text: str) -> None:
+        self.events.append({
+            "at": round(float(record.get("seconds") or 0.0), 3), "version": record.get("version"),
+            "client": client, "what": what, "text": text,
+        })  # fmt: skip
+
+    def _client(self, name: str) -> ClientView:
+        return self.clients.setdefault(name, ClientView())
+
+    # What is shown
+
+    def shown(self, configured: Iterable[str] = ()) -> dict[str, Any]:
+        """Everything the page draws from the ledger; `configured` clients are shown before their first update, too."""
+        for name in configured:
+            self._client(name)
+        middle = self._middles()
+        return {
+            "version": self.version,
+            "updates": self.updates,
+            "seconds": round(self.seconds, 3),
+            "last_version_at": self.last_version_at,
+            "metrics": {name: curve.points for name, curve in self._metrics.items()},
+            "site_metrics": {name: curve.points for name, curve in self._site_metrics.items()},
+            "newest_metrics": self._newest,
+            "versions": self._versions.points,
+            "arrivals": self._arrivals.points,
+            "buffer_staleness": self._buffered_staleness.points,
+            "staleness": [self._staleness[i] for i in range(max(self._staleness, default=-1) + 1)],
+            "rejected": dict(self.rejected),
+            "abandoned": dict(self.abandoned),
+            "events": list(self.events)[::-1],
+            "privacy": self.privacy,
+            "epsilon": self._epsilon.points,
+            "keepers": dict(self.keepers),
+            "smallest_cohort": self.smallest_cohort,
+            "clients": [self._shown_client(name, view, *middle) for name, view in sorted(self.clients.items())],
+        }
+
+    def _middles(self) -> tuple[float, float]:
+        """The median client's seconds for a job, and its norm of an update; 0 if fewer than three clients tell."""
+        seconds = [statistics.median(view.seconds) for view in self.clients.values() if len(view.seconds) >= FEW]
+        norms = [statistics.median(view.norms) for view in self.clients.values() if len(view.norms) >= FEW]
+        return tuple(statistics.median(values) if len(values) >= FEW else 0.0 for values in (seconds, norms))  # type: ignore[return-value]
+
+    def _shown_client(self, name: str, view: ClientView, usual_seconds: float, usual_norm: float) -> dict[str, Any]:
+        seconds = statistics.median(view.seconds) if view.seconds else None
+        norm = statistics.median(view.norms) if view.norms else None
+        notes = []
+        if seconds and usual_seconds and len(view.seconds) >= FEW and seconds > SLOW * usual_seconds:
+            notes.append(f"slow: a job takes {seconds / usual_seconds:.1f} times as long as at the median site")
+        if norm and usual_norm and len(view.norms) >= FEW and not usual_norm / LONG < norm < LONG * usual_norm:
+            notes.append(f"outlier: its updates are {norm / usual_norm:.2g} times as long as those of the median site")
+        return {
+            "name": name,
+            "merged": view.merged,
+            "examples": view.examples,
+            "last": view.last,
+            "share": view.share,
+            "staleness": round(statistics.fmean(view.staleness), 2) if view.staleness else None,
+            "seconds": seconds,
+            "norm": norm,
+            "relative_norm": norm / usual_norm if norm and usual_norm else None,
+            "rejected": dict(view.rejected),
+            "abandoned": dict(view.abandoned),
+            "problem": view.problem,
+            "notes": notes,
+            "metrics": view.metrics,
+            "epsilon": view.epsilon,
+        }

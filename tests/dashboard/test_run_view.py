@@ -1,0 +1,153 @@
+"""What the page shows of a ledger: counts, curves of bounded size, and which site is slow or stands out."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedqueue_coordinator.operator.dashboard.run_view import MOST_EVENTS, MOST_STALENESS, RunView
+from fedqueue_coordinator.operator.dashboard.thinned_curve import ThinnedCurve
+
+
+def version(number: int, *lines: dict[str, Any], seconds: float | None = None, **more: Any) -> dict[str, Any]:
+    at = float(number) if seconds is None else seconds
+    return {
+        "kind": "version",
+        "version": number,
+        "seconds": at,
+        "merged": [{"at": at, **line} for line in lines],
+        **more,
+    }
+
+
+def update(client: str, staleness: int = 0, norm: float | None = 1.0, training_seconds: float = 1.0) -> dict[str, Any]:
+    line = {
+        "client": client,
+        "staleness": staleness,
+        "examples": 10,
+        "training_seconds": training_seconds,
+        "share": 0.5,
+    }
+    return line if norm is None else {**line, "norm": norm}
+
+
+def seen(*records: dict[str, Any]) -> dict[str, Any]:
+    view = RunView()
+    for record in records:
+        view.add(record)
+    return view.shown()
+
+
+def site(shown: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(client for client in shown["clients"] if client["name"] == name)
+
+
+points = st.lists(st.integers(0, 9), min_size=1, max_size=300)
+
+
+@given(points, st.integers(4, 40))
+def test_curve_keeps_its_ends_and_its_size(values: list[int], most: int) -> None:
+    curve = ThinnedCurve(most)
+    for x, y in enumerate(values):
+        curve.add(x, y)
+    shown = curve.points
+    assert len(shown) <= most
+    assert shown[0] == (0, values[0])
+    assert shown[-1] == (len(values) - 1, values[-1])
+    assert all(values[int(x)] == y for x, y in shown)
+    gaps = {b[0] - a[0] for a, b in itertools.pairwise(shown[:-1])}
+    assert len(gaps) <= 1
+
+
+def test_a_million_versions_are_thinned_out() -> None:
+    view = RunView()
+    line = {"at": 0.0, **update("c0")}
+    for number in range(1, 1_000_001):
+        view.add({"kind": "version", "version": number, "seconds": float(number), "merged": [line]})
+    shown = view.shown()
+    assert shown["version"] == shown["updates"] == 1_000_000
+    assert len(shown["versions"]) <= 601
+    assert shown["versions"][-1] == (1_000_000.0, 1_000_000)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 30)), max_size=60))
+def test_counts_are_those_of_the_records(updates: list[tuple[str, int]]) -> None:
+    shown = seen(*(version(i + 1, update(name, stale)) for i, (name, stale) in enumerate(updates)))
+    assert shown["updates"] == len(updates)
+    assert {c["name"]: c["merged"] for c in shown["clients"]} == Counter(name for name, _ in updates)
+    expected = Counter(min(stale, MOST_STALENESS) for _, stale in updates)
+    assert {i: n for i, n in enumerate(shown["staleness"]) if n} == expected
+
+
+def test_slow_site_and_outlier_are_told_apart() -> None:
+    records = [
+        version(i, update("a"), update("b"), update("slow", training_seconds=5.0), update("long", norm=9.0))
+        for i in range(1, 5)
+    ]
+    shown = seen(*records)
+    assert site(shown, "a")["notes"] == site(shown, "b")["notes"] == []
+    assert site(shown, "slow")["notes"] == ["slow: a job takes 5.0 times as long as at the median site"]
+    assert site(shown, "long")["notes"] == ["outlier: its updates are 9 times as long as those of the median site"]
+
+
+def test_few_updates_condemn_no_site() -> None:
+    shown = seen(
+        *(version(i, update("a"), update("b"), update("c")) for i in range(1, 5)), version(5, update("d", norm=99.0))
+    )
+    assert site(shown, "d")["notes"] == []
+
+
+def test_masked_updates_have_no_norm_and_name_keepers() -> None:
+    lines = [update(name, norm=None) for name in "abc"]
+    masks = {"university": {"digest": "x"}, "office": {"digest": "y"}}
+    shown = seen(version(1, *lines, cohort="c", masks=masks), version(2, *lines[:2], cohort="d", masks=masks))
+    assert shown["keepers"] == {"university": 2, "office": 2}
+    assert shown["smallest_cohort"] == 2
+    assert site(shown, "a")["norm"] is None
+
+
+def test_failures_have_their_text_newest_first() -> None:
+    failed = {"kind": "abandoned", "client": "a", "reason": "failed", "error": "E: no", "version": 1, "seconds": 2.0}
+    stale = {"kind": "rejected", "client": "b", "reason": "stale", "detail": "too old", "version": 1, "seconds": 3.0}
+    shown = seen(version(1, update("a")), failed, stale)
+    assert [(e["client"], e["what"], e["text"]) for e in shown["events"]] == [
+        ("b", "rejected: stale", "too old"),
+        ("a", "abandoned: failed", "E: no"),
+    ]
+    assert site(shown, "a")["problem"] == "abandoned: failed: E: no"
+    assert site(seen(failed, version(2, update("a"))), "a")["problem"] == ""
+
+
+def test_events_are_bounded_and_the_end_is_none() -> None:
+    lost = {"kind": "rejected", "client": "a", "reason": "stale", "detail": "", "version": 1, "seconds": 1.0}
+    ended = {**lost, "reason": "run_ended"}
+    shown = seen(*[lost] * (MOST_EVENTS + 5), ended)
+    assert len(shown["events"]) == MOST_EVENTS
+    assert all(event["what"] == "rejected: stale" for event in shown["events"])
+
+
+def test_evaluations_of_sites_are_a_mean_and_a_value_of_each() -> None:
+    def evaluated(client: str, accuracy: float) -> dict[str, Any]:
+        return {
+            "kind": "client_evaluation",
+            "version": 4,
+            "client": client,
+            "metrics": {"accuracy": accuracy},
+            "seconds": 1.0,
+        }
+
+    shown = seen(evaluated("a", 0.5), evaluated("b", 0.7))
+    assert site(shown, "b")["metrics"] == {"accuracy": 0.7}
+    assert shown["site_metrics"]["accuracy"][-1] == (4, 0.6)
+
+
+def test_unknown_records_change_nothing() -> None:
+    assert seen({"kind": "of the future", "seconds": 1.0})["updates"] == 0
+
+
+def test_configured_sites_are_shown_before_their_first_update() -> None:
+    assert [c["name"] for c in RunView().shown(["b", "a"])["clients"]] == ["a", "b"]
