@@ -22,8 +22,8 @@ from fedqueue_worker import cli as worker_cli
 from tests.support.command_line import CommandLine
 
 COMMANDS = (
-    "run", "coordinator", "worker", "list", "status", "dashboard", "track", "export", "audit", "remove", "compare", "leak",
-    "privacy", "describe", "acl", "certs", "enroll", "keygen", "revoke", "init",
+    "run", "coordinator", "worker", "list", "status", "dashboard", "track", "export", "audit", "remove", "compare",
+    "leak", "privacy", "describe", "acl", "certs", "enroll", "keygen", "revoke", "init",
 )  # fmt: skip
 CONFIG = '[task]\nentrypoint = "task.py:Absent"\n[stop]\nversions = 1\n'
 
