@@ -30,6 +30,7 @@ COMPOSE_FILE = ROOT / "docker-compose.yml"
 DOCKERFILES = tuple(ROOT / part / "Dockerfile" for part in ("coordinator", "worker", "keeper"))
 
 RUN = "elastic"
+MASKED_RUN = "masked"
 LEASE_SECONDS = 10.0  # the default of dispatch.lease_seconds: a killed worker's client expires after it
 PULL_SECONDS, BUILD_SECONDS = 300, 1800
 PATIENCE = 120.0  # seconds to wait for an event of the run; an import of torch is slow on a loaded machine
@@ -166,7 +167,7 @@ class Stack:
     def logs(self) -> str:
         return "\n".join(
             f"--- {inspect(container, '.Name')}\n" + "\n".join(output(container)[-25:])
-            for service in ("redis", "coordinator", "worker")
+            for service in ("redis", "coordinator", "worker", "keeper-university", "keeper-audit-office")
             for container in self.containers(service, all_=True)
         )
 
@@ -393,6 +394,34 @@ def check_results(stack: Stack, folder: Path, killed: str) -> None:
     )
 
 
+def kill_a_keeper(stack: Stack) -> None:
+    """Run with two keepers, kill one of them while versions are made, start it again, and audit the run."""
+    stack.configure(
+        FEDQUEUE_NAME=MASKED_RUN, FEDQUEUE_SECURE__KEEPERS='["university", "audit-office"]',
+        FEDQUEUE_TRAINING__LOCAL_EPOCHS="1", FEDQUEUE_CLIENTS__COUNT="4",
+    )  # fmt: skip
+    stack.compose("--profile", "keepers", "up", "--detach", "--scale", "worker=4")
+    until("4 workers hold a partition each", lambda: stack.alive() == 4)
+    until_merging(stack)
+    keeper = stack.container("keeper-university")
+    docker("kill", keeper)
+    until("the run waits for the keeper", lambda: "keeper university" in stack.status().get("waiting", ""))
+    version = stack.version()
+    docker("start", keeper)
+    until(f"the run continues from version {version}", lambda: stack.version() > version)
+    until_merging(stack)
+    denied = docker("exec", stack.container("redis"), "sh", "-c", f"{AS_ADMIN} acl log")
+    assert not denied, f"Redis denied commands that a part needs:\n{denied}"
+    stack.configure(FEDQUEUE_STOP__TARGET=WITHIN_REACH)
+    stack.compose("--profile", "keepers", "up", "--detach", "--scale", "worker=4")
+    coordinator = stack.container("coordinator")
+    until("the run reaches its target", lambda: inspect(coordinator, ".State.Status") == "exited")
+    until("the keepers exit by themselves", lambda: not stack.containers("keeper-university"))
+    audited = stack.compose("run", "--rm", "--no-deps", "coordinator", "audit", f"runs/{MASKED_RUN}")
+    assert "no violations" in audited, audited
+    say(audited.strip().splitlines()[-1])
+
+
 @contextlib.contextmanager
 def running_stack(compose: list[str], folder: Path) -> Iterator[Stack]:
     """Yield a stack, and remove it afterwards; on an error, print its logs first."""
@@ -431,6 +460,9 @@ def main() -> int:
         killed = kill(stack)
         stop_and_resume(stack)
         check_results(stack, Path(name), killed)
+    with tempfile.TemporaryDirectory() as name, running_stack(compose, Path(name)) as stack:
+        build(stack)  # the layers are there already
+        kill_a_keeper(stack)
     say("passed")
     return 0
 
