@@ -10,7 +10,7 @@ import typer
 
 from fedqueue.errors import ConfigurationError
 from fedqueue.exit_codes import exit_at_once, run_app, stop_signals
-from fedqueue.logs import configure_logging, log_level, outlive_readers
+from fedqueue.logs import configure_logging, log_level, outlive_readers, say_at_end
 
 PROGRAM = "fedqueue-keeper"
 EPILOG = """
@@ -146,7 +146,7 @@ def keeper(
     serving = KeeperProcess(store, identity, state or folder / "state", limits, observer=observer)
     ended_because = serving.run()
     if not quiet:
-        typer.echo(f"{PROGRAM}: {ended_because}", err=True)
+        say_at_end(PROGRAM, ended_because, observability.log_format)
 
 
 def main() -> None:

@@ -81,6 +81,18 @@ def configure_structlog(
     )
 
 
+def say_at_end(program: str, text: str, style: Literal["text", "json"]) -> None:
+    """Write a line about the end of `program` to stderr; in a JSON log, as an object of the level `info`."""
+    if style == "json":
+        import structlog
+
+        structlog.get_logger("fedqueue").info(text, program=program)
+    else:
+        import typer
+
+        typer.echo(f"{program}: {text}", err=True)
+
+
 class _JsonLines(logging.Formatter):
     """A line of another library's log as the JSON object that fedqueue's own lines are."""
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from fedqueue.logs import configure_logging, log_level, rotate
+from fedqueue.logs import configure_logging, log_level, rotate, say_at_end
 
 
 def test_logs_are_plain_lines_where_the_output_is_no_terminal() -> None:
@@ -116,6 +116,16 @@ def test_a_field_that_a_line_names_itself_is_kept() -> None:
     configure_logging(stream, style="json", fields={"run": "digits"})
     structlog.get_logger("fedqueue").info("ready", run="another")
     assert json.loads(stream.getvalue())["run"] == "another"
+
+
+def test_last_words_are_an_object_in_a_json_log(capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    configure_logging(stream, style="json", fields={"run": "digits"})
+    say_at_end("fedqueue-worker", "the run has ended", "json")
+    said = json.loads(stream.getvalue())
+    assert (said["event"], said["program"], said["run"]) == ("the run has ended", "fedqueue-worker", "digits")
+    say_at_end("fedqueue-worker", "the run has ended", "text")
+    assert capsys.readouterr().err == "fedqueue-worker: the run has ended\n"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import typer
 from fedqueue.errors import ConfigurationError
 from fedqueue.exception_text import one_line
 from fedqueue.exit_codes import DONE, FAILED, exit_at_once, run_app, stop_signals
-from fedqueue.logs import configure_logging, log_level, outlive_readers
+from fedqueue.logs import configure_logging, log_level, outlive_readers, say_at_end
 
 if TYPE_CHECKING:
     from fedqueue.config.schema import Config
@@ -195,11 +195,11 @@ def worker(
     serving, candidates = make_worker(settings, candidates, url, policy_path, folder, endpoint)
     ended_because = serving.run(candidates, max_jobs, burst, new_client)
     for idle, reason in serving.without_update.items():
-        typer.echo(f"{PROGRAM}: no update from {idle}: {one_line(reason)}", err=True)
+        say_at_end(PROGRAM, f"no update from {idle}: {one_line(reason)}", observability.log_format)
     for line in serving.privacy_spent:
-        typer.echo(f"{PROGRAM}: {line}", err=True)
+        say_at_end(PROGRAM, line, observability.log_format)
     if not quiet:
-        typer.echo(f"{PROGRAM}: {ended_because}", err=True)
+        say_at_end(PROGRAM, ended_because, observability.log_format)
 
 
 def make_worker(

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from fedqueue.errors import ConfigurationError, FedqueueError
-from fedqueue.logs import configure_logging, log_level, outlive_readers
+from fedqueue.logs import configure_logging, log_level, outlive_readers, say_at_end
 from fedqueue_coordinator.cli.options import (
     ConfigPath,
     ConfiguredUrl,
@@ -165,7 +165,7 @@ def coordinator(
     with folder.opened(launch, overwrite, shared=True):
         result = lead_run(settings, task, connection, identity, folder, quiet, standby, resume, overwrite, endpoint)
     if result is None:
-        typer.echo("fedqueue: stopped; another coordinator can resume this run", err=True)
+        say_at_end("fedqueue", "stopped; another coordinator can resume this run", observability.log_format)
         return
     raise typer.Exit(exit_code(result))
 

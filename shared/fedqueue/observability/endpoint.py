@@ -85,7 +85,7 @@ class Endpoint:
         from prometheus_client import make_wsgi_app
 
         self._server.set_app(make_wsgi_app(registry))
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), name="metrics", daemon=True)
+        self._thread = threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True)
         self._thread.start()
         log.info("metrics are served", at=self.url)
 
