@@ -184,7 +184,7 @@ class KeeperProcess:
         release_log = ReleaseLog(log_path(self._state, self._name, info.run, descriptor.instance))
         keeper = Keeper(
             self._name, config, parameters, self._identity.scope, self._identity, release_log, release_log.key,
-            release_log.secret, self._policy.min_cohort or 0,
+            release_log.secret, self._policy.min_cohort or 0, self._policy.own_budget,
         )  # fmt: skip
         keeper.begin_term(descriptor.term, descriptor.first_version)
         log.info("ready", run=info.run, keeper=self._name, key=keeper.key.id, file=str(release_log.path))
@@ -202,6 +202,11 @@ class KeeperProcess:
             raise ConfigurationError(
                 "min_cohort", least, f"run {run!r} has secure.min_cohort = {config.secure.min_cohort}, and this "
                 "keeper's policy asks for larger crowds", "let the operator raise it, or lower this one"
+            )  # fmt: skip
+        if self._policy.max_epsilon is not None and not config.privacy.clients.on:
+            raise ConfigurationError(
+                "max_epsilon", self._policy.max_epsilon, f"run {run!r} has no [privacy.clients], so that its sums have "
+                "no noise", "let the operator turn it on, or leave max_epsilon out of this keeper's policy"
             )  # fmt: skip
         missing = [client for client in config.clients.ids if not self._identity.knows(client)]
         if missing:

@@ -1,4 +1,4 @@
-"""A keeper's file for one run instance: its private key, the secret of its dithers, and what it has released.
+"""A keeper's file for one run instance: its private key, the secret of its dithers and noise, and what it has released.
 
 Key and log are one SQLite file. A keeper that loses its log loses its key too: no seed is released a second time.
 The file must never be restored from a copy, which would have the key and an older log.
@@ -30,6 +30,7 @@ CREATE TABLE keys (id INTEGER PRIMARY KEY CHECK (id = 0), private BLOB NOT NULL,
 CREATE TABLE cohorts (id TEXT PRIMARY KEY, term INTEGER NOT NULL, version INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE seeds (digest TEXT PRIMARY KEY, version INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE models (base INTEGER PRIMARY KEY, digest TEXT NOT NULL);
+CREATE TABLE accounts (client TEXT PRIMARY KEY, squares INTEGER NOT NULL) WITHOUT ROWID;
 """
 _SUFFIX = ".sqlite"
 
@@ -116,6 +117,11 @@ class ReleaseLog:
                 "INSERT INTO seeds VALUES (?, ?)", [(seed, released.version) for seed in released.seeds]
             )
             self._database.executemany("INSERT OR IGNORE INTO models VALUES (?, ?)", released.models)
+            self._database.executemany(
+                "INSERT INTO accounts VALUES (?, ?) "
+                "ON CONFLICT (client) DO UPDATE SET squares = squares + excluded.squares",
+                [(client, load**2) for client, load in released.loads],
+            )
 
     def has(self, cohort: str) -> bool:
         """Whether the cohort of this id was released."""
@@ -133,6 +139,11 @@ class ReleaseLog:
         """The digest of the model of a base version that was in a released cohort; empty for any other."""
         row = self._database.execute("SELECT digest FROM models WHERE base = ?", (base,)).fetchone()
         return str(row[0]) if row else ""
+
+    def account(self, client: str) -> int:
+        """Σ ℓ² over the loads of the client in released cohorts."""
+        row = self._database.execute("SELECT squares FROM accounts WHERE client = ?", (client,)).fetchone()
+        return int(row[0]) if row else 0
 
     def newest_version(self, term: int) -> int:
         """The largest version of a cohort that was released in this term of the coordinator; -1 without any."""

@@ -48,7 +48,7 @@ def test_keeper_may_run_the_commands_it_needs(guarded: AclServer, asked: Guarded
     [ask] = own.asks(keeper, FIRST, 0.001)
     assert (ask.kind, ask.body) == ("offer", b"x")
     own.say(keeper, [("opened", b"x")])
-    release = Release(COHORT, 1, 3, 3, 40, (b"0" * 32,) * 3, (1, 1, 1), b"1" * 32, 1)
+    release = Release(COHORT, 1, 3, 3, 40, (b"0" * 32,) * 3, (1, 1, 1), b"1" * 32, 1, 0.0)
     assert own.store_mask(keeper, release).chunks == 1
     assert guarded.user("coordinator").strlen(f"{own.keys.mask(COHORT, keeper)}:0") == 40
     assert guarded.denied() == []

@@ -18,8 +18,8 @@ from fedqueue.secure.keeper import MemoryLog, Released
 from fedqueue_keeper.release_log import ReleaseLog, delete_former_logs, log_path
 
 SEEDS = tuple(f"{i:064d}" for i in range(8))
-FIRST = Released("a" * 64, 1, 5, SEEDS[:4], ((4, "m" * 64), (5, "n" * 64)))
-SECOND = Released("b" * 64, 1, 6, SEEDS[4:6], ((5, "n" * 64), (6, "o" * 64)))
+FIRST = Released("a" * 64, 1, 5, SEEDS[:4], ((4, "m" * 64), (5, "n" * 64)), (("a", 8), ("b", 3)))
+SECOND = Released("b" * 64, 1, 6, SEEDS[4:6], ((5, "n" * 64), (6, "o" * 64)), (("a", 2), ("c", 1)))
 
 
 @pytest.fixture
@@ -35,6 +35,7 @@ def answers(log: ReleaseLog | MemoryLog) -> list[object]:
         log.spent([]),
         [log.model(base) for base in range(8)],
         [log.newest_version(term) for term in range(3)],
+        [log.account(client) for client in "abcd"],
     ]
 
 

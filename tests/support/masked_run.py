@@ -59,11 +59,14 @@ class Posted:
         return offer_digest(self.offer)
 
 
-def masked_config(keepers: Sequence[str], clients: Sequence[str], buffer_size: int, **secure: Any) -> Config:
+def masked_config(
+    keepers: Sequence[str], clients: Sequence[str], buffer_size: int, privacy: Any = None, **secure: Any
+) -> Config:
     return make_config(
         clients={"names": list(clients)},
         aggregation={"strategy": "fedbuff", "buffer_size": buffer_size, "running_statistics": "frozen"},
         secure={"keepers": list(keepers), **secure},
+        privacy={"clients": privacy or {}},
     )
 
 
@@ -77,10 +80,11 @@ class MaskedRun:
         keepers: Sequence[str] = ("k0", "k1"),
         parameters: int = 6,
         buffer_size: int = 4,
+        privacy: Any = None,
         **secure: Any,
     ) -> None:
         self.folder, self.clients, self.keepers, self.parameters = folder, clients, keepers, parameters
-        self.config = masked_config(keepers, clients, buffer_size, **secure)
+        self.config = masked_config(keepers, clients, buffer_size, privacy, **secure)
         self.jobs = itertools.count(1)
         _make_keys(folder, clients, keepers)
         self.coordinator = CoordinatorIdentity(RUN, read_signing_key(folder / COORDINATOR_KEY), folder)

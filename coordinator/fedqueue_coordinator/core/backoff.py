@@ -39,7 +39,7 @@ class Backoff:
     excluded: set[str] = field(default_factory=set)
     """The clients that are set aside."""
     declining: set[str] = field(default_factory=set)
-    """Those of them whose site trains no further job of this run, because a privacy budget is used up."""
+    """Those of them that train no further job of this run, because a privacy budget is used up."""
     _rests: Counter[str] = field(default_factory=Counter)  # client → its entries in `resting`
 
     # Penalties
@@ -49,7 +49,9 @@ class Backoff:
 
         `quarantine_seconds`: what the outlier filter imposes, where it is the one that rejected the update.
         """
-        if reason in OUTLIER:
+        if reason is RejectionReason.BUDGET:
+            self.declined(client)
+        elif reason in OUTLIER:
             if quarantine_seconds:
                 self.rest(client, now + quarantine_seconds)
         elif reason in FORGEABLE:
@@ -65,7 +67,7 @@ class Backoff:
             self.pause(client, now)
 
     def declined(self, client: str) -> None:
-        """Set the client aside: its site has said that it trains no further job of this run."""
+        """Set the client aside: it trains no further job of this run."""
         self.excluded.add(client)
         self.declining.add(client)
 

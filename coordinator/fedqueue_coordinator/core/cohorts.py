@@ -103,6 +103,10 @@ class Cohorts:
         """The weight of an update at `version`."""
         return self._settled.get(update.digest) or self._level(update.arrived.base, version)
 
+    def load(self, client: str, update: Waiting, version: int) -> int:
+        """The sum of the weights of the client's members and of this update."""
+        return self._member_weights()[client] + self.weight(update, version)
+
     def _level(self, base: int, version: int) -> int:
         staleness = max(0, version - base)
         if (known := self._level_of.get(staleness)) is None:

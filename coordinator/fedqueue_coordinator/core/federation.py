@@ -54,6 +54,7 @@ from fedqueue_coordinator.core.admission import (
     admit_staleness,
     admit_to_round,
 )
+from fedqueue_coordinator.core.client_account import ClientAccount
 from fedqueue_coordinator.core.cohorts import Cohorts
 from fedqueue_coordinator.core.evaluation import MAX_FAILED_EVALUATIONS, EvaluationSchedule
 from fedqueue_coordinator.core.events import (
@@ -117,6 +118,7 @@ REFUSED_MEMBERS = {
     "spent": RejectionReason.SPENT,
     "unknown": RejectionReason.KEEPER_LOST,
     "model": RejectionReason.WRONG_BASE,
+    "budget": RejectionReason.BUDGET,
 }
 """Why a keeper does not release a cohort with certain members → why these are rejected."""
 
@@ -185,6 +187,9 @@ class Federation:
         self._scheduler = Scheduler(config, self.run_counters, epoch, job_number, started=version > 0 or job_number > 0)
         if self._scheduler.started and self.run_counters.started is None:  # before its first commit
             self.run_counters.started = self.run_counters.seconds
+        self._account = ClientAccount(config, self.run_counters)
+        for client in self._account.used_up():
+            self._scheduler.declined(client)
         self._alone: set[str] = set()  # jobs whose update makes a version without waiting for others
         self._evaluations = EvaluationSchedule(config.evaluation, evaluates)
         self._may_fail = version > 0  # a failure of the first evaluation is one of the task, not of its surroundings
@@ -436,6 +441,7 @@ class Federation:
                 if self.config.barrier:
                     admit_to_round(base, self.version)
                 admit_staleness(base, self.version, self.config.aggregation.max_staleness)
+                self._account.admit(client := update.arrived.client, self._cohorts.load(client, update, self.version))
             except Inadmissible as verdict:
                 actions.append(self._reject(update.arrived, verdict.reason, verdict.detail, now))
                 continue
@@ -486,7 +492,12 @@ class Federation:
         masks = {keeper: dict(self._answers[keeper]) for keeper in self.config.secure.keepers}
         step = self._sum.finish(self._aggregator, self.model)
         self._sum.clear()
+        privacy = self._account.charge((member.update.arrived.client, member.weight) for member in members)
+        for client in self._account.used_up():
+            self._scheduler.declined(client)
         details = {"cohort": cohort, "masks": masks, "trained_from": self._models.get(self.version, "")}
+        if privacy:
+            details["privacy"] = privacy
         return [*self._publish(step, now, details), *self._load_next(now)]
 
     def _reject_cohort(self, members: Sequence[UpdateArrived], detail: str, now: float) -> list[Action]:

@@ -50,6 +50,8 @@ class RejectionReason(StrEnum):
     """A keeper has lost the key that the seed of its mask is encrypted to."""
     SPENT = "spent"
     """A keeper has released its mask in another cohort, which Redis has lost."""
+    BUDGET = "budget"
+    """Its client has used up the budget of `[privacy.clients]`."""
     COHORT_NORM = "cohort_norm"
     """The unmasked sum of its cohort is longer than sums of clipped updates are: a client or a keeper was not honest,
     and nothing tells which."""
@@ -63,6 +65,7 @@ NO_FAULT = frozenset(
         RejectionReason.LATE,
         RejectionReason.KEEPER_LOST,
         RejectionReason.SPENT,
+        RejectionReason.BUDGET,
         RejectionReason.COHORT_NORM,
         RejectionReason.RUN_ENDED,
     }

@@ -26,6 +26,9 @@ class RunCounters:
     recent: list[list[str]] = field(default_factory=list)
     """The clients of the last `dispatch.share_window` versions: a list for each version, the newest last."""
 
+    accounts: dict[str, int] = field(default_factory=dict)
+    """Client → Σ ℓ² over its loads ℓ, the sums of its updates' integer weights in a version."""
+
     @classmethod
     def from_ledger(cls, committed: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]], window: int) -> Self:
         """Restore the counters of the last version in `ledger`, with which `committed` was stored."""
@@ -33,8 +36,18 @@ class RunCounters:
         for record in ledger:
             if record["kind"] == "version":
                 counters.step_seconds.update(record.get("step_seconds", {}))
+                counters.charge((line["client"], line.get("level", 0)) for line in record["merged"])
                 counters._count(record["version"], [line["client"] for line in record["merged"]], window)
         return counters
+
+    def charge(self, merged: Iterable[tuple[str, int]]) -> dict[str, int]:
+        """Add the integer weights of one version's updates, with their clients, to the accounts; return the loads."""
+        loads: dict[str, int] = {}
+        for client, level in merged:
+            loads[client] = loads.get(client, 0) + level
+        for client, load in loads.items():
+            self.accounts[client] = self.accounts.get(client, 0) + load**2
+        return loads
 
     def committed(self) -> dict[str, Any]:
         """Return the counters that are stored with a version: those that the ledger does not contain."""

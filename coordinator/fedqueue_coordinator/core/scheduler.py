@@ -207,8 +207,9 @@ class Scheduler:
         self._backoff.penalize_ending(client, reason, now)
 
     def declined(self, client: str) -> None:
-        """Give the client no further job: its site has said that it trains none."""
+        """Give the client no further job: a privacy budget of it is used up."""
         self._backoff.declined(client)
+        self._idle.discard(client)
 
     def penalize_lapse(self, client: str, cause: LapseCause, now: float) -> None:
         """Apply the penalty for a job whose lease expired."""

@@ -87,6 +87,55 @@ class ExamplePrivacyConfig(Section):
         return self.delta
 
 
+class ClientPrivacyConfig(Section):
+    """Differential privacy of a client's whole contribution: each site clips its update, and each keeper adds noise to
+    the sum (docs/privacy.md). Needs keepers. Off unless two of `noise_multiplier`, `epsilon` and `max_participations`
+    are set, which determine the third."""
+
+    clip_norm: Annotated[Annotated[float, Field(ge=1e-6, le=1e6)] | None, OFF] = None
+    """The L2 norm that a client's delta is scaled down to where it is longer (C), in place of `secure.clip_norm`.
+    Required."""
+    noise_multiplier: Annotated[Annotated[float, Field(ge=1e-3, le=1e4)] | None, OFF] = None
+    """Standard deviation of each keeper's noise, as a multiple of the largest change that one client can make to a
+    version's sum (z)."""
+    epsilon: Annotated[Annotated[float, Field(gt=0, le=1000)] | None, OFF] = None
+    """The most that one client may spend in the run (ε). A client that has spent it trains no more."""
+    max_participations: Annotated[Count | None, OFF] = None
+    """How many fresh updates of one client ε pays for. A stale update costs less."""
+    delta: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, OFF] = None
+    """The δ of the guarantee: well below 1 divided by the number of clients. Required."""
+
+    @property
+    def on(self) -> bool:
+        """Whether clients are protected."""
+        return self.noise_multiplier is not None or self.epsilon is not None
+
+    @model_validator(mode="after")
+    def _complete(self) -> ClientPrivacyConfig:
+        set_ = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if not set_:
+            return self
+        of_three = [name for name in ("noise_multiplier", "epsilon", "max_participations") if name in set_]
+        if len(of_three) != 2:
+            raise refuse(
+                f"sets {', '.join(of_three) or 'none'} of noise_multiplier, epsilon and max_participations",
+                "set exactly two of them: they determine the third",
+            )
+        for name, hint in (
+            ("clip_norm", "set it near the norm of a client's delta, for example to 1.0"),
+            ("delta", "set it well below 1 divided by the number of clients, for example to 1e-5"),
+        ):
+            if name not in set_:
+                raise refuse(f"{name} is missing", hint)
+        return self
+
+    @property
+    def at_delta(self) -> float:
+        """The δ of settings that are on."""
+        assert self.delta is not None
+        return self.delta
+
+
 class PrivacyConfig(Section):
     """Differential privacy of what leaves a site."""
 
@@ -94,3 +143,4 @@ class PrivacyConfig(Section):
     """`fedqueue-worker`: folder of this site's accounts, `privacy-CLIENT.json`, which say how much privacy each
     client's rows have spent. With a deleted account, what was spent is forgotten."""
     examples: ExamplePrivacyConfig = ExamplePrivacyConfig()
+    clients: ClientPrivacyConfig = ClientPrivacyConfig()

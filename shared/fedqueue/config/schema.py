@@ -295,6 +295,20 @@ class Config(Section):
         """[privacy.examples], or None where rows are not protected."""
         return self.privacy.examples if self.privacy.examples.on else None
 
+    @model_validator(mode="after")
+    def _clients_are_private(self) -> Config:
+        if self.privacy.clients.on and not self.secure.on:
+            raise refuse(
+                "[privacy.clients] is on without keepers, who add the noise",
+                "name them in secure.keepers, or leave out [privacy.clients]",
+            )
+        return self
+
+    @property
+    def clip_norm(self) -> float:
+        """The L2 norm that a masked update's delta is scaled down to."""
+        return self.privacy.clients.clip_norm or self.secure.clip_norm
+
     @property
     def weighs_examples(self) -> bool:
         """Whether an update's weight has its number of examples as a factor."""

@@ -10,23 +10,28 @@ from pydantic_core import PydanticCustomError
 
 from fedqueue.config.aggregation import STALENESS_FUNCTIONS, STRATEGIES
 from fedqueue.config.sections import refuse
-from fedqueue.config.secure import MAX_MEMBERS, RESERVED_NAME
+from fedqueue.config.secure import MAX_MEMBERS, RESERVED_NAME, SecureConfig
 
 if TYPE_CHECKING:
     from fedqueue.config.schema import Config
 
 COARSEST_UNIT = 1e-3
 """The largest multiple that each parameter of a delta may be rounded to."""
+NOISE_ROOM = 12
+"""The standard deviations of noise that a coordinate has room for: it leaves it with a probability below 10⁻³²."""
 
 
-def quantization_levels(buffer_size: int, weight_levels: int, keepers: int) -> int:
+def quantization_levels(buffer_size: int, weight_levels: int, keepers: int, noise_multiplier: float = 0.0) -> int:
     """L: a delta of norm `clip_norm` has this norm in integers, so that no weighted sum of a buffer leaves 32 bits.
 
-    L = ⌊(2³¹ − 1 − n·D) / (W·(K + 1))⌋, for n keepers, W weight levels, a buffer of K, and D = lcm(1 … W), or 1 for
-    W = 1: each keeper subtracts a dither below D.
+    L = ⌊(2³¹ − 1 − n·D) / (W·(K + 1 + 12·z·√n))⌋, for n keepers, W weight levels, a buffer of K, and D = lcm(1 … W),
+    or 1 for W = 1: each keeper subtracts a dither below D, and with client privacy noise of σ = z·W·L.
     """
     dither = math.lcm(*range(1, weight_levels + 1))
-    return (2**31 - 1 - keepers * dither) // (weight_levels * (buffer_size + 1))
+    room = 2**31 - 1 - keepers * dither
+    if not noise_multiplier:
+        return room // (weight_levels * (buffer_size + 1))
+    return math.floor(room / (weight_levels * (buffer_size + 1 + NOISE_ROOM * noise_multiplier * math.sqrt(keepers))))
 
 
 def largest_cohort(config: Config) -> int:
@@ -52,6 +57,7 @@ def _problems(config: Config) -> Iterator[tuple[str, str]]:
     yield from _of_cohorts(config)
     yield from _of_examples(config)
     yield from _of_names(config)
+    yield from _of_client_privacy(config)
     admission, compression = config.admission, config.compression
     for key in ("max_norm", "norm_quantile"):
         if (value := getattr(admission, key)) is not None:
@@ -140,11 +146,12 @@ def _of_cohorts(config: Config) -> Iterator[tuple[str, str]]:
             "dispatch.round_deadline_seconds cannot be set, because it closes a round with fewer updates than a cohort",
             "set it to 'off'",
         )
+    key = "privacy.clients.clip_norm" if config.privacy.clients.on else "secure.clip_norm"
     levels = quantization_levels(config.buffer_size, secure.weight_levels, len(secure.keepers))
-    if secure.clip_norm > COARSEST_UNIT * levels:
+    if config.clip_norm > COARSEST_UNIT * levels:
         yield (
-            f"secure.clip_norm cannot be {secure.clip_norm:g}, because each parameter would be rounded to multiples of "
-            f"{secure.clip_norm / max(levels, 1):.2g}",
+            f"{key} cannot be {config.clip_norm:g}, because each parameter would be rounded to multiples of "
+            f"{config.clip_norm / max(levels, 1):.2g}",
             f"set it to at most {COARSEST_UNIT * levels:.0f}, near the norm of a client's delta",
         )
 
@@ -170,6 +177,34 @@ def _of_examples(config: Config) -> Iterator[tuple[str, str]]:
             "aggregation.normalize cannot be 'count', because with secure.examples = 'hidden' the coordinator learns "
             "the sum of the examples only with the weights of staleness",
             "set it to 'weights', or aggregation.staleness.function to 'constant'",
+        )
+
+
+def _of_client_privacy(config: Config) -> Iterator[tuple[str, str]]:
+    if not config.privacy.clients.on:
+        return
+    if config.secure.clip_norm != SecureConfig().clip_norm:
+        yield (
+            "secure.clip_norm cannot be set beside privacy.clients.clip_norm, which takes its place",
+            "leave secure.clip_norm out",
+        )
+    if config.weighs_examples and config.aggregation.strategy == "fedavg":
+        yield (
+            "aggregation.strategy cannot be 'fedavg' with [privacy.clients], because it divides by a number of "
+            "examples that no noise protects",
+            "set it to 'fedbuff' or 'fadas'",
+        )
+    elif config.weighs_examples and config.aggregation.normalize != "count":
+        yield (
+            f"aggregation.normalize cannot be {config.aggregation.normalize!r} with [privacy.clients] and weights by "
+            "examples, because the number of examples that it divides by has no noise",
+            "set it to 'count'",
+        )
+    if config.sums_examples:
+        yield (
+            "secure.examples cannot be 'hidden' with [privacy.clients] and weights by examples, because their sum has "
+            "no noise",
+            "set it to 'told', or aggregation.weight_by_examples to false",
         )
 
 

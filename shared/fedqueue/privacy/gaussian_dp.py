@@ -14,6 +14,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from fedqueue.config.privacy import ClientPrivacyConfig
+
 PRECISION = 1e-12  # relative, of an ε or a μ that is found by bisection
 _FAR = 20.0
 """Beyond this, a Mills ratio is taken from its continued fraction: e^(x²/2) would be inexact."""
@@ -108,3 +110,21 @@ def noise_multiplier_of(epsilon: float, delta: float, participations: int) -> fl
 def participations_of(epsilon: float, delta: float, noise_multiplier: float) -> int:
     """Return how many fresh updates of a client cost at most `epsilon`."""
     return ClientBudget(noise_multiplier, 1, delta).within(epsilon)
+
+
+def client_noise(settings: ClientPrivacyConfig) -> float:
+    """Return z of these settings, which are on: as given, or the smallest one that their ε and P need."""
+    if settings.noise_multiplier is not None:
+        return settings.noise_multiplier
+    assert settings.epsilon is not None
+    assert settings.max_participations is not None
+    return noise_multiplier_of(settings.epsilon, settings.at_delta, settings.max_participations)
+
+
+def client_budget(settings: ClientPrivacyConfig, weight_levels: int) -> tuple[ClientBudget, int]:
+    """Return what loads cost under these settings, which are on, and the largest account Σ ℓ² of a client."""
+    budget = ClientBudget(client_noise(settings), weight_levels, settings.at_delta)
+    if settings.max_participations is not None:
+        return budget, budget.of_participations(settings.max_participations)
+    assert settings.epsilon is not None
+    return budget, budget.within(settings.epsilon)

@@ -198,7 +198,7 @@ class MaskRefused(Message):
 
     cohort: Digest
     """The cohort's id (`secure/cohort.py`)."""
-    reason: Literal["version", "unknown", "weight", "crowd", "model", "spent", "size"]
+    reason: Literal["version", "unknown", "weight", "crowd", "model", "spent", "budget", "size"]
     detail: Annotated[str, Field(max_length=500)] = ""
     headers: Annotated[tuple[Digest, ...], Field(max_length=MAX_MEMBERS, strict=False)] = ()
 

@@ -9,6 +9,7 @@ What keeps a client hidden, whatever the coordinator and Redis do:
 - Each member's header is signed by a client of the keeper's own roster.
 - No member weighs more than its staleness allows, by the base version in its signed header.
 - All updates from one base version were trained from the same model.
+- With client privacy, the sum of its masks has this keeper's own noise, and no client's account exceeds its budget.
 - Versions do not go back within a term of the coordinator.
 
 An answer is a function of the keeper's file and the cohort: the same cohort gets the same bytes again.
@@ -18,12 +19,16 @@ from __future__ import annotations
 
 import hmac
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol, TypeAlias
 
+import numpy as np
+
 from fedqueue.config.schema import Config
 from fedqueue.errors import SignatureError, WireError
+from fedqueue.privacy.gaussian_dp import ClientBudget, client_budget
+from fedqueue.privacy.gaussian_integers import integer_noise
 from fedqueue.protocol.messages import Cohort, MaskedUpdate, MaskRefused, Offer, Opened, read
 from fedqueue.protocol.signed_envelope import DOMAIN, Scope, digest_of, unverified_body
 from fedqueue.secure.cohort import cohort_id, crowd_problem, offer_digest
@@ -32,7 +37,7 @@ from fedqueue.secure.ring import Words, level, ring_for
 from fedqueue.secure.seed_envelope import KeeperPrivateKey, seed_info
 
 OfferProblem: TypeAlias = Literal["unmaskable", "keeper_lost", "foreign", "model", "spent"]
-CohortProblem: TypeAlias = Literal["version", "unknown", "weight", "crowd", "model", "spent", "size"]
+CohortProblem: TypeAlias = Literal["version", "unknown", "weight", "crowd", "model", "spent", "budget", "size"]
 MAX_DETAIL = 500  # characters
 
 
@@ -69,6 +74,8 @@ class Released:
     """The digest of each member's seed."""
     models: tuple[tuple[int, str], ...]
     """Each base version of a member, with the digest of its model."""
+    loads: tuple[tuple[str, int], ...] = ()
+    """With client privacy: each client, with the sum of its members' weights."""
 
 
 class KeeperLog(Protocol):
@@ -86,6 +93,9 @@ class KeeperLog(Protocol):
     def model(self, base: int) -> str:
         """The digest of the model of a base version that was in a released cohort; empty for any other."""
 
+    def account(self, client: str) -> int:
+        """Σ ℓ² over the loads of the client in released cohorts."""
+
     def newest_version(self, term: int) -> int:
         """The largest version of a cohort that was released in this term of the coordinator; -1 without any."""
 
@@ -98,12 +108,14 @@ class MemoryLog:
         self._spent: dict[str, int] = {}
         self._models: dict[int, str] = {}
         self._newest: dict[int, int] = {}
+        self._accounts: Counter[str] = Counter()
 
     def record(self, released: Released) -> None:
         """Remember a release."""
         self._versions[released.cohort] = released.version
         self._spent.update(dict.fromkeys(released.seeds, released.version))
         self._models.update(released.models)
+        self._accounts.update({client: load**2 for client, load in released.loads})
         self._newest[released.term] = max(released.version, self.newest_version(released.term))
 
     def has(self, cohort: str) -> bool:
@@ -118,14 +130,26 @@ class MemoryLog:
         """The digest of the model of a base version that was in a released cohort; empty for any other."""
         return self._models.get(base, "")
 
+    def account(self, client: str) -> int:
+        """Σ ℓ² over the loads of the client in released cohorts."""
+        return self._accounts[client]
+
     def newest_version(self, term: int) -> int:
         """The largest version of a cohort that was released in this term of the coordinator; -1 without any."""
         return self._newest.get(term, -1)
 
 
 @dataclass(frozen=True)
+class OwnBudget:
+    """What a client may spend in a run by a keeper's own policy."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
 class Release:
-    """The answer to a cohort: its masks' weighted sum, minus the keeper's dither, as uint32 words modulo 2³²."""
+    """The answer to a cohort: its masks' weighted sum, minus the keeper's dither and noise, as words modulo 2³²."""
 
     cohort: str
     version: int
@@ -136,13 +160,22 @@ class Release:
     _weights: tuple[int, ...]
     _dither_seed: bytes = field(repr=False)
     _dither: int
+    _deviation: float
 
     def pieces(self) -> Iterator[Words]:
         """The sum, piece by piece; a piece is valid until the next one. Each call begins with the first."""
-        return weighted_mask_sum(self._seeds, self._weights, self.nbytes // 4, self._dither_seed, self._dither)
+        words = self.nbytes // 4
+        masks = weighted_mask_sum(self._seeds, self._weights, words, self._dither_seed, self._dither)
+        return self._noisy(masks, words) if self._deviation else masks
+
+    def _noisy(self, masks: Iterator[Words], words: int) -> Iterator[Words]:
+        noises = integer_noise(self._dither_seed, "client noise", self._deviation, words)
+        for piece, noise in zip(masks, noises, strict=True):
+            np.subtract(piece, noise.astype(np.uint32), out=piece)
+            yield piece
 
     def dithered_by(self, seed: bytes) -> Release:
-        """The same release with the dither of `seed`: for the simulation, whose bits do not depend on the masks."""
+        """The same release with dither and noise of `seed`: for the simulation, whose bits follow from its seed."""
         return replace(self, _dither_seed=seed)
 
 
@@ -185,11 +218,13 @@ class Keeper:
         key: KeeperPrivateKey,
         secret: bytes,
         min_cohort: int = 0,
+        own_budget: OwnBudget | None = None,
     ) -> None:
-        """`config` is the run's, `parameters` the model's d, and `secret` 32 random bytes, which the dither comes from.
+        """`config` is the run's, `parameters` the model's d, and `secret` 32 random bytes, which dithers and noise
+        come from.
 
         `log`, `key` and `secret` live and die together. `min_cohort` is the keeper's own least number of clients; the
-        larger of it and the run's holds.
+        larger of it and the run's holds. `own_budget` is what a client may spend by the keeper's own policy.
         """
         secure = config.secure
         self.name, self.component = name, secure.keepers.index(name)
@@ -198,6 +233,7 @@ class Keeper:
         self._verifier, self._log, self._secret = verifier, log, secret
         self._min_cohort = max(min_cohort, secure.min_cohort)
         self._ring = ring_for(config, parameters)
+        self._budget, self._most = self._budgets(own_budget)
         self._held: dict[str, _Held] = {}  # by the offer's digest
         self._holder: dict[str, str] = {}  # digest of a seed → that of its offer
         self._term, self._least_version = 0, 0
@@ -206,6 +242,16 @@ class Keeper:
     def begin_term(self, term: int, first_version: int) -> None:
         """Follow the coordinator into a term, which starts from `first_version`: Redis may have lost newer ones."""
         self._term, self._least_version = term, max(first_version, self._log.newest_version(term))
+
+    def _budgets(self, own: OwnBudget | None) -> tuple[ClientBudget | None, int]:
+        """What a client's loads cost, and its largest account: the smaller one of the run's and of the keeper's own."""
+        settings = self._config.privacy.clients
+        if not settings.on:
+            return None, 0
+        budget, most = client_budget(settings, self._config.secure.weight_levels)
+        if own:
+            most = min(most, replace(budget, delta=own.delta).within(own.epsilon))
+        return budget, most
 
     # Offers
 
@@ -281,6 +327,7 @@ class Keeper:
             name, cohort.version, len(members), len({held.client for held in members}), 4 * self._ring.words,
             tuple(held.seed for held in members), tuple(weight for _, weight in cohort.members),
             hmac.digest(self._secret, f"{DOMAIN} dither {name}".encode(), "sha256"), self._ring.dither,
+            self._ring.deviation,
         )  # fmt: skip
 
     def _members(self, cohort: Cohort) -> list[_Held]:
@@ -316,6 +363,21 @@ class Keeper:
         again = [h for h, held in zip(headers, members, strict=True) if held.seed_digest in spent or repeated[h] > 1]
         if again:
             raise _RefusedCohort("spent", f"{len(again)} members are in another cohort", dict.fromkeys(again))
+        self._check_budget(headers, members, _loads(members, weights))
+
+    def _check_budget(self, headers: Sequence[str], members: Sequence[_Held], loads: Mapping[str, int]) -> None:
+        if self._budget is None:
+            return
+        over = {client for client, load in loads.items() if self._log.account(client) + load**2 > self._most}
+        if over:
+            client = min(over)
+            spent = self._budget.epsilon(self._log.account(client))
+            detail = (
+                f"{len(over)} clients have used up their privacy budget: {client} has spent ε = {spent:.3f} at δ = "
+                f"{self._budget.delta:g}, of at most {self._budget.epsilon(self._most):.3f}"
+            )
+            named = [header for header, held in zip(headers, members, strict=True) if held.client in over]
+            raise _RefusedCohort("budget", detail, named)
 
     def _of_another_model(self, headers: Sequence[str], members: Sequence[_Held]) -> list[str]:
         """The members whose model is not that of their base: not the released one, or without it not the commonest."""
@@ -329,7 +391,8 @@ class Keeper:
     def _record(self, name: str, cohort: Cohort, members: Sequence[_Held]) -> None:
         seeds = tuple(held.seed_digest for held in members)
         models = tuple(sorted({(held.base, held.model) for held in members}))
-        self._log.record(Released(name, self._term, cohort.version, seeds, models))
+        loads = _loads(members, [weight for _, weight in cohort.members]) if self._budget else {}
+        self._log.record(Released(name, self._term, cohort.version, seeds, models, tuple(sorted(loads.items()))))
         self._least_version = cohort.version
         for held in members:
             held.released = cohort.version
@@ -341,3 +404,11 @@ class Keeper:
         for digest, held in list(self._held.items()):
             if held.base < stalest or (held.released is not None and held.released < version):
                 del self._held[digest], self._holder[held.seed_digest]
+
+
+def _loads(members: Sequence[_Held], weights: Sequence[int]) -> Counter[str]:
+    """Client → the sum of the weights of its members."""
+    loads: Counter[str] = Counter()
+    for held, weight in zip(members, weights, strict=True):
+        loads[held.client] += weight
+    return loads

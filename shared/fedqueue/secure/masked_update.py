@@ -64,8 +64,8 @@ class Masking:
         operating system's generator. A header has no metrics: those of one client tell about its rows. It says 0
         examples where their number is hidden.
 
-        Raises TaskError for an update that is not finite, and for one without examples whose number is hidden. The
-        coordinator cannot find out either.
+        With client privacy, an update that is not finite counts as zero. Otherwise it raises TaskError, and so does one
+        without examples whose number is hidden. The coordinator cannot find out either.
         """
         if self.hides_examples and update.examples == 0:
             raise TaskError("the training has used no examples, so nothing is sent")
@@ -77,6 +77,9 @@ class Masking:
         try:
             quantized = self._ring.quantize(values, rounding.next_into, share)
         except ValueError:
+            if self._config.privacy.clients.on:  # an ending as failed would depend on the rows, and no noise covers it
+                values.fill(0)
+                return self.mask(update, delta, order, attempt, keys)
             bad = self._manifest.parameter_at(int(np.flatnonzero(~np.isfinite(values))[0])).name
             raise TaskError(
                 f"the training has made {bad} NaN or infinite, so nothing is sent: lower training.learning_rate, or "

@@ -3,7 +3,7 @@
 Notation: a version merges updates i with integer weights w_i from 1 to W. d is the number of parameters, n that of the
 keepers, K the buffer size, C the clip norm, and L the largest norm of an update in units of the ring:
 
-    L = ⌊(2³¹ − 1 − n D) / (W (K + 1))⌋        γ = C / L, the value of one unit        D = lcm(1 … W)
+    L = ⌊(2³¹ − 1 − n D) / (W (K + 1 + 12 z √n))⌋        γ = C / L, the value of one unit        D = lcm(1 … W)
 
 A buffer is full with K updates of enough clients, and a client weighs W in it at most, so that Σ w_i ≤ W (K + 1). Then
 |Σ w_i q_i + Σ u_k| < 2³¹ in every coordinate: the sum modulo 2³² is the sum itself, whatever the order of arrival.
@@ -29,6 +29,7 @@ import numpy.typing as npt
 from fedqueue.config.schema import Config
 from fedqueue.config.secure_limits import quantization_levels
 from fedqueue.errors import ConfigurationError
+from fedqueue.privacy.gaussian_dp import client_noise
 from fedqueue.staleness import Staleness, built_in_staleness, constant
 from fedqueue.tensors.blobs import slices
 from fedqueue.tensors.manifest import Manifest
@@ -59,6 +60,8 @@ class Ring:
     """n"""
     parameters: int
     """d"""
+    noise_multiplier: float = 0.0
+    """z, of each keeper's noise; 0 without client privacy."""
     counts_examples: bool = False
     """Whether an update has one more word than parameters: its number of examples."""
 
@@ -75,7 +78,7 @@ class Ring:
     @cached_property
     def levels(self) -> int:
         """L, the largest L2 norm of a quantized update."""
-        return quantization_levels(self.buffer_size, self.weight_levels, self.keepers)
+        return quantization_levels(self.buffer_size, self.weight_levels, self.keepers, self.noise_multiplier)
 
     @property
     def most_weight(self) -> int:
@@ -98,7 +101,21 @@ class Ring:
 
     def largest_norm(self, weight: int) -> float:
         """The largest L2 norm in units of the unmasked sum of updates whose weights have the sum `weight`."""
-        return weight * self.levels + self.most_dither * math.sqrt(self.parameters)
+        return weight * self.levels + self.most_dither * math.sqrt(self.parameters) + self._most_noise
+
+    @property
+    def deviation(self) -> float:
+        """σ = z W L, the standard deviation of each keeper's noise in units."""
+        return self.noise_multiplier * self.weight_levels * self.levels
+
+    @property
+    def _most_noise(self) -> float:
+        """What the norm of all keepers' noise exceeds with a probability below 10⁻⁹.
+
+        The norm of d standard normals exceeds √d + t with a probability of at most e^(−t²/2).
+        """
+        quantile = math.sqrt(self.parameters) + math.sqrt(2 * math.log(1e9))
+        return self.deviation * math.sqrt(self.keepers) * quantile
 
     @property
     def most_dither(self) -> float:
@@ -155,7 +172,8 @@ def ring_for(config: Config, parameters: int) -> Ring:
     """The ring of a run with keepers whose model has this number of parameters, however coarse it is."""
     secure = config.secure
     return Ring(
-        secure.clip_norm, config.buffer_size, secure.weight_levels, len(secure.keepers), parameters,
+        config.clip_norm, config.buffer_size, secure.weight_levels, len(secure.keepers), parameters,
+        noise_multiplier=client_noise(config.privacy.clients) if config.privacy.clients.on else 0.0,
         counts_examples=config.sums_examples,
     )  # fmt: skip
 

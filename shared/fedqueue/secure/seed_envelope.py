@@ -121,6 +121,7 @@ def _terms(config: Config) -> list[Any]:
     aggregation = config.aggregation
     return [
         config.secure.model_dump(mode="json", exclude={"wait_seconds"}),
+        config.privacy.clients.model_dump(mode="json"),
         config.buffer_size,
         [aggregation.strategy, aggregation.weight_by_examples, aggregation.staleness.model_dump(mode="json")],
     ]

@@ -1,0 +1,129 @@
+"""Runs with client privacy: they end once the budgets are used up, and their records say what was spent."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import TensorDataset
+
+from fedqueue import Client, Task
+from fedqueue.config.loading import parse_config
+from fedqueue.errors import ConfigurationError
+from fedqueue.privacy.gaussian_dp import gaussian_epsilon
+from fedqueue_coordinator.core.run_counters import RunCounters
+from fedqueue_coordinator.core.run_summary import RunResult
+from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
+from tests.support.builders import same_bits
+from tests.support.toy_task import points
+
+PRIVACY = {"clip_norm": 1.0, "noise_multiplier": 0.5, "max_participations": 3, "delta": 1e-3}
+
+
+class PointsTask(Task):
+    def __init__(self, diverges: bool = False) -> None:
+        self.diverges = diverges
+
+    def model(self) -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+    def train_data(self, client: Client) -> Any:
+        rows = points(60, seed=1 + (client.partition or 0))
+        if self.diverges and client.id == "client-0":
+            return TensorDataset(rows.tensors[0] * float("nan"), rows.tensors[1])
+        return rows
+
+    def test_data(self) -> TensorDataset:
+        return points(200, seed=0)
+
+
+def settings(privacy: dict[str, Any] | None = None, keepers: int = 2, **sections: Any) -> dict[str, Any]:
+    return {
+        "task": {"entrypoint": "task.py:PointsTask"}, "clients": {"count": 6},
+        "training": {"device": "cpu", "batch_size": 15, "learning_rate": 0.1}, "aggregation": {"buffer_size": 4},
+        "secure": {"keepers": ["one", "two"][:keepers]}, "privacy": {"clients": privacy or PRIVACY},
+        "stop": {"versions": 30}, **sections,
+    }  # fmt: skip
+
+
+def simulate(task: Task, privacy: dict[str, Any] | None = None, **sections: Any) -> RunResult:
+    return Simulation(parse_config(settings(privacy, **sections)), ClientDatasets(task), TimingModel()).run()
+
+
+def versions(result: RunResult) -> list[dict[str, Any]]:
+    return [dict(record) for record in result.ledger if record["kind"] == "version"]
+
+
+def test_run_ends_once_too_few_clients_have_budget_left() -> None:
+    result = simulate(PointsTask())
+    assert not result.failed
+    assert "clients are used up, and a version needs 3 clients" in result.stopped_because
+    spent: Counter[str] = Counter()
+    for record in versions(result):
+        loads: Counter[str] = Counter()
+        for line in record["merged"]:
+            loads[line["client"]] += line["level"]
+        assert record["privacy"]["loads"] == loads
+        assert max(loads.values()) <= 8
+        spent.update({client: load**2 for client, load in loads.items()})
+        assert record["privacy"]["mu_max"] == pytest.approx((max(spent.values()) ** 0.5) / (0.5 * 8))
+        assert record["privacy"]["epsilon_max"] == pytest.approx(gaussian_epsilon(record["privacy"]["mu_max"], 1e-3))
+    assert max(spent.values()) <= 3 * 64
+    assert sum(account > 2 * 64 for account in spent.values()) >= 4
+
+
+def test_no_keeper_has_to_refuse_a_budget() -> None:
+    """The coordinator's own account is that of the keepers."""
+    reasons = Counter(r.get("reason") for r in simulate(PointsTask()).ledger if r["kind"] == "rejected")
+    assert set(reasons) <= {"budget", "run_ended"}
+    details = [r["detail"] for r in simulate(PointsTask()).ledger if r.get("reason") == "budget"]
+    assert [detail for detail in details if "keeper" in detail] == []
+
+
+def test_accounts_are_restored_from_the_ledger() -> None:
+    result = simulate(PointsTask())
+    restored = RunCounters.from_ledger({}, result.ledger, 10)
+    spent: Counter[str] = Counter()
+    for record in versions(result):
+        spent.update({client: load**2 for client, load in record["privacy"]["loads"].items()})
+    assert restored.accounts == spent
+
+
+def test_update_that_is_not_finite_counts_as_zero() -> None:
+    result = simulate(PointsTask(diverges=True), {**PRIVACY, "max_participations": 20}, stop={"versions": 4})
+    merged = [line["client"] for record in versions(result) for line in record["merged"]]
+    assert "client-0" in merged
+    assert [
+        record
+        for record in result.ledger
+        if record["kind"] == "abandoned" and record["client"] == "client-0" and record["reason"] == "failed"
+    ] == []
+    assert torch.isfinite(result.model.parameters).all()
+
+
+def test_private_simulation_can_be_repeated() -> None:
+    first, second = simulate(PointsTask()), simulate(PointsTask())
+    assert same_bits(first.model, second.model)
+    assert not same_bits(first.model, simulate(PointsTask(), {**PRIVACY, "noise_multiplier": 0.51}).model)
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"keepers": 0}, "is on without keepers, who add the noise"),
+        ({"privacy": {**PRIVACY, "epsilon": 1.0}}, "sets noise_multiplier, epsilon, max_participations of"),
+        ({"privacy": {"clip_norm": 1.0, "delta": 1e-5}}, "sets none of noise_multiplier"),
+        ({"privacy": {k: v for k, v in PRIVACY.items() if k != "delta"}}, "delta is missing"),
+        ({"privacy": {k: v for k, v in PRIVACY.items() if k != "clip_norm"}}, "clip_norm is missing"),
+        ({"secure": {"keepers": ["one"], "clip_norm": 3.0}}, "secure.clip_norm cannot be set beside"),
+        (
+            {"aggregation": {"strategy": "fedavg"}, "secure": {"keepers": ["one"], "max_examples": 9}},
+            "strategy cannot be 'fedavg' with",
+        ),
+    ],
+)
+def test_settings_that_would_protect_less_are_refused(changed: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigurationError, match=problem):
+        parse_config(settings(**changed))
