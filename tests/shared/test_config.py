@@ -152,7 +152,8 @@ OFF = [
     "admission.norm_quantile", "security.policy", "security.egress_log", "evaluation.every_versions",
     "evaluation.every_seconds", "checkpoint.every_seconds", "stop.versions", "stop.updates", "stop.seconds",
     "privacy.examples.max_grad_norm", "privacy.examples.noise_multiplier", "privacy.examples.epsilon",
-    "privacy.examples.jobs", "privacy.examples.delta",
+    "privacy.examples.jobs", "privacy.examples.delta", "privacy.clients.clip_norm", "privacy.clients.noise_multiplier",
+    "privacy.clients.epsilon", "privacy.clients.max_participations", "privacy.clients.delta",
     "redis.url", "redis.ca_file", "redis.cert_file", "redis.key_file", "redis.password_file",
 ]  # fmt: skip
 WORDS = [
