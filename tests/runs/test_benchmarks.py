@@ -69,6 +69,14 @@ def test_cost_of_an_update_is_told_step_by_step(tmp_path: Path) -> None:
     assert "| open the job and put it into its queue |" in shown
 
 
+def test_cost_of_metrics_is_measured_in_pairs(tmp_path: Path) -> None:
+    pytest.importorskip("prometheus_client")
+    shown = run("control.py", "--quick", "--metrics", "--json", str(tmp_path / "rows.json"))
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert len(row["without"]) == len(row["with"]) == 1
+    assert shown.count("| fedasync |") == 3
+
+
 def test_merging_is_measured_for_every_encoding(tmp_path: Path) -> None:
     run("merge.py", "--quick", "--json", str(tmp_path / "rows.json"))
     rows = json.loads((tmp_path / "rows.json").read_text())
