@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from typing import Any
 
@@ -14,7 +15,8 @@ from fedqueue.config.loading import parse_config
 from fedqueue.errors import ConfigurationError
 from fedqueue.privacy.gaussian_dp import gaussian_epsilon
 from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.core.run_summary import RunResult
+from fedqueue_coordinator.core.run_summary import RunResult, describe_client_privacy, summarize
+from fedqueue_coordinator.operator.audit.masked_versions import check_masked_versions
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 from tests.support.builders import same_bits
 from tests.support.toy_task import points
@@ -89,6 +91,47 @@ def test_accounts_are_restored_from_the_ledger() -> None:
     for record in versions(result):
         spent.update({client: load**2 for client, load in record["privacy"]["loads"].items()})
     assert restored.accounts == spent
+
+
+def audited(ledger: list[dict[str, Any]]) -> list[str]:
+    return list(check_masked_versions(parse_config(settings()), ledger).budget_problems)
+
+
+def test_audit_recomputes_what_was_spent() -> None:
+    ledger = versions(simulate(PointsTask()))
+    assert audited(ledger) == []
+    assert "above its budget of" in audited([*ledger, ledger[0] | {"version": len(ledger) + 1}])[0]
+    for name, lie in (("epsilon_max", 0.1), ("loads", {}), ("noise_multiplier", 9.0)):
+        changed = copy.deepcopy(ledger)
+        changed[1]["privacy"][name] = lie
+        [problem] = audited(changed)
+        assert problem.startswith(f"version 2: its record says {name} = {lie}")
+    del changed[0]["privacy"]
+    assert any("version 1: its record says loads = None" in problem for problem in audited(changed))
+
+
+def test_summary_says_what_each_client_has_spent() -> None:
+    result = simulate(PointsTask())
+    summary = summarize("run", "fedbuff", 0, result.stopped_because, result.ledger, {})
+    worst = versions(result)[-1]["privacy"]["epsilon_max"]
+    assert max(summary["client_epsilon"].values()) == pytest.approx(worst, abs=1e-6)
+    assert len(summary["client_epsilon"]) == 6
+    said = describe_client_privacy(summary)
+    assert f"the most that one has spent is ε = {worst:.3f}" in said
+    assert "not covered: who trained when" in said
+    assert describe_client_privacy(summarize("run", "fedbuff", 0, "", [], {})) == ""
+
+
+@pytest.mark.parametrize(
+    ("privacy", "said"),
+    [
+        (PRIVACY, "clients: noise multiplier 0.5, at most 3 fresh updates of a client, norm 1, δ = 0.001"),
+        ({"clip_norm": 2.0, "delta": 0.1, "epsilon": 8.0, "noise_multiplier": 1.5}, "1.5, at most ε = 8 of a client"),
+        ({"clip_norm": 2.0, "delta": 0.1, "epsilon": 8.0, "max_participations": 3}, "noise for ε = 8 in 3 fresh"),
+    ],
+)
+def test_sentence_of_a_run_names_its_noise(privacy: dict[str, Any], said: str) -> None:
+    assert said in parse_config(settings(privacy)).privacy.sentence
 
 
 def test_update_that_is_not_finite_counts_as_zero() -> None:

@@ -51,6 +51,7 @@ def test_summary_matches_results_by_hand() -> None:
         "clients_without_update": {},
         "keepers": {},
         "smallest_cohort": None,
+        "client_epsilon": {},
         "failures": [
             {"what": "update rejected (stale)", "text": "", "first": "", "count": 2, "clients": 1},
             {"what": "update rejected (non_finite)", "text": "", "first": "", "count": 1, "clients": 1},

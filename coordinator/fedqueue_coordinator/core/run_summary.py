@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedqueue_coordinator.core.client_account import spent_by_client
 from fedqueue_coordinator.core.failures import FailureKind, Failures
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ def summarize(
     `configured` are the clients of its configuration, `registered` those that a worker registered. `metrics` in the
     summary are those of the newest evaluation that did not fail, of version `metrics_version`. `keepers` is each
     keeper with the number of cohorts that it released, and `smallest_cohort` the fewest clients of one.
+    `client_epsilon` is what each client has spent of the budget of `[privacy.clients]`.
     """
     records = list(ledger)
     merged = [line for r in records if r["kind"] == "version" for line in r["merged"]]
@@ -150,6 +153,7 @@ def summarize(
         },
         "keepers": dict(sorted(Counter(keeper for r in cohorts for keeper in r["masks"]).items())),
         "smallest_cohort": min((len({line["client"] for line in r["merged"]}) for r in cohorts), default=None),
+        "client_epsilon": {client: round(spent, 6) for client, spent in spent_by_client(records).items()},
         "failures": [_failure(kind) for kind in failures.kinds.values()],
         "metrics": evaluations[-1]["metrics"] if evaluations else {},
         "metrics_version": evaluations[-1]["version"] if evaluations else None,
@@ -168,6 +172,18 @@ def describe_masking(summary: Mapping[str, Any]) -> str:
     return (
         f"updates were masked: cohorts of at least {least} clients, released by keepers: {released}; robust rules, "
         "limits on norms and compression of updates are not available"
+    )
+
+
+def describe_client_privacy(summary: Mapping[str, Any]) -> str:
+    """Say what the clients have spent, and what ε does not cover; empty for a run without client privacy."""
+    spent = sorted(summary.get("client_epsilon", {}).values())
+    if not spent:
+        return ""
+    return (
+        f"privacy of clients: the most that one has spent is ε = {spent[-1]:.3f}, the least {spent[0]:.3f}, the "
+        f"median {statistics.median(spent):.3f}; not covered: who trained when, durations, failures, bytes, registered "
+        "examples"
     )
 
 

@@ -286,7 +286,7 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: 
 
     In quiet mode: the clients that failed, and why a run failed.
     """
-    from fedqueue_coordinator.core.run_summary import describe_masking
+    from fedqueue_coordinator.core.run_summary import describe_client_privacy, describe_masking
     from fedqueue_coordinator.operator.progress_view import ERROR, WARNING
 
     metrics = ", ".join(f"{name} {value:.4f}" for name, value in summary["metrics"].items()) or "not evaluated"
@@ -299,6 +299,8 @@ def print_result(view: LiveView, summary: dict[str, Any], folder: Path, failed: 
     view.say(f"{summary['run']}: {metrics}{merged if summary['versions'] else ', no update was merged'}", "bold")
     if masked := describe_masking(summary):
         view.say(masked)
+    if spent := describe_client_privacy(summary):
+        view.say(spent)
     if summary.get("privacy", NO_PRIVACY) != NO_PRIVACY:
         view.say(summary["privacy"])
     report = folder / "report.png"

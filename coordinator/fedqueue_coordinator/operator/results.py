@@ -102,7 +102,7 @@ def summary_of(config: Config, result: RunResult) -> dict[str, Any]:
     )
     summary["model_version"] = result.version
     summary["jobs_dispatched"] = result.jobs_dispatched
-    summary["privacy"] = config.privacy.examples.sentence
+    summary["privacy"] = config.privacy.sentence
     summary["complete"] = came_to_its_end(result)
     return summary
 

@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 
 from fedqueue.config.names import ENVIRONMENT_PREFIX
-from fedqueue.config.privacy import ExamplePrivacyConfig
+from fedqueue.config.privacy import PrivacyConfig
 from fedqueue.config.redis import RedisConfig
 from fedqueue.config.tls import Tls
 from fedqueue.errors import RunNotFound, ServerUnavailable, StoreError
@@ -207,7 +207,7 @@ def _live_status(url: str, run: str) -> dict[str, Any] | None:
 
 def _privacy(config: Mapping[str, Any]) -> str:
     """Say what holds for the run's updates; its configuration may be of another version of fedqueue."""
-    return ExamplePrivacyConfig.model_validate(config.get("privacy", {}).get("examples", {})).sentence
+    return PrivacyConfig.model_validate(config.get("privacy", {})).sentence
 
 
 def _finished_status(run: str) -> dict[str, Any] | None:

@@ -135,6 +135,17 @@ class ClientPrivacyConfig(Section):
         assert self.delta is not None
         return self.delta
 
+    @property
+    def sentence(self) -> str:
+        """What holds for the updates of a run with these settings, which are on."""
+        fresh = f"{self.max_participations} fresh updates of a client"
+        if self.noise_multiplier is None:
+            what = f"noise for ε = {self.epsilon:g} in {fresh}"
+        else:
+            most = f"ε = {self.epsilon:g} of a client" if self.epsilon else fresh
+            what = f"noise multiplier {self.noise_multiplier:g}, at most {most}"
+        return f"clients: {what}, norm {self.clip_norm:g}, δ = {self.at_delta:g}; each keeper adds its own noise"
+
 
 class PrivacyConfig(Section):
     """Differential privacy of what leaves a site."""
@@ -144,3 +155,8 @@ class PrivacyConfig(Section):
     client's rows have spent. With a deleted account, what was spent is forgotten."""
     examples: ExamplePrivacyConfig = ExamplePrivacyConfig()
     clients: ClientPrivacyConfig = ClientPrivacyConfig()
+
+    @property
+    def sentence(self) -> str:
+        """What holds for the updates of a run with these settings."""
+        return "; ".join(kind.sentence for kind in (self.examples, self.clients) if kind.on) or NO_PRIVACY

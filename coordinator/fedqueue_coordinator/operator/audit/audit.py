@@ -144,7 +144,11 @@ def _masked_checks(audit_input: AuditInput) -> list[Check]:
         answers = Check("S7", signed, [], masked.unchecked, checked=False)
     else:
         answers = Check("S7", f"{signed} ({masked.answers} answers)", masked.answer_problems, masked.unchecked)
-    return [Check("S5", f"{crowds} ({masked.versions} versions)", masked.crowd_problems), answers]
+    checks = [Check("S5", f"{crowds} ({masked.versions} versions)", masked.crowd_problems), answers]
+    if any("privacy" in record for record in audit_input.ledger) or masked.budget_problems:
+        budgets = "each client's loads and ε follow from the weights, and keep to its budget"
+        checks.append(Check("S8", f"{budgets} ({masked.versions} versions)", masked.budget_problems))
+    return checks
 
 
 def _falling_tokens(ledger: Iterable[LedgerRecord]) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import base64
 import binascii
+import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, SignatureError, WireError
+from fedqueue.privacy.gaussian_dp import client_budget
 from fedqueue.protocol.key_files import KEEPERS, read_trusted_keys
 from fedqueue.protocol.messages import Cohort, Masked, read
 from fedqueue.protocol.signed_envelope import MASKED, Scope, open_envelope
@@ -34,6 +37,8 @@ class MaskedVersions:
     answers: int
     """Keepers' answers that were verified, with or without success."""
     answer_problems: Sequence[str]
+    budget_problems: Sequence[str] = ()
+    """Of client privacy: loads, μ and ε that do not follow from the weights, and budgets that were exceeded."""
     unchecked: str = ""
     """Why answers could not be verified, or not all."""
 
@@ -48,8 +53,9 @@ def check_masked_versions(
     records = [record for record in ledger if record["kind"] in ("version", "epoch")]
     versions = [record for record in records if record["kind"] == "version"]
     crowds = [*_crowd_problems(config, versions), *_repeated(versions)]
+    budgets = list(_budget_problems(config, versions))
     if scope is None or keys is None:
-        return MaskedVersions(len(versions), crowds, 0, [], "results in a folder are not signed")
+        return MaskedVersions(len(versions), crowds, 0, [], budgets, "results in a folder are not signed")
     last = max((i for i, record in enumerate(records) if record["kind"] == "epoch"), default=-1)
     own, former = records[last + 1 :], len(versions) - len(records[last + 1 :])
     notes = [f"{former} versions of earlier epochs, whose instances are gone"] if former else []
@@ -71,7 +77,7 @@ def check_masked_versions(
                 problems.append(f"version {record['version']}: no answer of keeper {keeper}")
             except WireError as error:
                 problems.append(f"version {record['version']}: {error}")
-    return MaskedVersions(len(versions), crowds, answers, problems, "; ".join(notes))
+    return MaskedVersions(len(versions), crowds, answers, problems, budgets, "; ".join(notes))
 
 
 def _crowd_problems(config: Config, versions: Sequence[LedgerRecord]) -> Iterator[str]:
@@ -92,6 +98,38 @@ def _crowd_problems(config: Config, versions: Sequence[LedgerRecord]) -> Iterato
                 yield f"version {version}: job {line['job']} has weight {line['weight']} and level {line['level']}"
         if set(record["masks"]) != set(secure.keepers):
             yield f"version {version} was unmasked by {', '.join(record['masks'])}, not by all of the run's keepers"
+
+
+def _budget_problems(config: Config, versions: Sequence[LedgerRecord]) -> Iterator[str]:
+    """What the records of a run with client privacy say about budgets, recomputed from the members' weights."""
+    if not config.privacy.clients.on:
+        return
+    budget, most = client_budget(config.privacy.clients, config.secure.weight_levels)
+    accounts: Counter[str] = Counter()
+    for record in versions:
+        version, told = record["version"], record.get("privacy", {})
+        loads: Counter[str] = Counter()
+        for line in record["merged"]:
+            loads[line["client"]] += line.get("level", 0)
+        accounts.update({client: load**2 for client, load in loads.items()})
+        for client in sorted(loads):
+            if accounts[client] > most:
+                spent, limit = budget.epsilon(accounts[client]), budget.epsilon(most)
+                yield f"version {version} brings {client} to ε = {spent:.3f}, above its budget of {limit:.3f}"
+        worst = max(accounts.values(), default=0)
+        expected = {
+            "noise_multiplier": budget.noise_multiplier, "weight_levels": budget.weight_levels, "delta": budget.delta,
+            "loads": dict(loads), "mu_max": budget.mu(worst), "epsilon_max": budget.epsilon(worst),
+        }  # fmt: skip
+        for name, value in expected.items():
+            if not _agrees(told.get(name), value):
+                yield f"version {version}: its record says {name} = {told.get(name)}, and its weights give {value}"
+
+
+def _agrees(told: Any, value: Any) -> bool:
+    if isinstance(told, float) and isinstance(value, float):
+        return math.isclose(told, value, rel_tol=1e-6)
+    return bool(told == value)
 
 
 def _repeated(versions: Sequence[LedgerRecord]) -> Iterator[str]:
