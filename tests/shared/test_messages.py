@@ -147,7 +147,8 @@ def test_order_with_a_bad_name_or_setting_is_refused(field: str, value: dict[str
 
 
 def test_order_has_settings_and_identifiers_only() -> None:
-    assert set(Order.model_fields) == {"run", "job", "client", "seed", "training", "privacy"}
+    settings = {"training", "privacy"}
+    assert set(Order.model_fields) == {"run", "job", "client", "seed", "traceparent", *settings}
 
 
 def test_ending_has_one_of_two_reasons_and_a_short_error() -> None:

@@ -338,6 +338,7 @@ def test_optimizer_that_refuses_sparse_gradients_is_refused(kind: Any, optimizer
         check_training(TrainingConfig(optimizer=optimizer), CPU, model)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's, once in a process
 @pytest.mark.parametrize("optimizer", ["sgd", "adagrad", "sparseadam"])
 def test_optimizer_that_takes_sparse_gradients_passes(optimizer: str) -> None:
     check_training(TrainingConfig(optimizer=optimizer), CPU, torch.nn.Embedding(5, 2, sparse=True))
