@@ -250,6 +250,20 @@ def test_finished_run_is_shown_from_its_folder(results: Path) -> None:
     assert (absent["level"], absent["says"]) == ("wrong", "no worker registered it")
 
 
+def test_results_are_shown_once_the_local_server_is_gone(
+    run: SampleRun, results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(self: LiveRun) -> dict[str, Any]:
+        raise redis.ConnectionError("refused")
+
+    servers = [run.client]
+    sources = RunSources(lambda: servers, [results.rename(results.with_name("sample"))], ["sample"])
+    assert sources.shown("sample")["state"] == "running"
+    servers.clear()
+    monkeypatch.setattr(LiveRun, "shown", gone)
+    assert sources.shown("sample")["state"] == "ended"
+
+
 def test_failed_run_is_shown_as_broken(results: Path) -> None:
     summary = json.loads((results / "summary.json").read_text())
     (results / "summary.json").write_text(json.dumps({**summary, "complete": False}))

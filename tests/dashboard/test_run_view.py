@@ -94,6 +94,42 @@ def test_slow_site_and_outlier_are_told_apart() -> None:
     assert site(shown, "long")["notes"] == ["outlier: its updates are 9 times as long as those of the median site"]
 
 
+def test_lengths_are_compared_at_the_same_time() -> None:
+    shrinking = [
+        version(i, *(update(name, norm=100.0 * 0.9**i) for name in ["a", "b", "c"] + ["rare"] * (i % 20 == 1)))
+        for i in range(1, 100)
+    ]
+    assert site(seen(*shrinking), "rare")["relative_norm"] == 1
+    assert all(client["notes"] == [] for client in seen(*shrinking)["clients"])
+
+
+def test_rare_site_has_to_stand_out_more() -> None:
+    def notes(norm: float) -> list[str]:
+        rare = [update("rare", norm=norm)]
+        merged = (version(i, update("a"), update("b"), update("c"), *rare * (i % 5 == 0)) for i in range(1, 41))
+        return list(site(seen(*merged), "rare")["notes"])
+
+    assert notes(7.0) == []
+    assert notes(20.0) == ["outlier: its updates are 20 times as long as those of the median site"]
+
+
+def test_length_of_a_long_outdated_update_is_not_compared() -> None:
+    shown = seen(*(version(i, update("a"), update("b"), update("c"), update("d", 40, 9.0)) for i in range(1, 5)))
+    assert site(shown, "d")["relative_norm"] is None
+    assert site(shown, "d")["notes"] == []
+
+
+def test_site_without_an_update_is_noted_once_others_have() -> None:
+    def notes(versions: int) -> list[str]:
+        view = RunView()
+        for number in range(1, versions + 1):
+            view.add(version(number, update("a"), update("b"), update("c")))
+        return list(site(view.shown(["a", "b", "c", "late"]), "late")["notes"])
+
+    assert notes(9) == []
+    assert notes(10) == ["no update of it was merged yet, and the median site has 10"]
+
+
 def test_few_updates_condemn_no_site() -> None:
     shown = seen(
         *(version(i, update("a"), update("b"), update("c")) for i in range(1, 5)), version(5, update("d", norm=99.0))

@@ -23,6 +23,13 @@ SLOW = 3.0
 """A client is slow if a job takes it so many times as long as the median client."""
 LONG = 4.0
 """A client's updates stand out if they are so many times as long, or as short, as those of the median client."""
+RARE = 4
+"""A client with so many times fewer updates than the median one has longer ones by itself, because the model has hardly
+learned from its data: LONG squared counts for it."""
+WINDOW = 64
+"""Newest updates that the length of an update is compared with: lengths shrink while a run converges."""
+BEHIND = 10
+"""A client without any update is watched once the median client has so many."""
 FEW = 3
 """Updates that are too few to judge a client by."""
 MOST_STALENESS = 20
@@ -41,6 +48,8 @@ class ClientView:
     staleness: deque[int] = field(default_factory=lambda: deque(maxlen=RECENT))
     seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    relative_norms: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
+    """Norms of its updates beside the median client's at the time when they were merged."""
     rejected: Counter[str] = field(default_factory=Counter)
     abandoned: Counter[str] = field(default_factory=Counter)
     problem: str = ""
@@ -71,6 +80,8 @@ class RunView:
         self._site_metrics: dict[str, ThinnedCurve] = {}
         self._epsilon = ThinnedCurve()
         self._newest: dict[str, float] = {}
+        self._newest_norms: dict[str, tuple[int, float]] = {}
+        """Number and norm of each client's newest update among the last WINDOW ones, oldest first."""
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Take the ledger's next record; one of an unknown kind changes nothing."""
@@ -95,6 +106,7 @@ class RunView:
         merged: Sequence[Mapping[str, Any]] = record["merged"]
         self.version, self.updates = record["version"], self.updates + len(merged)
         self.last_version_at = float(record.get("seconds") or 0.0)
+        usual_norm = self._usual_norm(merged)
         for line in merged:
             self._staleness[min(int(line["staleness"]), MOST_STALENESS)] += 1
             client = self._client(line["client"])
@@ -105,6 +117,9 @@ class RunView:
             client.seconds.append(float(line.get("training_seconds") or 0.0))
             if (norm := line.get("norm")) is not None and math.isfinite(norm):
                 client.norms.append(float(norm))
+                # An update from before the window has the length of another phase of the run.
+                if usual_norm and int(line["staleness"]) * len(merged) <= WINDOW:
+                    client.relative_norms.append(float(norm) / usual_norm)
         self._versions.add(self.last_version_at, self.version)
         self._arrivals.add(self.last_version_at, self.updates)
         if merged:
@@ -118,6 +133,20 @@ class RunView:
             self.privacy = dict(spent)
             if isinstance(epsilon := spent.get("epsilon_max"), int | float):
                 self._epsilon.add(self.version, float(epsilon))
+
+    def _usual_norm(self, merged: Sequence[Mapping[str, Any]]) -> float:
+        """Take a version's norms, and return the median client's; 0 if fewer than three clients tell."""
+        for line in merged:
+            if (norm := line.get("norm")) is not None and math.isfinite(norm):
+                self._newest_norms.pop(line["client"], None)
+                self._newest_norms[line["client"]] = self.updates, float(norm)
+        while self._newest_norms:
+            oldest = next(iter(self._newest_norms))
+            if self._newest_norms[oldest][0] > self.updates - WINDOW:
+                break
+            del self._newest_norms[oldest]
+        norms = [norm for _, norm in self._newest_norms.values()]
+        return statistics.median(norms) if len(norms) >= FEW else 0.0
 
     def _add_evaluation(self, record: Mapping[str, Any]) -> None:
         if error := record.get("error"):
@@ -163,7 +192,8 @@ class RunView:
         """Everything the page draws from the ledger; `configured` clients are shown before their first update, too."""
         for name in configured:
             self._client(name)
-        middle = self._middles()
+        usual_seconds = self._usual_seconds()
+        usual_merged = statistics.median(view.merged for view in self.clients.values()) if self.clients else 0.0
         return {
             "version": self.version,
             "updates": self.updates,
@@ -183,23 +213,29 @@ class RunView:
             "epsilon": self._epsilon.points,
             "keepers": dict(self.keepers),
             "smallest_cohort": self.smallest_cohort,
-            "clients": [self._shown_client(name, view, *middle) for name, view in sorted(self.clients.items())],
+            "clients": [
+                self._shown_client(name, view, usual_seconds, usual_merged)
+                for name, view in sorted(self.clients.items())
+            ],
         }
 
-    def _middles(self) -> tuple[float, float]:
-        """The median client's seconds for a job, and its norm of an update; 0 if fewer than three clients tell."""
+    def _usual_seconds(self) -> float:
+        """The median client's seconds for a job; 0 if fewer than three clients tell."""
         seconds = [statistics.median(view.seconds) for view in self.clients.values() if len(view.seconds) >= FEW]
-        norms = [statistics.median(view.norms) for view in self.clients.values() if len(view.norms) >= FEW]
-        return tuple(statistics.median(values) if len(values) >= FEW else 0.0 for values in (seconds, norms))  # type: ignore[return-value]
+        return statistics.median(seconds) if len(seconds) >= FEW else 0.0
 
-    def _shown_client(self, name: str, view: ClientView, usual_seconds: float, usual_norm: float) -> dict[str, Any]:
+    def _shown_client(self, name: str, view: ClientView, usual_seconds: float, usual_merged: float) -> dict[str, Any]:
         seconds = statistics.median(view.seconds) if view.seconds else None
         norm = statistics.median(view.norms) if view.norms else None
+        relative = statistics.median(view.relative_norms) if view.relative_norms else None
         notes = []
         if seconds and usual_seconds and len(view.seconds) >= FEW and seconds > SLOW * usual_seconds:
             notes.append(f"slow: a job takes {seconds / usual_seconds:.1f} times as long as at the median site")
-        if norm and usual_norm and len(view.norms) >= FEW and not usual_norm / LONG < norm < LONG * usual_norm:
-            notes.append(f"outlier: its updates are {norm / usual_norm:.2g} times as long as those of the median site")
+        bar = LONG if view.merged * RARE >= usual_merged else LONG**2
+        if relative is not None and len(view.relative_norms) >= FEW and not 1 / bar < relative < bar:
+            notes.append(f"outlier: its updates are {relative:.2g} times as long as those of the median site")
+        if not view.merged and usual_merged >= BEHIND:
+            notes.append(f"no update of it was merged yet, and the median site has {usual_merged:g}")
         return {
             "name": name,
             "merged": view.merged,
@@ -209,7 +245,7 @@ class RunView:
             "staleness": round(statistics.fmean(view.staleness), 2) if view.staleness else None,
             "seconds": seconds,
             "norm": norm,
-            "relative_norm": norm / usual_norm if norm and usual_norm else None,
+            "relative_norm": relative,
             "rejected": dict(view.rejected),
             "abandoned": dict(view.abandoned),
             "problem": view.problem,

@@ -242,6 +242,14 @@ class RunSources:
             with self._lock:
                 self._known.pop(name, None)
             raise
+        except redis.ConnectionError:  # a local run takes its server with it when it ends: its results may be there
+            with self._lock:
+                self._asked = -math.inf
+            self.names()
+            other = self._known.get(name)
+            if isinstance(other, FinishedRun):
+                return other.shown()
+            raise
         except OSError as error:
             raise StoreError(f"{name}: {error.strerror}") from None
 

@@ -26,7 +26,7 @@ def of_run(run: Mapping[str, Any]) -> tuple[str, str]:
     if quiet is not None and quiet > max(QUIET_SECONDS, LAST_VERSIONS * usual):
         return WATCH, f"no version for {quiet // 10 * 10:.0f} s, and usually one takes {usual:.1f} s: look at the sites"
     broken = [site["name"] for site in run["clients"] if site["level"] == WRONG]
-    odd = [site["name"] for site in run["clients"] if site["level"] == WATCH and site["merged"]]
+    odd = [site["name"] for site in run["clients"] if site["level"] == WATCH]
     if broken or odd:
         without = f", without {_names(broken)}" if broken else ""
         look = f"; have a look at {_names(odd)}" if odd else ""
@@ -41,10 +41,12 @@ def of_site(site: Mapping[str, Any], live: Mapping[str, Any] | None, running: bo
     problem, notes, merged = site["problem"], site["notes"], site["merged"]
     if problem:
         return (WATCH, f"its newest job was {problem}") if merged else (WRONG, problem)
+    if not merged and not running:
+        return WRONG, "no update of it was merged"
     if notes:
         return WATCH, "; ".join(notes)
     if not merged:
-        return (WELL, "no update of it was merged yet") if running else (WRONG, "no update of it was merged")
+        return WELL, "no update of it was merged yet"
     at_work = live["phase"] if live else ""
     return WELL, at_work or ("waits for its next job" if running else "took part")
 

@@ -19,8 +19,11 @@ function say(text, lost = false) {
   connection.classList.toggle("lost", lost);
 }
 
+const LOST = "the page has lost its server: start fedqueue dashboard again";
+
 async function read(path) {
-  const answer = await fetch(path);
+  let answer;
+  try { answer = await fetch(path); } catch { throw new Error(LOST); }
   if (answer.status === 401) { location.assign("/login"); throw new Error("logged out"); }
   const body = await answer.json();
   if (!answer.ok) throw new Error(body.error);
@@ -73,14 +76,19 @@ async function showRuns() {
         compare.disabled = chosen.size < 2;
       });
       const [name, value] = Object.entries(run.metric ?? {})[0] ?? ["", null];
+      const number = (text, label) => {
+        const made = node("td", { className: "number" }, text);
+        made.dataset.label = label;
+        return made;
+      };
       return node("tr", {}, node("td", {}, box),
         node("td", { className: "name" }, node("a", { href: `#/run/${encodeURIComponent(run.run)}` }, run.run)),
         node("td", {}, level(run.level)), node("td", { className: "says" }, run.says),
-        node("td", { className: "number" }, short(run.version)), node("td", { className: "number" }, short(run.updates)),
-        node("td", { className: "number" }, name ? `${name} ${short(value)}` : "–"), node("td", {}, run.where ?? ""));
+        number(short(run.version), "Version"), number(short(run.updates), "Updates"),
+        number(name ? `${name} ${short(value)}` : "–", "Metric"), node("td", {}, run.where ?? ""));
     });
-    const heads = ["Choose", "Run", "State", "", "Version", "Updates", "Metric", "Where"];
-    const table = node("div", { className: "scroll" }, node("table", {},
+    const heads = ["Choose", "Run", "State", "What it does, or who has to do what", "Version", "Updates", "Metric", "Where"];
+    const table = node("div", { className: "scroll" }, node("table", { className: "stacked" },
       node("thead", {}, node("tr", {}, ...heads.map((h, i) => node("th", { scope: "col", className: i > 3 && i < 7 ? "number" : "" }, h)))),
       node("tbody", {}, ...rows)));
     const none = node("p", {}, "No run yet. ", node("code", {}, "fedqueue run CONFIG.toml"), " starts one; it appears here by itself.");
@@ -109,7 +117,7 @@ function follow(name, part) {
     (parts[part] ?? overview)(run);
   });
   source.addEventListener("error", () => {
-    say("the page has lost its server: start fedqueue dashboard again", true);
+    say(LOST, true);
     read("/api/runs").then(() => say("live")).catch(() => {});
   });
 }
@@ -180,7 +188,7 @@ function siteTable(clients, run) {
         return made;
       }));
   });
-  return node("div", { className: "scroll" }, node("table", { className: "sites" },
+  return node("div", { className: "scroll" }, node("table", { className: "stacked" },
     node("thead", {}, node("tr", {}, ...heads.map((h, i) => node("th", { scope: "col", className: i > 2 ? "number" : "" }, h)))),
     node("tbody", {}, ...rows)));
 }
