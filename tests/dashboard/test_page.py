@@ -211,6 +211,18 @@ def test_events_tell_what_has_changed(run: SampleRun) -> None:
     assert ": still here" in lines
 
 
+def test_wait_is_over_once_a_version_came(run: SampleRun) -> None:
+    clock = Clock()
+    sources = RunSources(lambda: [run.client], clock=clock)
+    run.client.hset(run.keys.leader, "waiting", "waiting for 4")
+    assert sources.shown("sample")["waiting"] == "waiting for 4"
+    run.publish(2)
+    clock.now += 1.0
+    assert sources.shown("sample")["waiting"] == ""
+    clock.now += 10.0
+    assert sources.shown("sample")["waiting"] == "waiting for 4"
+
+
 def test_deleted_run_is_said_on_the_page(run: SampleRun) -> None:
     sources = RunSources(lambda: [run.client])
     assert sources.shown("sample")["version"] == 1

@@ -22,6 +22,8 @@ from fedqueue_coordinator.operator.runs import finished_runs, read_ledger, read_
 PHASES = ("fetching", "training", "sending")
 EARLIEST = 0.5
 """Seconds between two looks at a run, however many pages show it."""
+MOVING_SECONDS = 10.0
+"""For so long after a version, what a run was said to wait for is not shown."""
 SERVER_SECONDS = 5.0
 """Seconds between two searches for servers."""
 LISTED = ("run", "where", "state", "level", "says", "version", "updates", "seconds", "strategy")
@@ -39,7 +41,7 @@ class LiveRun:
         self._clock, self._lock = clock, threading.Lock()
         self._tail, self._view = LedgerTail(self._store), RunView()
         self._next, self._last = 0.0, {"error": "not read yet"}
-        self._grown_at = clock()
+        self._grown_at, self._moved_at = clock(), -math.inf
 
     def shown(self) -> dict[str, Any]:
         """Everything the page shows of the run; raises RunNotFound once Redis has it no more."""
@@ -58,13 +60,17 @@ class LiveRun:
             self._follow()
         if self._view.version != before:
             self._grown_at = self._clock()
+            if before:
+                self._moved_at = self._clock()
+        # What a run waits for is written with its lease: a version that came since says that the wait is over.
+        moving = self._clock() - self._moved_at < MOVING_SECONDS
         info = self._store.info()
         config, running = info.config, info.state == "running"
         ledger = self._view.shown(_configured(config))
         sites = self._sites([site["name"] for site in ledger["clients"]]) if running else {}
         return shown_run(
             self.name, ledger, config, state=info.state, stopped_because=info.stopped_because, failed=info.failed,
-            leader=info.leader, waiting=self._store.waiting() if running else "", sites=sites,
+            leader=info.leader, waiting=self._store.waiting() if running and not moving else "", sites=sites,
             quiet_seconds=self._clock() - self._grown_at, where="Redis", totals=info.totals,
         )  # fmt: skip
 
