@@ -92,3 +92,47 @@ def test_mistake_is_one_line(call: CommandLine, folder: Path, text: str, options
     assert code == 2
     assert problem in err
     assert err.count("\n") == 1
+
+
+# Clients
+
+CLIENTS = """
+[secure]
+keepers = ["university", "office"]
+min_cohort = 2
+[aggregation]
+strategy = "fedbuff"
+buffer_size = 2
+running_statistics = "frozen"
+[privacy.clients]
+clip_norm = 1.0
+epsilon = 8.0
+max_participations = 20
+delta = 1e-5
+"""
+
+
+def test_noise_and_versions_of_clients_are_shown(call: CommandLine, folder: Path) -> None:
+    """z = √P / μ, and μ(8, 1e-5) = 1.666 by the accountant of dp-accounting."""
+    code, out, _ = call("privacy", written(folder, CONFIG + CLIENTS), "--json")
+    assert code == 0
+    cost = json.loads(out)["privacy_of_clients"]
+    assert cost["noise_multiplier"] == pytest.approx(20**0.5 / 1.666, rel=1e-3)
+    assert (cost["participations"], cost["versions"]) == (20, 20)
+    assert cost["epsilon"] == pytest.approx(8.0, rel=1e-6)
+    assert cost["epsilon_of_one"] < 2
+
+
+def test_verdict_warns_where_noise_drowns_the_clients(call: CommandLine, folder: Path) -> None:
+    _, out, _ = call("privacy", written(folder, CONFIG + CLIENTS))
+    assert out.startswith("toy: differential privacy of clients\n")
+    assert "expect no learning: with 2 clients per version the noise" in out
+    assert "use [privacy.examples]" in out
+    assert "not covered for clients: who trained when" in out
+
+
+def test_rows_and_clients_are_shown_together(call: CommandLine, folder: Path) -> None:
+    text = CONFIG + CLIENTS + BUDGET
+    _, out, _ = call("privacy", written(folder, text), "--rows", "96")
+    assert "differential privacy of rows" in out
+    assert "clients, δ = 1e-05: noise multiplier" in out

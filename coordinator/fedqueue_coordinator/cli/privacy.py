@@ -39,9 +39,10 @@ def privacy(
     json: Json = False,
     set_: Sets = None,
 ) -> None:
-    """Show what [privacy.examples] costs: noise and ε of each client after 1, 10 and 100 jobs, and a verdict.
+    """Show what privacy costs: noise and ε of each client after 1, 10 and 100 jobs, and a verdict.
 
-    Starts nothing. The number of rows is all that is needed of the data.
+    Of [privacy.examples], for rows, and of [privacy.clients], for whole clients. Starts nothing. The number of rows is
+    all that is needed of the data, and for clients the size of the model.
     """
     from fedqueue_coordinator.operator.privacy import show_privacy
 

@@ -1,4 +1,4 @@
-"""`fedqueue privacy`: what the rows of each client would spend in a run, computed before it."""
+"""`fedqueue privacy`: what rows and clients would spend in a run, computed before it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -15,6 +16,7 @@ from fedqueue.config.privacy import ExamplePrivacyConfig
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError
 from fedqueue.privacy.spending import Charge, Spending, charge_of_job, countable_rows, jobs_within
+from fedqueue_coordinator.operator.client_privacy import ClientPrivacyCost, client_cost, client_lines
 from fedqueue_coordinator.operator.json_text import json_text
 from fedqueue_coordinator.operator.plain_console import PlainConsole
 
@@ -53,23 +55,35 @@ class ClientCost:
 def show_privacy(
     path: Path, overrides: Sequence[str], rows: Sequence[str], max_epsilon: float | None, as_json: bool
 ) -> None:
-    """Print the cost of each client, and a verdict.
+    """Print what rows and clients spend, and a verdict.
 
-    Raises ConfigurationError where [privacy.examples] is off, and for a client or a number that cannot be.
+    Raises ConfigurationError where the run protects neither, and for a client or a number that cannot be.
     """
     config = load_config(path, overrides)
     privacy = config.example_privacy
-    if privacy is None:
+    if privacy is None and not config.privacy.clients.on:
         raise ConfigurationError(
             "privacy.examples", None, "is off: updates have no noise, and no ε holds for them",
             "set max_grad_norm, delta, and noise_multiplier or epsilon (docs/how-to/row-privacy.md)",
         )  # fmt: skip
+    of_clients = _of_clients(config) if config.privacy.clients.on else None
+    if privacy is None:
+        assert of_clients
+        if as_json:
+            typer.echo(json_text({"privacy_of_clients": asdict(of_clients[0]), "verdict": of_clients[1]}, indent=2))
+        else:
+            _say([f"{config.name}: differential privacy of clients", *of_clients[1]])
+        return
     budget = max_epsilon or privacy.epsilon or DEFAULT_BUDGET
     costs = [cost_of(config, privacy, client, n, budget) for client, n in rows_of_clients(config, rows).items()]
     lines = verdict(config, privacy, costs, budget)
+    if of_clients:
+        lines += of_clients[1]
     if as_json:
-        record = {"budget": budget, "delta": privacy.delta, "clients": [asdict(cost) for cost in costs],
+        record: dict[str, Any] = {"budget": budget, "delta": privacy.delta, "clients": [asdict(cost) for cost in costs],
                   "verdict": lines}  # fmt: skip
+        if of_clients:
+            record["privacy_of_clients"] = asdict(of_clients[0])
         typer.echo(json_text(record, indent=2))
         return
     console = PlainConsole()
@@ -86,8 +100,23 @@ def show_privacy(
             str(cost.jobs_within_budget),
         )  # fmt: skip
     console.print(table)
+    _say(lines)
+
+
+def _say(lines: Sequence[str]) -> None:
+    console = PlainConsole()
     for line in lines:
         console.print(line, soft_wrap=True)
+
+
+def _of_clients(config: Config) -> tuple[ClientPrivacyCost, list[str]]:
+    from fedqueue.task import load_task, make_model
+    from fedqueue.tensors.manifest import Manifest
+
+    task = load_task(config.task.entrypoint, config.task.options, config.folder)
+    parameters = Manifest.from_module(make_model(task), config.aggregation).parameters
+    cost = client_cost(config, parameters)
+    return cost, client_lines(config, cost, parameters)
 
 
 def rows_of_clients(config: Config, given: Sequence[str]) -> dict[str, int]:
