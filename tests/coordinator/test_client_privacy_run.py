@@ -76,6 +76,14 @@ def test_run_ends_once_too_few_clients_have_budget_left() -> None:
     assert sum(account > 2 * 64 for account in spent.values()) >= 4
 
 
+def test_client_without_budget_gets_no_job() -> None:
+    """Behind a barrier no job is under way when a version is made: three rounds of all clients, and no job more."""
+    result = simulate(PointsTask(), aggregation={"buffer_size": 6, "barrier": True})
+    assert not result.failed
+    assert (result.version, result.jobs_dispatched) == (3, 18)
+    assert "the privacy budgets of 6 of 6 clients are used up" in result.stopped_because
+
+
 def test_no_keeper_has_to_refuse_a_budget() -> None:
     """The coordinator's own account is that of the keepers."""
     reasons = Counter(r.get("reason") for r in simulate(PointsTask()).ledger if r["kind"] == "rejected")

@@ -16,9 +16,10 @@ from fedqueue.errors import ConfigurationError, SignatureError, StoreError
 from fedqueue.protocol.key_files import CLIENTS, KEEPERS, SigningKey, write_public_keys
 from fedqueue.protocol.messages import KeeperKey, Masked, MaskRefused, Opened, read
 from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED, digest_of
+from fedqueue.secure.keeper import OwnBudget
 from fedqueue.tensors import blobs
 from fedqueue_keeper.keeper_store import KeeperStore
-from fedqueue_keeper.policy import KeeperPolicy
+from fedqueue_keeper.policy import KeeperPolicy, load_keeper_policy
 from fedqueue_keeper.process import LOOK_SECONDS, KeeperProcess
 from tests.support.masked_run import RUN, MaskedRun, Posted
 
@@ -473,6 +474,22 @@ def test_run_with_smaller_crowds_than_allowed_is_not_served(site: Site) -> None:
         site.step()
     site.start(KeeperPolicy(min_cohort=3))
     assert site.step() == ""
+
+
+def test_run_without_noise_is_not_served_under_a_budget(site: Site) -> None:
+    site.run.write(site.client)
+    site.start(KeeperPolicy(max_epsilon=8, delta=1e-5))
+    with pytest.raises(ConfigurationError, match=r"max_epsilon = 8.*run 'masked' has no \[privacy.clients\]"):
+        site.step()
+
+
+def test_policy_with_half_a_budget_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "keeper.toml"
+    path.write_text("max_epsilon = 8\n")
+    with pytest.raises(ConfigurationError, match="max_epsilon and delta belong together"):
+        load_keeper_policy(path)
+    path.write_text("max_epsilon = 8\ndelta = 1e-5\n")
+    assert load_keeper_policy(path).own_budget == OwnBudget(8.0, 1e-5)
 
 
 def test_clients_off_the_roster_are_named(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -155,6 +155,12 @@ def test_budget_is_refused_exactly_where_the_next_would_exceed(run: MaskedRun, k
     assert "4 clients have used up their privacy budget: a has spent ε = 2.943" in refused.detail
 
 
+def test_full_account_has_no_room_for_the_smallest_weight(run: MaskedRun, keeper: Keeper) -> None:
+    for version in (0, 1):
+        answer(keeper, run, version, offered(run, base=version))
+    assert answer(keeper, run, 2, offered(run, base=2), [1] * 4).reason == "budget"
+
+
 def test_only_members_of_spent_clients_are_named(run: MaskedRun, keeper: Keeper) -> None:
     for version in (0, 1):
         answer(keeper, run, version, offered(run, "abc", base=version))

@@ -876,7 +876,8 @@ class Federation:
             worst = self.failures.most_frequent
             text = f": {worst.line}" if worst else ""
             if self._scheduler.declining and self.version:
-                return self.stop(Stop(f"no site trains further jobs{text}"), now)
+                why = budgets_end(self.config, self._scheduler) or "no site trains further jobs"
+                return self.stop(Stop(f"{why}{text}"), now)
             return self.stop(Stop(f"every client failed too often and was set aside{text}", failed=True), now)
         if ending := ending or self._no_masks or self._keeper_away(now) or self._budgets_end():
             return self.stop(ending, now)
