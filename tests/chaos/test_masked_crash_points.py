@@ -92,6 +92,21 @@ def test_death_of_a_coordinator_changes_no_bit(
     assert deaths >= 6
 
 
+@pytest.mark.parametrize("point", ["after propose", "before commit.lua", "after commit.lua"])
+def test_death_of_a_coordinator_charges_no_client_twice(fake_client: redis.Redis, tmp_path: Path, point: str) -> None:
+    noise = {"clip_norm": 5.0, "noise_multiplier": 1.0, "max_participations": 2, "delta": 1e-3}
+    result, died, sites = run_masked(fake_client, tmp_path / "run", Script(point, 1), privacy={"clients": noise})
+    assert died == 1
+    spent: Counter[str] = Counter()
+    for record in versions(result):
+        spent.update({client: load**2 for client, load in record["privacy"]["loads"].items()})
+    assert spent.total() == 6
+    for keeper in sites.keepers:
+        assert {client: keeper.log.account(client) for client in spent} == spent
+    again = replay_folder(tmp_path / "run" / "run" / REPLAY_FOLDER, result.ledger)
+    assert (again.updates, again.problems) == (6, [])
+
+
 def test_keeper_that_was_away_is_asked_all_the_same(fake_client: redis.Redis, tmp_path: Path) -> None:
     make_keys(tmp_path / "keys")
     sites = MaskedSites(fake_client, masked_service_config(), tmp_path / "keys")

@@ -142,7 +142,7 @@ def test_sentence_of_a_run_names_its_noise(privacy: dict[str, Any], said: str) -
     assert said in parse_config(settings(privacy)).privacy.sentence
 
 
-def test_update_that_is_not_finite_counts_as_zero() -> None:
+def test_update_that_is_not_finite_counts_as_zero(capsys: pytest.CaptureFixture[str]) -> None:
     result = simulate(PointsTask(diverges=True), {**PRIVACY, "max_participations": 20}, stop={"versions": 4})
     merged = [line["client"] for record in versions(result) for line in record["merged"]]
     assert "client-0" in merged
@@ -152,6 +152,7 @@ def test_update_that_is_not_finite_counts_as_zero() -> None:
         if record["kind"] == "abandoned" and record["client"] == "client-0" and record["reason"] == "failed"
     ] == []
     assert torch.isfinite(result.model.parameters).all()
+    assert "the update counts as zero, and only this log says so" in capsys.readouterr().out
 
 
 def test_private_simulation_can_be_repeated() -> None:

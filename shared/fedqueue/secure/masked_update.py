@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import structlog
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import TaskError
@@ -21,6 +22,8 @@ from fedqueue.tensors.blobs import BlobBuffer, chunks_of
 from fedqueue.tensors.codec import update_codec
 from fedqueue.tensors.frame import Frame
 from fedqueue.tensors.manifest import Manifest
+
+log = structlog.get_logger("fedqueue.worker")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,10 @@ class Masking:
             quantized = self._ring.quantize(values, rounding.next_into, share)
         except ValueError:
             if self._config.privacy.clients.on:  # an ending as failed would depend on the rows, and no noise covers it
+                log.warning(
+                    "the training has made a parameter NaN or infinite: the update counts as zero, and only this log "
+                    "says so; lower training.learning_rate", client=order.client, job=order.job,
+                )  # fmt: skip
                 values.fill(0)
                 return self.mask(update, delta, order, attempt, keys)
             bad = self._manifest.parameter_at(int(np.flatnonzero(~np.isfinite(values))[0])).name
