@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedqueue.privacy.gaussian_dp import gaussian_epsilon
 from fedqueue_coordinator.operator.dashboard.run_view import MOST_EVENTS, MOST_STALENESS, RunView
 from fedqueue_coordinator.operator.dashboard.thinned_curve import ThinnedCurve
 
@@ -166,19 +169,16 @@ def test_events_are_bounded_and_the_end_is_none() -> None:
     assert all(event["what"] == "rejected: stale" for event in shown["events"])
 
 
-def test_evaluations_of_sites_are_a_mean_and_a_value_of_each() -> None:
-    def evaluated(client: str, accuracy: float) -> dict[str, Any]:
-        return {
-            "kind": "client_evaluation",
-            "version": 4,
-            "client": client,
-            "metrics": {"accuracy": accuracy},
-            "seconds": 1.0,
-        }
-
-    shown = seen(evaluated("a", 0.5), evaluated("b", 0.7))
-    assert site(shown, "b")["metrics"] == {"accuracy": 0.7}
-    assert shown["site_metrics"]["accuracy"][-1] == (4, 0.6)
+def test_epsilon_of_each_client_follows_from_its_loads() -> None:
+    """The account is Σ ℓ²: of two full loads and one half, by the closed form."""
+    spent = {"noise_multiplier": 2.0, "weight_levels": 8, "delta": 1e-5, "epsilon_max": 1.0, "mechanism": "gaussian"}
+    shown = seen(
+        version(1, update("a"), privacy={**spent, "loads": {"a": 8, "b": 4}}),
+        version(2, update("a"), privacy={**spent, "loads": {"a": 8}}),
+    )
+    assert site(shown, "a")["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2) / 2, 1e-5))
+    assert site(shown, "b")["epsilon"] == pytest.approx(gaussian_epsilon(1 / 4, 1e-5))
+    assert site(seen(version(1, update("a"))), "a")["epsilon"] is None
 
 
 def test_unknown_records_change_nothing() -> None:

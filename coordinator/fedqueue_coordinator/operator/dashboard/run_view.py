@@ -10,8 +10,10 @@ import statistics
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
+from fedqueue.privacy.gaussian_dp import ClientBudget
 from fedqueue_coordinator.operator.dashboard.thinned_curve import ThinnedCurve
 
 MOST_EVENTS = 100
@@ -54,9 +56,8 @@ class ClientView:
     abandoned: Counter[str] = field(default_factory=Counter)
     problem: str = ""
     """Text of its newest rejection or failure, until an update is merged."""
-    metrics: dict[str, float] = field(default_factory=dict)
-    """Its newest evaluation on its own data."""
-    epsilon: float | None = None
+    squares: int = 0
+    """Its account in a run with [privacy.clients]: the sum of the squares of its loads."""
 
 
 class RunView:
@@ -77,7 +78,6 @@ class RunView:
         self._versions, self._arrivals, self._buffered_staleness = ThinnedCurve(), ThinnedCurve(), ThinnedCurve()
         self._staleness: Counter[int] = Counter()
         self._metrics: dict[str, ThinnedCurve] = {}
-        self._site_metrics: dict[str, ThinnedCurve] = {}
         self._epsilon = ThinnedCurve()
         self._newest: dict[str, float] = {}
         self._newest_norms: dict[str, tuple[int, float]] = {}
@@ -91,8 +91,6 @@ class RunView:
                 self._add_version(record)
             case "evaluation":
                 self._add_evaluation(record)
-            case "client_evaluation":
-                self._add_client_evaluation(record)
             case "rejected":
                 self._add_failure(record, "rejected", str(record.get("reason")), str(record.get("detail", "")))
             case "abandoned":
@@ -131,8 +129,9 @@ class RunView:
             self.smallest_cohort = min(clients, self.smallest_cohort or clients)
         if spent := record.get("privacy"):
             self.privacy = dict(spent)
-            if isinstance(epsilon := spent.get("epsilon_max"), int | float):
-                self._epsilon.add(self.version, float(epsilon))
+            for name, load in spent["loads"].items():
+                self._client(name).squares += load**2
+            self._epsilon.add(self.version, float(spent["epsilon_max"]))
 
     def _usual_norm(self, merged: Sequence[Mapping[str, Any]]) -> float:
         """Take a version's norms, and return the median client's; 0 if fewer than three clients tell."""
@@ -156,14 +155,6 @@ class RunView:
         for name, value in self._newest.items():
             if name in self._metrics or len(self._metrics) < MOST_METRICS:
                 self._metrics.setdefault(name, ThinnedCurve()).add(record["version"], value)
-
-    def _add_client_evaluation(self, record: Mapping[str, Any]) -> None:
-        client = self._client(record["client"])
-        client.metrics = {name: float(value) for name, value in record.get("metrics", {}).items()}
-        for name in client.metrics:
-            values = [other.metrics[name] for other in self.clients.values() if name in other.metrics]
-            if name in self._site_metrics or len(self._site_metrics) < MOST_METRICS:
-                self._site_metrics.setdefault(name, ThinnedCurve()).add(record["version"], statistics.fmean(values))
 
     def _add_failure(self, record: Mapping[str, Any], what: str, reason: str, text: str) -> None:
         name = str(record.get("client", ""))
@@ -200,7 +191,6 @@ class RunView:
             "seconds": round(self.seconds, 3),
             "last_version_at": self.last_version_at,
             "metrics": {name: curve.points for name, curve in self._metrics.items()},
-            "site_metrics": {name: curve.points for name, curve in self._site_metrics.items()},
             "newest_metrics": self._newest,
             "versions": self._versions.points,
             "arrivals": self._arrivals.points,
@@ -218,6 +208,12 @@ class RunView:
                 for name, view in sorted(self.clients.items())
             ],
         }
+
+    def _epsilon_of(self, view: ClientView) -> float | None:
+        spent = self.privacy
+        if not spent:
+            return None
+        return epsilon_of_account(spent["noise_multiplier"], spent["weight_levels"], spent["delta"], view.squares)
 
     def _usual_seconds(self) -> float:
         """The median client's seconds for a job; 0 if fewer than three clients tell."""
@@ -250,6 +246,11 @@ class RunView:
             "abandoned": dict(view.abandoned),
             "problem": view.problem,
             "notes": notes,
-            "metrics": view.metrics,
-            "epsilon": view.epsilon,
+            "epsilon": self._epsilon_of(view),
         }
+
+
+@lru_cache(maxsize=100_000)  # most accounts are the same from one look to the next
+def epsilon_of_account(noise_multiplier: float, weight_levels: int, delta: float, squares: int) -> float:
+    """ε of a client whose loads have this sum of squares."""
+    return ClientBudget(noise_multiplier, weight_levels, delta).epsilon(squares)

@@ -128,8 +128,6 @@ function overview(run) {
   const goal = target === null ? null : Array.isArray(target) ? target[0] : Number.isFinite(target) ? target : null;
   const curves = (metric, goalLine) => {
     const series = [{ name: metric, points: run.metrics[metric] ?? [] }];
-    const atSites = run.site_metrics[metric];
-    if (atSites) series.push({ name: `${metric}, mean of sites`, points: atSites });
     return lines({ series, xLabel: "version", label: metric, target: goalLine });
   };
   const worst = [...run.clients].sort(byLevel).slice(0, 8);
@@ -174,13 +172,12 @@ function byLevel(a, b) {
 const COLUMNS = ["State", "Site", "What it does, or who has to do what", "Updates", "Share", "Staleness", "Job", "Norm", "Rejected"];
 
 function siteTable(clients, run) {
-  const extra = Object.keys(run.site_metrics).slice(0, 1);
-  const heads = [...COLUMNS, ...extra];
+  const heads = COLUMNS;
   const cell = (text, label) => node("td", { className: "number" }, Object.assign(node("span", {}), { textContent: text }), label ? "" : "");
   const rows = clients.map((site) => {
     const numbers = [short(site.merged), share(site.share), site.staleness ?? "–", duration(site.seconds),
       site.relative_norm ? `${short(+site.relative_norm.toPrecision(2))}×` : "–",
-      Object.values(site.rejected).reduce((a, b) => a + b, 0) || "–", ...extra.map((m) => short(site.metrics[m]))];
+      Object.values(site.rejected).reduce((a, b) => a + b, 0) || "–"];
     return node("tr", {}, node("td", {}, level(site.level)), node("td", { className: "name" }, site.name),
       node("td", { className: "says" }, site.says), ...numbers.map((text, i) => {
         const made = cell(String(text));
@@ -235,7 +232,18 @@ function privacy(run) {
       .flatMap(([k, v]) => [node("dt", {}, k.replaceAll("_", " ")), node("dd", {}, typeof v === "number" ? short(v) : String(v))]))
       : node("p", {}, run.privacy_sentence || "No ε in the ledger: rows are accounted for by each site itself, in its own file."),
     run.epsilon.length ? lines({ series: [{ name: "ε of the site that spent most", points: run.epsilon }], xLabel: "version", label: "ε", fromZero: true }) : null,
+    known ? epsilonTable(run.clients) : null,
     node("p", { className: "none" }, "Not covered by any ε: who trained when, durations, failures, bytes, registered examples.")))]);
+}
+
+const SPENT_MOST = 20;
+
+function epsilonTable(clients) {
+  const most = [...clients].sort((a, b) => b.epsilon - a.epsilon || a.name.localeCompare(b.name)).slice(0, SPENT_MOST);
+  return node("table", {}, node("thead", {}, node("tr", {}, node("th", { scope: "col" }, "Site that spent most"),
+    node("th", { scope: "col", className: "number" }, "ε"))),
+  node("tbody", {}, ...most.map((site) => node("tr", {}, node("td", { className: "name" }, site.name),
+    node("td", { className: "number" }, short(site.epsilon))))));
 }
 
 // Several runs
