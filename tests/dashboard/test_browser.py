@@ -71,7 +71,7 @@ def append(run: SampleRun, version: int) -> None:
 def address(run: SampleRun) -> Iterator[str]:
     listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(
-        uvicorn.Config(make_app(RunSources(lambda: [run.client])), log_level="critical", ws="none", lifespan="off",
+        uvicorn.Config(make_app(RunSources(lambda: [run.client]), ""), log_level="critical", ws="none", lifespan="off",
                        timeout_graceful_shutdown=1)
     )  # fmt: skip
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

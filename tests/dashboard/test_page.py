@@ -201,7 +201,7 @@ def test_events_tell_what_has_changed(run: SampleRun) -> None:
             raise ConnectionAbortedError
 
     sources = RunSources(lambda: [run.client], clock=clock)
-    client = AsgiClient(make_app(sources, sleep=publish), LOCAL)
+    client = AsgiClient(make_app(sources, "", sleep=publish), LOCAL)
     with contextlib.suppress(ConnectionAbortedError, BaseExceptionGroup):
         client.get("/api/runs/sample/events")
     lines = client.last.text.splitlines()
@@ -253,7 +253,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_finished_run_is_shown_from_its_folder(results: Path) -> None:
-    client = AsgiClient(make_app(RunSources(list, [results])), LOCAL)
+    client = AsgiClient(make_app(RunSources(list, [results]), ""), LOCAL)
     shown = client.get("/api/runs/digits").json()
     assert (shown["state"], shown["level"], shown["says"]) == ("ended", "ended", "ended: versions: 1 of 1")
     assert shown["metrics"]["accuracy"] == [[0, None], [1, 0.5]]
@@ -284,7 +284,7 @@ def test_failed_run_is_shown_as_broken(results: Path) -> None:
 
 def test_damaged_results_are_named_beside_the_others(results: Path) -> None:
     (results / "ledger.jsonl").write_text("no JSON\n")
-    [line] = AsgiClient(make_app(RunSources(list, [results])), LOCAL).get("/api/runs").json()
+    [line] = AsgiClient(make_app(RunSources(list, [results]), ""), LOCAL).get("/api/runs").json()
     assert line["state"] == "damaged"
     assert "line 1" in line["says"]
 

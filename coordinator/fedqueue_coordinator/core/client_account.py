@@ -6,11 +6,11 @@ refuse, and clients jobs whose updates could not be merged.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedqueue.config.schema import Config
-from fedqueue.privacy.gaussian_dp import ClientBudget, client_budget
+from fedqueue.privacy.gaussian_dp import client_budget
 from fedqueue_coordinator.core.admission import Inadmissible
 from fedqueue_coordinator.core.reasons import RejectionReason
 from fedqueue_coordinator.core.run_counters import RunCounters
@@ -61,15 +61,3 @@ class ClientAccount:
 
     def _spent(self, client: str) -> int:
         return self._counters.accounts.get(client, 0)
-
-
-def spent_by_client(ledger: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Client → the ε that it has spent by the records of the versions; empty for a run without client privacy."""
-    accounts: dict[str, int] = {}
-    budget = None
-    for record in ledger:
-        if record["kind"] == "version" and (privacy := record.get("privacy")):
-            budget = ClientBudget(privacy["noise_multiplier"], privacy["weight_levels"], privacy["delta"])
-            for client, load in privacy["loads"].items():
-                accounts[client] = accounts.get(client, 0) + load**2
-    return {client: budget.epsilon(accounts[client]) for client in sorted(accounts)} if budget else {}

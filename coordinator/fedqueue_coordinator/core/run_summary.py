@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedqueue_coordinator.core.client_account import spent_by_client
+from fedqueue.privacy.gaussian_dp import ClientBudget
 from fedqueue_coordinator.core.failures import FailureKind, Failures
 
 if TYPE_CHECKING:
@@ -205,3 +205,15 @@ def _why_without_update(client: str, failures: Failures, registered: Collection[
 def _failure(kind: FailureKind) -> dict[str, Any]:
     counts = {"count": kind.count, "clients": len(kind.clients)}
     return {"what": kind.what, "text": kind.text, "first": kind.client, **counts}
+
+
+def spent_by_client(ledger: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Client → the ε that it has spent by the records of the versions; empty for a run without client privacy."""
+    accounts: dict[str, int] = {}
+    budget = None
+    for record in ledger:
+        if record["kind"] == "version" and (privacy := record.get("privacy")):
+            budget = ClientBudget(privacy["noise_multiplier"], privacy["weight_levels"], privacy["delta"])
+            for client, load in privacy["loads"].items():
+                accounts[client] = accounts.get(client, 0) + load**2
+    return {client: budget.epsilon(accounts[client]) for client in sorted(accounts)} if budget else {}

@@ -167,7 +167,7 @@ class Attacks:
         ][:MOST_UPDATES]  # fmt: skip
         if not few:
             problem = (
-                f"no update has {MOST_ROWS} rows or fewer of one client; rehearse with "
+                f"more than {MOST_ROWS} rows, or rows of several clients, are in each; rehearse with "
                 "--set training.local_steps=1 --set training.batch_size=1"
             )
             return self._measured(["optimisation"], problem, seen, view, protection, True)

@@ -75,7 +75,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def make_app(sources: RunSources, password: str = "", secure: bool = False, sleep: Sleep = asyncio.sleep) -> Starlette:
+def make_app(sources: RunSources, password: str, secure: bool = False, sleep: Sleep = asyncio.sleep) -> Starlette:
     """The application; with a `password`, behind a login. `secure`: the server speaks TLS.
 
     Without a password it must be bound to loopback only.
