@@ -29,13 +29,13 @@ class ClientPrivacyCost:
     epsilon: float
     """ε of a client whose budget is used up."""
     versions: int
-    """After so many versions the budgets are used up, if all clients are equally fast."""
+    """The number of versions after which the budgets are used up, if all clients are equally fast."""
     noise_to_signal: float
     """The norm of the noise in a version's mean, divided by the largest norm that the mean can have: z √(n d) / K."""
 
 
 def client_cost(config: Config, parameters: int) -> ClientPrivacyCost:
-    """Compute the cost in a run of a model with so many parameters, d, with n keepers and K updates in a version."""
+    """Compute the cost in a run with n keepers and K updates in a version; `parameters` is d, the size of the model."""
     levels = config.secure.weight_levels
     budget, most = client_budget(config.privacy.clients, levels)
     noise = budget.noise_multiplier

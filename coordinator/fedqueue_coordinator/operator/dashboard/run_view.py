@@ -22,16 +22,16 @@ MOST_METRICS = 24
 RECENT = 32
 """Newest updates of a client that its usual duration and norm are taken from."""
 SLOW = 3.0
-"""A client is slow if a job takes it so many times as long as the median client."""
+"""A client is slow if a job takes it more than this multiple of the median client's time."""
 LONG = 4.0
-"""A client's updates stand out if they are so many times as long, or as short, as those of the median client."""
+"""A client's updates stand out if their length differs from the median client's by more than this factor."""
 RARE = 4
-"""A client with so many times fewer updates than the median one has longer ones by itself, because the model has hardly
-learned from its data: LONG squared counts for it."""
+"""A client with fewer updates than the median one's divided by this has longer ones by itself, because the model has
+hardly learned from its data: LONG squared counts for it."""
 WINDOW = 64
 """Newest updates that the length of an update is compared with: lengths shrink while a run converges."""
 BEHIND = 10
-"""A client without any update is watched once the median client has so many."""
+"""A client without any update is watched once the median client has this number."""
 FEW = 3
 """Updates that are too few to judge a client by."""
 MOST_STALENESS = 20
