@@ -25,9 +25,8 @@ class RunCounters:
     """Client → the newest version with an update of it."""
     recent: list[list[str]] = field(default_factory=list)
     """The clients of the last `dispatch.share_window` versions: a list for each version, the newest last."""
-
     accounts: dict[str, int] = field(default_factory=dict)
-    """Client → Σ ℓ² over its loads ℓ, the sums of its updates' integer weights in a version."""
+    """With [privacy.clients], client → Σ ℓ² over its loads ℓ, the sums of its updates' integer weights in a version."""
 
     @classmethod
     def from_ledger(cls, committed: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]], window: int) -> Self:
@@ -36,7 +35,8 @@ class RunCounters:
         for record in ledger:
             if record["kind"] == "version":
                 counters.step_seconds.update(record.get("step_seconds", {}))
-                counters.charge((line["client"], line.get("level", 0)) for line in record["merged"])
+                if privacy := record.get("privacy"):
+                    counters.charge(privacy["loads"].items())
                 counters._count(record["version"], [line["client"] for line in record["merged"]], window)
         return counters
 
