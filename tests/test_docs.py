@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import itertools
 import re
@@ -22,6 +21,7 @@ from fedqueue_coordinator.cli.main import app
 from fedqueue_coordinator.core.reasons import AbandonReason, RejectionReason
 from fedqueue_keeper.cli import app as keeper_app
 from fedqueue_worker.cli import app as worker_app
+from tests.support.script_module import load_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")])
@@ -50,16 +50,6 @@ POLICY_KEYS = {
 }
 
 
-def load(path: Path) -> Any:
-    """Import the module in the file `path`, which belongs to no package."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
     """Yield the language and the text of each code block of the page; an indented block has no language."""
     text = page.read_text(encoding="utf-8")
@@ -84,7 +74,7 @@ def printed_commands(page: Path) -> Iterator[list[str]]:
 
 
 def test_configuration_page_is_what_the_configuration_says() -> None:
-    page = load(ROOT / "docs" / "make_configuration.py").page()
+    page = load_script(ROOT / "docs" / "make_configuration.py").page()
     assert (ROOT / "docs" / "configuration.md").read_text() == page, "outdated: run docs/make_configuration.py"
 
 
@@ -96,7 +86,7 @@ def test_every_option_is_documented() -> None:
 
 
 def test_diagrams_are_what_their_script_draws() -> None:
-    script = load(ROOT / "docs" / "make_diagrams.py")
+    script = load_script(ROOT / "docs" / "make_diagrams.py")
     for name, draw in script.DIAGRAMS.items():
         assert (ROOT / "docs" / "pictures" / name).read_text() == draw(), "outdated: run docs/make_diagrams.py"
 

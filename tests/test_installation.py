@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.script_module import load_script
+
 ROOT = Path(__file__).parents[1]
+CI = ROOT / ".ci"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 
@@ -53,16 +56,6 @@ def without(*packages: str, program: str, folder: Path) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, "-c", source], cwd=folder, capture_output=True, text=True, check=False, timeout=100
     )
-
-
-def script(name: str) -> Any:
-    """Import a script in .ci as a module."""
-    spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / ".ci" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def project_of(requirement: str) -> str:
@@ -227,7 +220,7 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> Any:
             pytest.fail("CI must build the archives: hatchling is not installed")
         pytest.skip("hatchling is not installed")
     built = [tmp_path_factory.mktemp("dist") for _ in range(2)]
-    digests = [script("dist").build(folder, "1735689600") for folder in built]
+    digests = [load_script(CI / "dist.py").build(folder, "1735689600") for folder in built]
     assert digests[0] == digests[1], "the second build differs"
     return sorted(built[0].iterdir())
 
@@ -268,7 +261,7 @@ def test_sdist_has_what_the_tests_and_the_documentation_need(archives: Any) -> N
 
 
 def test_release_check_refuses_an_inconsistent_release(tmp_path: Path) -> None:
-    check = script("release")
+    check = load_script(CI / "release.py")
     (tmp_path / "shared/fedqueue").mkdir(parents=True)
     (tmp_path / "shared/fedqueue/__init__.py").write_text('__version__ = "1.2.0"\n')
     (tmp_path / "CHANGELOG.md").write_text("## [1.2.0] - 2026-12-01\n")
@@ -290,10 +283,11 @@ def test_release_check_refuses_an_inconsistent_release(tmp_path: Path) -> None:
 
 def test_release_check_reads_the_cited_authors() -> None:
     persons = '  - family-names: Lovelace\n    given-names: Ada\n    orcid: x\n  - name: "The Society"\n'
-    assert script("release").cited_authors(f"title: t\nauthors:\n{persons}keywords:\n  - x\n") == [
+    cited_authors = load_script(CI / "release.py").cited_authors
+    assert cited_authors(f"title: t\nauthors:\n{persons}keywords:\n  - x\n") == [
         "Ada Lovelace", "The Society",
     ]  # fmt: skip
-    assert script("release").cited_authors((ROOT / "CITATION.cff").read_text()) == [
+    assert load_script(CI / "release.py").cited_authors((ROOT / "CITATION.cff").read_text()) == [
         author["name"] for author in PROJECT["authors"]
     ]
 

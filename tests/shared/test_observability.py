@@ -21,6 +21,7 @@ from fedqueue.errors import ConfigurationError, MissingExtra
 from fedqueue.observability import endpoint as endpoint_module
 from fedqueue.observability.catalogue import COORDINATOR, KEEPER, WORKER
 from fedqueue.observability.endpoint import Endpoint, make, open_endpoint
+from tests.support.script_module import load_script
 
 ROOT = Path(__file__).parents[2]
 OBSERVE = ROOT / "observe"
@@ -152,11 +153,7 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
 
 
 def test_page_of_metrics_is_what_the_catalogue_says() -> None:
-    spec = importlib.util.spec_from_file_location("make_metrics", ROOT / "docs" / "make_metrics.py")
-    assert spec
-    assert spec.loader
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script(ROOT / "docs" / "make_metrics.py")
     assert script.PAGE.read_text() == script.page(), "outdated: run docs/make_metrics.py"
 
 

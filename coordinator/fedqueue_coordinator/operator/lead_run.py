@@ -12,7 +12,7 @@ from fedqueue.exit_codes import stop_signals
 from fedqueue.observability.endpoint import Endpoint, own_registry
 from fedqueue.protocol.coordinator_identity import CoordinatorIdentity
 from fedqueue.task import Task
-from fedqueue.tracing import Tracing, start_tracing
+from fedqueue.tracing import start_tracing
 from fedqueue_coordinator.core.federation import Federation
 from fedqueue_coordinator.core.observer import Observers, RunObserver
 from fedqueue_coordinator.core.run_summary import RunResult
@@ -52,63 +52,44 @@ def lead_run(
         HookFeed(config, make_trackers(config)) as feed,
         start_tracing(config.opentelemetry.traces, COORDINATOR_SERVICE) as tracing,
     ):
-        return _lead(
-            config, task, connection, identity, folder, quiet, standby, resume, overwrite, feed, tracing, observer
+        store = CoordinatorStore(connection, config.name, new_owner(), identity)
+        if overwrite:
+            clear_ended(store, config.dispatch.leader_lease_seconds)
+        view = LiveView(config, quiet)
+
+        def on_progress(federation: Federation, now: float) -> None:
+            if notice := folder.note(federation.version, now):
+                view.warn(notice)
+            view.update(federation, now)
+
+        leading = Coordinator(
+            config,
+            task,
+            store,
+            folder.unfinished,
+            on_progress,
+            reopen=resume,
+            owns_folder=folder.reclaim,
+            deliver_ended=folder.has_unfinished_run,
+            observer=Observers(feed, observer),
+            tracing=tracing,
         )
-
-
-def _lead(
-    config: Config,
-    task: Task,
-    connection: redis.Redis,
-    identity: CoordinatorIdentity | None,
-    folder: RunFolder,
-    quiet: bool,
-    standby: bool,
-    resume: bool,
-    overwrite: bool,
-    feed: HookFeed,
-    tracing: Tracing,
-    observer: RunObserver,
-) -> RunResult | None:
-    store = CoordinatorStore(connection, config.name, new_owner(), identity)
-    if overwrite:
-        clear_ended(store, config.dispatch.leader_lease_seconds)
-    view = LiveView(config, quiet)
-
-    def on_progress(federation: Federation, now: float) -> None:
-        if notice := folder.note(federation.version, now):
-            view.warn(notice)
-        view.update(federation, now)
-
-    leading = Coordinator(
-        config,
-        task,
-        store,
-        folder.unfinished,
-        on_progress,
-        reopen=resume,
-        owns_folder=folder.reclaim,
-        deliver_ended=folder.has_unfinished_run,
-        observer=Observers(feed, observer),
-        tracing=tracing,
-    )
-    for signum in stop_signals():
-        signal.signal(signum, lambda *_: leading.pause())
-    signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))
-    with view:
-        try:
-            result = leading.run(standby)
-        except ServerUnavailable as error:
-            if leading.paused:
-                return None
-            if not leading.interrupted:
-                raise _with_way_out(error, config.name, folder) from error
-            view.warn(str(_with_way_out(error, config.name, folder)))
-            raise KeyboardInterrupt from error
-    if result is None:
-        return None
-    return deliver_and_print(view, folder, config, result, leading.checkpoint_saved, feed.end)
+        for signum in stop_signals():
+            signal.signal(signum, lambda *_: leading.pause())
+        signal.signal(signal.SIGINT, lambda *_: leading.interrupt(INTERRUPT))
+        with view:
+            try:
+                result = leading.run(standby)
+            except ServerUnavailable as error:
+                if leading.paused:
+                    return None
+                if not leading.interrupted:
+                    raise _with_way_out(error, config.name, folder) from error
+                view.warn(str(_with_way_out(error, config.name, folder)))
+                raise KeyboardInterrupt from error
+        if result is None:
+            return None
+        return deliver_and_print(view, folder, config, result, leading.checkpoint_saved, feed.end)
 
 
 def _with_way_out(error: ServerUnavailable, run: str, folder: RunFolder) -> ServerUnavailable:

@@ -140,7 +140,7 @@ def guessed_right(scores: Numbers, taking_part: npt.NDArray[np.bool_]) -> tuple[
 
 
 def p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: float) -> float:
-    """Return the largest probability of so many right guesses under (ε, δ)-differential privacy."""
+    """Return the largest probability of at least `correct` right guesses under (ε, δ)-differential privacy."""
     chance = 1 / (1 + math.exp(-epsilon))
     k = np.arange(guesses + 1)
     log_choose = math.lgamma(guesses + 1) - np.array([math.lgamma(i + 1) + math.lgamma(guesses - i + 1) for i in k])
@@ -153,7 +153,7 @@ def p_value(correct: int, guesses: int, canaries: int, epsilon: float, delta: fl
 
 
 def epsilon_bound(correct: int, guesses: int, canaries: int, delta: float) -> float:
-    """Return the largest ε that so many right guesses exclude with 95 % confidence; 0 if they exclude none."""
+    """Return the largest ε that `correct` right guesses exclude with 95 % confidence; 0 if they exclude no ε."""
     low, high = 0.0, 64.0
     if p_value(correct, guesses, canaries, low, delta) >= 1 - CONFIDENCE:
         return 0.0

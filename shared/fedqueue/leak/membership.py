@@ -7,7 +7,7 @@ import numpy as np
 from fedqueue.leak.statistics import Numbers
 
 MANY = 32
-"""From so many reference models on, the spread of each row's own scores is better than that of all rows together."""
+"""With at least this number of reference models, the spread of each row's own scores is used, not that of all rows."""
 SURE = 1e-12
 """A probability is taken to be at least this far from 1."""
 OFFLINE_A = 0.3

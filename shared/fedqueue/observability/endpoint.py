@@ -147,7 +147,7 @@ def own_registry(endpoint: Endpoint | None) -> CollectorRegistry | None:
 
 
 def serve_folder(endpoint: Endpoint, folder: SharedFolder) -> None:
-    """Serve the sums over the processes that write to `folder`, of which this process is none."""
+    """Serve the sums over the processes that write to `folder`; this process does not write there."""
     from prometheus_client import CollectorRegistry
 
     registry = CollectorRegistry()
