@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from fedqueue.protocol.messages import Masked
+from fedqueue.protocol.messages import MAX_OPENED, Masked
 from fedqueue.protocol.signed_envelope import new_digest
 from fedqueue.secure.keeper import Release
 from fedqueue.tensors import blobs
@@ -16,7 +16,7 @@ from fedqueue.tensors.blobs import BlobBuffer
 from fedqueue.transport.store import Store
 
 FIRST = "0-0"  # before the first entry of a stream
-ASKS_AT_ONCE = 64  # entries in one read
+ASKS_AT_ONCE = MAX_OPENED  # entries in one read, so that one answer has room for all of its offers
 MASK_SECONDS = 24 * 3600  # after which a mask that no version was made with is deleted; the keeper can make it again
 
 
@@ -56,8 +56,8 @@ class KeeperStore(Store):
         self.redis.set(self.keys.keeper(keeper), statement)
 
     def asks(self, keeper: str, after: str, block_seconds: float) -> list[Ask]:
-        """The next asks after the entry `after`; waits for the first one for at most `block_seconds`."""
-        block = max(1, round(block_seconds * 1000))
+        """The next asks after the entry `after`; waits for the first one for at most `block_seconds`, if at all."""
+        block = max(1, round(block_seconds * 1000)) if block_seconds else None
         raw: Any = self.redis.xread({self.keys.asks(keeper): after}, count=ASKS_AT_ONCE, block=block)
         if isinstance(raw, dict):  # RESP3
             raw = [(stream, entries[0] if entries else []) for stream, entries in raw.items()]

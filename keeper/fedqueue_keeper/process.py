@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,7 +22,7 @@ from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunNotFound, SignatureError, StoreError, WireError
 from fedqueue.exit_codes import DONE, stop_signals
 from fedqueue.protocol.keeper_identity import KeeperIdentity
-from fedqueue.protocol.messages import KeeperKey, MaskRefused, Offer, read
+from fedqueue.protocol.messages import KeeperKey, MaskRefused, Offer, Opened, OpenedOffer, read
 from fedqueue.protocol.run_info import RunInfo
 from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED, RunDescriptor
 from fedqueue.secure.keeper import Keeper
@@ -30,12 +30,13 @@ from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.manifest import Manifest
 from fedqueue.transport.retry import RedisRetry
 from fedqueue_keeper.keeper_metrics import UNOBSERVED, KeeperObserver
-from fedqueue_keeper.keeper_store import FIRST, Ask, Glance, KeeperStore
+from fedqueue_keeper.keeper_store import ASKS_AT_ONCE, FIRST, Ask, Glance, KeeperStore
 from fedqueue_keeper.policy import KeeperPolicy
 from fedqueue_keeper.release_log import ReleaseLog, delete_former_logs, log_path
 
 log = structlog.get_logger("fedqueue.keeper")
 
+GATHER_SECONDS = 0.01  # that offers wait for others, so that one signature answers all of them
 LOOK_SECONDS = 1.0  # between two looks at the run; the longest that a read waits for an ask
 NO_POLICY = KeeperPolicy()
 
@@ -120,12 +121,20 @@ class KeeperProcess:
         if self._served is None:
             self._sleep(LOOK_SECONDS / 5)
             return ""
-        asks = self._store.asks(self._name, self._after, LOOK_SECONDS)
+        asks = self._asks()
         if asks:
             self._after = asks[-1].id
-            answers = [answer for ask in asks for answer in self._answers(ask)]
-            self._store.say(self._name, answers)
+            if answers := list(self._answers(asks)):
+                self._store.say(self._name, answers)
         return ""
+
+    def _asks(self) -> list[Ask]:
+        """The next asks. Offers wait a moment for others; a cohort, which the coordinator waits for, does not."""
+        asks = self._store.asks(self._name, self._after, LOOK_SECONDS)
+        if asks and len(asks) < ASKS_AT_ONCE and all(ask.kind == "offer" for ask in asks):
+            self._sleep(GATHER_SECONDS)
+            return self._store.asks(self._name, self._after, 0)
+        return asks
 
     # The run
 
@@ -239,17 +248,28 @@ class KeeperProcess:
 
     # Asks
 
-    def _answers(self, ask: Ask) -> Iterator[tuple[str, bytes]]:
-        try:
-            match ask.kind:
-                case "offer":
-                    yield self._open(read(Offer, ask.body))
-                case "cohort":
-                    yield self._release(ask.body)
-        except WireError as error:
-            log.warning("ignored an ask", kind=ask.kind, because=str(error))
+    def _answers(self, asks: Sequence[Ask]) -> Iterator[tuple[str, bytes]]:
+        """The answers in the order of the asks; offers that follow one another have one answer."""
+        opened: list[OpenedOffer] = []
+        for ask in asks:
+            try:
+                match ask.kind:
+                    case "offer":
+                        opened.append(self._open(read(Offer, ask.body)))
+                    case "cohort":
+                        released = self._release(ask.body)
+                        yield from self._opened(opened)
+                        opened = []
+                        yield released
+            except WireError as error:
+                log.warning("ignored an ask", kind=ask.kind, because=str(error))
+        yield from self._opened(opened)
 
-    def _open(self, offer: Offer) -> tuple[str, bytes]:
+    def _opened(self, offers: Sequence[OpenedOffer]) -> Iterator[tuple[str, bytes]]:
+        if offers:
+            yield OPENED, self._identity.sign(OPENED, Opened(offers=tuple(offers)).pack())
+
+    def _open(self, offer: Offer) -> OpenedOffer:
         opened = self._keeper.offer(offer)
         if opened.refusal == "foreign" and self._moved_on():
             opened = self._keeper.offer(offer)
@@ -257,7 +277,7 @@ class KeeperProcess:
         if opened.refusal and self._first(opened.header):
             say = log.debug if opened.refusal == "spent" else log.warning  # a restarted keeper is asked again
             say("refused an update", client=offer.client, job=offer.job, reason=opened.refusal, detail=opened.detail)
-        return OPENED, self._identity.sign(OPENED, opened.pack())
+        return opened
 
     def _release(self, cohort: bytes) -> tuple[str, bytes]:
         try:

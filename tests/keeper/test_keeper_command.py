@@ -145,7 +145,8 @@ def test_keeper_serves_the_run_to_its_end(organisation: Organisation) -> None:
         organisation.ask("offer", update.offer.pack())
     organisation.ask("cohort", organisation.run.propose(0, updates))
     wait_until(lambda: organisation.answers(MASKED), "the masks are released")
-    assert [read(Opened, body).refusal for body in organisation.answers(OPENED)] == ["", "", ""]
+    opened = [offer for body in organisation.answers(OPENED) for offer in read(Opened, body).offers]
+    assert [offer.refusal for offer in opened] == ["", "", ""]
     organisation.run.write(organisation.client, state="ended")
     assert keeper.wait() == 0
     assert "released cohort of 3 clients for version 1" in keeper.text

@@ -65,11 +65,13 @@ class Site:
 
     def said(self) -> list[Any]:
         """The answers since the last call, verified with the keeper's public key."""
-        stream, found = self.keys.says(self.name), []
+        stream = self.keys.says(self.name)
         entries: Any = self.client.xrange(stream)
+        found: list[Any] = []
         for entry, fields in entries:
             kind = fields[b"kind"].decode()
-            found.append(read(KINDS[kind], self.run.coordinator.open_keeper(kind, self.name, fields[b"body"])))
+            answer: Any = read(KINDS[kind], self.run.coordinator.open_keeper(kind, self.name, fields[b"body"]))
+            found += answer.offers if kind == OPENED else [answer]
             self.client.xdel(stream, entry)
         return found
 
@@ -166,6 +168,21 @@ def test_large_mask_is_stored_in_chunks(serving: Site, monkeypatch: pytest.Monke
     serving.ask("cohort", signed)
     serving.step()
     assert serving.mask(serving.said()[0]).tobytes() == whole
+
+
+def test_one_signature_answers_offers_read_together(serving: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, *others = posted(serving.run)
+    monkeypatch.setattr(serving.process, "_sleep", lambda seconds: serving.offer(*others))
+    serving.offer(first)
+    serving.step()
+    stream: Any = serving.client.xrange(serving.keys.says(serving.name))
+    assert len(stream) == 1
+    assert [opened.header for opened in serving.said()] == [update.header for update in (first, *others)]
+
+
+def test_cohort_does_not_wait_for_offers(serving: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving.process, "_sleep", lambda seconds: pytest.fail("it waited"))
+    released(serving)
 
 
 def test_refused_update_and_cohort_are_answered(serving: Site) -> None:

@@ -17,7 +17,7 @@ from fedqueue.protocol.keeper_identity import KeeperIdentity
 from fedqueue.protocol.key_files import SigningKey
 from fedqueue.protocol.messages import MaskedUpdate, read
 from fedqueue.protocol.signed_envelope import unverified_body
-from fedqueue.secure import cohort, keeper, seed_envelope
+from fedqueue.secure import cohort, keeper
 from fedqueue.secure.keeper import Keeper, MemoryLog, Release
 from fedqueue.secure.masks import MaskStream
 from tests.support.masked_run import MaskedRun, Posted, words
@@ -249,7 +249,8 @@ def adds_no_dither(monkeypatch: pytest.MonkeyPatch, run: MaskedRun) -> None:
 
 
 def does_not_bind_the_terms(monkeypatch: pytest.MonkeyPatch, run: MaskedRun) -> None:
-    monkeypatch.setattr(seed_envelope, "_terms", lambda config: [])
+    monkeypatch.setattr(keeper, "agreed_terms", lambda config: b"")
+    monkeypatch.setattr("tests.support.masked_run.agreed_terms", lambda config: b"")
 
 
 def does_not_bind_the_update(monkeypatch: pytest.MonkeyPatch, run: MaskedRun) -> None:

@@ -19,6 +19,7 @@ from fedqueue.secure.seed_envelope import (
     PUBLIC_BYTES,
     SEALED_BYTES,
     KeeperPrivateKey,
+    agreed_terms,
     seal_seed,
     seed_info,
 )
@@ -30,11 +31,11 @@ def config(**secure: Any) -> Config:
 
 
 KEY, OTHER_KEY = KeeperPrivateKey.generate(), KeeperPrivateKey.generate()
-TERMS, OTHER_TERMS = config(), config(min_cohort=2)
+TERMS, OTHER_TERMS = agreed_terms(config()), agreed_terms(config(min_cohort=2))
 FIELDS: tuple[Any, ...] = (Scope("r", "i" * 32, 1), TERMS, "a", "r-1", 1, 2, "0" * 64, "1" * 64, 0, "k", 6)
 CHANGED: tuple[Any, ...] = (
     Scope("r", "j" * 32, 1),
-    config(min_cohort=2),
+    OTHER_TERMS,
     "b",
     "r-2",
     2,
@@ -132,6 +133,5 @@ def test_terms_that_keepers_go_by_are_bound(changed: dict[str, Any]) -> None:
     """A coordinator cannot tell sites of crowds of five, and keepers of crowds of two."""
     tree = config().model_dump(exclude_none=True)
     other = parse_config({**tree, **{name: {**tree[name], **part} for name, part in changed.items()}})
-    info = seed_info(*FIELDS)
-    assert seed_info(FIELDS[0], other, *FIELDS[2:]) != info
-    assert seed_info(FIELDS[0], parse_config({**tree, "stop": {"versions": 3}}), *FIELDS[2:]) == info
+    assert agreed_terms(other) != TERMS
+    assert agreed_terms(parse_config({**tree, "stop": {"versions": 3}})) == TERMS

@@ -42,7 +42,7 @@ GOOD: dict[Any, dict[str, Any]] = {
     MaskedUpdate: {**UPDATE, "encoding": "ring32", "digest": DIGEST, "model": DIGEST, "seeds": [SEED]},
     KeeperKey: {"public": b"public", "component": 2},
     Offer: {"client": "c", "job": "r-1", "attempt": 1, "base": 3, "header": b"header"},
-    Opened: {"header": DIGEST, "refusal": "spent", "detail": "d"},
+    Opened: {"offers": ({"header": DIGEST, "refusal": "spent", "detail": "d"},)},
     Cohort: {"version": 3, "members": [[DIGEST, 8], ["0" * 64, 1]]},
     Masked: {"cohort": DIGEST, "digest": DIGEST, "nbytes": 64, "chunks": 1},
     MaskRefused: {"cohort": DIGEST, "reason": "weight", "detail": "d", "headers": [DIGEST]},

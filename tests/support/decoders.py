@@ -212,7 +212,7 @@ DECODERS: dict[str, Decoder] = {
     ),
     "keeper_key": _message(KeeperKey, public=_KEEPER.public, component=0),
     "offer": _message(Offer, client="c0", job="r-00000001", attempt=1, base=2, header=b"header"),
-    "opened": _message(Opened, header=_DIGEST, refusal="spent", detail="x"),
+    "opened": _message(Opened, offers=[{"header": _DIGEST, "refusal": "spent", "detail": "x"}]),
     "cohort": _message(Cohort, version=3, members=((_DIGEST, 8), (_DIGEST[::-1], 5))),
     "masked": _message(Masked, cohort=_DIGEST, digest=_DIGEST, nbytes=160, chunks=1),
     "mask_refused": _message(MaskRefused, cohort=_DIGEST, reason="spent", detail="x", headers=(_DIGEST,)),

@@ -38,7 +38,7 @@ from fedqueue.secure.cohort import cohort_id, offer_digest
 from fedqueue.secure.keeper import Keeper, KeeperLog, MemoryLog, Release
 from fedqueue.secure.masks import add_masks, new_seed
 from fedqueue.secure.ring import level
-from fedqueue.secure.seed_envelope import KeeperPrivateKey, key_id, seal_seed, seed_info
+from fedqueue.secure.seed_envelope import KeeperPrivateKey, agreed_terms, key_id, seal_seed, seed_info
 from fedqueue.tensors.manifest import PARAMETER, Manifest, TensorSpec
 from tests.support.builders import make_config
 
@@ -188,7 +188,8 @@ class MaskedRun:
         """The seed, encrypted to the keeper of its component."""
         keeper = self.keepers[component]
         info = seed_info(
-            self.scope, self.config, client, job, attempt, base, model, payload, component, keeper, self.parameters
+            self.scope, agreed_terms(self.config), client, job, attempt, base, model, payload, component, keeper,
+            self.parameters,
         )  # fmt: skip
         public = self.publics[keeper]
         return SealedSeed(

@@ -30,7 +30,7 @@ from fedqueue.protocol.key_files import (
     read_trusted_keys,
     write_public_keys,
 )
-from fedqueue.protocol.messages import KeeperKey, Masked, MaskRefused, Offer, Order, Registration, read
+from fedqueue.protocol.messages import KeeperKey, Masked, MaskRefused, Offer, Opened, Order, Registration, read
 from fedqueue.protocol.roster import Roster
 from fedqueue.protocol.signed_envelope import KEEPER, MASK_REFUSED, MASKED, OPENED, digest_of
 from fedqueue.protocol.site_identity import SiteIdentity
@@ -145,7 +145,7 @@ class ServedKeeper:
     def _answer(self, kind: str, body: bytes) -> tuple[str, bytes]:
         assert self._keeper
         if kind == "offer":
-            return OPENED, self._keeper.offer(read(Offer, body)).pack()
+            return OPENED, Opened(offers=(self._keeper.offer(read(Offer, body)),)).pack()
         released = self._keeper.release(body)
         if isinstance(released, MaskRefused):
             return MASK_REFUSED, released.pack()

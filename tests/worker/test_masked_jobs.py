@@ -32,7 +32,7 @@ from fedqueue.tensors.frame import Frame
 from fedqueue.transport.worker_store import WorkerStore
 from fedqueue_worker.egress_log import EgressLog
 from fedqueue_worker.heartbeat import Heartbeat
-from fedqueue_worker.job_runner import JobRunner
+from fedqueue_worker.job_runner import KEYS_SECONDS, JobRunner
 from fedqueue_worker.policy import ALLOW_ALL, Policy
 from tests.support.masked_run import RUN, MaskedRun
 from tests.support.sample_run import SampleRun
@@ -61,6 +61,7 @@ class MaskedSite:
         self.task = Doubling()
         self.log = folder / "egress.jsonl"
         self.ring = Ring(10.0, 4, 8, 2, 8)
+        self.now = 0.0
         self.runner = self.new_runner()
         for component, keeper in enumerate(self.parties.keepers):
             self.publish(keeper, component)
@@ -69,7 +70,7 @@ class MaskedSite:
         heartbeat = Heartbeat(self.store, [CLIENT], 60, 60, lambda reason: None)
         runner = JobRunner(
             self.store, self.task, self.run.module, heartbeat, 60, True, {}, policy, EgressLog(self.log, RUN),
-            masking=Masking(self.parties.config, self.run.manifest),
+            masking=Masking(self.parties.config, self.run.manifest), clock=lambda: self.now,
         )  # fmt: skip
         runner.load(Client(CLIENT), "the rows of a")
         return runner
@@ -337,6 +338,14 @@ def test_a_key_that_is_not_the_keepers_own_is_refused(
     assert (entry.kind, ending.reason) == ("ended", "refused")
     assert problem in ending.error
     assert site.task.seen == []
+
+
+def test_keepers_keys_are_looked_up_once_a_second(site: MaskedSite) -> None:
+    site.train()
+    site.publish("k0", 0, SigningKey.generate())  # not the keeper's own, so a look refuses it
+    assert site.train(2).kind == "update"
+    site.now += KEYS_SECONDS
+    assert site.train(3).kind == "ended"
 
 
 def test_a_site_needs_the_public_key_of_each_keeper(site: MaskedSite) -> None:

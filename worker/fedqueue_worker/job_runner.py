@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections import Counter
@@ -63,6 +64,7 @@ UNCOMPRESSED = CompressionConfig()
 THIS_MACHINE = TrainingConfig()
 MAX_REFUSAL = 500  # characters
 KEEPER_POLL_SECONDS = 0.2  # between two looks for a keeper's key
+KEYS_SECONDS = 1.0  # that the keepers' keys are used without another look, so that short jobs share one
 
 
 class HandBack(BaseException):
@@ -95,6 +97,7 @@ class JobRunner:
         privacy_folder: Path = Path("privacy"),
         tracing: Tracing = NO_TRACING,
         observer: WorkerObserver = UNOBSERVED,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`masking` is that of a run with keepers.
 
@@ -106,7 +109,9 @@ class JobRunner:
         """
         self._measured, self._masking, self._observer = measured, masking, observer
         self._hides_examples = masking is not None and masking.hides_examples
-        self._keepers_known = False  # every keeper has stored a key: none of them is waited for before a training
+        self._known_keys: list[bytes] = []  # of the keepers, once each has stored one
+        self._keys_until = -math.inf  # until when they are used without another look
+        self._clock = clock
         self._store, self._task, self._heartbeat, self._machine = store, task, heartbeat, machine
         self._retrying = RetryingStore(store, lambda: self.told_to_stop)
         self._lease_seconds, self._keep_base, self._slowdown = lease_seconds, keep_base, slowdown
@@ -252,7 +257,7 @@ class JobRunner:
             self._retrying.release_base(claim)
         self._enter(Phase.TRAINING)
         made_progress()
-        if self._masking and not self._keepers_known:
+        if self._masking and not self._known_keys:
             self._keeper_keys(self._masking)  # before the training: the work would be lost with its attempt
 
         def trained_batch() -> None:
@@ -335,12 +340,14 @@ class JobRunner:
 
         Raises JobClosed once the job is no longer this attempt's, and SignatureError as `WorkerStore.keeper_keys`.
         """
+        if self._clock() < self._keys_until:
+            return self._known_keys
         waiting: set[str] = set()
         while True:
             keys = self._retrying.keeper_keys(masking.keepers)
             known = [key for key in keys if key is not None]
             if len(known) == len(keys):
-                self._keepers_known = True
+                self._known_keys, self._keys_until = known, self._clock() + KEYS_SECONDS
                 return known
             for keeper, key in zip(masking.keepers, keys, strict=True):
                 if key is None and keeper not in waiting:

@@ -130,31 +130,36 @@ class KeeperExchange:
         for answer in self._store.answers(self._after):
             self._after[answer.keeper] = answer.position
             try:
-                event = self._event(answer)
+                events = self._events(answer)
             except (WireError, StoreError) as error:
                 log.warning(
                     "ignoring an answer that is not valid; check the keys of the keeper",
                     keeper=answer.keeper, kind=answer.kind, error=str(error),
                 )  # fmt: skip
             else:
-                if event:
-                    yield event
+                yield from events
 
-    def _event(self, answer: Answer) -> Event | None:
-        """Verify an answer; None for one about a cohort that is not under way."""
+    def _events(self, answer: Answer) -> Sequence[Event]:
+        """Verify an answer; it has no events if it is about a cohort that is not under way."""
         identity, keeper = self._store.identity, answer.keeper
         assert identity
         if answer.kind not in (OPENED, MASKED, MASK_REFUSED):
             raise WireError(f"answer of kind {answer.kind!r}")
         body = identity.open_keeper(answer.kind, keeper, answer.body)
         if answer.kind == OPENED:
-            opened = read(Opened, body)
-            return UpdateOpened(keeper, opened.header, opened.refusal, opened.detail)
+            return [
+                UpdateOpened(keeper, offer.header, offer.refusal, offer.detail) for offer in read(Opened, body).offers
+            ]
+        event: Event | None = None
         if answer.kind == MASKED:
             masked = read(Masked, body)
-            return self._released(answer, masked) if masked.cohort == self._cohort else None
-        refused = read(MaskRefused, body)
-        return self._refused(keeper, refused) if refused.cohort == self._cohort else None
+            if masked.cohort == self._cohort:
+                event = self._released(answer, masked)
+        else:
+            refused = read(MaskRefused, body)
+            if refused.cohort == self._cohort:
+                event = self._refused(keeper, refused)
+        return [event] if event else []
 
     def _released(self, answer: Answer, masked: Masked) -> MasksReleased | None:
         """Return the release; None if Redis has not what the keeper stored, which is asked for again."""

@@ -18,6 +18,8 @@ from fedqueue.protocol.msgpack import pack, unpack
 
 MAX_METRICS = 64
 MAX_METRIC_NAME = 64  # characters
+MAX_OPENED = 64  # offers in one answer of a keeper
+MAX_OFFER_DETAIL = 200  # characters; MAX_OPENED of them fit into a message
 MAX_PIECES, PIECE_BYTES = 64, 48 * 1024  # of a site's answer to a question
 NO_EXAMPLES = "no examples"
 """The error of an `Unavailable` client that takes no part, because it has nothing to train on."""
@@ -162,13 +164,19 @@ class Offer(Message):
     """The signed envelope of the client's `MaskedUpdate`."""
 
 
-class Opened(Message):
+class OpenedOffer(Message):
     """A keeper's answer to an `Offer`: it can take the mask off, or `refusal` says why it never will."""
 
     header: Digest
     """The digest of the offer (`secure/cohort.py`)."""
     refusal: Literal["", "unmaskable", "keeper_lost", "foreign", "model", "spent"] = ""
-    detail: Annotated[str, Field(max_length=500)] = ""
+    detail: Annotated[str, Field(max_length=MAX_OFFER_DETAIL)] = ""
+
+
+class Opened(Message):
+    """A keeper's answers to the offers that it has read together, under one signature."""
+
+    offers: Annotated[tuple[OpenedOffer, ...], Field(min_length=1, max_length=MAX_OPENED, strict=False)]
 
 
 class Cohort(Message):

@@ -29,12 +29,12 @@ from fedqueue.config.schema import Config
 from fedqueue.errors import SignatureError, WireError
 from fedqueue.privacy.gaussian_dp import ClientBudget, client_budget
 from fedqueue.privacy.gaussian_integers import integer_noise
-from fedqueue.protocol.messages import Cohort, MaskedUpdate, MaskRefused, Offer, Opened, read
+from fedqueue.protocol.messages import MAX_OFFER_DETAIL, Cohort, MaskedUpdate, MaskRefused, Offer, OpenedOffer, read
 from fedqueue.protocol.signed_envelope import DOMAIN, Scope, digest_of, unverified_body
 from fedqueue.secure.cohort import cohort_id, crowd_problem, offer_digest
 from fedqueue.secure.masks import weighted_mask_sum
 from fedqueue.secure.ring import Words, level, ring_for
-from fedqueue.secure.seed_envelope import KeeperPrivateKey, seed_info
+from fedqueue.secure.seed_envelope import KeeperPrivateKey, agreed_terms, seed_info
 
 OfferProblem: TypeAlias = Literal["unmaskable", "keeper_lost", "foreign", "model", "spent"]
 CohortProblem: TypeAlias = Literal["version", "unknown", "weight", "crowd", "model", "spent", "budget", "size"]
@@ -229,7 +229,7 @@ class Keeper:
         secure = config.secure
         self.name, self.component = name, secure.keepers.index(name)
         self.key = key
-        self._config, self._scope = config, scope
+        self._config, self._scope, self._terms = config, scope, agreed_terms(config)
         self._verifier, self._log, self._secret = verifier, log, secret
         self._min_cohort = max(min_cohort, secure.min_cohort)
         self._ring = ring_for(config, parameters)
@@ -255,7 +255,7 @@ class Keeper:
 
     # Offers
 
-    def offer(self, offer: Offer) -> Opened:
+    def offer(self, offer: Offer) -> OpenedOffer:
         """Open an offered update, and hold its seed until its cohort is released; repeating it changes nothing.
 
         Holds it with the answer "spent", too, so that the cohort that has it can be released again.
@@ -269,8 +269,8 @@ class Keeper:
             if pinned and pinned != held.model:
                 raise _RefusedOffer("model", f"updates from version {held.base} were trained from another model")
         except _RefusedOffer as refused:
-            return Opened(header=digest, refusal=refused.refusal, detail=refused.detail[:MAX_DETAIL])
-        return Opened(header=digest)
+            return OpenedOffer(header=digest, refusal=refused.refusal, detail=refused.detail[:MAX_OFFER_DETAIL])
+        return OpenedOffer(header=digest)
 
     def _opened(self, offer: Offer) -> _Held:
         try:
@@ -295,7 +295,7 @@ class Keeper:
 
     def _info(self, offer: Offer, update: MaskedUpdate) -> bytes:
         return seed_info(
-            self._scope, self._config, offer.client, offer.job, offer.attempt, offer.base, update.model, update.digest,
+            self._scope, self._terms, offer.client, offer.job, offer.attempt, offer.base, update.model, update.digest,
             self.component, self.name, self._ring.words,
         )  # fmt: skip
 

@@ -17,7 +17,7 @@ from fedqueue.protocol.messages import MaskedUpdate, Order, SealedSeed, Update
 from fedqueue.protocol.signed_envelope import Scope, digest_of
 from fedqueue.secure.masks import ROUNDING, MaskStream, add_masks, new_seed
 from fedqueue.secure.ring import examples_share, ring_of
-from fedqueue.secure.seed_envelope import key_id, seal_seed, seed_info
+from fedqueue.secure.seed_envelope import agreed_terms, key_id, seal_seed, seed_info
 from fedqueue.tensors.blobs import BlobBuffer, chunks_of
 from fedqueue.tensors.codec import update_codec
 from fedqueue.tensors.frame import Frame
@@ -45,6 +45,7 @@ class Masking:
         """`config` is the run's; raises as `ring_of`."""
         self._config = config
         self._manifest = manifest
+        self._terms = agreed_terms(config)
         self._ring = ring_of(config, manifest)
         self._codec = update_codec(config, manifest)
 
@@ -100,7 +101,7 @@ class Masking:
         sealed = []
         for component, (keeper, key, seed) in enumerate(zip(self.keepers, keys, seeds, strict=True)):
             info = seed_info(
-                attempt.scope, self._config, order.client, order.job, attempt.number, attempt.base, attempt.model,
+                attempt.scope, self._terms, order.client, order.job, attempt.number, attempt.base, attempt.model,
                 digest, component, keeper, self._ring.words,
             )  # fmt: skip
             envelope = seal_seed(seed, key, info)

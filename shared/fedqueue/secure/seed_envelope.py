@@ -95,7 +95,7 @@ def seal_seed(seed: bytes, public: bytes, info: bytes) -> bytes:
 
 def seed_info(
     scope: Scope,
-    config: Config,
+    terms: bytes,
     client: str,
     job: str,
     attempt: int,
@@ -108,23 +108,27 @@ def seed_info(
 ) -> bytes:
     """What a seed belongs to, for `seal_seed` and `open_seed`: different fields give different bytes.
 
-    `model` is the digest of the base version, `payload` that of the masked payload of `words` words. `config` is
-    the run's, as this party has it: a coordinator could sign one for sites and another for keepers. The settings that
-    say which cohorts are released have to be the same at both.
+    `model` is the digest of the base version, `payload` that of the masked payload of `words` words. `terms` are
+    the `agreed_terms` of the run's configuration as this party has it: a coordinator could sign one for sites and
+    another for keepers.
     """
     where = [scope.run, scope.instance, scope.epoch, client, job, attempt, base]
-    return pack([DOMAIN, "seed", *where, model, payload, component, keeper, words, _terms(config)])
+    return pack([DOMAIN, "seed", *where, model, payload, component, keeper, words, terms])
 
 
-def _terms(config: Config) -> list[Any]:
-    """The settings that say which sums are released, and how a client's update enters them."""
+def agreed_terms(config: Config) -> bytes:
+    """The settings that say which sums are released, and how a client's update enters them.
+
+    They have to be the same at sites and keepers, which make them once for a run.
+    """
     aggregation = config.aggregation
-    return [
+    terms: list[Any] = [
         config.secure.model_dump(mode="json", exclude={"wait_seconds"}),
         config.privacy.clients.model_dump(mode="json"),
         config.buffer_size,
         [aggregation.strategy, aggregation.weight_by_examples, aggregation.staleness.model_dump(mode="json")],
     ]
+    return pack(terms)
 
 
 @lru_cache(maxsize=8)  # a worker encrypts to the same three keys in each job
