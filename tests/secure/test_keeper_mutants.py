@@ -16,10 +16,11 @@ import pytest
 from fedqueue.protocol.keeper_identity import KeeperIdentity
 from fedqueue.protocol.key_files import SigningKey
 from fedqueue.protocol.messages import MaskedUpdate, read
-from fedqueue.protocol.signed_envelope import unverified_body
+from fedqueue.protocol.signed_envelope import Scope, unverified_body
 from fedqueue.secure import cohort, keeper
 from fedqueue.secure.keeper import Keeper, MemoryLog, Release
 from fedqueue.secure.masks import MaskStream
+from fedqueue.secure.seed_envelope import seed_info
 from tests.support.masked_run import MaskedRun, Posted, words
 
 PARAMETERS = 64
@@ -249,8 +250,11 @@ def adds_no_dither(monkeypatch: pytest.MonkeyPatch, run: MaskedRun) -> None:
 
 
 def does_not_bind_the_terms(monkeypatch: pytest.MonkeyPatch, run: MaskedRun) -> None:
-    monkeypatch.setattr(keeper, "agreed_terms", lambda config: b"")
-    monkeypatch.setattr("tests.support.masked_run.agreed_terms", lambda config: b"")
+    def unbound(scope: Scope, terms: bytes, *others: Any) -> bytes:
+        return seed_info(scope, b"", *others)
+
+    monkeypatch.setattr(keeper, "seed_info", unbound)
+    monkeypatch.setattr("tests.support.masked_run.seed_info", unbound)
 
 
 def does_not_bind_the_update(monkeypatch: pytest.MonkeyPatch, run: MaskedRun) -> None:
