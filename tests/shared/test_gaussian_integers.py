@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pytest
 from scipy import stats
 
+from fedqueue.privacy import gaussian_integers
 from fedqueue.privacy.gaussian_integers import FARTHEST, PIECE, integer_noise, normal_pieces
 
 SECRET = b"a secret of thirty-two bytes ...."[:32]
@@ -17,7 +18,7 @@ DEVIATION = 2.0**16
 
 
 def noise(purpose: str = "cohort", count: int = 200_000, secret: bytes = SECRET) -> npt.NDArray[np.int64]:
-    return np.concatenate(list(integer_noise(secret, purpose, DEVIATION, count)))
+    return np.concatenate([piece.copy() for piece in integer_noise(secret, purpose, DEVIATION, count)])
 
 
 @pytest.mark.parametrize("purpose", ["cohort one", "cohort two", "cohort three"])
@@ -30,7 +31,7 @@ def test_noise_is_gaussian(purpose: str) -> None:
 
 def test_small_noise_is_rounded_to_the_nearest_integer() -> None:
     """Each integer has the probability of the interval around it."""
-    drawn = np.concatenate(list(integer_noise(SECRET, "small", 1.5, 200_000)))
+    drawn = np.concatenate([piece.copy() for piece in integer_noise(SECRET, "small", 1.5, 200_000)])
     values = np.arange(-5, 6)
     expected = stats.norm.cdf(values + 0.5, scale=1.5) - stats.norm.cdf(values - 0.5, scale=1.5)
     seen = np.array([(drawn == value).sum() for value in values])
@@ -41,7 +42,7 @@ def test_small_noise_is_rounded_to_the_nearest_integer() -> None:
 def test_coordinates_are_uncorrelated() -> None:
     drawn = noise()
     half = PIECE // 2
-    for shift in (1, 2, half, PIECE):  # `half`: the two deviates that are made of one pair of words
+    for shift in (1, 2, half, PIECE):
         assert abs(np.corrcoef(drawn[:-shift], drawn[shift:])[0, 1]) < 5 / np.sqrt(len(drawn) - shift)
         squares = (drawn / DEVIATION) ** 2
         assert abs(np.corrcoef(squares[:-shift], squares[shift:])[0, 1]) < 5 / np.sqrt(len(drawn) - shift)
@@ -59,11 +60,44 @@ def test_same_noise_has_the_same_bits(count: int) -> None:
     assert first.tobytes() == noise(count=count).tobytes()
 
 
-def test_pieces_are_new_memory_and_not_far_out() -> None:
-    pieces = list(normal_pieces(SECRET, "pieces", 2 * PIECE))
-    assert [len(piece) for piece in pieces] == [PIECE, PIECE]
-    assert np.abs(np.concatenate(pieces)).max() < FARTHEST
-    assert not np.shares_memory(pieces[0], pieces[1])
+def deviates(count: int, purpose: str = "pieces") -> npt.NDArray[np.float64]:
+    return np.concatenate([piece.copy() for piece in normal_pieces(SECRET, purpose, count)])
+
+
+def test_pieces_have_at_most_their_size_and_are_not_far_out() -> None:
+    assert [len(piece) for piece in normal_pieces(SECRET, "pieces", 2 * PIECE + 3)] == [PIECE, PIECE, 3]
+    assert np.abs(deviates(2 * PIECE)).max() < FARTHEST
+
+
+def test_every_part_of_the_curve_has_its_share() -> None:
+    """Twenty million deviates: the body, the edges of the layers and the tail, where a ziggurat may be wrong."""
+    edges = np.concatenate([-gaussian_integers._EDGES[1:], gaussian_integers._EDGES[1:-1][::-1], [3.9, 4.2, 4.6]])
+    edges = np.sort(np.concatenate([edges, (edges[1:] + edges[:-1]) / 2, [-3.9, -4.2, -4.6]]))
+    seen, count = np.zeros(len(edges) + 1, np.int64), 20_000_000
+    for piece in normal_pieces(SECRET, "shares", count):
+        seen += np.bincount(np.searchsorted(edges, piece), minlength=len(seen))
+    expected = np.diff(np.concatenate([[0], stats.norm.cdf(edges), [1]]))
+    big = expected * count > 5
+    assert stats.chisquare(seen[big], expected[big] / expected[big].sum() * seen[big].sum()).pvalue > 1e-3
+    assert seen[~big].sum() < 50
+
+
+def test_layers_have_equal_areas() -> None:
+    widths, heights = gaussian_integers._EDGES[1:-1], gaussian_integers._HEIGHTS
+    areas = widths * (heights[2:] - heights[1:-1])
+    tail = np.sqrt(2 * np.pi) * stats.norm.sf(widths[0])
+    assert areas == pytest.approx(np.full(len(areas), widths[0] * heights[1] + tail), rel=1e-9)
+
+
+def test_tail_is_that_of_the_curve() -> None:
+    drawn = gaussian_integers._Normals(SECRET, "tail")._tail(200_000)
+    edge = gaussian_integers._EDGES[1]
+    assert stats.kstest(stats.norm.sf(drawn) / stats.norm.sf(edge), "uniform").pvalue > 1e-3
+
+
+def test_tail_ends_where_it_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gaussian_integers, "FARTHEST", 3.7)
+    assert 3.66 < np.abs(deviates(4 * PIECE)).max() <= 3.7
 
 
 def test_integer_noise_needs_no_torch() -> None:

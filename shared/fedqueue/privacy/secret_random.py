@@ -43,6 +43,11 @@ class SecretRandom:
         """Return `count` words, uniform in [0, 2⁶⁴)."""
         return np.frombuffer(self._cipher.update(bytes(8 * count)), "<u8")
 
+    def words_into(self, words: npt.NDArray[np.uint64]) -> None:
+        """Fill a contiguous array with the next words."""
+        data = words.view(np.uint8)
+        self._cipher.update_into(bytes(len(data)), data.data)
+
     def chosen(self, count: int, rate: float) -> npt.NDArray[np.int64]:
         """Return which of `count` rows are included, each independently with probability `rate`, in order."""
         words = self.words(count)
