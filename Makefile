@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 RUNS ?= 1000000
-# Few tests at a time go to a process, in the order of the collection: slow tests first, so both processes end together.
-TWO_PROCESSES := --numprocesses 2 --dist load --maxschedchunk 4
+# Few tests at a time go to a process, in the order of the collection: slow tests first, so all processes end together.
+# Three processes keep two cores busy, because tests with real processes often wait.
+IN_PARALLEL := --numprocesses 3 --dist load --maxschedchunk 4
 
-.PHONY: help demo test test-fast check docs format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
+.PHONY: help demo test test-fast test-benchmarks check docs format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
   bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure bench-secure-kernels bench-secure-peers dist release-check hooks clean
 
 help:  ## list the targets
@@ -15,14 +16,17 @@ help:  ## list the targets
 demo: $(INSTALLED)  ## set up everything, then train the digits task to its target with 4 worker processes
 	$(BIN)/fedqueue run examples/digits/federation.toml --workers 4
 
-test: $(INSTALLED)  ## set up everything, then run all tests; fails below 90 % coverage of lines and branches
+test: $(INSTALLED)  ## set up everything, then run the tests; fails below 90 % coverage of lines and branches
 	rm -f .coverage .coverage.*
-	$(BIN)/coverage run -m pytest $(TWO_PROCESSES)
+	$(BIN)/coverage run -m pytest -m "not benchmark" $(IN_PARALLEL)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered
 
 test-fast: $(INSTALLED)  ## run the tests that start no process but a Redis server
-	$(BIN)/pytest -m "not slow" $(TWO_PROCESSES)
+	$(BIN)/pytest -m "not slow" $(IN_PARALLEL)
+
+test-benchmarks: $(INSTALLED)  ## run the short form of each benchmark that starts a whole federation; minutes
+	$(BIN)/pytest -m benchmark
 
 check: $(INSTALLED) docs  ## check lint, format, types, insecure code, known vulnerabilities of the pinned versions, and the documentation
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the slow tests, so that quick ones fill up both processes at the end."""
+    """Begin with the slow tests, so that quick ones fill up all processes at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 

@@ -12,6 +12,9 @@ import pytest
 
 pytestmark = [pytest.mark.slow, pytest.mark.server, pytest.mark.timeout(600)]
 
+live = pytest.mark.benchmark
+"""Starts whole federations, which takes ten seconds to a minute."""
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -22,6 +25,7 @@ def run(script: Any, *options: Any) -> Any:
     return done.stdout
 
 
+@live
 def test_startup_measures_a_run_and_the_commands(tmp_path: Path) -> None:
     shown = run("startup.py", "--quick", "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -32,6 +36,7 @@ def test_startup_measures_a_run_and_the_commands(tmp_path: Path) -> None:
     assert "| `fedqueue run` to the first merged update, 2 workers |" in shown
 
 
+@live
 def test_missing_peers_are_skipped_with_the_reason(tmp_path: Path) -> None:
     shown = run("beside_peers.py", "--quick", "--json", str(tmp_path / "figures.json"))
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -42,6 +47,7 @@ def test_missing_peers_are_skipped_with_the_reason(tmp_path: Path) -> None:
     assert "Flower FedAvg (SuperLink): skipped: not" in shown
 
 
+@live
 def test_encodings_are_measured_in_bytes_speed_and_accuracy(tmp_path: Path) -> None:
     shown = run("compression.py", "--quick", "--json", str(tmp_path / "rows.json"))
     rows = json.loads((tmp_path / "rows.json").read_text())
@@ -53,6 +59,7 @@ def test_encodings_are_measured_in_bytes_speed_and_accuracy(tmp_path: Path) -> N
     assert shown.count("|---|") >= 2
 
 
+@live
 def test_relay_and_fedqueue_move_the_same_bytes(tmp_path: Path) -> None:
     shown = run("relay.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
@@ -61,6 +68,7 @@ def test_relay_and_fedqueue_move_the_same_bytes(tmp_path: Path) -> None:
     assert shown.count("| 0.1 MB | fedasync |") == 2
 
 
+@live
 def test_cost_of_an_update_is_told_step_by_step(tmp_path: Path) -> None:
     shown = run("control.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
@@ -69,6 +77,7 @@ def test_cost_of_an_update_is_told_step_by_step(tmp_path: Path) -> None:
     assert "| open the job and put it into its queue |" in shown
 
 
+@live
 def test_cost_of_metrics_is_measured_in_pairs(tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
     shown = run("control.py", "--quick", "--metrics", "--json", str(tmp_path / "rows.json"))
@@ -93,6 +102,7 @@ def test_the_steps_of_secure_aggregation_are_measured(tmp_path: Path) -> None:
     assert all(min(row["ns"] + row["triads"]) > 0 for row in rows)
 
 
+@live
 def test_growth_is_measured_in_all_directions_and_drawn(tmp_path: Path) -> None:
     picture = tmp_path / "scale.png"
     shown = run("scale.py", "--quick", "--json", str(tmp_path / "rows.json"), "--picture", str(picture))
@@ -108,6 +118,7 @@ def test_growth_is_measured_in_all_directions_and_drawn(tmp_path: Path) -> None:
     assert "- coordinator: " in shown
 
 
+@live
 def test_peak_memory_is_told_in_models(tmp_path: Path) -> None:
     run("size.py", "--quick", "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
@@ -115,6 +126,7 @@ def test_peak_memory_is_told_in_models(tmp_path: Path) -> None:
     assert row["coordinator"] > 0
 
 
+@live
 def test_keepers_are_measured_by_role(tmp_path: Path) -> None:
     shown = run("secure.py", "--quick", "--json", str(tmp_path / "rows.json"))
     without, one = json.loads((tmp_path / "rows.json").read_text())
@@ -136,10 +148,12 @@ def test_round_of_masks_is_measured_and_attacked(tmp_path: Path) -> None:
     assert "| fedqueue: a keeper also releases the sum without one client | no |" in shown
 
 
+@live
 def test_signatures_are_measured_beside_a_run_without(tmp_path: Path) -> None:
     assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
 
 
+@live
 def test_site_on_a_breaking_line_delivers_at_its_first_attempt(tmp_path: Path) -> None:
     """Each transfer takes longer than the stall, and each break but the first one longer than the lease."""
     run("slow_line.py", "--quick", "--json", str(tmp_path / "rows.json"))
