@@ -107,5 +107,7 @@ def test_run_goes_on_at_the_replica_that_sentinel_promotes(watched: tuple[str, T
     retry = RedisRetry()
     assert retry.call(lambda: run.post(worker, claim)) == ""
     assert retry.call(lambda: run.publish(1, run.updates())) == {1}
-    assert replica.client().info("replication")["role"] == "master"
+    with replica.client() as promoted:
+        assert promoted.info("replication")["role"] == "master"
     assert run.coordinator.info().version == 1
+    run.client.connection_pool.disconnect()
