@@ -80,7 +80,7 @@ def test_killed_watchers_change_no_bit(
     ]
     try:
         wait_until(lambda: shown_version(address) > 0, "the page shows versions")
-        wait_until(lambda: (tmp_path / "tracked").exists(), "the tracker has a version")
+        wait_until((tmp_path / "tracked").exists, "the tracker has a version")
         wait_until(lambda: all((tmp_path / name).stat().st_size for name in ("pages", "scrapes")), "both readers read")
     finally:
         for reader in readers:
