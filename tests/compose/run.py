@@ -25,6 +25,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ROOT = Path(__file__).parents[2]
 COMPOSE_FILE = ROOT / "docker-compose.yml"
 DOCKERFILES = tuple(ROOT / part / "Dockerfile" for part in ("coordinator", "worker", "keeper"))
@@ -90,9 +92,12 @@ def require_engine() -> list[str]:
 
 
 def require_base_images() -> None:
-    """Pull each base image that is missing on this machine; raise Unavailable if that fails."""
-    text = COMPOSE_FILE.read_text() + "".join(path.read_text() for path in DOCKERFILES)
-    for image in sorted(set(re.findall(r"^(?:ARG PYTHON_IMAGE=|\s+image: )(\S+)$", text, re.MULTILINE))):
+    """Pull each missing image that the test starts; raise Unavailable if that fails."""
+    services = yaml.safe_load(COMPOSE_FILE.read_text())["services"].values()
+    images = {service["image"] for service in services if "image" in service and "profiles" not in service}
+    for path in DOCKERFILES:
+        images |= set(re.findall(r"^ARG PYTHON_IMAGE=(\S+)$", path.read_text(), re.MULTILINE))
+    for image in sorted(images):
         if execute(["docker", "image", "inspect", image]).returncode == 0:
             continue
         say(f"pulling {image}")
