@@ -1,12 +1,14 @@
 """Measures the cost of an update apart from its bytes: a model of 1 KB, four workers whose training is instant.
 
-    python benchmarks/control.py [--quick] [--metrics] [--repeats 3] [--json FILE]
+    python benchmarks/control.py [--quick] [--metrics | --watched] [--repeats 3] [--json FILE]
 
 Prints updates per second, the CPU time of coordinator, workers and server for each update, and the share of each step
 in the coordinator's CPU time. The shares come from a second federation whose coordinator runs under a profiler; the
 times come from the first.
 
-With `--metrics`, it measures what metrics cost instead: federations with and without them, in turn.
+With `--metrics`, it measures what metrics cost instead, and with `--watched` what everything costs that watches a run:
+metrics scraped each second, a page with one reader, an event file of TensorBoard, and logs as JSON. Federations with
+and without it take turns. The watchers' own CPU time comes out of the same cores.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from live_federation import QUICK_SECONDS, live_federation, spread
+from live_federation import QUICK_SECONDS, Watched, live_federation, spread
 
 WORKERS, BYTES = 4, 1_000
 MODES = {
@@ -38,8 +40,8 @@ STEPS = {
 }
 
 
-def measure(mode: str, seconds: float, at_least: int, metrics: bool = False) -> dict[str, float]:
-    with live_federation(BYTES, WORKERS, MODES[mode], forked=True, metrics=metrics) as running:
+def measure(mode: str, seconds: float, at_least: int, watched: Watched = "") -> dict[str, float]:
+    with live_federation(BYTES, WORKERS, MODES[mode], forked=True, watched=watched) as running:
         figures = running.measure(seconds, at_least)
     return {
         "per_second": figures.per_second,
@@ -62,23 +64,24 @@ def shares(mode: str, seconds: float, at_least: int) -> dict[str, float]:
     return {**parts, "the rest": 1 - sum(parts.values())}
 
 
-def pairs(mode: str, seconds: float, repeats: int) -> dict[str, Any]:
-    """Return the figures without and with metrics, of federations that alternate."""
-    figures: dict[bool, list[dict[str, float]]] = {False: [], True: []}
+def pairs(mode: str, seconds: float, repeats: int, watched: Watched) -> dict[str, Any]:
+    """Return the figures of federations that alternate: not watched, and watched."""
+    figures: dict[Watched, list[dict[str, float]]] = {"": [], watched: []}
     for number in range(repeats):
-        for metrics in (False, True) if number % 2 == 0 else (True, False):
-            figures[metrics].append(measure(mode, seconds, at_least=20, metrics=metrics))
-    return {"mode": mode, "without": figures[False], "with": figures[True]}
+        for which in ("", watched) if number % 2 == 0 else (watched, ""):
+            figures[which].append(measure(mode, seconds, at_least=20, watched=which))
+    return {"mode": mode, "without": figures[""], "with": figures[watched]}
 
 
-def table_of_pairs(rows: list[dict[str, Any]]) -> str:
-    """Medians of each figure without and with metrics, and their ratio; CPU times are ms for each update."""
-    lines = ["| mode | figure | without | with metrics | ratio of the medians |", "|---|---|---|---|---|"]
+def table_of_pairs(rows: list[dict[str, Any]], watched: Watched) -> str:
+    """Medians of each figure of both kinds, and the median ratio of a pair; CPU times are ms for each update."""
+    what = "metrics" if watched == "metrics" else "everything"
+    lines = [f"| mode | figure | without | with {what} | ratio of a pair |", "|---|---|---|---|---|"]
     for row in rows:
         for figure in ("per_second", "coordinator_ms", "worker_ms"):
-            without, with_metrics = ([f[figure] for f in row[which]] for which in ("without", "with"))
-            ratio = statistics.median(with_metrics) / statistics.median(without)
-            lines.append(f"| {row['mode']} | {figure} | {spread(without)} | {spread(with_metrics)} | {ratio:.2f} |")
+            before, after = ([f[figure] for f in row[which]] for which in ("without", "with"))
+            ratios = [a / b for a, b in zip(after, before, strict=True)]
+            lines.append(f"| {row['mode']} | {figure} | {spread(before)} | {spread(after)} | {spread(ratios)} |")
     return "\n".join(lines)
 
 
@@ -98,7 +101,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one mode, once, as a smoke test")
-    parser.add_argument("--metrics", action="store_true", help="measure pairs without and with metrics")
+    kinds = parser.add_mutually_exclusive_group()
+    kinds.add_argument("--metrics", action="store_const", dest="watched", const="metrics", help="pairs with metrics")
+    kinds.add_argument("--watched", action="store_const", const="all", help="pairs with everything that watches a run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement")
     parser.add_argument("--json", type=Path, help="write the rows there")
@@ -106,8 +111,8 @@ def main() -> None:
     repeats, seconds = (1, QUICK_SECONDS) if options.quick else (options.repeats, options.seconds)
     modes = list(MODES)[:1] if options.quick else list(MODES)
     rows: list[dict[str, Any]] = [
-        pairs(mode, seconds, repeats)
-        if options.metrics
+        pairs(mode, seconds, repeats, options.watched)
+        if options.watched
         else {
             "mode": mode,
             "figures": [measure(mode, seconds, at_least=20) for _ in range(repeats)],
@@ -115,7 +120,7 @@ def main() -> None:
         }
         for mode in modes
     ]
-    print(table_of_pairs(rows) if options.metrics else table(rows))
+    print(table_of_pairs(rows, options.watched) if options.watched else table(rows))
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

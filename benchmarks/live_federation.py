@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgpack
 import redis
@@ -48,6 +48,23 @@ every_versions = "off"
 every_seconds = "off"
 [stop]
 versions = 1000000000
+"""
+
+
+Watched = Literal["", "metrics", "all"]
+"""What watches a run: nothing; metrics that are served; or metrics that are scraped each second, logs as JSON, an event
+file of TensorBoard, and a page with one reader."""
+TRACKED = ("trackers.use=tensorboard", "observability.log_format=json")
+READER = """
+import sys, time, urllib.request
+while True:
+    try:
+        with urllib.request.urlopen(sys.argv[1], timeout=60) as answer:
+            while answer.read1():
+                pass
+    except OSError:
+        pass
+    time.sleep(1.0)
 """
 
 
@@ -131,13 +148,13 @@ def live_federation(
     forked: bool = False,
     at_work: int = 0,
     keepers: Sequence[str] = (),
-    metrics: bool = False,
+    watched: Watched = "",
 ) -> Iterator[LiveFederation]:
     """Start `workers` processes for `clients` clients (default: one each); yield after `at_work` merged updates.
 
     By default, `at_work` is two for each worker. With `profile`, a profile of the coordinator is written to that file
     at the end. With `forked`, the workers are forked from one process and share that process's import of torch. Updates
-    are masked where there are `keepers`, one process each. With `metrics`, coordinator and workers serve metrics.
+    are masked where there are `keepers`, one process each. `watched` says what watches the run.
     """
     clients = clients or workers
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
@@ -148,6 +165,9 @@ def live_federation(
         task = Path(__file__).parent / "instant_task.py"
         config.write_text(CONFIG.format(task=task, nbytes=nbytes, clients=clients))
         settings = [*settings, f"secure.keepers={json.dumps(list(keepers))}"]
+        ports = [free_port(), free_port()] if watched else []  # where coordinator and workers serve metrics
+        if watched == "all":
+            settings += [*TRACKED, f"trackers.tensorboard.folder={folder / 'events'}"]
         sets = [word for setting in settings for word in ("--set", setting)]
         enroll_missing(folder / "keys", keepers, role=KEEPER)
         enroll_missing(folder / "keys", [f"client-{c}" for c in range(clients)], site=folder / "keys")
@@ -168,17 +188,21 @@ def live_federation(
 
         profiled = [str(Path(__file__).parent / "profiled.py"), str(profile)] if profile else []
         arguments = ["coordinator", str(config), "--output", str(folder / "out")]
-        coordinator = start("fedqueue_coordinator", *arguments, *_served(metrics), program=profiled)
+        coordinator = start("fedqueue_coordinator", *arguments, *_served(ports[:1]), program=profiled)
         served = [[f"client-{c}" for c in range(w, clients, workers)] for w in range(workers)]
         if forked:
             options = [word for ids in served for c in ids for word in ("--client", c)]
-            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *options, *_served(metrics))]
+            pids = [start("fedqueue_worker", str(config), "--processes", str(workers), *options, *_served(ports[1:]))]
         else:
             pids = [start("fedqueue_worker", str(config), *(w for c in ids for w in ("--client", c))) for ids in served]
         started = [
             start("fedqueue_keeper", keeper, str(config), keys=folder / "keys" / KEEPER_SITES / keeper)
             for keeper in keepers
         ]
+
+        if watched == "all":
+            watchers = _watchers(server.url, ports, folder, environment)
+            stack.callback(child_processes.stop, watchers)
 
         def start_standby() -> None:
             arguments = ["coordinator", str(config), "--output", str(folder / "standby"), "--standby"]
@@ -196,12 +220,29 @@ def live_federation(
         yield replace(running, workers=children(pids[0])) if forked else running
 
 
-def _served(metrics: bool) -> list[str]:
-    """Options that make a process serve metrics at a port that was free a moment ago."""
-    if not metrics:
-        return []
+def _watchers(redis_url: str, ports: Sequence[int], folder: Path, environment: dict[str, str]) -> list[Any]:
+    """Start a page with one reader, and a scraper of each port of metrics."""
+    page = free_port()
+    command = ["-m", "fedqueue_coordinator", "dashboard", "bench", "--redis", redis_url]
+    commands = [[*command, "--address", f"127.0.0.1:{page}"]]
+    urls = [f"http://127.0.0.1:{page}/api/runs/bench/events"]
+    urls += [f"http://127.0.0.1:{port}/metrics" for port in ports]
+    commands += [["-c", READER, url] for url in urls]
+    return [
+        child_processes.start([sys.executable, *words], folder / f"watcher-{number}.log", environment)
+        for number, words in enumerate(commands)
+    ]
+
+
+def free_port() -> int:
+    """A port of loopback that was free a moment ago."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
-        return ["--metrics", str(probe.getsockname()[1])]
+        return int(probe.getsockname()[1])
+
+
+def _served(ports: Sequence[int]) -> list[str]:
+    """Options that make a process serve metrics at a port."""
+    return [word for port in ports for word in ("--metrics", str(port))]
 
 
 def _has_merged(running: LiveFederation, updates: int) -> bool:

@@ -78,9 +78,10 @@ def test_cost_of_an_update_is_told_step_by_step(tmp_path: Path) -> None:
 
 
 @live
-def test_cost_of_metrics_is_measured_in_pairs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("watched", ["--metrics", "--watched"])
+def test_cost_of_watching_is_measured_in_pairs(watched: str, tmp_path: Path) -> None:
     pytest.importorskip("prometheus_client")
-    shown = run("control.py", "--quick", "--metrics", "--json", str(tmp_path / "rows.json"))
+    shown = run("control.py", "--quick", watched, "--json", str(tmp_path / "rows.json"))
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert len(row["without"]) == len(row["with"]) == 1
     assert shown.count("| fedasync |") == 3
