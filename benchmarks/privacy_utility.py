@@ -169,8 +169,8 @@ def main() -> None:
     if not is_installed():
         print("skipped: Fashion-MNIST needs Debian's package dataset-fashion-mnist")
         names = [name for name in names if "Fashion" not in name]
-    kinds = [(NOTHING, ""), *((protection, epsilon) for protection in PROTECTIONS for epsilon in EPSILONS)]
-    wanted = [(name, *kind, seed) for seed in range(options.seeds) for name in names for kind in kinds]
+    kinds = [(NOTHING, ""), *((protection, e) for protection in reversed(PROTECTIONS) for e in EPSILONS)]
+    wanted = [(name, *kind, seed) for kind in kinds for name in names for seed in range(options.seeds)]
     if options.quick:
         wanted = [("hospitals, 4 clients", "clients", "8", 0)]
     cells = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}

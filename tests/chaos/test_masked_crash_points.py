@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import redis
 
+from fedqueue_coordinator.core.run_counters import RunCounters
 from fedqueue_coordinator.core.run_summary import RunResult
 from fedqueue_coordinator.operator.audit.replay import replay_folder
 from fedqueue_coordinator.service.replay_archive import REPLAY_FOLDER
@@ -92,7 +93,9 @@ def test_death_of_a_coordinator_changes_no_bit(
     assert deaths >= 6
 
 
-@pytest.mark.parametrize("point", ["after propose", "before commit.lua", "after commit.lua"])
+@pytest.mark.parametrize(
+    "point", ["before propose.lua", "after propose.lua", "after propose", "before commit.lua", "after commit.lua"]
+)
 def test_death_of_a_coordinator_charges_no_client_twice(fake_client: redis.Redis, tmp_path: Path, point: str) -> None:
     noise = {"clip_norm": 5.0, "noise_multiplier": 1.0, "max_participations": 2, "delta": 1e-3}
     result, died, sites = run_masked(fake_client, tmp_path / "run", Script(point, 1), privacy={"clients": noise})
@@ -101,6 +104,8 @@ def test_death_of_a_coordinator_charges_no_client_twice(fake_client: redis.Redis
     for record in versions(result):
         spent.update({client: load**2 for client, load in record["privacy"]["loads"].items()})
     assert spent.total() == 6
+    assert RunCounters.from_ledger({}, result.ledger, 10).accounts == spent
+    assert len([record for record in result.ledger if record["kind"] == "spend"]) == 2
     for keeper in sites.keepers:
         assert {client: keeper.log.account(client) for client in spent} == spent
     again = replay_folder(tmp_path / "run" / "run" / REPLAY_FOLDER, result.ledger)

@@ -15,10 +15,11 @@ from fedqueue.config.loading import parse_config
 from fedqueue.errors import ConfigurationError
 from fedqueue.privacy.gaussian_dp import gaussian_epsilon
 from fedqueue_coordinator.core.run_counters import RunCounters
-from fedqueue_coordinator.core.run_summary import RunResult, describe_client_privacy, summarize
+from fedqueue_coordinator.core.run_summary import RunResult, describe_client_privacy, spent_by_client, summarize
 from fedqueue_coordinator.operator.audit.masked_versions import check_masked_versions
 from fedqueue_coordinator.simulation.virtual_clock import ClientDatasets, Simulation, TimingModel
 from tests.support.builders import same_bits
+from tests.support.masked_federation import start_masked
 from tests.support.toy_task import points
 
 PRIVACY = {"clip_norm": 1.0, "noise_multiplier": 0.5, "max_participations": 3, "delta": 1e-3}
@@ -92,6 +93,26 @@ def test_no_keeper_has_to_refuse_a_budget() -> None:
     assert [detail for detail in details if "keeper" in detail] == []
 
 
+def test_cohort_that_becomes_no_version_is_charged() -> None:
+    """The keepers have released its sum, whatever the coordinator makes of it."""
+    run = start_masked(
+        *"abcdef", buffer_size=3, min_cohort=3, privacy={"clients": {**PRIVACY, "max_participations": 9}}
+    )
+    run.post_masked("a", 1.0, lie=2**31 - 1)
+    for client in "bc":
+        run.post_masked(client, 1.0)
+    assert run.federation.version == 0
+    [spend] = [record for record in run.ledger if record["kind"] == "spend"]
+    assert (spend["version"], spend["loads"]) == (1, {"a": 1, "b": 1, "c": 1})
+    for client in "def":
+        run.post_masked(client, 1.0)
+    assert run.federation.version == 1
+    assert RunCounters.from_ledger({}, run.ledger, 10).accounts == dict.fromkeys("abcdef", 1)
+    assert set(spent_by_client(run.ledger)) == set("abcdef")
+    summary = summarize("run", "fedbuff", 0, "", run.ledger, {})
+    assert set(summary["client_epsilon"]) == set("abcdef")
+
+
 def test_accounts_are_restored_from_the_ledger() -> None:
     result = simulate(PointsTask())
     restored = RunCounters.from_ledger({}, result.ledger, 10)
@@ -106,16 +127,22 @@ def audited(ledger: list[dict[str, Any]]) -> list[str]:
 
 
 def test_audit_recomputes_what_was_spent() -> None:
-    ledger = versions(simulate(PointsTask()))
+    ledger = [dict(record) for record in simulate(PointsTask()).ledger if record["kind"] in ("version", "spend")]
     assert audited(ledger) == []
-    assert "above its budget of" in audited([*ledger, ledger[0] | {"version": len(ledger) + 1}])[0]
+    assert "above its budget of" in audited([*ledger, ledger[0] | {"version": len(ledger) // 2 + 1}])[0]
     for name, lie in (("epsilon_max", 0.1), ("loads", {}), ("noise_multiplier", 9.0)):
         changed = copy.deepcopy(ledger)
-        changed[1]["privacy"][name] = lie
+        changed[3]["privacy"][name] = lie
         [problem] = audited(changed)
         assert problem.startswith(f"version 2: its record says {name} = {lie}")
-    del changed[0]["privacy"]
+    del changed[1]["privacy"]
     assert any("version 1: its record says loads = None" in problem for problem in audited(changed))
+
+
+def test_audit_misses_a_version_that_was_not_charged() -> None:
+    ledger = [record for record in simulate(PointsTask()).ledger if record["kind"] in ("version", "spend")]
+    assert audited(ledger[1:])[0] == "version 1 was not charged before it was made"
+    assert audited([ledger[0], ledger[0], *ledger[1:]])[0] == "a cohort for version 1 was charged twice"
 
 
 def test_summary_says_what_each_client_has_spent() -> None:

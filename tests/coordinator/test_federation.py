@@ -79,7 +79,7 @@ def test_totals_count_committed_updates() -> None:
         run.post(client, 1.0)
     assert vars(run.federation.run_counters) == {
         "updates": 4, "seconds": 4.0, "merged_by": {"c0": 1, "c1": 3}, "last_merged": {"c0": 1, "c1": 2},
-        "recent": [["c0", "c1"], ["c1", "c1"]], "step_seconds": {}, "started": 0.0, "accounts": {},
+        "recent": [["c0", "c1"], ["c1", "c1"]], "step_seconds": {}, "started": 0.0, "accounts": {}, "charged": set(),
     }  # fmt: skip
     assert run.federation.buffered == 1
     assert set(run.federation.unfinished) == set(run.jobs)

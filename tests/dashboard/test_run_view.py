@@ -173,8 +173,15 @@ def test_epsilon_of_each_client_follows_from_its_loads() -> None:
     """The account is Σ ℓ²: of two full loads and one half, by the closed form."""
     spent = {"noise_multiplier": 2.0, "weight_levels": 8, "delta": 1e-5, "epsilon_max": 1.0, "mechanism": "gaussian"}
     shown = seen(
-        version(1, update("a"), privacy={**spent, "loads": {"a": 8, "b": 4}}),
-        version(2, update("a"), privacy={**spent, "loads": {"a": 8}}),
+        {**spent, "kind": "spend", "version": 1, "cohort": "x", "loads": {"a": 8, "b": 4}},
+        {
+            **spent,
+            "kind": "spend",
+            "version": 1,
+            "cohort": "y",
+            "loads": {"a": 8},
+        },  # of a cohort that became no version
+        version(1, update("a")),
     )
     assert site(shown, "a")["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2) / 2, 1e-5))
     assert site(shown, "b")["epsilon"] == pytest.approx(gaussian_epsilon(1 / 4, 1e-5))

@@ -141,7 +141,9 @@ class MaskedRun(Run):
                 self._job_of_offer[digest] = arrived.job
                 self.pending += [(keeper, digest) for keeper in self.keepers if keeper in self.silent]
                 return [UpdateOpened(keeper, digest) for keeper in answering]
-            case Unmask(cohort):
+            case Unmask(cohort, record):
+                if record:
+                    self.ledger.append(dict(record))
                 self.cohort = cohort
                 self.proposed.append(cohort)
                 return [self._released(keeper, cohort) for keeper in answering]

@@ -267,6 +267,11 @@ class QuadraticScheduler:
         return self._backoff.set_aside(client)
 
     @property
+    def declining(self) -> frozenset[str]:
+        """No client of this oracle has a budget."""
+        return frozenset()
+
+    @property
     def all_set_aside(self) -> bool:
         """Whether every client that ever registered is set aside, so that no job can be dispatched again."""
         return bool(self.registered) and all(map(self._backoff.set_aside, self.registered))

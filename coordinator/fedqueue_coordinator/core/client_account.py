@@ -1,12 +1,13 @@
-"""What each client has spent of the budget of `[privacy.clients]`, by the versions that were committed.
+"""What each client has spent of the budget of `[privacy.clients]`, by the cohorts that the keepers were asked about.
 
-The keepers have accounts of their own and refuse what exceeds them. This one spares them cohorts that they would
+A cohort is charged, and its charge is in the ledger, before a keeper can see it: whatever becomes of it, its sum may be
+known. The keepers have accounts of their own and refuse what exceeds them. This one spares them cohorts that they would
 refuse, and clients jobs whose updates could not be merged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedqueue.config.schema import Config
@@ -42,11 +43,17 @@ class ClientAccount:
             return ()
         return sorted(c for c in self._counters.accounts if self._spent(c) + self._levels**2 > self._most)
 
-    def charge(self, merged: Iterable[tuple[str, int]]) -> dict[str, Any]:
-        """Charge a version's updates, each a client and an integer weight; return what its record says of privacy."""
+    def charge(self, cohort: str, loads: Mapping[str, int]) -> bool:
+        """Charge the loads of a cohort, which is named by its digest; False if that is done, or nothing is charged."""
+        if not self._settings.on or cohort in self._counters.charged:
+            return False
+        self._counters.charge(cohort, loads)
+        return True
+
+    def statement(self, loads: Mapping[str, int]) -> dict[str, Any]:
+        """What the records of a charged cohort and of its version say of privacy; empty without client privacy."""
         if not self._settings.on:
             return {}
-        loads = self._counters.charge(merged)
         worst = max(self._counters.accounts.values())
         return {
             "mechanism": "gaussian",
@@ -54,7 +61,7 @@ class ClientAccount:
             "noise_multiplier": self._budget.noise_multiplier,
             "weight_levels": self._levels,
             "delta": self._budget.delta,
-            "loads": loads,
+            "loads": dict(loads),
             "mu_max": self._budget.mu(worst),
             "epsilon_max": self._budget.epsilon(worst),
         }

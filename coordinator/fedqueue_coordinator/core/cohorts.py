@@ -105,7 +105,7 @@ class Cohorts:
 
     def load(self, client: str, update: Waiting, version: int) -> int:
         """The sum of the weights of the client's members and of this update."""
-        return self._member_weights()[client] + self.weight(update, version)
+        return self.loads()[client] + self.weight(update, version)
 
     def _level(self, base: int, version: int) -> int:
         staleness = max(0, version - base)
@@ -129,7 +129,7 @@ class Cohorts:
 
     def _eligible(self, version: int) -> Iterator[Waiting]:
         """Updates that may become members at `version`, in the order of their arrival."""
-        weights = self._member_weights()
+        weights = self.loads()
         for update in self._waiting.values():
             client, weight = update.arrived.client, self._level(update.arrived.base, version)
             if self._settled:
@@ -138,7 +138,8 @@ class Cohorts:
             elif not update.unopened and weights[client] + weight <= self._levels:
                 yield update
 
-    def _member_weights(self) -> Counter[str]:
+    def loads(self) -> Counter[str]:
+        """Client → the sum of the weights of its members."""
         weights: Counter[str] = Counter()
         for member in self.members:
             weights[member.update.arrived.client] += member.weight
@@ -161,7 +162,7 @@ class Cohorts:
 
     def _posted_weights(self, version: int) -> Counter[str]:
         """Client → the weights of its members and of its updates that wait, as they are at `version`."""
-        weights = self._member_weights()
+        weights = self.loads()
         for update in self._waiting.values():
             weights[update.arrived.client] += self._level(update.arrived.base, version)
         return weights
@@ -232,7 +233,7 @@ class Cohorts:
         Each client weighs as much as the m-th largest does at most. A member for which nothing is left waits for
         another version. The caller takes the members, gives them back, and loads them again.
         """
-        least, weights = self._config.secure.min_cohort, self._member_weights()
+        least, weights = self._config.secure.min_cohort, self.loads()
         if len(weights) < least:
             return False
         left = dict.fromkeys(weights, sorted(weights.values())[-least])

@@ -273,12 +273,14 @@ class Offer:
 
 @dataclass(frozen=True)
 class Unmask:
-    """Ask every keeper for the masks of this cohort.
+    """Ask every keeper for the masks of this cohort, and record what its clients spend before a keeper can see it.
 
     Each answers by `MasksReleased` or `CohortRefused`, in its own time.
     """
 
     cohort: Cohort
+    record: Mapping[str, Any] | None = None
+    """What its clients spend; None if nothing is charged, or was when a former coordinator proposed the cohort."""
 
 
 @dataclass(frozen=True)

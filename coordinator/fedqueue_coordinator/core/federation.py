@@ -34,7 +34,7 @@ import torch
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError
 from fedqueue.protocol.messages import NO_EXAMPLES, Cohort, MaskedUpdate, read
-from fedqueue.protocol.signed_envelope import unverified_body
+from fedqueue.protocol.signed_envelope import digest_of, unverified_body
 from fedqueue.secure.cohort import offer_digest
 from fedqueue.secure.ring import ring_of
 from fedqueue.tensors.blobs import BlobBuffer
@@ -95,6 +95,7 @@ from fedqueue_coordinator.core.ledger_records import (
     masked_update,
     merged_update,
     rejected_record,
+    spend_record,
     unavailable_record,
     version_record,
 )
@@ -441,7 +442,9 @@ class Federation:
                 if self.config.barrier:
                     admit_to_round(base, self.version)
                 admit_staleness(base, self.version, self.config.aggregation.max_staleness)
-                self._account.admit(client := update.arrived.client, self._cohorts.load(client, update, self.version))
+                if not self._cohorts.is_settled(update.digest):  # its cohort was charged, or is lighter than before
+                    load = self._cohorts.load(update.arrived.client, update, self.version)
+                    self._account.admit(update.arrived.client, load)
             except Inadmissible as verdict:
                 actions.append(self._reject(update.arrived, verdict.reason, verdict.detail, now))
                 continue
@@ -467,7 +470,11 @@ class Federation:
 
     def _propose(self, now: float) -> Unmask:
         self._answers, self._refused = {}, {}
-        return Unmask(self._cohorts.propose(self.version, now))
+        cohort, loads = self._cohorts.propose(self.version, now), self._cohorts.loads()
+        digest = digest_of(cohort.pack())
+        if not self._account.charge(digest, loads):
+            return Unmask(cohort)
+        return Unmask(cohort, spend_record(self.version + 1, digest, self._account.statement(loads), now))
 
     def _unmask(self, released: MasksReleased, now: float) -> list[Action]:
         """Take a keeper's masks off the sum; once all are off, make the next version from it."""
@@ -483,7 +490,8 @@ class Federation:
 
     def _make_masked_version(self, cohort: str, now: float) -> list[Action]:
         assert self._sum
-        members = self._cohorts.take_members()
+        loads, members = self._cohorts.loads(), self._cohorts.take_members()
+        self._decline_used_up()
         if problem := self._sum.problem():
             self._discard_sum()
             return [*self._reject_cohort([member.update.arrived for member in members], problem, now),
@@ -492,13 +500,15 @@ class Federation:
         masks = {keeper: dict(self._answers[keeper]) for keeper in self.config.secure.keepers}
         step = self._sum.finish(self._aggregator, self.model)
         self._sum.clear()
-        privacy = self._account.charge((member.update.arrived.client, member.weight) for member in members)
-        for client in self._account.used_up():
-            self._scheduler.declined(client)
         details = {"cohort": cohort, "masks": masks, "trained_from": self._models.get(self.version, "")}
-        if privacy:
+        if privacy := self._account.statement(loads):
             details["privacy"] = privacy
         return [*self._publish(step, now, details), *self._load_next(now)]
+
+    def _decline_used_up(self) -> None:
+        """Give no further job to clients whose next update would not fit into their budgets."""
+        for client in self._account.used_up():
+            self._scheduler.declined(client)
 
     def _reject_cohort(self, members: Sequence[UpdateArrived], detail: str, now: float) -> list[Action]:
         """Reject the members of a cohort whose sum is too long; a client that was in most such cohorts rests."""
@@ -537,6 +547,7 @@ class Federation:
         there, while the first keeper released what is new in it, and so on for ever.
         """
         members = self._cohorts.take_members()
+        self._decline_used_up()
         self._discard_sum()
         self._cohorts.give_back(members)
         released = ", ".join(self._answers)

@@ -55,6 +55,14 @@ def version_record(
     return {**record, "step_seconds": dict(step_seconds)} if step_seconds else record
 
 
+def spend_record(version: int, cohort: str, privacy: Mapping[str, Any], seconds: float) -> LedgerRecord:
+    """Describe what the clients of a cohort spend, which the keepers are now asked about.
+
+    `version` is the one that the cohort would make, and `cohort` the digest of its members with their weights.
+    """
+    return {"kind": "spend", "version": version, "cohort": cohort, **privacy, "seconds": seconds}
+
+
 def rejected_record(
     arrived: UpdateArrived | StreamEntry, reason: RejectionReason, detail: str, version: int, seconds: float
 ) -> LedgerRecord:

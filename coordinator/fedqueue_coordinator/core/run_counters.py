@@ -26,28 +26,27 @@ class RunCounters:
     recent: list[list[str]] = field(default_factory=list)
     """The clients of the last `dispatch.share_window` versions: a list for each version, the newest last."""
     accounts: dict[str, int] = field(default_factory=dict)
-    """With [privacy.clients], client → Σ ℓ² over its loads ℓ, the sums of its updates' integer weights in a version."""
+    """With [privacy.clients], client → Σ ℓ² over its loads ℓ, the sums of its updates' integer weights in a cohort."""
+    charged: set[str] = field(default_factory=set)
+    """The digests of the cohorts for the coming version whose loads are in the accounts."""
 
     @classmethod
     def from_ledger(cls, committed: Mapping[str, Any], ledger: Iterable[Mapping[str, Any]], window: int) -> Self:
         """Restore the counters of the last version in `ledger`, with which `committed` was stored."""
         counters = cls(**committed)
         for record in ledger:
-            if record["kind"] == "version":
+            if record["kind"] == "spend":
+                counters.charge(record["cohort"], record["loads"])
+            elif record["kind"] == "version":
                 counters.step_seconds.update(record.get("step_seconds", {}))
-                if privacy := record.get("privacy"):
-                    counters.charge(privacy["loads"].items())
                 counters._count(record["version"], [line["client"] for line in record["merged"]], window)
         return counters
 
-    def charge(self, merged: Iterable[tuple[str, int]]) -> dict[str, int]:
-        """Add the integer weights of one version's updates, with their clients, to the accounts; return the loads."""
-        loads: dict[str, int] = {}
-        for client, level in merged:
-            loads[client] = loads.get(client, 0) + level
+    def charge(self, cohort: str, loads: Mapping[str, int]) -> None:
+        """Add the loads of a cohort, which is named by its digest, to the accounts."""
         for client, load in loads.items():
             self.accounts[client] = self.accounts.get(client, 0) + load**2
-        return loads
+        self.charged.add(cohort)
 
     def committed(self) -> dict[str, Any]:
         """Return the counters that are stored with a version: those that the ledger does not contain."""
@@ -67,5 +66,6 @@ class RunCounters:
         for client in clients:
             self.merged_by[client] = self.merged_by.get(client, 0) + 1
             self.last_merged[client] = version
+        self.charged.clear()
         self.recent.append(list(clients))
         del self.recent[:-window]

@@ -208,12 +208,12 @@ def _failure(kind: FailureKind) -> dict[str, Any]:
 
 
 def spent_by_client(ledger: Iterable[Mapping[str, Any]]) -> dict[str, float]:
-    """Client → the ε that it has spent by the records of the versions; empty for a run without client privacy."""
+    """Client → the ε that it has spent by the records of the cohorts; empty for a run without client privacy."""
     accounts: dict[str, int] = {}
     budget = None
     for record in ledger:
-        if record["kind"] == "version" and (privacy := record.get("privacy")):
-            budget = ClientBudget(privacy["noise_multiplier"], privacy["weight_levels"], privacy["delta"])
-            for client, load in privacy["loads"].items():
+        if record["kind"] == "spend":
+            budget = ClientBudget(record["noise_multiplier"], record["weight_levels"], record["delta"])
+            for client, load in record["loads"].items():
                 accounts[client] = accounts.get(client, 0) + load**2
     return {client: budget.epsilon(accounts[client]) for client in sorted(accounts)} if budget else {}

@@ -26,7 +26,7 @@ import torch
 
 from fedqueue.config.schema import Config
 from fedqueue.errors import BlobMissing, Fenced, RunLost, ServerUnavailable, StoreError, WireError
-from fedqueue.protocol.messages import Cohort, Evaluation, Order
+from fedqueue.protocol.messages import Evaluation, Order
 from fedqueue.protocol.stream_entry import StreamEntry
 from fedqueue.task import Task
 from fedqueue.tensors.blobs import chunks_of
@@ -496,8 +496,8 @@ class Coordinator:
             case Offer():
                 assert self._keepers
                 self._keepers.offer(action)
-            case Unmask(cohort):
-                self._propose(cohort)
+            case Unmask():
+                self._propose(action)
             case Commit():
                 self._unpublished.append(action)
                 if action.publish_now or len(self._unpublished) >= MAX_VERSIONS_PER_COMMIT:
@@ -527,13 +527,13 @@ class Coordinator:
         queue = self.store.keys.queue(order.client)
         return self._queues.record(queue, order, packed if self.store.identity else None)
 
-    def _propose(self, cohort: Cohort) -> None:
+    def _propose(self, unmask: Unmask) -> None:
         """Ask the keepers for masks, after the version that the cohort is merged into is committed."""
         assert self._keepers
         self._publish()
         self._failpoint("before propose")
-        self._keepers.propose(cohort)
-        log.debug("cohort proposed", version=cohort.version, updates=len(cohort.members))
+        self._keepers.propose(unmask.cohort, unmask.record)
+        log.debug("cohort proposed", version=unmask.cohort.version, updates=len(unmask.cohort.members))
         self._failpoint("after propose")
 
     def _load(self, load: Load) -> UpdateLoaded | MaskedUpdateLoaded | UpdateUnreadable:

@@ -548,10 +548,13 @@ class CoordinatorStore(Store):
         entries = iter(pipe.execute())
         return [{keeper: next(entries).decode() for keeper in keepers} for _ in bodies]
 
-    def propose(self, keepers: Sequence[str], cohort: bytes) -> dict[str, str]:
-        """Note the signed cohort as the one under way, and ask all keepers for its masks; as `ask`. Raises Fenced."""
-        keys = [self.keys.leader, self.keys.cohort, *map(self.keys.asks, keepers)]
-        led, *asks = self.script("propose", keys, [self.token, cohort])
+    def propose(self, keepers: Sequence[str], cohort: bytes, record: Mapping[str, Any] | None = None) -> dict[str, str]:
+        """Note the signed cohort as the one under way, and ask all keepers for its masks; as `ask`. Raises Fenced.
+
+        `record` is added to the ledger in the same step.
+        """
+        keys = [self.keys.leader, self.keys.cohort, self.keys.ledger, *map(self.keys.asks, keepers)]
+        led, *asks = self.script("propose", keys, [self.token, cohort, pack_record(record) if record else b""])
         self._require_lead(led)
         return {keeper: entry.decode() for keeper, entry in zip(keepers, asks, strict=True)}
 

@@ -8,8 +8,9 @@ an answer: a new leader asks again for each update that it reads again, and for 
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -59,14 +60,15 @@ class KeeperExchange:
             offers, self._unsent = self._unsent, []
             self._ask(self._keepers, offers)
 
-    def propose(self, cohort: Cohort) -> None:
-        """Ask every keeper for the masks of a cohort; raises Fenced."""
+    def propose(self, cohort: Cohort, record: Mapping[str, Any] | None = None) -> None:
+        """Ask every keeper for the masks of a cohort, with the ledger's record of what it spends; raises Fenced."""
         self.send()
         identity = self._store.identity
         assert identity
         self._cohort, self._told_again = cohort_id(identity.scope, cohort), set()
         self._proposed = identity.sign_cohort(cohort)
-        before, self._cohort_asks = self._cohort_asks, [*self._store.propose(self._keepers, self._proposed).items()]
+        before, asked = self._cohort_asks, self._store.propose(self._keepers, self._proposed, record)
+        self._cohort_asks = [*asked.items()]
         self._drop(before)
 
     def committed(self, jobs: Iterable[str]) -> None:

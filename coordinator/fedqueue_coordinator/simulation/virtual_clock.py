@@ -348,6 +348,8 @@ class Simulation:
                 return [UpdateLoaded(action, delta, base)]
             case Offer() | Unmask():
                 assert self._keepers
+                if isinstance(action, Unmask) and action.record:
+                    self._record(action.record)
                 answers = self._keepers.answer(action)
                 for said in answers:
                     if isinstance(said, MasksReleased) and isinstance(said.masks, WholeWords):

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, SignatureError, WireError
 from fedqueue.privacy.gaussian_dp import client_budget
 from fedqueue.protocol.key_files import KEEPERS, read_trusted_keys
 from fedqueue.protocol.messages import Cohort, Masked, read
-from fedqueue.protocol.signed_envelope import MASKED, Scope, open_envelope
+from fedqueue.protocol.signed_envelope import MASKED, Scope, digest_of, open_envelope
 from fedqueue.secure.cohort import cohort_id, crowd_problem
 from fedqueue.secure.ring import level
 
@@ -50,10 +52,11 @@ def check_masked_versions(
 
     Without them no answer of a keeper is verified.
     """
+    ledger = list(ledger)
     records = [record for record in ledger if record["kind"] in ("version", "epoch")]
     versions = [record for record in records if record["kind"] == "version"]
     crowds = [*_crowd_problems(config, versions), *_repeated(versions)]
-    budgets = list(_budget_problems(config, versions))
+    budgets = list(_budget_problems(config, ledger))
     if scope is None or keys is None:
         return MaskedVersions(len(versions), crowds, 0, [], budgets, "results in a folder are not signed")
     last = max((i for i, record in enumerate(records) if record["kind"] == "epoch"), default=-1)
@@ -100,22 +103,38 @@ def _crowd_problems(config: Config, versions: Sequence[LedgerRecord]) -> Iterato
             yield f"version {version} was unmasked by {', '.join(record['masks'])}, not by all of the run's keepers"
 
 
-def _budget_problems(config: Config, versions: Sequence[LedgerRecord]) -> Iterator[str]:
-    """What the records of a run with client privacy say about budgets, recomputed from the members' weights."""
+def _budget_problems(config: Config, ledger: Iterable[LedgerRecord]) -> Iterator[str]:
+    """What the records of a run with client privacy say about budgets, recomputed from the weights.
+
+    Each cohort is charged once, before the version that it may become, and each version has been charged.
+    """
     if not config.privacy.clients.on:
         return
     budget, most = client_budget(config.privacy.clients, config.secure.weight_levels)
     accounts: Counter[str] = Counter()
-    for record in versions:
-        version, told = record["version"], record.get("privacy", {})
-        loads: Counter[str] = Counter()
-        for line in record["merged"]:
-            loads[line["client"]] += line.get("level", 0)
-        accounts.update({client: load**2 for client, load in loads.items()})
-        for client in sorted(loads):
-            if accounts[client] > most:
-                spent, limit = budget.epsilon(accounts[client]), budget.epsilon(most)
-                yield f"version {version} brings {client} to ε = {spent:.3f}, above its budget of {limit:.3f}"
+    charged: dict[str, Mapping[str, int]] = {}  # digest of a cohort for the coming version → its loads
+    for record in ledger:
+        if record["kind"] == "spend":
+            what, loads = f"a cohort for version {record['version']}", record["loads"]
+            if record["cohort"] in charged:
+                yield f"{what} was charged twice"
+                continue
+            charged[record["cohort"]] = loads
+            accounts.update({client: load**2 for client, load in loads.items()})
+            for client in sorted(loads):
+                if accounts[client] > most:
+                    spent, limit = budget.epsilon(accounts[client]), budget.epsilon(most)
+                    yield f"{what} brings {client} to ε = {spent:.3f}, above its budget of {limit:.3f}"
+            told = record
+        elif record["kind"] == "version":
+            what, told = f"version {record['version']}", record.get("privacy", {})
+            members = tuple((line.get("offer", ""), line.get("level", 0)) for line in record["merged"])
+            loads = _loads(record["merged"])
+            if charged.get(_digest(record["version"] - 1, members)) != loads:
+                yield f"{what} was not charged before it was made"
+            charged.clear()
+        else:
+            continue
         worst = max(accounts.values(), default=0)
         expected = {
             "noise_multiplier": budget.noise_multiplier, "weight_levels": budget.weight_levels, "delta": budget.delta,
@@ -123,7 +142,23 @@ def _budget_problems(config: Config, versions: Sequence[LedgerRecord]) -> Iterat
         }  # fmt: skip
         for name, value in expected.items():
             if not _agrees(told.get(name), value):
-                yield f"version {version}: its record says {name} = {told.get(name)}, and its weights give {value}"
+                yield f"{what}: its record says {name} = {told.get(name)}, and its weights give {value}"
+
+
+def _loads(merged: Iterable[LedgerRecord]) -> Counter[str]:
+    """Client → the sum of the weights of its updates."""
+    loads: Counter[str] = Counter()
+    for line in merged:
+        loads[line["client"]] += line.get("level", 0)
+    return loads
+
+
+def _digest(version: int, members: tuple[tuple[str, int], ...]) -> str:
+    """The digest by which a cohort is charged; empty for members that no cohort can have."""
+    try:
+        return digest_of(Cohort(version=version, members=members).pack())
+    except ValidationError:
+        return ""
 
 
 def _agrees(told: Any, value: Any) -> bool:

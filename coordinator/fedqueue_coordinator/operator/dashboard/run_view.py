@@ -89,6 +89,8 @@ class RunView:
         match record.get("kind"):
             case "version":
                 self._add_version(record)
+            case "spend":
+                self._add_spending(record)
             case "evaluation":
                 self._add_evaluation(record)
             case "rejected":
@@ -127,11 +129,12 @@ class RunView:
             self.keepers.update(masks.keys())
             clients = len({line["client"] for line in merged})
             self.smallest_cohort = min(clients, self.smallest_cohort or clients)
-        if spent := record.get("privacy"):
-            self.privacy = dict(spent)
-            for name, load in spent["loads"].items():
-                self._client(name).squares += load**2
-            self._epsilon.add(self.version, float(spent["epsilon_max"]))
+
+    def _add_spending(self, record: Mapping[str, Any]) -> None:
+        self.privacy = dict(record)
+        for name, load in record["loads"].items():
+            self._client(name).squares += load**2
+        self._epsilon.add(record["version"], float(record["epsilon_max"]))
 
     def _usual_norm(self, merged: Sequence[Mapping[str, Any]]) -> float:
         """Take a version's norms, and return the median client's; 0 if fewer than three clients tell."""
