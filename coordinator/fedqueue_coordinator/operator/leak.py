@@ -22,7 +22,8 @@ from fedqueue.config.schema import Config
 from fedqueue.errors import ConfigurationError, RunFailed, StoreError, TaskError
 from fedqueue.leak.attacks import ENCODINGS, Attacks, Chosen, Gallery, Seen, encoded, mean_update
 from fedqueue.leak.canaries import canary_measurements
-from fedqueue.leak.measurement import NOTHING, ROW_NOISE, Measurement, above, parse_limits
+from fedqueue.leak.client_canaries import client_canary_measurements
+from fedqueue.leak.measurement import CLIENT_NOISE, NOTHING, ROW_NOISE, Measurement, above, parse_limits
 from fedqueue.leak.rehearsal import protection
 from fedqueue.leak.report import print_table, write_leak
 from fedqueue.leak.row_data import Indices, Rows, all_of, hold_out, matched, part, rows_of, rows_of_job
@@ -253,6 +254,12 @@ def _completed(simulation: Simulation) -> RunResult:
 # Measuring
 
 
+def _noise(config: Config) -> str:
+    """The noise that is in updates or sums, in words."""
+    kinds = [(ROW_NOISE, config.example_privacy is not None), (CLIENT_NOISE, config.privacy.clients.on)]
+    return ", ".join(name for name, on in kinds if on) or NOTHING
+
+
 def _measure(
     recording: Recording, datasets: LeakDatasets, effort: Effort, say: Callable[[str], None]
 ) -> tuple[list[Measurement], list[Gallery], dict[str, Any]]:
@@ -273,18 +280,17 @@ def _measure(
         trained = all_of(one.trained[client] for one in arrived if client in one.trained)
         rows[client] = rows_of(task, datasets.data(config, client)[0], config.seed, trained)
         control[client] = matched(rows_of(task, datasets.control(client), config.seed), rows[client], config.seed)
-    attacks = Attacks(task, module, rows, control, config.seed)
+    attacks, noise = Attacks(task, module, rows, control, config.seed), _noise(config)
     if config.secure.on:
         least = min(len(one.trained) for one in sums_of_versions)
         seen = f"keepers: sums over {least} clients or more"
-        if config.example_privacy:
-            seen += f", {ROW_NOISE}"
+        if noise != NOTHING:
+            seen += f", {noise}"
         say(f"attacking the sums of {len(sums_of_versions)} versions")
         measurements = attacks.on_updates(sums_of_versions, "coordinator", seen)
         galleries = [attacks.gallery("a version's sum", sums_of_versions, measurements)]
     else:
         measurements, galleries = _on_single_updates(recording, attacks, singles, say)
-    noise = ROW_NOISE if config.example_privacy else NOTHING
     say("attacking the steps between versions")
     measurements += attacks.on_updates(steps, "participant", noise)
     if OPTIMISATION in effort.also:
@@ -298,6 +304,9 @@ def _measure(
         fewest = min(len(datasets.data(config, client)[0]) for client in clients)
         say("auditing the noise with canaries")
         measurements += canary_measurements(config.example_privacy, config.training, fewest, config.seed)
+    if config.privacy.clients.on:
+        say("auditing the keepers' noise with canary clients")
+        measurements += client_canary_measurements(config, config.seed)
     about = {
         "control_rows": "test_data()" if datasets.test_data is not None else "a quarter of each client's, held out",
         "updates_attacked": len(every) or sum(map(len, blocks)), "reference_models": effort.models,

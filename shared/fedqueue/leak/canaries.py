@@ -52,6 +52,7 @@ JOBS = 10
 """Jobs of a client that are audited where the configuration does not say how many there are."""
 ALMOST_NONE = 1e-3
 """The part of the noise that is left where the audit has to find that there is too little."""
+TOO_LITTLE = "a thousandth of the noise"
 
 
 @dataclass(frozen=True)
@@ -119,14 +120,21 @@ def audit_rows(
     compute_update(task, local_model, data, order, base, local, progress, simulated_key(seed, order))
     scores = local.parameters.double().numpy()
     claimed = Spending().plus("canaries", charge_of_job(fixed, plain, CANARIES)).epsilon(privacy.at_delta)
+    return audit_of(scores, taking_part, claimed, privacy.at_delta, seed, started)
+
+
+def audit_of(
+    scores: Numbers, taking_part: npt.NDArray[np.bool_], claimed: float, delta: float, seed: int, started: float
+) -> CanaryAudit:
+    """Return what the scores of canaries tell of who took part; `started` is when the audit began."""
     guesses, correct = guessed_right(scores, taking_part)
     by_chance = guessed_right(scores, np.random.default_rng([seed, 1]).permutation(taking_part))
     return CanaryAudit(
         claimed,
-        epsilon_bound(correct, guesses, CANARIES, privacy.at_delta),
-        epsilon_bound(by_chance[1], guesses, CANARIES, privacy.at_delta),
-        gaussian_epsilon(separation(scores, taking_part), privacy.at_delta),
-        CANARIES,
+        epsilon_bound(correct, guesses, len(scores), delta),
+        epsilon_bound(by_chance[1], guesses, len(scores), delta),
+        gaussian_epsilon(separation(scores, taking_part), delta),
+        len(scores),
         guesses,
         correct,
         time.perf_counter() - started,
@@ -179,27 +187,23 @@ def canary_measurements(
     """Audit the jobs of a client with `rows` rows, and the same with almost no noise, which the audit must notice."""
     steps = steps_of_job(training, rows) * (privacy.jobs or JOBS)
     charge = charge_of_job(privacy, training, rows)
-    measurements = []
+    measurements: list[Measurement] = []
     for noise, configured in ((charge.noise_multiplier, True), (charge.noise_multiplier * ALMOST_NONE, False)):
         fixed = ExamplePrivacyConfig(
             max_grad_norm=privacy.clip_norm, noise_multiplier=max(noise, 1e-3), delta=privacy.at_delta
         )
         audit = audit_rows(fixed, training, rows, steps, seed)
-        protection = f"{ROW_NOISE}, claimed ε {audit.claimed:.2f}" if configured else "a thousandth of the noise"
-        for name, value, control in (
-            ("canaries", audit.bound, audit.chance), ("canaries_estimate", audit.estimate, 0.0),
-        ):  # fmt: skip
-            measurements.append(
-                Measurement(
-                    name,
-                    "coordinator",
-                    protection,
-                    value,
-                    control,
-                    rows=audit.canaries,
-                    updates=1,
-                    seconds=round(audit.seconds, 2),
-                    configured=configured,
-                )
-            )
+        protection = f"{ROW_NOISE}, claimed ε {audit.claimed:.2f}" if configured else TOO_LITTLE
+        measurements += measurements_of(audit, "canaries", protection, configured)
     return measurements
+
+
+def measurements_of(audit: CanaryAudit, attack: str, protection: str, configured: bool = True) -> list[Measurement]:
+    """Return the bound and the estimate of an audit, as lines of the table of attacks."""
+    return [
+        Measurement(
+            name, "coordinator", protection, value, control, rows=audit.canaries, updates=1,
+            seconds=round(audit.seconds, 2), configured=configured,
+        )
+        for name, value, control in ((attack, audit.bound, audit.chance), (f"{attack}_estimate", audit.estimate, 0.0))
+    ]  # fmt: skip

@@ -21,14 +21,18 @@ ATTACKS = {
     "lira_tpr": "the same: members found at 1 % false alarms",
     "canaries": "canary rows: the ε that the noise has at least, with 95 % confidence; control: without canaries",
     "canaries_estimate": "the same: the ε of a Gaussian mechanism whose canaries stand out as much; an estimate",
+    "canary_clients": "canary clients: the ε that one keeper's noise has at least; control: without canaries",
+    "canary_clients_estimate": "the same: the ε of a Gaussian mechanism whose canaries stand out as much; an estimate",
 }
 """Name of an attack → what its value is."""
 NOTHING = "none"
 """The protection of an update as it is posted in float32."""
-UNBOUNDED = ("canaries", "canaries_estimate")
+UNBOUNDED = ("canaries", "canaries_estimate", "canary_clients", "canary_clients_estimate")
 """Attacks whose value is an ε; every other value is at most 1."""
 ROW_NOISE = "noise for rows"
 """The protection of an update of a run with [privacy.examples]."""
+CLIENT_NOISE = "noise for clients"
+"""The protection of a sum in a run with [privacy.clients]."""
 FORMAT = 1
 
 
