@@ -8,7 +8,7 @@ RUNS ?= 1000000
 IN_PARALLEL := --numprocesses 3 --dist load --maxschedchunk 4
 
 .PHONY: help demo test test-fast test-benchmarks check docs format compose-test chaos fuzz bench-relay bench-dropout bench-compression bench-signing \
-  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure bench-secure-kernels bench-secure-peers dist release-check hooks clean
+  bench-startup bench-peers bench-merge bench-control bench-size bench-scale bench-attacks bench-slow-line bench-secure bench-secure-kernels bench-secure-peers bench-privacy bench-utility dist release-check hooks clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -111,6 +111,12 @@ bench-slow-line: $(INSTALLED)  ## measure a site on a slow line: seconds to deli
 
 bench-secure: $(INSTALLED)  ## measure what keepers cost: updates per second, CPU by role, bytes, memory; OPTIONS="--quick"
 	$(BIN)/python benchmarks/secure.py $(OPTIONS)
+
+bench-privacy: $(INSTALLED)  ## measure what the keepers' noise costs: updates per second, CPU by role; OPTIONS="--quick"
+	$(BIN)/python benchmarks/privacy.py $(OPTIONS)
+
+bench-utility: $(INSTALLED)  ## measure accuracy over epsilon; OPTIONS="--json utility.json --picture utility.png"
+	$(BIN)/python benchmarks/privacy_utility.py $(OPTIONS)
 
 bench-secure-peers: $(INSTALLED)  ## measure a round of masks beside Flower's SecAgg+ and APPFL's masks; OPTIONS="--install", "--quick"
 	$(BIN)/python benchmarks/secure_peers.py $(OPTIONS)

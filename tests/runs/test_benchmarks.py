@@ -150,6 +150,24 @@ def test_round_of_masks_is_measured_and_attacked(tmp_path: Path) -> None:
 
 
 @live
+def test_cost_of_client_privacy_is_measured_in_pairs(tmp_path: Path) -> None:
+    shown = run("privacy.py", "--quick", "--json", str(tmp_path / "rows.json"))
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["ratios"] == [row["with"][0] / row["without"][0]]
+    assert min(row["keeper_ms_without"], row["keeper_ms_with"]) > 0
+    assert "| 0.1 MB | 1 |" in shown
+
+
+def test_accuracy_under_client_privacy_is_measured(tmp_path: Path) -> None:
+    shown = run("privacy_utility.py", "--quick", "--json", str(tmp_path / "cells.json"))
+    ((cell, found),) = json.loads((tmp_path / "cells.json").read_text()).items()
+    assert cell == "hospitals, 4 clients; clients; 8; 0"
+    assert 0.3 < found["accuracy"] < 1
+    assert found["versions"] == 20
+    assert "| hospitals, 4 clients |" in shown
+
+
+@live
 def test_signatures_are_measured_beside_a_run_without(tmp_path: Path) -> None:
     assert "| 0.1 MB |" in run("signing.py", "--quick", "--json", str(tmp_path / "rows.json"))
 
