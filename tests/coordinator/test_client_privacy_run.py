@@ -77,6 +77,22 @@ def test_run_ends_once_too_few_clients_have_budget_left() -> None:
     assert sum(account > 2 * 64 for account in spent.values()) >= 4
 
 
+def test_run_may_end_with_the_first_used_up_budget() -> None:
+    result = simulate(PointsTask(), {**PRIVACY, "on_budget": "stop"})
+    assert not result.failed
+    assert result.stopped_because.endswith("is used up (privacy.clients.on_budget)")
+    spent = RunCounters.from_ledger({}, result.ledger, 10).accounts
+    assert any(account > 2 * 64 for account in spent.values())
+    before_last = [record for record in result.ledger if record["kind"] in ("spend", "version")][:-2]
+    assert all(account <= 2 * 64 for account in RunCounters.from_ledger({}, before_last, 10).accounts.values())
+    assert result.version == len(versions(result))
+
+
+def test_stop_at_a_budget_needs_a_budget() -> None:
+    with pytest.raises(ConfigurationError, match="on_budget has no effect without noise"):
+        parse_config({**settings(), "privacy": {"clients": {"on_budget": "stop"}}})
+
+
 def test_client_without_budget_gets_no_job() -> None:
     """Behind a barrier no job is under way when a version is made: three rounds of all clients, and no job more."""
     result = simulate(PointsTask(), aggregation={"buffer_size": 6, "barrier": True})

@@ -898,7 +898,13 @@ class Federation:
         return self.stop(self._end_at(because), now) if because else []
 
     def _budgets_end(self) -> Stop | None:
-        """End the run once the clients that still train can make no further version."""
+        """End the run once the clients that still train can make no further version, or already with the first budget.
+
+        What the keepers have been asked about is merged first.
+        """
+        used_up = self._account.used_up()
+        if used_up and self.config.privacy.clients.on_budget == "stop" and not self._cohorts.under_way:
+            return Stop(f"the privacy budget of {used_up[0]} is used up (privacy.clients.on_budget)")
         if not (self._sum and self.version and self._scheduler.declining):
             return None
         if self.open_jobs or self._cohorts.may_grow(self.version) or self._cohorts.is_crowd:

@@ -104,6 +104,10 @@ class ClientPrivacyConfig(Section):
     """How many fresh updates of one client ε pays for. A stale update costs less."""
     delta: Annotated[Annotated[float, Field(gt=0, lt=1)] | None, OFF] = None
     """The δ of the guarantee: well below 1 divided by the number of clients. Required."""
+    on_budget: Literal["turn_away", "stop"] = "turn_away"
+    """`turn_away`: a client that has used up its budget gets no further job, and the run goes on with the others while
+    they are enough; `stop`: the run ends once the first client has, so that no client's data weighs more than
+    another's."""
 
     @property
     def on(self) -> bool:
@@ -112,8 +116,10 @@ class ClientPrivacyConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> ClientPrivacyConfig:
-        set_ = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        set_ = [name for name in type(self).model_fields if name != "on_budget" and getattr(self, name) is not None]
         if not set_:
+            if self.on_budget != "turn_away":
+                raise refuse("on_budget has no effect without noise", "leave it out, or set the noise as well")
             return self
         of_three = [name for name in ("noise_multiplier", "epsilon", "max_participations") if name in set_]
         if len(of_three) != 2:
