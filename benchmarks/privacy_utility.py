@@ -86,7 +86,7 @@ def run(name: str, protection: str, epsilon: str, seed: int) -> dict[str, Any]:
     versions = JOBS * federation.clients // federation.buffer
     settings = [
         *federation.always, *training, f"seed={seed}", f"task.options.seed={seed}", "training.device=cpu",
-        f"aggregation.buffer_size={federation.buffer}", "aggregation.weight_by_examples=false", "stop.target={}",
+        f"aggregation.buffer_size={federation.buffer}", "stop.target={}",
         "stop.seconds=off", f"stop.versions={versions}", f"evaluation.every_versions={max(1, versions // 4)}",
         f"clients.min_available={federation.clients}",
     ]  # fmt: skip
@@ -96,7 +96,7 @@ def run(name: str, protection: str, epsilon: str, seed: int) -> dict[str, Any]:
     elif protection == "clients":
         budget = {"epsilon": epsilon, "max_participations": JOBS, "delta": DELTA, "clip_norm": clip_norm}
         settings += [f"privacy.clients.{key}={value}" for key, value in budget.items()]
-        settings += ['secure.keepers=["university"]', "secure.min_cohort=3"]
+        settings += ['secure.keepers=["university"]', "secure.min_cohort=3", "aggregation.weight_by_examples=false"]
     config = load_config(federation.config, settings, {})
     task = load_task(config.task.entrypoint, config.task.options, config.folder)
     started = time.perf_counter()

@@ -255,7 +255,7 @@ def results(tmp_path: Path) -> Path:
 def test_finished_run_is_shown_from_its_folder(results: Path) -> None:
     client = AsgiClient(make_app(RunSources(list, [results]), ""), LOCAL)
     shown = client.get("/api/runs/digits").json()
-    assert (shown["state"], shown["level"], shown["says"]) == ("ended", "ended", "ended: versions: 1 of 1")
+    assert (shown["state"], shown["level"], shown["says"]) == ("ended", "ended", "versions: 1 of 1")
     assert shown["metrics"]["accuracy"] == [[0, None], [1, 0.5]]
     assert shown["privacy_sentence"] == "rows: noise"
     absent = next(site for site in shown["clients"] if site["name"] == "c1")

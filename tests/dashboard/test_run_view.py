@@ -167,6 +167,7 @@ def test_events_are_bounded_and_the_end_is_none() -> None:
     shown = seen(*[lost] * (MOST_EVENTS + 5), ended)
     assert len(shown["events"]) == MOST_EVENTS
     assert all(event["what"] == "rejected: stale" for event in shown["events"])
+    assert site(shown, "a")["rejected"] == {"stale": MOST_EVENTS + 5}, "the end of the run is no fault of a site"
 
 
 def test_epsilon_of_each_client_follows_from_its_loads() -> None:
@@ -183,6 +184,7 @@ def test_epsilon_of_each_client_follows_from_its_loads() -> None:
         },  # of a cohort that became no version
         version(1, update("a")),
     )
+    assert set(shown["privacy"]) == set(spent)
     assert site(shown, "a")["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2) / 2, 1e-5))
     assert site(shown, "b")["epsilon"] == pytest.approx(gaussian_epsilon(1 / 4, 1e-5))
     assert site(seen(version(1, update("a"))), "a")["epsilon"] is None

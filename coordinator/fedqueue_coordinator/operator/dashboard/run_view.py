@@ -60,6 +60,10 @@ class ClientView:
     """Its account in a run with [privacy.clients]: the sum of the squares of its loads."""
 
 
+OF_THE_RECORD = ("kind", "version", "cohort", "seconds", "loads")
+"""Fields of a `spend` record that say nothing about the whole run."""
+
+
 class RunView:
     """A run, from the records of its ledger."""
 
@@ -131,7 +135,7 @@ class RunView:
             self.smallest_cohort = min(clients, self.smallest_cohort or clients)
 
     def _add_spending(self, record: Mapping[str, Any]) -> None:
-        self.privacy = dict(record)
+        self.privacy = {name: value for name, value in record.items() if name not in OF_THE_RECORD}
         for name, load in record["loads"].items():
             self._client(name).squares += load**2
         self._epsilon.add(record["version"], float(record["epsilon_max"]))
@@ -163,11 +167,11 @@ class RunView:
         name = str(record.get("client", ""))
         if what == "rejected":
             self.rejected[reason] += 1
-            self._client(name).rejected[reason] += 1
         else:
             self.abandoned[reason] += 1
-            self._client(name).abandoned[reason] += 1
-        if reason != "run_ended":
+        if reason != "run_ended":  # of which no site is the cause
+            counts = self._client(name).rejected if what == "rejected" else self._client(name).abandoned
+            counts[reason] += 1
             self._client(name).problem = f"{what}: {reason}" + (f": {text}" if text else "")
             self._tell(record, name, f"{what}: {reason}", text)
 

@@ -16,7 +16,7 @@ def of_run(run: Mapping[str, Any]) -> tuple[str, str]:
     """Return a level and a sentence for what `RunSource.shown` returns of a run."""
     if run["state"] != "running":
         because = run["stopped_because"]
-        return (WRONG if run["failed"] else ENDED), f"{'failed' if run['failed'] else 'ended'}: {because}"
+        return (WRONG, f"failed: {because}") if run["failed"] else (ENDED, because)
     if not run["leader"]:
         return WRONG, "no coordinator leads this run: start `fedqueue coordinator` again; it continues where it was"
     if run["waiting"]:

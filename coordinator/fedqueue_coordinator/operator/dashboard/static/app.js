@@ -4,6 +4,7 @@ import { bars, lines, short } from "/static/charts.js";
 const main = document.getElementById("main"), nav = document.getElementById("nav");
 const connection = document.getElementById("connection");
 const WORDS = { well: "● well", watch: "▲ look", wrong: "✖ broken", ended: "■ ended" };
+const NOT_EVALUATED = "No version was evaluated yet. The coordinator evaluates where the task has test_data().";
 const ORDER = ["wrong", "watch", "well", "ended"];
 const MOST_STALENESS = 20;
 let source = null, timer = null, filter = "", every = false;
@@ -128,7 +129,7 @@ function overview(run) {
   const goal = target === null ? null : Array.isArray(target) ? target[0] : Number.isFinite(target) ? target : null;
   const curves = (metric, goalLine) => {
     const series = [{ name: metric, points: run.metrics[metric] ?? [] }];
-    return lines({ series, xLabel: "version", label: metric, target: goalLine });
+    return lines({ series, xLabel: "version", label: metric, target: goalLine, nothing: NOT_EVALUATED });
   };
   const worst = [...run.clients].sort(byLevel).slice(0, 8);
   replace([
@@ -138,7 +139,7 @@ function overview(run) {
       run.state === "running" ? tile(`${run.alive} of ${run.clients.length}`, "sites alive") : tile(run.clients.length, "sites"),
       tile(duration(run.usual_seconds), "for a version"),
       tile(name ? short(run.newest_metrics[name]) : "–", name || "no metric"),
-      tile(Object.values(run.rejected).reduce((a, b) => a + b, 0), "updates rejected")),
+      tile(Object.entries(run.rejected).reduce((sum, [why, n]) => sum + (why === "run_ended" ? 0 : n), 0), "updates rejected")),
     node("div", { className: "grid" },
       card(name ? `${name}, by version` : "Metrics", curves(name, goal)),
       ...others.slice(0, 1).map((other) => card(`${other}, by version`, curves(other, null))),
@@ -226,7 +227,7 @@ function privacy(run) {
   const keepers = [...new Set([...run.named_keepers, ...Object.keys(run.keepers)])];
   replace([node("h1", {}, run.run), verdict(run), node("div", { className: "grid" },
     card("Keepers", keepers.length ? node("dl", {}, ...keepers.flatMap((k) => [node("dt", {}, k), node("dd", {}, `${run.keepers[k] ?? 0} cohorts released`)]),
-      node("dt", {}, "smallest cohort"), node("dd", {}, `${run.smallest_cohort ?? "–"} sites, at least ${run.min_cohort ?? "–"}`))
+      node("dt", {}, "smallest cohort"), node("dd", {}, `${run.smallest_cohort ?? "–"} sites${run.min_cohort ? `, at least ${run.min_cohort}` : ""}`))
       : node("p", {}, "None: the coordinator reads each site's update. ", node("code", {}, "[secure]"), " hides it in sums.")),
     card("Differential privacy", known ? node("dl", {}, ...Object.entries(spent).filter(([, v]) => typeof v !== "object")
       .flatMap(([k, v]) => [node("dt", {}, k.replaceAll("_", " ")), node("dd", {}, typeof v === "number" ? short(v) : String(v))]))

@@ -11,11 +11,11 @@ function make(name, attributes = {}, text = "") {
   return node;
 }
 
-/** Steps of 1, 2 or 5 times a power of ten, about `count` of them, that cover low to high. */
-export function ticks(low, high, count = 5) {
+/** Steps of 1, 2 or 5 times a power of ten, of at least `least` and about `count` of them, that cover low to high. */
+export function ticks(low, high, count = 5, least = 0) {
   if (!(high > low)) return [low];
   const raw = (high - low) / count, power = 10 ** Math.floor(Math.log10(raw));
-  const step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= raw);
+  const step = [1, 2, 5, 10].map((f) => f * power).find((s) => s >= raw && s >= least) ?? least;
   const found = [];
   for (let i = Math.ceil(low / step - 1e-9); i * step <= high + step * 1e-9; i++) found.push(i * step);
   return found;
@@ -47,12 +47,12 @@ function axes(svg, x, y, xs, ys, xLabel) {
   svg.append(make("text", { x: (LEFT + WIDTH - RIGHT) / 2, y: HEIGHT - 4, "text-anchor": "middle" }, xLabel));
 }
 
-/** Lines: series = [{name, points: [[x, y], …]}]; `target` is drawn as a dashed line. */
-export function lines({ series, xLabel, label, target = null, fromZero = false }) {
+/** Lines: series = [{name, points: [[x, y], …]}]; `target` is drawn as a dashed line, `nothing` said without a point. */
+export function lines({ series, xLabel, label, target = null, fromZero = false, nothing = "Nothing to show yet." }) {
   const shown = series.map((s) => ({ ...s, points: s.points.filter(([, v]) => v !== null) })).filter((s) => s.points.length);
   const holder = document.createElement("div");
   if (!shown.length) {
-    holder.append(Object.assign(document.createElement("p"), { className: "none", textContent: "Nothing to show yet." }));
+    holder.append(Object.assign(document.createElement("p"), { className: "none", textContent: nothing }));
     return holder;
   }
   const all = shown.flatMap((s) => s.points), values = all.map(([, v]) => v);
@@ -66,7 +66,7 @@ export function lines({ series, xLabel, label, target = null, fromZero = false }
   const y = (v) => HEIGHT - BOTTOM - ((v - low) / (high - low)) * (HEIGHT - TOP - BOTTOM);
   const last = shown.map((s) => `${s.name} ${short(s.points.at(-1)[1])}`).join(", ");
   const svg = frame(`${label}: ${last}`);
-  axes(svg, x, y, ticks(left, right), ticks(low, high), xLabel);
+  axes(svg, x, y, ticks(left, right, 5, xLabel === "version" ? 1 : 0), ticks(low, high), xLabel);
   if (target !== null) svg.append(make("line", { x1: LEFT, x2: WIDTH - RIGHT, y1: y(target), y2: y(target), class: "target" }));
   shown.forEach((s, i) => {
     const path = s.points.map(([px, py], n) => `${n ? "L" : "M"}${x(px).toFixed(1)} ${y(py).toFixed(1)}`).join("");
