@@ -14,7 +14,6 @@ import fedqueue
 from fedqueue import Client, Task
 from fedqueue.statistics.pooled import Statistics
 from fedqueue_coordinator.operator.describe import describe_here
-from tests.support.builders import make_config
 
 
 class Scaled(Task):
@@ -42,6 +41,8 @@ SETTINGS: dict[str, Any] = {"clients": {"count": 2}, "stop": {"versions": 3}, "s
 
 @pytest.fixture
 def described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    from tests.support.builders import make_config  # here: workers import the head of this file from another folder
+
     monkeypatch.chdir(tmp_path)
     found = describe_here(make_config(clients={"count": 2}), Scaled())
     (tmp_path / "statistics.json").write_text(found.model_dump_json())
