@@ -150,7 +150,7 @@ def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set_xticks([1, 3, 8], ["1", "3", "8"])
         axis.minorticks_off()
     axes[0][0].set_ylabel("accuracy")
-    axes[0][0].legend(loc="lower right")
+    axes[0][-1].legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
