@@ -69,21 +69,27 @@ def started_reader(url: str, log: Path) -> subprocess.Popen[bytes]:
 
 
 def test_killed_watchers_change_no_bit(
-    config: Path, start: Callable[..., Program], fork: Callable[..., Program], tmp_path: Path, server: EmbeddedServer
+    config: Path,
+    start: Callable[..., Program],
+    fork: Callable[..., Program],
+    tmp_path: Path,
+    redis_server: EmbeddedServer,
 ) -> None:
     (tmp_path / "tracker.py").write_text(TRACKER)
     metrics, page = free_port(), free_port()
     address = f"http://127.0.0.1:{page}"
     slow = ("-s", "task.options.batch_seconds=0.03")
     coordinator = fork(
-        "fedqueue_coordinator", "coordinator", config, "-u", server.url, "-o", "out", "--metrics", metrics,
+        "fedqueue_coordinator", "coordinator", config, "-u", redis_server.url, "-o", "out", "--metrics", metrics,
         "-s", "stop.versions=100000", "-s", "ledger.keep_payloads=true", *slow,
     )  # fmt: skip
     clients = [word for i in range(4) for word in ("--client", f"client-{i}")]
-    site = fork("fedqueue_worker", config, "-u", server.url, "--processes", 2, *clients, *slow)
+    site = fork("fedqueue_worker", config, "-u", redis_server.url, "--processes", 2, *clients, *slow)
     wait_until(lambda: "version" in coordinator.text, "the run has begun")
-    dashboard = start("fedqueue_coordinator", "dashboard", "toy", "-u", server.url, "--address", f"127.0.0.1:{page}")
-    tracker = start("fedqueue_coordinator", "track", "toy", "-u", server.url, "--to", "tracker.py:Log")
+    dashboard = start(
+        "fedqueue_coordinator", "dashboard", "toy", "-u", redis_server.url, "--address", f"127.0.0.1:{page}"
+    )
+    tracker = start("fedqueue_coordinator", "track", "toy", "-u", redis_server.url, "--to", "tracker.py:Log")
     readers = [
         started_reader(f"{address}/api/runs/toy/events", tmp_path / "pages"),
         started_reader(f"http://127.0.0.1:{metrics}/metrics", tmp_path / "scrapes"),
@@ -99,12 +105,12 @@ def test_killed_watchers_change_no_bit(
     for watcher in (dashboard, tracker):
         watcher.send(signal.SIGKILL)
         assert watcher.wait() == -signal.SIGKILL, watcher.text
-    killed_at = shown_in_redis(server.url)
-    wait_until(lambda: shown_in_redis(server.url) >= killed_at + 5, "five more versions are made")
+    killed_at = shown_in_redis(redis_server.url)
+    wait_until(lambda: shown_in_redis(redis_server.url) >= killed_at + 5, "five more versions are made")
     for program in (coordinator, site):
         program.send(signal.SIGTERM)
         assert program.wait() == 0, program.text
-    checks = audit(read_audit_input("toy", server.url, tmp_path / "keys"))
+    checks = audit(read_audit_input("toy", redis_server.url, tmp_path / "keys"))
     assert not [problem for check in checks for problem in check.problems]
     [replayed] = [check for check in checks if check.invariant.startswith("replaying the ledger")]
     assert replayed.checked
